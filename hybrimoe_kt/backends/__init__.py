@@ -1,0 +1,1 @@
+"""Expert arithmetic, one module a library."""

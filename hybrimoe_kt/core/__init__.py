@@ -1,0 +1,1 @@
+"""Pure policy: standard library only, deterministic, no clock, no threads, no tensors."""

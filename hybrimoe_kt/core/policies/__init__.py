@@ -1,0 +1,1 @@
+"""What chooses which expert loses its slot."""

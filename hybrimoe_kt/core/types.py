@@ -1,0 +1,97 @@
+"""The nouns every part of the package speaks: plain frozen data keyed by expert ids, never by positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+
+class ExpertId(NamedTuple):
+    """One routed FFN: decoder layer (as the model numbers it, dense layers included) and index within it."""
+
+    layer: int
+    index: int
+
+
+TransferKind = Literal["on_demand", "prefetch"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What the core must know about one MoE layer; fixed for the life of a model."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    expert_bytes: int
+    num_slots: int = 0
+    accelerator: int = 0
+    """Which accelerator (and link) serves this layer."""
+    gpu_supported: bool = True
+    """False where no GPU kernel reads this layer's expert type: its experts then stay on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The router's choice for one step of one layer.
+
+    `loads` maps expert index -> tokens routed to it (only experts with at least one), in the order first
+    met; `scores` are the router's probabilities averaged over the step's tokens, `[num_experts]`, absent
+    where the host cannot see them; `weights` maps expert index -> summed routing weight. Treat all as
+    read-only.
+    """
+
+    layer: int
+    loads: Mapping[int, int]
+    num_tokens: int = 1
+    scores: Sequence[float] | None = None
+    weights: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where one layer's experts are when a plan is made.
+
+    `resident` are in a slot and ready; `pending` maps expert index -> predicted seconds until its transfer
+    lands; `link_busy_s` is the predicted time until the layer's link is free of what it has started.
+    """
+
+    layer: int
+    resident: frozenset[int] = frozenset()
+    pending: Mapping[int, float] = field(default_factory=dict)
+    num_free_slots: int = 0
+    link_busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Host-to-GPU copy of one expert into `slot` (an index into its layer's slots).
+
+    `evicted` is the expert whose weights stood there before. The copy may start once everything that
+    reads the old weights has finished: the device layer orders that, the core only decides it.
+    """
+
+    expert: ExpertId
+    slot: int
+    num_bytes: int
+    kind: TransferKind = "on_demand"
+    evicted: ExpertId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Immutable assignment of one layer step to CPU, GPU and link.
+
+    `cpu` and `gpu` partition the routed experts; `gpu` is in launch order and names resident, pending and
+    arriving experts; `transfers` are this layer's on-demand copies in link order. `slots` maps every expert in
+    `gpu` -> its slot. `makespan_s` is the predicted end of the routed experts' work, seconds after its start.
+    """
+
+    layer: int
+    cpu: tuple[int, ...]
+    gpu: tuple[int, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    slots: Mapping[int, int] = field(default_factory=dict)
+    makespan_s: float = 0.0
+    num_hits: int = 0

@@ -1,0 +1,1 @@
+"""Everything asynchronous: slots, host store, transfers, the executor that runs a plan."""

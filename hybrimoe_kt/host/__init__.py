@@ -1,0 +1,1 @@
+"""The frameworks that own the model around our operators."""

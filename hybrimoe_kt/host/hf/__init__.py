@@ -1,0 +1,1 @@
+"""Hugging Face Transformers as the host: GGUF in, model out."""

@@ -1,0 +1,1 @@
+"""The embedded model, its licence and its provenance."""

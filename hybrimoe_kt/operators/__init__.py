@@ -1,0 +1,1 @@
+"""What a rule file names: thin modules that hand their work to the runtime."""

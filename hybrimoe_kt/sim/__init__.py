@@ -1,0 +1,1 @@
+"""Traces, replay on a virtual clock, and the reports made from them."""

@@ -1,0 +1,1 @@
+"""One YAML rule file per model; read with importlib.resources."""
