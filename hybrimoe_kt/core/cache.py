@@ -1,0 +1,122 @@
+"""One layer's slots: which expert stands where, which are arriving, which may not be evicted now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+SlotState = Literal["free", "loading", "ready"]
+FREE = -1
+
+
+class ExpertCache:
+    """Slot table of one layer: FREE -> LOADING -> READY, with pins counted per slot.
+
+    Residency is logical: what will be true once the transfers ordered so far have run. `slot_of[expert]` and
+    `occupant[slot]` are inverse to each other (-1 = none); `arrival_s` holds the LOADING experts with the
+    virtual time at which each lands. Read them freely, change them only through the methods.
+    """
+
+    __slots__ = ("arrival_s", "num_experts", "num_slots", "occupant", "pins", "slot_of")
+
+    def __init__(self, num_experts: int, num_slots: int) -> None:
+        self.num_experts = num_experts
+        self.num_slots = min(num_slots, num_experts)
+        self.slot_of = [FREE] * num_experts
+        self.occupant = [FREE] * self.num_slots
+        self.pins = [0] * self.num_slots
+        self.arrival_s: dict[int, float] = {}
+
+    def state(self, slot: int) -> SlotState:
+        """Return the state of `slot`."""
+        expert = self.occupant[slot]
+        if expert == FREE:
+            return "free"
+        return "loading" if expert in self.arrival_s else "ready"
+
+    def lookup(self, expert: int) -> Literal["hit", "miss", "pending"]:
+        """Return hit (READY), pending (LOADING) or miss; changes nothing."""
+        if self.slot_of[expert] == FREE:
+            return "miss"
+        return "pending" if expert in self.arrival_s else "hit"
+
+    def settle(self, now_s: float) -> None:
+        """Turn every LOADING expert whose arrival is not later than `now_s` READY."""
+        arrival_s = self.arrival_s
+        for expert in [e for e, at_s in arrival_s.items() if at_s <= now_s]:
+            del arrival_s[expert]
+
+    def prepare(self, expert: int, slot: int, arrival_s: float) -> int:
+        """Give `slot` to `expert`, which lands at `arrival_s`; return the expert evicted, -1 if the slot was free.
+
+        The caller has made sure that nothing needs the old occupant after the transfer starts.
+        """
+        assert self.slot_of[expert] == FREE, f"expert {expert} is already in slot {self.slot_of[expert]}"
+        old = self.occupant[slot]
+        if old != FREE:
+            self.slot_of[old] = FREE
+            self.arrival_s.pop(old, None)
+        self.slot_of[expert] = slot
+        self.occupant[slot] = expert
+        self.arrival_s[expert] = arrival_s
+        return old
+
+    def complete(self, expert: int) -> None:
+        """Turn a LOADING expert READY; no effect if it has left or is READY already."""
+        self.arrival_s.pop(expert, None)
+
+    def release(self, expert: int) -> None:
+        """Free the slot of `expert` whatever its state; no effect if it holds none."""
+        slot = self.slot_of[expert]
+        if slot != FREE:
+            self.slot_of[expert] = FREE
+            self.occupant[slot] = FREE
+            self.arrival_s.pop(expert, None)
+
+    def evictable(self, protected: Collection[int]) -> list[int]:
+        """Return the READY, unpinned experts outside `protected`, in slot order."""
+        arrival_s, pins = self.arrival_s, self.pins
+        if arrival_s:
+            return [
+                e
+                for slot, e in enumerate(self.occupant)
+                if e != FREE and not pins[slot] and e not in protected and e not in arrival_s
+            ]
+        return [e for slot, e in enumerate(self.occupant) if e != FREE and not pins[slot] and e not in protected]
+
+    def free_slots(self) -> list[int]:
+        """Return the slots that hold nothing and are not pinned, lowest first."""
+        pins = self.pins
+        return [slot for slot, e in enumerate(self.occupant) if e == FREE and not pins[slot]]
+
+    def evict(
+        self, num: int, protected: Collection[int], rank: Callable[[Sequence[int]], list[int]]
+    ) -> list[int] | None:
+        """Free exactly `num` slots, the first of `rank`'s order, and return them; or None and no state change."""
+        candidates = self.evictable(protected)
+        if num > len(candidates):
+            return None
+        slots = []
+        for expert in rank(candidates)[:num]:
+            slots.append(self.slot_of[expert])
+            self.release(expert)
+        return slots
+
+    def pin(self, slot: int) -> None:
+        """Forbid eviction from `slot` until the matching unpin."""
+        self.pins[slot] += 1
+
+    def unpin(self, slot: int) -> None:
+        """Undo one pin."""
+        assert self.pins[slot] > 0, f"slot {slot} is not pinned"
+        self.pins[slot] -= 1
+
+    def check_integrity(self) -> None:
+        """Assert that the two tables are inverse, that every arriving expert has a slot and that pins are sane."""
+        for slot, expert in enumerate(self.occupant):
+            assert expert == FREE or self.slot_of[expert] == slot, f"slot {slot} and expert {expert} disagree"
+        held = [slot for slot in self.slot_of if slot != FREE]
+        assert len(held) == len(set(held)), "one slot holds two experts"
+        assert len(held) == sum(e != FREE for e in self.occupant), "an expert names a slot that does not hold it"
+        assert all(self.slot_of[e] != FREE for e in self.arrival_s), "an arriving expert has no slot"
+        assert all(count >= 0 for count in self.pins), "a pin count is negative"

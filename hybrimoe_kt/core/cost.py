@@ -1,0 +1,186 @@
+"""Predicted seconds on CPU, GPU and link for the experts of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from hybrimoe_kt.core.profile import Profile
+from hybrimoe_kt.errors import ConfigError
+
+BITS_PER_WEIGHT = 4.5
+"""Assumed where a caller knows an expert's bytes but not its arithmetic: Q4_K's 144 bytes per 256 weights."""
+
+
+class _PerLoad(dict[int, float]):
+    """Seconds by load, computed on first use: planning then costs one dictionary look-up per expert."""
+
+    __slots__ = ("_formula",)
+
+    def __init__(self, formula: Callable[[int], float]) -> None:
+        super().__init__()
+        self._formula = formula
+
+    def __missing__(self, load: int) -> float:
+        value = self._formula(load)
+        self[load] = value
+        return value
+
+
+class CostModel:
+    """Seconds for one layer's experts; `cpu_expert_s` and `gpu_expert_s` map a load -> seconds of one expert.
+
+    The time of a set of experts on the CPU is `cpu_call_s` once plus the sum over the experts, stretched by
+    `cpu_slowdown` while the link is busy. `dense_s` is the time between two MoE layers at one token
+    (attention, norms, router): the link's idle time that prefetching may fill.
+    """
+
+    __slots__ = (
+        "cpu_call_s",
+        "cpu_expert_s",
+        "cpu_slowdown",
+        "dense_s",
+        "dense_token_s",
+        "expert_bytes",
+        "expert_transfer_s",
+        "gpu_expert_s",
+        "has_gpu",
+        "link_bytes_per_s",
+        "link_latency_s",
+        "shared_expert_s",
+        "shared_token_s",
+    )
+
+    def __init__(
+        self,
+        *,
+        cpu: Callable[[int], float],
+        gpu: Callable[[int], float] | None = None,
+        cpu_call_s: float = 0.0,
+        cpu_slowdown: float = 1.0,
+        link_latency_s: float = 0.0,
+        link_bytes_per_s: float = float("inf"),
+        expert_bytes: int = 0,
+        shared_expert_s: float = 0.0,
+        shared_token_s: float = 0.0,
+        dense_s: float = 0.0,
+        dense_token_s: float = 0.0,
+    ) -> None:
+        """`cpu` and `gpu` give the seconds of one expert at a load; no `gpu` means a machine without one."""
+        self.has_gpu = gpu is not None
+        self.cpu_expert_s = _PerLoad(cpu)
+        self.gpu_expert_s = _PerLoad(gpu if gpu is not None else _no_gpu)
+        self.cpu_call_s = cpu_call_s
+        self.cpu_slowdown = cpu_slowdown
+        self.link_latency_s = link_latency_s
+        self.link_bytes_per_s = link_bytes_per_s
+        self.expert_bytes = expert_bytes
+        self.expert_transfer_s = self.transfer_s(expert_bytes)
+        self.shared_expert_s = shared_expert_s
+        self.shared_token_s = shared_token_s
+        self.dense_s = dense_s
+        self.dense_token_s = dense_token_s
+
+    @classmethod
+    def from_profile(
+        cls,
+        profile: Profile,
+        *,
+        expert_bytes: int,
+        expert_macs: int | None = None,
+        shared_bytes: int = 0,
+        shared_macs: int | None = None,
+        dense_bytes: int = 0,
+        dense_macs: int | None = None,
+    ) -> CostModel:
+        """Scale `profile` to a layer whose expert holds `expert_bytes` and does `expert_macs` per token.
+
+        `shared_*` describe the layer's shared experts together, `dense_*` what runs between two MoE layers
+        (attention, norms, router). Multiply-accumulates left out follow from the bytes at 4.5 bits a weight.
+        """
+        if expert_bytes <= 0:
+            raise ConfigError(f"expert_bytes is {expert_bytes}; it must be > 0")
+        macs = _macs(expert_bytes, expert_macs)
+        cpu = _cpu_formula(profile, expert_bytes, macs)
+        gpu = _gpu_formula(profile, expert_bytes, macs) if profile.has_gpu else None
+        shared_s, shared_token_s = _dense_seconds(profile, shared_bytes, _macs(shared_bytes, shared_macs))
+        dense_s, dense_token_s = _dense_seconds(profile, dense_bytes, _macs(dense_bytes, dense_macs))
+        overhead_s = profile.gpu_layer_s if profile.gpu_layer_s is not None else profile.cpu_layer_s
+        return cls(
+            cpu=cpu,
+            gpu=gpu,
+            cpu_call_s=profile.cpu_call_s,
+            cpu_slowdown=profile.cpu_slowdown_while_link_busy,
+            link_latency_s=profile.link_latency_s or 0.0,
+            link_bytes_per_s=profile.link_bytes_per_s or float("inf"),
+            expert_bytes=expert_bytes,
+            shared_expert_s=shared_s,
+            shared_token_s=shared_token_s,
+            dense_s=dense_s + overhead_s,
+            dense_token_s=dense_token_s,
+        )
+
+    def cpu_s(self, loads: Iterable[int]) -> float:
+        """Return the seconds of one CPU call that computes experts with these loads, the link being idle."""
+        table = self.cpu_expert_s
+        work_s = sum([table[load] for load in loads])
+        return work_s + self.cpu_call_s if work_s else 0.0
+
+    def cpu_end_s(self, work_s: float, link_end_s: float) -> float:
+        """Return when CPU work of `work_s` idle-link seconds ends if the link is busy until `link_end_s`."""
+        if self.cpu_slowdown == 1.0 or work_s * self.cpu_slowdown <= link_end_s:
+            return work_s * self.cpu_slowdown
+        return work_s + link_end_s * (1.0 - 1.0 / self.cpu_slowdown) if link_end_s > 0 else work_s
+
+    def gpu_s(self, load: int) -> float:
+        """Return the seconds of one expert on the GPU."""
+        return self.gpu_expert_s[load]
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """Return the seconds one transfer of `num_bytes` holds the link."""
+        return self.link_latency_s + num_bytes / self.link_bytes_per_s
+
+    def shared_s(self, num_tokens: int) -> float:
+        """Return the seconds the shared experts take before the first routed expert may use the GPU."""
+        return max(self.shared_expert_s, self.shared_token_s * num_tokens)
+
+    def between_layers_s(self, num_tokens: int) -> float:
+        """Return the seconds between two MoE layers when `num_tokens` are processed together."""
+        return max(self.dense_s, self.dense_token_s * num_tokens)
+
+
+def _no_gpu(load: int) -> float:
+    return float("inf")
+
+
+def _macs(num_bytes: int, macs: int | None) -> float:
+    return float(macs) if macs is not None else num_bytes * 8 / BITS_PER_WEIGHT
+
+
+def _cpu_formula(profile: Profile, num_bytes: int, macs: float) -> Callable[[int], float]:
+    single_s = profile.cpu_expert_s + num_bytes / profile.cpu_single_bytes_per_s
+    once_s = profile.cpu_expert_s + num_bytes / profile.cpu_bytes_per_s
+    token_s = macs / profile.cpu_macs_per_s
+
+    def seconds(load: int) -> float:
+        return single_s if load == 1 else once_s + token_s * load
+
+    return seconds
+
+
+def _gpu_formula(profile: Profile, num_bytes: int, macs: float) -> Callable[[int], float]:
+    assert profile.gpu_call_s is not None, "a profile with a GPU has every gpu_ number"
+    assert profile.gpu_bytes_per_s is not None, "a profile with a GPU has every gpu_ number"
+    assert profile.gpu_macs_per_s is not None, "a profile with a GPU has every gpu_ number"
+    call_s, read_s, token_s = profile.gpu_call_s, num_bytes / profile.gpu_bytes_per_s, macs / profile.gpu_macs_per_s
+
+    def seconds(load: int) -> float:
+        return call_s + max(read_s, token_s * load)
+
+    return seconds
+
+
+def _dense_seconds(profile: Profile, num_bytes: int, macs: float) -> tuple[float, float]:
+    """Seconds to read dense weights once, and per token to compute with them, where they live."""
+    if profile.gpu_bytes_per_s is not None and profile.gpu_macs_per_s is not None:
+        return num_bytes / profile.gpu_bytes_per_s, macs / profile.gpu_macs_per_s
+    return num_bytes / profile.cpu_bytes_per_s, macs / profile.cpu_macs_per_s

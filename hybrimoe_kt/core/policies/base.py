@@ -1,0 +1,61 @@
+"""What every cache policy promises: a retention value per expert of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from hybrimoe_kt.core.types import LayerSpec, Routing
+from hybrimoe_kt.errors import ConfigError, nearest
+
+
+class Policy:
+    """Ranks one layer's experts by retention value; the lowest loses its slot first.
+
+    One object per layer. It sees every routing of its layer through `touch` and nothing of the future. Ties
+    fall to the expert met first in the candidates' order, so equal inputs give equal victims.
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Option name -> default."""
+
+    def __init__(self, spec: LayerSpec, **options: Any) -> None:
+        self.spec = spec
+        self.option = check_options(f"policy {self.name}", options, self.options)
+        self.step = 0
+
+    def touch(self, routing: Routing) -> None:
+        """Learn what one step routed to; called once per step, after the step's plan is made."""
+        raise NotImplementedError
+
+    def value(self, expert: int) -> float:
+        """Return the retention value of `expert` now; only its order among this layer's experts matters."""
+        raise NotImplementedError
+
+    def rank(self, candidates: Sequence[int]) -> list[int]:
+        """Return `candidates`, the first victim first."""
+        return sorted(candidates, key=self.value)
+
+    def admits(self, expert: int, victim: int) -> bool:
+        """Whether `expert` deserves `victim`'s slot beyond the step that needs it now."""
+        return self.value(expert) > self.value(victim)
+
+
+def check_options(owner: str, given: Mapping[str, Any], valid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `valid` overlaid with `given`; a key that `valid` lacks or a value of another kind is a ConfigError."""
+    for key, value in given.items():
+        if key not in valid:
+            names = ", ".join(sorted(valid)) or "none"
+            raise ConfigError(f"{owner}: unknown option {key!r}{nearest(key, valid) or ';'} valid: {names}")
+        default = valid[key]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, (int, float)) and not isinstance(default, bool) and not is_number:
+            raise ConfigError(f"{owner}: option {key} is {value!r}; give a number (default {default!r})")
+    return {**valid, **given}
+
+
+def check_range(owner: str, key: str, value: float, low: float, high: float) -> None:
+    """Raise a ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{owner}: option {key} is {value!r}; it must be between {low:g} and {high:g}")
