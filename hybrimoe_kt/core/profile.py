@@ -85,7 +85,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         return parse_profile(content, name=path.stem, file=text)
     if text not in builtin_profiles():
         raise ConfigError(unknown_name("profile", text, builtin_profiles()))
-    packaged = resources.files("hybrimoe_kt.core").joinpath("profiles", f"{text}.json")
+    packaged = resources.files("hybrimoe_kt.core").joinpath("profiles").joinpath(f"{text}.json")
     return parse_profile(packaged.read_text(encoding="utf-8"), name=text, file=f"{text}.json")
 
 

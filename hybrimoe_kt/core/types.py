@@ -11,7 +11,7 @@ class ExpertId(NamedTuple):
     """One routed FFN: decoder layer (as the model numbers it, dense layers included) and index within it."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # the field hides tuple.index on purpose
 
 
 TransferKind = Literal["on_demand", "prefetch"]
