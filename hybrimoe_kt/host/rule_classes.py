@@ -1,0 +1,87 @@
+"""From the class names of a rule to classes: aliases, imports, and the check of an operator's kwargs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError, RuleError, nearest
+from . import aliases
+from .rule_file import DEFAULT, Rule
+
+__all__ = ["CONTRACT", "blaming", "match_classes", "operator_class", "replacement"]
+
+# What every operator's constructor receives beside the rule's kwargs.
+CONTRACT = ("key", "gguf_loader", "config", "orig_module")
+
+
+def match_classes(rule: Rule) -> tuple[type, ...] | None:
+    """Return the classes that `match.class` accepts, None when the rule does not ask for a class."""
+    if rule.cls is None:
+        return None
+    return tuple(_resolve(rule, name, rule.cls, "match.class") for name in aliases.match_class(rule.cls))
+
+
+def replacement(rule: Rule) -> tuple[str, dict[str, Any], str]:
+    """Return the class and kwargs that a rule gives, and the sentence that reports an alias (or "")."""
+    cls = aliases.operator_class(rule.replace_class)
+    if cls == rule.replace_class:
+        return cls, rule.kwargs, ""
+    kwargs, dropped = aliases.operator_kwargs(rule.kwargs)
+    meaning = "the stock module" if cls == DEFAULT else cls
+    without = f", without {', '.join(dropped)}" if dropped else ""
+    return cls, kwargs, f"{rule.replace_class} stands for {meaning}{without}"
+
+
+def operator_class(rule: Rule, name: str, kwargs: Mapping[str, Any]) -> type:
+    """Import the operator `name` and check that its constructor knows every kwarg."""
+    cls = _resolve(rule, name, rule.replace_class, "replace.class")
+    valid = _option_names(cls)
+    for key in kwargs if valid is not None else ():
+        if key not in valid:
+            hint = nearest(key, valid) or f"; valid: {', '.join(valid) or 'none'}"
+            raise rule.error(f"{name} has no option {key!r}{hint}", key)
+    if (check := getattr(cls, "check_kwargs", None)) is not None:
+        blaming(rule, name, check, kwargs)
+    return cls
+
+
+def blaming(rule: Rule, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call, and turn a ConfigError of the operator `name` into one that points at the rule."""
+    try:
+        return call(*args, **kwargs)
+    except RuleError:
+        raise
+    except ConfigError as error:
+        raise rule.error(f"{name}: {error}") from error
+
+
+def _resolve(rule: Rule, name: str, written: str, key: str) -> type:
+    """Import the class `name`, which the rule file spells `written`."""
+    module_name, _, class_name = name.rpartition(".")
+    if not module_name:
+        raise rule.error(f"{key} {written!r} is not a dotted path such as torch.nn.Linear", key)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:  # the last two: names such as ".x" and "a..b"
+        raise rule.error(f"{key} {written!r} cannot be imported: {error}{aliases.legacy_hint(name)}", key) from None
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        hint = nearest(class_name, (item for item, value in vars(module).items() if inspect.isclass(value)))
+        raise rule.error(f"{key} {written!r}: module {module_name} has no class {class_name!r}{hint}", key)
+    if not inspect.isclass(cls):
+        raise rule.error(f"{key} {written!r} is not a class", key)
+    return cls
+
+
+def _option_names(cls: type) -> Sequence[str] | None:
+    """Return the kwargs a class takes beside the contract, or None when it takes any."""
+    names = []
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            return None
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
+            names.append(parameter.name)
+    return [name for name in names if name not in CONTRACT]
