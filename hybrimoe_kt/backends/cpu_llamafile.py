@@ -1,0 +1,286 @@
+"""CPU experts on kTransformers' llamafile kernels, through kt-kernel's low-level extension.
+
+The extension trusts its caller: wrong dtypes, lengths or types crash the process or return wrong numbers. This
+module owns every check, and nothing else in the package imports kt_kernel. kt-kernel reads the mapped GGUF in
+place, so experts are not copied, except where an expert's width must be padded (see `_padded`).
+
+Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0.7.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..device.host_store import ExpertMatrix, LayerExperts
+from ..device.quant_types import row_bytes
+from ..errors import HostCompatibilityError, KernelError, ModelError
+
+__all__ = ["GATE_TYPES", "LlamafileBackend"]
+
+logger = logging.getLogger(__name__)
+
+_F32 = 0
+# F32, F16, Q4_0, Q5_0, Q8_0, Q2_K ... Q6_K. The others abort the process or come back wrong [m].
+GATE_TYPES = frozenset({0, 1, 2, 6, 8, 10, 11, 12, 13, 14})
+_WIDTH_STEP = 256
+_MAX_TOP_K = 64
+
+
+@functools.cache
+def _extension() -> Any:
+    try:
+        import kt_kernel
+    except ImportError as error:
+        raise HostCompatibilityError(
+            f"the llamafile CPU backend needs kt-kernel 0.7.2 ({error}); install it with "
+            f"`pip install --no-deps kt-kernel==0.7.2`, or use --cpu_backend torch_reference"
+        ) from None
+    extension = kt_kernel.kt_kernel_ext
+    if not hasattr(extension, "moe") or not hasattr(extension.moe, "MOE"):
+        raise HostCompatibilityError(
+            f"kt-kernel {getattr(kt_kernel, '__version__', '?')} has no llamafile MOE; version 0.7.2 has"
+        )
+    return extension
+
+
+@functools.cache
+def _worker_pool(num_threads: int) -> Any:
+    """One pool a process: its threads are pinned and spin for 50 ms after a job, so two would fight."""
+    extension = _extension()
+    config = extension.WorkerPoolConfig()
+    config.subpool_count = 1  # one subpool reads weights in place; two copy them
+    config.subpool_numa_map = [0]
+    config.subpool_thread_count = [num_threads]
+    with _stdout_silenced():
+        pool = extension.CPUInfer(config)
+    # Never destroyed: its destructor prints to standard output when the interpreter exits.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    return pool
+
+
+@contextlib.contextmanager
+def _stdout_silenced() -> Iterator[None]:
+    """Hide what kt-kernel's C++ prints, at the level of the file descriptor: Python never sees it."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        _flush_c_streams()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _flush_c_streams() -> None:
+    ctypes.CDLL(None).fflush(None)
+
+
+class LlamafileBackend:
+    """Computes experts asynchronously on kt-kernel's own threads; one call in flight.
+
+    Quantises activations to 8 bits: 1-2 % relative error per layer against exact arithmetic [m].
+    """
+
+    name = "llamafile"
+    _pool_threads = 0
+
+    def __init__(self, num_threads: int, max_tokens: int) -> None:
+        """`max_tokens` bounds one call; longer ones are refused, because the kernel would corrupt memory."""
+        self._extension = _extension()
+        if LlamafileBackend._pool_threads not in (0, num_threads):
+            logger.warning(
+                "kt-kernel's pool already runs %d threads in this process; %d were asked for and ignored",
+                LlamafileBackend._pool_threads, num_threads,
+            )
+            num_threads = LlamafileBackend._pool_threads
+        LlamafileBackend._pool_threads = num_threads
+        self.num_threads, self.max_tokens = num_threads, max_tokens
+        self._pool = _worker_pool(num_threads)
+        self._kernels: dict[int, Any] = {}
+        self._layers: dict[int, LayerExperts] = {}
+        self._padded_copies: list[torch.Tensor] = []
+        self._task: Any = None
+        self._buffers = _Buffers(0, 0, 0)
+
+    def add_layer(self, experts: LayerExperts) -> None:
+        """Take a layer's experts in place; ModelError for a type or shape the kernel gets wrong."""
+        _check_layer(experts)
+        self._layers[experts.layer] = experts
+        self._kernels[experts.layer] = self._kernel(experts)
+        self._buffers = self._buffers.at_least(2 * self.max_tokens, experts.top_k, experts.hidden)
+
+    def _kernel(self, experts: LayerExperts) -> Any:
+        width = math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
+        gate, up, down = (self._in_place_or_padded(experts, matrix, width) for matrix in experts.matrices)
+        config = self._extension.moe.MOEConfig(experts.num_experts, experts.top_k, experts.hidden, width)
+        config.pool = self._pool.backend_
+        config.m_block = 32
+        config.group_min_len = 1  # its default of 10 runs up to 9 tokens one by one: 4x slower at 8 tokens [m]
+        config.max_len = config.group_max_len = 2 * self.max_tokens
+        config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in (gate, up, down))
+        config.gate_type, config.up_type = experts.gate.ggml_type, experts.up.ggml_type
+        config.down_type, config.hidden_type = experts.down.ggml_type, _F32
+        with _stdout_silenced():
+            kernel = self._extension.moe.MOE(config)
+            self._pool.submit(kernel.load_weights_task())
+            self._pool.sync()
+        return kernel
+
+    def _in_place_or_padded(self, experts: LayerExperts, matrix: ExpertMatrix, width: int) -> torch.Tensor:
+        if width == experts.inter:
+            return matrix.data
+        padded = _padded(matrix, experts, width)
+        self._padded_copies.append(padded)
+        return padded
+
+    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Start one layer's CPU share on the pool; returns in microseconds."""
+        if self._task is not None:
+            raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
+        experts = self._layers[layer]
+        self._check_call(experts, hidden, ids, weights)
+        buffers = self._buffers
+        num_tokens = hidden.shape[0]
+        num_rows = buffers.fill_single(hidden, ids, weights) if num_tokens == 1 else buffers.fill(hidden, ids, weights)
+        buffers.length[0] = num_rows
+        top_k = ids.shape[1]
+        # The kernel reads every pointer, the length too, when the task runs: they all are this object's buffers.
+        self._task = self._kernels[layer].forward_task(
+            buffers.length.data_ptr(), top_k, buffers.ids.data_ptr(), buffers.weights.data_ptr(),
+            buffers.hidden.data_ptr(), buffers.out.data_ptr(), False,
+        )
+        self._shape = num_tokens, hidden.shape[1]
+        self._pool.submit(self._task)
+
+    def wait(self) -> torch.Tensor:
+        self._pool.sync()
+        self._task = None
+        num_tokens, width = self._shape
+        return self._buffers.out[: num_tokens * width].view(num_tokens, width)
+
+    def _check_call(self, experts: LayerExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        num_tokens = hidden.shape[0]
+        if not 1 <= num_tokens <= self.max_tokens:
+            raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {self.max_tokens}")
+        if hidden.dtype != torch.float32 or hidden.shape[1] != experts.hidden:
+            raise KernelError(f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]")
+        if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
+            raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
+        if ids.shape[0] != num_tokens or ids.shape[1] > experts.top_k:
+            raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
+        # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
+        if not math.isfinite(hidden.sum().item()):
+            raise KernelError(f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)")
+        if not math.isfinite(weights.sum().item()):
+            raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
+        _check_ids(experts, ids)
+
+
+class _Buffers:
+    """Call buffers, allocated once; flat, so that a call of any length is contiguous."""
+
+    def __init__(self, rows: int, top_k: int, hidden: int) -> None:
+        self.rows, self.top_k, self.width = rows, top_k, hidden
+        self.length = torch.zeros(1, dtype=torch.int32)
+        self.hidden = torch.zeros(rows * hidden)
+        self.out = torch.zeros(rows * hidden)
+        self.ids = torch.zeros(rows * top_k, dtype=torch.int64)
+        self.weights = torch.zeros(rows * top_k)
+
+    def at_least(self, rows: int, top_k: int, hidden: int) -> _Buffers:
+        if rows <= self.rows and top_k <= self.top_k and hidden <= self.width:
+            return self
+        return _Buffers(max(rows, self.rows), max(top_k, self.top_k), max(hidden, self.width))
+
+    def fill_single(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> int:
+        """One token: present it twice, the second time with weights 0.
+
+        The kernel's one-row path reads memory at half the speed of its many-row path, so two rows take half
+        the time of one [m].
+        """
+        top_k, width = ids.shape[1], hidden.shape[1]
+        self.hidden[: 2 * width].view(2, width).copy_(hidden.expand(2, width))
+        self.ids[: 2 * top_k].view(2, top_k).copy_(ids.expand(2, top_k))
+        self.weights[:top_k].copy_(weights[0])
+        self.weights[top_k : 2 * top_k].zero_()
+        return 2
+
+    def fill(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> int:
+        """Many tokens: repeat, with weights 0, every token that alone uses some expert, for the same reason."""
+        num_tokens, top_k = ids.shape
+        loads = torch.bincount(ids.flatten() + 1, minlength=2)
+        alone = (loads[ids + 1] == 1) & (ids >= 0)
+        repeated = alone.any(dim=1).nonzero().flatten()
+        rows = num_tokens + repeated.numel()
+        width = hidden.shape[1]
+        x, i, w = self.hidden[: rows * width], self.ids[: rows * top_k], self.weights[: rows * top_k]
+        torch.cat((hidden, hidden[repeated]), out=x.view(rows, width))
+        torch.cat((ids, torch.where(alone, ids, -1)[repeated]), out=i.view(rows, top_k))
+        w.view(rows, top_k)[:num_tokens].copy_(weights)
+        w.view(rows, top_k)[num_tokens:].zero_()
+        return rows
+
+
+def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
+    if ids.shape[0] == 1:
+        used = [index for index in ids[0].tolist() if index >= 0]
+        top, duplicated = max(used, default=0), len(set(used)) != len(used)
+    else:
+        ordered = ids.sort(dim=1).values
+        duplicated = bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
+        top = int(ordered[:, -1].max())
+    if top >= experts.num_experts:
+        raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
+    if duplicated:
+        raise KernelError(f"one token names the same expert twice in layer {experts.layer}")
+
+
+def _check_layer(experts: LayerExperts) -> None:
+    for role, matrix in zip(("gate", "up", "down"), experts.matrices, strict=True):
+        if matrix.ggml_type not in GATE_TYPES:
+            raise ModelError(
+                f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend cannot "
+                f"run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use --cpu_backend torch_reference or another file"
+            )
+        if not matrix.data.is_contiguous():
+            raise ModelError(f"layer {experts.layer}: {role} experts are not contiguous in memory")
+    if experts.gate.ggml_type != experts.up.ggml_type:
+        raise ModelError(
+            f"layer {experts.layer}: gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
+            f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
+        )
+    if experts.hidden % _WIDTH_STEP:
+        raise ModelError(
+            f"layer {experts.layer}: hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the llamafile "
+            f"CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
+        )
+    if experts.top_k > _MAX_TOP_K:
+        raise ModelError(f"layer {experts.layer}: top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}")
+
+
+def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Tensor:
+    """Copy every expert's matrix with the expert width grown to `width` by zero bytes.
+
+    Zero bytes are zero weights in every block format here (their scales are zero), so results do not change.
+    """
+    extra = width - experts.inter
+    if matrix.rows == experts.inter:  # gate, up: more rows
+        return torch.nn.functional.pad(matrix.data, (0, extra * row_bytes(matrix.ggml_type, matrix.columns)))
+    try:
+        row = row_bytes(matrix.ggml_type, width)
+        rows = matrix.data.view(experts.num_experts, matrix.rows, -1)
+    except ValueError as error:  # pragma: no cover - a block larger than the padding step does not exist
+        raise ModelError(str(error)) from error
+    return torch.nn.functional.pad(rows, (0, row - rows.shape[2])).flatten(1).contiguous()

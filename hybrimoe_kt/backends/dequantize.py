@@ -1,0 +1,39 @@
+"""GGUF blocks to float32: the one adapter around Transformers' and gguf-py's dequantisers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as numpy_dequantize
+
+from ..device.quant_types import type_name
+from ..errors import ModelError
+
+__all__ = ["dequantize"]
+
+_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+
+
+def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the float32 values of `data` (uint8 `[num_bytes]`, any device), shaped `shape`.
+
+    Transformers' torch routines where they know the type (2-10x gguf-py's, and they run on the data's own
+    device); gguf-py's NumPy ones for the few they lack (Q5_0, Q5_1, MXFP4).
+    """
+    from transformers.integrations.gguf.dequant import GGML_BLOCK
+    from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
+
+    if ggml_type in _PLAIN:
+        return data.view(_PLAIN[ggml_type]).to(torch.float32).reshape(shape)
+    if ggml_type in GGML_BLOCK:
+        return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
+    return _dequantize_numpy(data, ggml_type).reshape(shape)
+
+
+def _dequantize_numpy(data: torch.Tensor, ggml_type: int) -> torch.Tensor:
+    try:
+        values = numpy_dequantize(data.cpu().numpy(), GGMLQuantizationType(ggml_type))
+    except (NotImplementedError, ValueError):
+        raise ModelError(f"weights of {type_name(ggml_type)} cannot be dequantised by this version of gguf") from None
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(data.device)

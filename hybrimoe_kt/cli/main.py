@@ -1,0 +1,175 @@
+"""The `ktransformers` command: load a model, then chat or answer once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..config import ExpertOptions
+from ..errors import ConfigError, HybriMoEError, ModelError
+from .options import expert_overrides, parse
+
+if TYPE_CHECKING:
+    from ..host.hf.engine import Engine
+
+__all__ = ["main"]
+
+EMBEDDED_MODEL = "tiny-qwen3moe-q4_k.gguf"
+_DEFAULT_PROMPT = "Hello! How are you today?"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return _run(options, console)
+    except HybriMoEError as error:
+        print(f"ktransformers: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    for flag in options.without_effect:
+        console.print(f"note: --{flag} has no effect here")
+    ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
+    _check_writable(options.stats_json)
+    interactive = options.prompt is None and options.prompt_file is None and sys.stdin.isatty()
+    prompt = None if interactive else _prompt(options, console)
+    began = time.perf_counter()
+    engine = load_engine(options, console)
+    console.print(f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)")
+    if prompt is None:
+        from .chat import run_chat
+
+        return run_chat(engine, options, Console(highlight=False))
+    return _answer_once(engine, options, prompt, console)
+
+
+def load_engine(options: argparse.Namespace, console: Console) -> Engine:
+    """Load what the options name; imports torch and transformers, which takes seconds."""
+    gguf_path = _model_file(options)
+    with console.status("starting torch and transformers"):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from ..host.hf.build import build_engine
+
+    return build_engine(
+        gguf_path,
+        model_path=options.model_path,
+        rules_path=options.optimize_rule_path,
+        dtype=options.dtype,
+        context_tokens=options.cache_lens,
+        option_overrides=expert_overrides(options),
+        progress=sys.stderr.isatty(),
+        time_shares=options.verbose,
+    )
+
+
+def _model_file(options: argparse.Namespace) -> Path:
+    if options.gguf_path is not None:
+        return Path(options.gguf_path)
+    if options.model_path is None:
+        return Path(str(resources.files("hybrimoe_kt.models") / EMBEDDED_MODEL))
+    if not any(Path(options.model_path).glob("*.gguf")):
+        raise ModelError(f"{options.model_path}: no .gguf file there; name one with --gguf_path")
+    return Path(options.model_path)
+
+
+def _check_writable(file: Path | None) -> None:
+    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()):
+        raise ConfigError(f"--stats_json {file}: cannot be written there")
+
+
+def _prompt(options: argparse.Namespace, console: Console) -> str:
+    if options.prompt is not None:
+        text, source = options.prompt, "--prompt"
+    elif options.prompt_file is not None:
+        text, source = _read_prompt(options.prompt_file), str(options.prompt_file)
+    else:
+        text, source = _read_stdin(), "standard input"
+        if not text.strip():
+            console.print(f"no terminal and no prompt: answering {_DEFAULT_PROMPT!r}")
+            return _DEFAULT_PROMPT
+    if not text.strip():
+        raise ConfigError(f"{source} holds no text; give a prompt")
+    return str(text)
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; --prompt_file takes a text file") from None
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8 text (byte {error.start})") from None
+
+
+def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, console: Console) -> int:
+    stop = threading.Event()
+    pieces: list[str] = []
+    answer = engine.stream(
+        [{"role": "user", "content": prompt}], max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        top_p=options.top_p, seed=options.seed, stop=stop,
+    )
+    try:
+        for piece in answer:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stop.set()
+        answer.close()
+    print()
+    run = engine.last_run()
+    console.print(statistics_line(run), style="dim")
+    if engine.shares is not None:
+        console.print(shares_line(engine.shares.per_token_ms()), style="dim")
+    if options.stats_json is not None:
+        report: dict[str, Any] = {"model": engine.model_name, "runtime": engine.runtime.describe()} | run
+        report |= {"text": "".join(pieces)}
+        if engine.shares is not None:
+            report["per_token_ms"] = engine.shares.per_token_ms()
+        options.stats_json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 130 if stop.is_set() else 0
+
+
+def statistics_line(run: dict[str, Any]) -> str:
+    """One line about a run."""
+    reused = f" ({run['reused_tokens']} reused)" if run["reused_tokens"] else ""
+    line = (
+        f"prompt {run['prompt_tokens']} tokens{reused}, {run['prefill_tokens_per_s']:.1f} tok/s; "
+        f"answer {run['new_tokens']} tokens, {run['decode_tokens_per_s']:.1f} tok/s; "
+        f"experts: {run['experts_on_cpu']} CPU, {run['experts_on_gpu']} GPU"
+    )
+    if run["experts_on_gpu"] or run["transfers"]:
+        line += f", hit rate {run['hit_rate']:.1%}, {run['transfers']} transfers, {run['prefetches']} prefetches"
+    return line
+
+
+def shares_line(shares: dict[str, float]) -> str:
+    """Where a decoded token's time went."""
+    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in ("experts", "attention", "overhead", "other"))
+    return f"a token took {shares['total']:.2f} ms: {parts}"

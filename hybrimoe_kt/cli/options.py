@@ -1,0 +1,123 @@
+"""The flags of `ktransformers`: kTransformers' spellings, and ours in the same style."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import nearest
+
+__all__ = ["build_parser", "expert_overrides", "parse"]
+
+_EXAMPLES = """examples:
+  ktransformers                                        chat with the small embedded model
+  ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
+  ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
+      --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
+"""
+
+# Flags of kTransformers that a user's script may pass and that mean nothing here.
+_WITHOUT_EFFECT = ("use_cuda_graph", "mode", "force_think", "device", "tp")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag when one is unknown."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags) or '; see --help'}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _whole(low: int) -> Any:
+    def convert(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return convert
+
+
+def _number(low: float, high: float) -> Any:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every flag may be spelled with underscores or hyphens."""
+    parser = _Parser(
+        prog="ktransformers", allow_abbrev=False, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
+    )
+    parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
+    model = parser.add_argument_group("model")
+    model.add_argument("--gguf_path", type=Path, metavar="PATH", help=".gguf file, one of its splits, or a directory")
+    model.add_argument("--model_path", type=Path, metavar="DIR", help="directory with config.json and tokenizer; default: from the GGUF")
+    model.add_argument("--optimize_rule_path", "--optimize_config_path", type=Path, metavar="YAML", dest="optimize_rule_path",
+                       help="rule file; default: the packaged one for the architecture")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                       help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU")
+    model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
+    answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
+    answer.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N")
+    answer.add_argument("--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token")
+    answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
+    answer.add_argument("--seed", type=_whole(0), metavar="N", help="the same seed draws the same tokens")
+    experts = parser.add_argument_group("experts (these win over the rule file)")
+    experts.add_argument("--accelerator", metavar="NAME", help="auto, none, emulated, cuda[:N], xpu[:N]")
+    experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")
+    experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for CPU experts")
+    experts.add_argument("--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto")
+    experts.add_argument("--policy", metavar="NAME", help="which expert loses its slot: mrs, lru, ...")
+    experts.add_argument("--scheduler", metavar="NAME", help="who computes what: paper, static, ...")
+    experts.add_argument("--prefetch_size", type=_whole(0), metavar="N", help="transfers ahead of need per layer, 0: off")
+    experts.add_argument("--prefetch_depth", type=_whole(1), metavar="N", help="layers the gates look ahead, 1 to 3")
+    experts.add_argument("--profile", metavar="NAME", help="hardware profile: a name or a file")
+    experts.add_argument("--chunk_size", type=_whole(1), metavar="TOKENS", help="longest piece of a prompt computed at once")
+    report = parser.add_argument_group("report")
+    report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
+    report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
+    for flag in _WITHOUT_EFFECT:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line; exits with code 2 and one sentence when it cannot be used."""
+    options = build_parser().parse_args([_underscored(word) for word in argv])
+    options.without_effect = [flag for flag in _WITHOUT_EFFECT if getattr(options, flag) is not None]
+    if options.prompt is not None and options.prompt_file is not None:
+        build_parser().error("give --prompt or --prompt_file, not both")
+    return options
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the `ExpertOptions` that the command line sets."""
+    names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
+    flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "policy", "scheduler", "prefetch_size",
+             "prefetch_depth", "profile", "chunk_size")  # fmt: skip
+    return {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}

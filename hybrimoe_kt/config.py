@@ -1,0 +1,151 @@
+"""Every option of the expert runtime: validated once, each with its unit and default.
+
+A rule file's `kwargs` and the command line both end here, so both get the same errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError, nearest, unknown_name
+
+__all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
+
+ACCELERATORS = ("auto", "none", "emulated", "cuda", "xpu")
+CPU_BACKENDS = ("llamafile", "torch_reference")
+GPU_BACKENDS = ("auto", "torch_reference")
+
+BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return "12GiB" or "500 MB" as bytes, None when `text` is not written that way."""
+    match = _BYTES.fullmatch(text.strip())
+    return int(float(match[1]) * BYTE_UNITS[match[2].upper()]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How many experts may live on the accelerator: exactly one field is set, none means "auto".
+
+    `per_layer` is a number of slots in each MoE layer, `fraction` a share of all routed experts (0..1),
+    `num_bytes` a budget over all layers. "auto" is what fits in the accelerator's free memory.
+    """
+
+    per_layer: int | None = None
+    fraction: float | None = None
+    num_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> CacheSize:
+        """Read a count (8), a share (0.25, "25%", "all"), bytes ("12GiB") or "auto"; else ConfigError."""
+        if isinstance(value, CacheSize):
+            return value
+        if isinstance(value, bool):
+            return cls._refuse(value)
+        if isinstance(value, int):
+            return cls(per_layer=value) if value >= 0 else cls._refuse(value)
+        if isinstance(value, float):
+            return cls(fraction=value) if 0.0 <= value <= 1.0 else cls._refuse(value)
+        return cls._parse_text(str(value).strip())
+
+    @classmethod
+    def _parse_text(cls, text: str) -> CacheSize:
+        word = text.lower()
+        if word in ("auto", "all"):
+            return cls(fraction=1.0) if word == "all" else cls()
+        if text.isdigit():
+            return cls(per_layer=int(text))
+        if text.endswith("%") and _is_number(text[:-1]) and 0 <= float(text[:-1]) <= 100:
+            return cls(fraction=float(text[:-1]) / 100)
+        if _is_number(text) and 0.0 <= float(text) <= 1.0:
+            return cls(fraction=float(text))
+        num_bytes = parse_bytes(text)
+        return cls(num_bytes=num_bytes) if num_bytes is not None else cls._refuse(text)
+
+    @staticmethod
+    def _refuse(value: Any) -> CacheSize:
+        raise ConfigError(
+            f"cache size {value!r} is not understood: give experts per layer (8), a share (0.25, 25%, all), "
+            f"bytes (12GiB) or auto"
+        )
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOptions:
+    """Options of `HybriMoEExperts`, shared by every MoE layer of a model."""
+
+    accelerator: str = "auto"
+    """Where slots live: "none" (all experts on the CPU), "emulated", "cuda", "xpu"; auto takes what is found."""
+    cpu_backend: str = "llamafile"
+    gpu_backend: str = "auto"
+    cpu_threads: int = 0
+    """Threads computing CPU experts; 0 chooses from the machine's cores."""
+    cache_size: CacheSize = field(default_factory=CacheSize)
+    policy: str = "mrs"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = "paper"
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    prefetch_size: int = 2
+    """Transfers started ahead of need per layer; 0 switches prefetching off."""
+    prefetch_depth: int = 1
+    """How many layers ahead the gates are asked, 1 to 3."""
+    profile: str = "default"
+    """Name of a built-in hardware profile, or a profile file."""
+    max_chunk_tokens: int = 512
+    """Longest piece of a prompt computed at once, tokens; sizes every buffer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
+        _one_of("accelerator", self.accelerator.split(":")[0], ACCELERATORS)
+        _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
+        _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
+        _in_range("cpu_threads", self.cpu_threads, 0, 1024)
+        _in_range("prefetch_size", self.prefetch_size, 0, 1024)
+        _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
+        _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
+        for name in ("policy_options", "scheduler_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name} must be a mapping of option names to values")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> ExpertOptions:
+        """Build from a rule's kwargs or a command line; an unknown key is a ConfigError naming the nearest."""
+        return cls(**_known(cls.names(), kwargs))
+
+    def replace(self, kwargs: Mapping[str, Any]) -> ExpertOptions:
+        """Return a copy with `kwargs` taking precedence, validated the same way."""
+        return dataclasses.replace(self, **_known(self.names(), kwargs))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Every valid key."""
+        return tuple(option.name for option in dataclasses.fields(cls))
+
+
+def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in kwargs:
+        if key not in valid:
+            raise ConfigError(f"unknown option {key!r}{nearest(key, valid) or ';'} valid: {', '.join(valid)}")
+    return kwargs
+
+
+def _one_of(option: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(unknown_name(option, value, valid))
+
+
+def _in_range(option: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{option} is {value!r}, valid: a whole number from {low} to {high}")

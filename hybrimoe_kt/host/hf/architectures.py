@@ -1,0 +1,183 @@
+"""Model families as data: how a GGUF architecture becomes a Transformers configuration and its tensor names.
+
+A family is one entry in `ARCHITECTURES`. Adding one means describing it here, not branching elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf.tensor_mapping import TensorNameMap
+
+from ...errors import ModelError, unknown_name
+from .gguf_file import GgufFile
+
+__all__ = ["ARCHITECTURES", "Architecture", "Composed", "architecture_of"]
+
+Metadata = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A parameter assembled from several GGUF tensors (each given dequantised) where its own is absent."""
+
+    parts: tuple[str, ...]
+    """GGUF names, `{layer}` standing for the block number."""
+    build: Callable[..., torch.Tensor]
+    shape: Callable[..., tuple[int, ...]]
+    """Result shape from the parts' shapes, to check a file before anything is dequantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One model family: `keys` maps configuration key -> GGUF key (without the architecture prefix)."""
+
+    gguf: str
+    model_type: str
+    keys: Mapping[str, str]
+    optional_keys: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[Callable[..., Any]], Mapping[str, Any]] = lambda key: {}
+    """Configuration entries that one key cannot give; receives a reader `key(name, default)`."""
+    composed: Mapping[str, Composed] = field(default_factory=dict)
+
+    def config(self, file: GgufFile) -> dict[str, Any]:
+        """Return the Transformers configuration that the file's metadata describes."""
+
+        def key(name: str, default: Any = None) -> Any:
+            return file.metadata.get(f"{self.gguf}.{name}", default)
+
+        missing = [name for name in self.keys.values() if key(name) is None]
+        if missing:
+            raise ModelError(f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead")
+        config = {ours: key(theirs) for ours, theirs in self.keys.items()}
+        config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
+        config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
+        return config | {"model_type": self.model_type}
+
+    def name_map(self, num_blocks: int) -> TensorNameMap:
+        """gguf-py's table of parameter name -> GGUF name for this family."""
+        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.gguf)
+        return get_tensor_name_map(arch, num_blocks)
+
+
+def architecture_of(file: GgufFile) -> Architecture:
+    """Return the family of a file; an unsupported one, or one without routed experts, is a ModelError."""
+    name = file.architecture
+    if name not in ARCHITECTURES:
+        message = unknown_name("architecture", name, ARCHITECTURES)
+        raise ModelError(f"{file.path}: {message}")
+    if not file.metadata.get(f"{name}.expert_count"):
+        raise ModelError(f"{file.path}: a dense {name} model without experts; this program runs Mixture-of-Experts models")
+    return ARCHITECTURES[name]
+
+
+def _common(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
+    token = "tokenizer.ggml.{}_token_id".format
+    ends = {file.metadata.get(token("eos")), file.metadata.get(token("eot"))} - {None}
+    return {
+        "vocab_size": file.tensor("token_embd.weight").shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "num_hidden_layers": key("block_count") - key("nextn_predict_layers", 0),
+        "bos_token_id": file.metadata.get(token("bos")),
+        "eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": file.metadata.get(token("padding")),
+        "rope_parameters": _rope(file, key),
+    }
+
+
+def _rope(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
+    kind = key("rope.scaling.type", "none")
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise ModelError(f"{file.path}: position scaling {kind!r} is not supported; valid: none, linear, yarn")
+    rope |= {"rope_type": kind, "factor": key("rope.scaling.factor", 1.0)}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
+        rope |= {"beta_fast": key("rope.scaling.yarn_beta_fast", 32.0), "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0)}
+        multiplier = key("rope.scaling.yarn_log_multiplier")
+        if multiplier:  # the file stores 0.1 * mscale_all_dim; every released model has mscale equal to it
+            mscale = round(multiplier / 0.1, 6)
+            rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+    return rope
+
+
+_DECODER_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+
+
+def _deepseek2(key: Callable[..., Any]) -> dict[str, Any]:
+    if key("expert_gating_func", 1) != 1:
+        raise ModelError("deepseek2 with sigmoid routing (the DeepSeek-V3 family) is not supported; softmax routing is")
+    if key("expert_weights_norm", False):
+        raise ModelError("deepseek2 with normalised softmax routing weights is not supported by the host's DeepSeek-V2")
+    rope_dim = key("rope.dimension_count")
+    query_dim = key("attention.key_length_mla") or key("attention.key_length")
+    groups = key("expert_group_count", 1)
+    return {
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": query_dim - rope_dim,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "num_key_value_heads": key("attention.head_count"),
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "n_group": groups,
+        "topk_group": key("expert_group_used_count", 1),
+    }
+
+
+def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
+    """`attn_k_b [heads, rank, nope]` and `attn_v_b [heads, v, rank]` -> `[heads * (nope + v), rank]`."""
+    return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
+
+
+def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen3moe": Architecture(
+        gguf="qwen3moe",
+        model_type="qwen3_moe",
+        keys=_DECODER_KEYS
+        | {
+            "num_key_value_heads": "attention.head_count_kv",
+            "head_dim": "attention.key_length",
+            "num_experts": "expert_count",
+        },
+        optional_keys={"intermediate_size": "feed_forward_length"},
+        # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
+        constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "deepseek2": Architecture(
+        gguf="deepseek2",
+        model_type="deepseek_v2",
+        keys=_DECODER_KEYS
+        | {
+            "n_routed_experts": "expert_count",
+            "kv_lora_rank": "attention.kv_lora_rank",
+            "intermediate_size": "feed_forward_length",
+            "first_k_dense_replace": "leading_dense_block_count",
+        },
+        optional_keys={"n_shared_experts": "expert_shared_count", "routed_scaling_factor": "expert_weights_scale"},
+        derive=_deepseek2,
+        composed={
+            "self_attn.kv_b_proj.weight": Composed(
+                ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+            )
+        },
+    ),
+}

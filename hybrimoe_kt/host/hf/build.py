@@ -1,0 +1,49 @@
+"""From paths and options to an engine that answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...device.accelerator import choose_accelerator
+from ...device.cores import default_expert_threads, dense_threads
+from .engine import Engine
+from .loading import load_model
+from .profiler import TimeShares
+from .tokenizer import load_tokenizer
+
+__all__ = ["build_engine"]
+
+
+def build_engine(
+    gguf_path: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    rules_path: str | Path | None = None,
+    dtype: str = "auto",
+    context_tokens: int | None = None,
+    option_overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+    time_shares: bool = False,
+) -> Engine:
+    """Load model and tokenizer and share the machine's cores between torch and the experts."""
+    overrides = option_overrides or {}
+    device = _dense_device(overrides.get("accelerator", "auto"))
+    if device == "cpu" and overrides.get("cpu_backend", "llamafile") == "llamafile":
+        torch.set_num_threads(dense_threads(overrides.get("cpu_threads") or default_expert_threads()))
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
+    loaded = load_model(
+        gguf_path, model_path=model_path, rules_path=rules_path, dtype=chosen, device=device,
+        option_overrides=overrides, progress=progress,
+    )
+    tokenizer = load_tokenizer(loaded.loader.file, model_path)
+    shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
+    return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
+
+
+def _dense_device(accelerator: str) -> str:
+    """Dense weights live where the slots do, on a real accelerator; otherwise on the CPU."""
+    chosen = choose_accelerator(accelerator)
+    return str(chosen.device) if chosen is not None else "cpu"

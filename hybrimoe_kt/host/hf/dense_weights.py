@@ -1,0 +1,90 @@
+"""Dense weights: each parameter of the model found in the GGUF file, checked, and dequantised when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...backends.dequantize import dequantize
+from ...errors import ModelError
+from .architectures import Architecture
+from .gguf_file import GgufFile, GgufTensor
+
+__all__ = ["LazyTensor", "dense_state_dict"]
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class LazyTensor:
+    """One parameter, dequantised when Transformers' loader indexes it; the loader needs no more than this."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> None:
+        self.shape, self.dtype, self._load = shape, dtype, load
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._load().to(self.dtype)
+
+    def get_dtype(self) -> str:
+        """The name the loader expects of a checkpoint slice."""
+        return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+
+def dense_state_dict(
+    file: GgufFile, architecture: Architecture, parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, LazyTensor]:
+    """Return a lazy state dict for `parameters` (name -> shape, routed experts left out).
+
+    A parameter without a tensor, or whose tensor's shape contradicts the configuration, is a ModelError
+    that names both; nothing is dequantised here.
+    """
+    num_blocks = 1 + max((int(match[1]) for name in parameters if (match := _LAYER.search(name))), default=0)
+    names = architecture.name_map(num_blocks)
+    state: dict[str, LazyTensor] = {}
+    for name, shape in parameters.items():
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is not None:
+            stem, _, suffix = name.rpartition(".")
+            gguf_name = gguf_name if gguf_name.endswith(suffix) else f"{gguf_name}.{suffix}"
+        if gguf_name in file.tensors:
+            state[name] = _single(file, file.tensors[gguf_name], name, shape, dtype)
+        else:
+            state[name] = _composed(file, architecture, name, gguf_name, shape, dtype)
+    return state
+
+
+def _single(
+    file: GgufFile, tensor: GgufTensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> LazyTensor:
+    _check_shape(file, tensor.name, tensor.shape, name, shape)
+    return LazyTensor(shape, dtype, lambda: _values(tensor))
+
+
+def _composed(
+    file: GgufFile, architecture: Architecture, name: str, gguf_name: str | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> LazyTensor:
+    layer = _LAYER.search(name)
+    recipe = next((recipe for suffix, recipe in architecture.composed.items() if name.endswith(suffix)), None)
+    if recipe is None or layer is None:
+        raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
+    parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
+    _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
+    return LazyTensor(shape, dtype, lambda: recipe.build(*(_values(part) for part in parts)))
+
+
+def _values(tensor: GgufTensor) -> torch.Tensor:
+    return dequantize(torch.from_numpy(np.array(tensor.data)), tensor.ggml_type, tensor.shape)
+
+
+def _check_shape(file: GgufFile, gguf_name: str, found: tuple[int, ...], name: str, wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise ModelError(
+            f"{file.path}: tensor {gguf_name} has shape {list(found)}, the configuration wants {list(wanted)} for {name}; "
+            f"the GGUF file and the configuration belong to different models"
+        )

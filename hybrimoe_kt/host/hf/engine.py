@@ -1,0 +1,229 @@
+"""Text in, text out: prompt chunks, sampling, streaming, and the numbers of a run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ...errors import CapacityError, KernelError
+from .loading import LoadedModel
+from .profiler import TimeShares
+from .tokenizer import chat_prompt
+
+__all__ = ["Engine", "Run", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 is greedy and ignores the rest."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    seed: int | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """What one answer took; times in seconds, counts of this run alone."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    experts_on_cpu: int = 0
+    experts_on_gpu: int = 0
+    transfers: int = 0
+    transferred_bytes: int = 0
+    prefetches: int = 0
+    finish: str = "stop"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and the rates derived from them."""
+        computed = self.prompt_tokens - self.reused_tokens
+        later = max(0, self.new_tokens - 1)  # the first token comes out of the prefill
+        return asdict(self) | {
+            "prefill_tokens_per_s": computed / self.prefill_s if self.prefill_s else 0.0,
+            "decode_tokens_per_s": later / self.decode_s if self.decode_s else 0.0,
+            "hit_rate": self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0,
+        }
+
+
+class Engine:
+    """One conversation at a time over a loaded model. Keeps the KV cache of the last one to reuse its prefix."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_tokens: int | None = None,
+        shares: TimeShares | None = None,
+    ) -> None:
+        """`context_tokens` limits prompt and answer together; by default the model's own limit."""
+        self.loaded, self.tokenizer, self.shares = loaded, tokenizer, shares
+        self.model, self.runtime = loaded.model, loaded.runtime
+        limit = int(self.model.config.max_position_embeddings)
+        self.context_tokens = min(context_tokens or limit, limit)
+        self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
+        ends = self.model.config.eos_token_id
+        self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self._cache = DynamicCache(config=self.model.config)
+        self._cached_ids: list[int] = []
+        self._run = Run()
+
+    def stream(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        stop: threading.Event | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer to a conversation piece by piece; CapacityError when the conversation is too long."""
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        ids = chat_prompt(self.tokenizer, messages)
+        pieces = DecodeStream(skip_special_tokens=True)
+        backend = self.tokenizer.backend_tokenizer
+        for token in self.tokens(ids, sampling, stop):
+            piece = pieces.step(backend, token)
+            if piece:
+                yield piece
+
+    def tokens(self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None) -> Iterator[int]:
+        """Yield the new token ids after `prompt`, end tokens left out; `last_run` tells what it took."""
+        self._check_length(prompt)
+        self._run = run = Run(prompt_tokens=len(prompt))
+        before = self.runtime_counters()
+        draw = _Draw(sampling)
+        try:
+            yield from self._generate(prompt, sampling, draw, stop, run)
+        finally:
+            for name, value in self.runtime_counters().items():
+                setattr(run, name, value - before[name])
+
+    def _generate(
+        self, prompt: list[int], sampling: Sampling, draw: _Draw, stop: threading.Event | None, run: Run
+    ) -> Iterator[int]:
+        run.reused_tokens = self._reuse(prompt)
+        began = time.perf_counter()
+        logits = self._forward(prompt[run.reused_tokens :])
+        run.prefill_s = time.perf_counter() - began
+        room = self.context_tokens - len(prompt)
+        began = time.perf_counter()
+        while True:
+            token = draw(logits)
+            if token in self.end_ids:
+                return
+            run.new_tokens += 1
+            run.decode_s = time.perf_counter() - began
+            yield token
+            if run.new_tokens >= min(sampling.max_new_tokens, room):
+                run.finish = "length"
+                return
+            if stop is not None and stop.is_set():
+                run.finish = "cancelled"
+                return
+            logits = self._forward([token])
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU."""
+        step = self.runtime.options.max_chunk_tokens
+        began = time.perf_counter()
+        for at in range(0, len(ids), step):
+            piece = ids[at : at + step]
+            # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
+            cached, self._cached_ids = self._cached_ids, []
+            tokens = torch.tensor([piece], device=self.model.device)
+            output = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._cached_ids = cached + piece
+        logits = output.logits[0, -1].float().cpu()
+        if not logits.sum().isfinite():
+            raise KernelError("the model produced NaN or infinite logits; the weights or a backend are broken")
+        if self.shares is not None:
+            self.shares.step(len(ids), time.perf_counter() - began)
+        return logits
+
+    def _reuse(self, prompt: list[int]) -> int:
+        """Keep the cached prefix that `prompt` shares, at most all but its last token; return its length."""
+        common = 0
+        for cached, wanted in zip(self._cached_ids, prompt[:-1], strict=False):
+            if cached != wanted:
+                break
+            common += 1
+        if common == 0 or self._cache.get_seq_length() < common:
+            self.reset()
+            return 0
+        if self._cache.get_seq_length() > common:
+            self._cache.crop(common)
+        self._cached_ids = self._cached_ids[:common]
+        return common
+
+    def _check_length(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise CapacityError("the prompt is empty; give at least one character")
+        if len(prompt) >= self.context_tokens:
+            raise CapacityError(
+                f"the conversation has {len(prompt)} tokens, the context holds {self.context_tokens} with the answer; "
+                f"shorten it, or start a new one with /reset"
+            )
+
+    def reset(self) -> None:
+        """Forget the cached conversation."""
+        self._cache, self._cached_ids = DynamicCache(config=self.model.config), []
+
+    def runtime_counters(self) -> dict[str, int]:
+        """The counters of a `Run` as they stand since the model was loaded."""
+        stats = self.runtime.coordinator.stats.snapshot() if self.runtime.coordinator else {}
+        names = {"transfers": "num_transfers", "prefetches": "num_prefetches"}
+        wanted = ("hits", "misses", "experts_on_cpu", "experts_on_gpu", "transfers", "transferred_bytes", "prefetches")
+        return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
+
+    def last_run(self) -> dict[str, Any]:
+        """The last answer's counts, times and rates."""
+        return self._run.as_dict()
+
+    def statistics(self) -> dict[str, Any]:
+        """Everything counted since the model was loaded."""
+        stats = self.runtime.coordinator.stats.snapshot() if self.runtime.coordinator else {}
+        return {"model": self.model_name, "context_tokens": self.context_tokens, "runtime": self.runtime.describe()} | stats
+
+
+class _Draw:
+    """Chooses one token from logits `[vocab]`; the same seed draws the same tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._greedy = sampling.temperature <= 0
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k > 0:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        if self._greedy:
+            return int(logits.argmax())
+        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None])
+        return int(torch.multinomial(torch.softmax(scores[0], dim=-1), 1, generator=self._generator))

@@ -1,0 +1,181 @@
+"""GGUF in, model out: Transformers builds and loads the model, our rules choose its operators in between.
+
+The hook is a custom quantizer: it sees the model while it is still on the meta device, so that replaced modules
+never own weights. Dense weights arrive lazily through `from_pretrained`, which brings tying, buffers kept in
+float32, progress bar and load report. Transformers' internals are touched here and in dense_weights only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...errors import ModelError
+from ...operators.runtime import Runtime
+from .. import rules as rule_engine
+from .architectures import Architecture, architecture_of
+from .dense_weights import dense_state_dict
+from .gguf_file import GgufFile
+from .gguf_loader import GgufLoader
+from .look_ahead import attach_look_ahead
+
+__all__ = ["LoadedModel", "load_model"]
+
+logger = logging.getLogger(__name__)
+
+_METHOD = "hybrimoe"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate, with what was decided on the way."""
+
+    model: PreTrainedModel
+    loader: GgufLoader
+    architecture: Architecture
+    rules_file: Path
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def runtime(self) -> Runtime:
+        assert self.loader.runtime is not None, "load_model checked it"
+        return self.loader.runtime
+
+
+@register_quantization_config(_METHOD)
+class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the injection step into Transformers' loading; never saved."""
+
+    def __init__(self, inject: Callable[[nn.Module], None] | None = None, **_: Any) -> None:
+        self.quant_method = _METHOD
+        self.inject = inject
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": _METHOD}
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces modules by operators before any weight is loaded; quantises nothing."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: _Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.quantization_config.inject is not None:
+            self.quantization_config.inject(model)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def load_model(
+    gguf_path: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    rules_path: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    option_overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> LoadedModel:
+    """Load a GGUF model with its experts under the runtime; raises HybriMoEError subclasses on anything unusable.
+
+    The configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF
+    metadata. Without `rules_path` the packaged rules of the architecture apply. `option_overrides` are
+    `ExpertOptions` keys that win over the rules. `device` holds the dense weights.
+    """
+    file = GgufFile(gguf_path)
+    architecture = architecture_of(file)
+    config = _config(file, architecture, model_path)
+    rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.gguf)
+    rules = rule_engine.load_rules(rules_file)
+    loader = GgufLoader(file, option_overrides)
+    loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
+
+    def inject(model: nn.Module) -> None:
+        injections = rule_engine.match_modules(model, rules, default_device=device)
+        for rule in rule_engine.unused_rules(rules, injections):
+            loaded.warnings.append(f"{rules_file}:{rule.line}: rule {rule.number} matches no module of this model")
+        rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=None)
+
+    skeleton = _skeleton(config)
+    inject(skeleton)
+    if loader.runtime is None:
+        raise ModelError(f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights")
+    parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
+    state = dense_state_dict(file, architecture, parameters, dtype)
+    loader.runtime, loaded.warnings = None, []
+    with _progress(progress):
+        loaded.model = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, quantization_config=_Config(inject), dtype=dtype, device_map={"": device},
+            attn_implementation="sdpa",
+        )
+    loaded.runtime.start()
+    attach_look_ahead(loaded.model, loaded.runtime)
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return loaded
+
+
+def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:
+    if model_path is None:
+        values = architecture.config(file)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    path = Path(model_path)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}/config.json cannot be used: {str(error).splitlines()[0]}") from None
+    if config.model_type != architecture.model_type:
+        raise ModelError(
+            f"{path} describes a {config.model_type} model, {file.path} holds {architecture.gguf} "
+            f"({architecture.model_type}); they belong to different models"
+        )
+    return config
+
+
+def _skeleton(config: Any) -> PreTrainedModel:
+    """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers that a file must provide: tied ones only once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+class _progress:
+    """Show or hide Transformers' loading bar, leaving its setting as it was."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __enter__(self) -> None:
+        self.before = transformers_logging.is_progress_bar_enabled()
+        (transformers_logging.enable_progress_bar if self.shown else transformers_logging.disable_progress_bar)()
+
+    def __exit__(self, *_: object) -> None:
+        (transformers_logging.enable_progress_bar if self.before else transformers_logging.disable_progress_bar)()

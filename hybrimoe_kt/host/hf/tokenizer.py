@@ -1,0 +1,59 @@
+"""The tokenizer: from a model directory when there is one, else rebuilt from the GGUF file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ...errors import ModelError
+from .gguf_file import GgufFile
+
+__all__ = ["chat_prompt", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+# What GPT-2's split is right for, or for which Transformers' converter installs the right one (5.23.0).
+_FAITHFUL_PRE_TOKENIZERS = frozenset(
+    {"default", "gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o", "minimax-m2"}
+)
+
+
+def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; ModelError when neither source has one. Warns where a rebuilt one may split differently."""
+    if model_path is not None and any((Path(model_path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return _load(model_path, f"{model_path}: its tokenizer cannot be used")
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise ModelError(f"{file.path}: holds no tokenizer; give --model_path a directory that has one")
+    split = file.metadata.get("tokenizer.ggml.pre", "default")
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in _FAITHFUL_PRE_TOKENIZERS:
+        logger.warning(
+            "%s: the tokenizer is rebuilt from the file, and its text splitting (%s) is only approximated; "
+            "give --model_path the model's own tokenizer for exact tokens", file.path.name, split,
+        )
+    return _load(file.path.parent, f"{file.path}: its tokenizer cannot be rebuilt", gguf_file=file.path.name)
+
+
+def _load(directory: str | Path, failure: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **kwargs)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{failure}: {str(error).splitlines()[0]}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation, ready for the assistant's answer.
+
+    A tokenizer without a chat template (a base model's) gets the messages' text, one after the other.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return list(ids)

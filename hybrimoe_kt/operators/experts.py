@@ -1,0 +1,64 @@
+"""`HybriMoEExperts`: what a rule file names in place of a model's routed experts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ExpertOptions
+from ..errors import ConfigError, ModelError
+from .runtime import Runtime
+
+__all__ = ["HybriMoEExperts"]
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class HybriMoEExperts(nn.Module):
+    """Routed experts of one layer, handed step by step to the model's `Runtime`.
+
+    Constructor contract of kTransformers' operators. `kwargs` are the options of `ExpertOptions`; the device
+    names kTransformers passes to every operator are accepted, experts choose their place themselves. Holds no
+    parameters: the weights stay in the loader's mapping.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str | None = None,
+        generate_device: str | None = None,
+        out_device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        match = _LAYER.search(f".{key}")
+        if match is None:
+            raise ConfigError(f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number")
+        activation = getattr(config, "hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
+        self.layer = int(match[1])
+        options = ExpertOptions.from_kwargs(kwargs)
+        self.runtime = Runtime.shared_by(gguf_loader, options, key)
+        self.runtime.add_layer(
+            gguf_loader.layer_experts(
+                self.layer,
+                num_experts=orig_module.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden=orig_module.hidden_dim,
+                inter=orig_module.intermediate_dim,
+            )
+        )
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
+        return self.runtime.run(self.layer, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}"

@@ -1,0 +1,251 @@
+"""What all MoE layers of a model share: coordinator, executor, slots, backends, and the clock that times them.
+
+Operators add their layer and hand over every step; the host starts the runtime once all layers are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..backends.cpu_llamafile import LlamafileBackend
+from ..backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
+from ..config import ExpertOptions
+from ..core.coordinator import Coordinator
+from ..core.cost import CostModel
+from ..core.profile import load_profile
+from ..core.types import LayerSpec, Plan, Routing
+from ..device.accelerator import Accelerator, choose_accelerator
+from ..device.backend import CpuBackend
+from ..device.cores import default_expert_threads
+from ..device.executor import Executor
+from ..device.host_store import HostStore, LayerExperts
+from ..device.slots import SlotPool, slots_per_layer
+from ..errors import ConfigError, KernelError
+
+__all__ = ["LookAhead", "Runtime", "Seconds"]
+
+logger = logging.getLogger(__name__)
+
+LookAhead = Callable[[torch.Tensor], list[tuple[int, torch.Tensor, torch.Tensor]]]
+"""From the hidden states entering a MoE layer to `(layer, scores [num_tokens, num_experts], ids
+[num_tokens, top_k])` of the layers after it, nearest first."""
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Where this runtime's wall-clock time went, seconds since the last reset."""
+
+    plan: float = 0.0
+    prefetch: float = 0.0
+    submit_and_gpu: float = 0.0
+    wait: float = 0.0
+    steps: int = 0
+
+    def reset(self) -> None:
+        for name in fields(self):
+            setattr(self, name.name, 0)
+
+    @property
+    def total(self) -> float:
+        """All time inside the experts operators."""
+        return self.plan + self.prefetch + self.submit_and_gpu + self.wait
+
+
+class Runtime:
+    """One a model. `add_layer` for every MoE layer, `start` once, then `run` per layer and step."""
+
+    def __init__(self, options: ExpertOptions) -> None:
+        self.options = options
+        self.store = HostStore()
+        self.seconds = Seconds()
+        self.coordinator: Coordinator | None = None
+        self.accelerator: Accelerator | None = None
+        self.recorder: Callable[[Plan, Routing], None] | None = None
+        """Called with every plan and the routing it was made for."""
+        self._look_ahead: dict[int, LookAhead] = {}
+        self._scores: dict[int, torch.Tensor] = {}
+        self._executor: Executor | None = None
+        self._shared_bytes: dict[int, int] = {}
+
+    @classmethod
+    def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
+        """Return the runtime kept on `owner` (the loader that all operators of a model are given), or make it.
+
+        Options must agree between layers; the owner's `option_overrides` (the command line) win over them.
+        """
+        options = options.replace(getattr(owner, "option_overrides", {}))
+        runtime: Runtime | None = getattr(owner, "runtime", None)
+        if runtime is None:
+            runtime = owner.runtime = cls(options)
+        elif runtime.options != options:
+            raise ConfigError(f"{rule_key}: its expert options differ from an earlier layer's; all MoE layers share one set")
+        return runtime
+
+    @property
+    def started(self) -> bool:
+        return self._executor is not None
+
+    def add_layer(self, experts: LayerExperts) -> None:
+        assert not self.started, "layers are added before the runtime starts"
+        self.store.add(experts)
+
+    def start(self) -> None:
+        """Create slots, backends and coordinator, and fill the slots. May take seconds; call outside generation."""
+        options, store = self.options, self.store
+        if not store.layers:
+            raise ConfigError("no HybriMoEExperts in this model: no rule of the rule file replaces its experts")
+        self.accelerator = choose_accelerator(options.accelerator)
+        slots = slots_per_layer(options.cache_size, store, self.accelerator) if self.accelerator else {}
+        cpu = self._cpu_backend()
+        gpu = TorchReferenceGpu() if self.accelerator else None
+        for experts in store.layers.values():
+            cpu.add_layer(experts)
+            if gpu is not None:
+                gpu.add_layer(experts)
+        pool = SlotPool(self.accelerator, store, slots) if self.accelerator else None
+        self._executor = Executor(cpu, gpu, pool)
+        self.coordinator = self._make_coordinator(slots)
+        self._executor.transfer(self.coordinator.initial_transfers())
+        logger.info("%s", self.describe())
+
+    def _cpu_backend(self) -> CpuBackend:
+        if self.options.cpu_backend == "torch_reference":
+            return TorchReferenceCpu()
+        threads = self.options.cpu_threads or default_expert_threads()
+        return LlamafileBackend(threads, self.options.max_chunk_tokens)
+
+    def _make_coordinator(self, slots: dict[int, int]) -> Coordinator:
+        options = self.options
+        profile = load_profile(options.profile)
+        specs, costs = [], {}
+        for layer, experts in sorted(self.store.layers.items()):
+            specs.append(LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, slots.get(layer, 0)))
+            costs[layer] = CostModel.from_profile(
+                profile, expert_bytes=experts.expert_bytes, expert_macs=3 * experts.hidden * experts.inter
+            )
+        return Coordinator(
+            specs,
+            costs,
+            scheduler=options.scheduler,
+            scheduler_options=options.scheduler_options,
+            policy=options.policy,
+            policy_options=options.policy_options,
+            prefetch_size=options.prefetch_size,
+            prefetch_depth=options.prefetch_depth,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that can be resident at once, over all layers."""
+        pool = self._executor.slots if self._executor else None
+        return pool.num_slots if pool else 0
+
+    def describe(self) -> str:
+        """One line: what was decided."""
+        options, store = self.options, self.store
+        num_experts = sum(experts.num_experts for experts in store.layers.values())
+        where = f"{len(store.layers)} MoE layers, {num_experts} experts, {store.num_bytes / 1e9:.2f} GB"
+        threads = getattr(self._executor.cpu, "num_threads", None) if self._executor else None
+        cpu = options.cpu_backend + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
+        if self.accelerator is None:
+            return f"{where}; all on the CPU: {cpu}"
+        pool = self._executor.slots if self._executor else None
+        return (
+            f"{where}; {self.accelerator.name}: {self.num_slots} slots, {(pool.num_bytes if pool else 0) / 1e9:.2f} GB; "
+            f"CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
+            f"prefetch {options.prefetch_size or 'off'}, profile {options.profile}"
+        )
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether anything uses the router's scores: without slots there is nothing to retain."""
+        return self.recorder is not None or self.num_slots > 0
+
+    def note_scores(self, layer: int, logits: torch.Tensor) -> None:
+        """Keep the router's logits `[num_tokens, num_experts]` of the step about to reach `layer`'s experts."""
+        self._scores[layer] = logits
+
+    def look_ahead(self, layer: int, predict: LookAhead) -> None:
+        """Register what predicts the routing of the layers after `layer`."""
+        self._look_ahead[layer] = predict
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute one layer's experts: `hidden [num_tokens, hidden]`, routing `[num_tokens, top_k]`.
+
+        Returns `[num_tokens, hidden]` in hidden's dtype and device, in memory of its own. Longer steps are
+        computed in chunks of `max_chunk_tokens`. Reading the routing is the one synchronisation with the
+        router's device; a result moves at most once in each direction.
+        """
+        if self._executor is None:
+            self.start()
+        scores = self._scores.pop(layer, None)
+        limit = self.options.max_chunk_tokens
+        pieces = [
+            self._run_chunk(layer, hidden[at : at + limit], ids[at : at + limit], weights[at : at + limit],
+                            None if scores is None else scores[at : at + limit])
+            for at in range(0, hidden.shape[0], limit)
+        ]
+        result = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+        return result.to(device=hidden.device, dtype=hidden.dtype)
+
+    def _run_chunk(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert self.coordinator is not None and self._executor is not None, "started above"
+        seconds, now = self.seconds, time.perf_counter
+        began = now()
+        hidden = hidden.to(device="cpu", dtype=torch.float32).contiguous()
+        ids, weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
+        if not hidden.sum().isfinite():
+            raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
+        routing = routing_of(layer, ids, weights, logits if self.wants_scores else None)
+        plan = self.coordinator.plan(routing)
+        if self.recorder is not None:
+            self.recorder(plan, routing)
+        planned = now()
+        pairs = self._executor.start(plan, hidden, ids, weights)
+        started = now()
+        self._prefetch(layer, hidden)
+        prefetched = now()
+        out = self._executor.join(plan, pairs)
+        self.coordinator.finish(plan)
+        seconds.plan += planned - began
+        seconds.submit_and_gpu += started - planned
+        seconds.prefetch += prefetched - started
+        seconds.wait += now() - prefetched
+        seconds.steps += 1
+        return out
+
+    def _prefetch(self, layer: int, hidden: torch.Tensor) -> None:
+        predict = self._look_ahead.get(layer)
+        if predict is None or not self.options.prefetch_size or not self.num_slots:
+            return
+        assert self.coordinator is not None and self._executor is not None, "started above"
+        predictions = [routing_of(ahead, ids, None, scores) for ahead, scores, ids in predict(hidden)]
+        self._executor.transfer(self.coordinator.prefetch(layer, predictions))
+
+
+def routing_of(
+    layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None
+) -> Routing:
+    """Turn a step's tensors (`[num_tokens, top_k]`, logits `[num_tokens, num_experts]`) into plain numbers."""
+    num_tokens = ids.shape[0]
+    flat = ids.flatten().tolist()
+    loads: dict[int, int] = {}
+    for index in flat:
+        loads[index] = loads.get(index, 0) + 1
+    summed: dict[int, float] | None = None
+    if weights is not None:
+        summed = dict.fromkeys(loads, 0.0)
+        for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
+            summed[index] += weight
+    scores: Sequence[float] | None = None
+    if logits is not None:
+        scores = torch.softmax(logits.float(), dim=-1).mean(dim=0).tolist()
+    return Routing(layer, loads, num_tokens, scores, summed)
