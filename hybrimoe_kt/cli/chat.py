@@ -1,0 +1,232 @@
+"""Interactive chat on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import CapacityError, HybriMoEError, nearest
+from .chat_output import StreamPrinter, flatten, summary_line
+
+__all__ = ["ChatEngine", "ChatOptions", "run_chat"]
+
+HELP = """\
+Type a message and press Enter.
+
+  /reset   start a new conversation
+  /stats   numbers of the last answer and since the start
+  /help    this text
+  /exit    leave (also /quit or Ctrl-D)
+
+Several lines:  end a line with \\ to go on in the next, or put the text between
+                \"\"\" and \"\"\". Pasted text keeps its lines.
+Keys:           Up and Down for earlier messages. Ctrl-C stops an answer (what
+                was said stays in the conversation) or clears what is typed."""
+COMMANDS = ("/reset", "/stats", "/help", "/exit", "/quit")
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+class ChatOptions(Protocol):
+    """The options a chat reads; the command line's namespace has them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+class ChatEngine(Protocol):
+    """What a chat needs of a loaded model."""
+
+    model_name: str
+
+    def stream(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        stop: threading.Event,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces until done or `stop` is set; CapacityError when the context overflows."""
+
+    def last_run(self) -> dict[str, Any]:
+        """Return the numbers of the last answer."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the numbers since the model was loaded."""
+
+
+class MessageSource(Protocol):
+    """Where messages come from: a `MessagePrompt`, or a list in tests."""
+
+    def read(self) -> str:
+        """Return the next message; EOFError at the end, KeyboardInterrupt on Ctrl-C."""
+
+
+def run_chat(
+    engine: ChatEngine, options: ChatOptions, console: Console, *, messages: MessageSource | None = None
+) -> int:
+    """Talk until the user leaves, and return the exit code."""
+    if messages is None:
+        from .chat_input import MessagePrompt
+
+        messages = MessagePrompt()
+    if isinstance(console.file, io.TextIOWrapper):  # a terminal that is not UTF-8 shows "?" rather than a traceback
+        console.file.reconfigure(errors="replace")
+    chat = _Chat(engine, options, console)
+    console.print(f"{engine.model_name}: type a message, /help for help, Ctrl-D to leave", style="dim", markup=False)
+    try:
+        while chat.handle(messages):
+            pass
+    except _Abandoned:
+        return INTERRUPTED
+    return 0
+
+
+class _Abandoned(Exception):
+    """The user insisted on leaving in the middle of an answer."""
+
+
+class _Chat:
+    def __init__(self, engine: ChatEngine, options: ChatOptions, console: Console) -> None:
+        self.engine, self.options, self.console = engine, options, console
+        self.conversation: list[dict[str, str]] = []
+
+    def handle(self, messages: MessageSource) -> bool:
+        """Read one message and act on it; False when the user leaves."""
+        try:
+            message = messages.read()
+        except EOFError:
+            return False
+        except KeyboardInterrupt:
+            self.note("Ctrl-D or /exit leaves")
+            return True
+        if not message:
+            return True
+        if re.fullmatch(r"/[a-z]*", message.split()[0], re.IGNORECASE):
+            return self.command(message.split()[0].lower())
+        with contextlib.suppress(KeyboardInterrupt):  # pressed just as the answer ended: not meant for the program
+            self.answer(message)
+        return True
+
+    def command(self, name: str) -> bool:
+        if name in ("/exit", "/quit"):
+            return False
+        if name == "/reset":
+            self.conversation.clear()
+            self.note("new conversation")
+        elif name == "/help":
+            self.console.print(HELP, markup=False, highlight=False)
+        elif name == "/stats":
+            self.console.print(_statistics_table(self.engine))
+        else:
+            self.note(f"unknown command {name}{nearest(name, COMMANDS) or '; /help lists the commands'}")
+        return True
+
+    def answer(self, message: str) -> None:
+        """Stream one answer; the turn joins the conversation only when something was said."""
+        stop = threading.Event()
+        turn = [*self.conversation, {"role": "user", "content": message}]
+        pieces: list[str] = []
+        try:
+            with _interrupt_sets(stop):
+                self.stream(turn, stop, pieces)
+        except CapacityError as error:
+            self.problem(_with_hint(str(error)))
+            return
+        except HybriMoEError as error:
+            self.problem(f"{error} (this message is forgotten)")
+            return
+        text = "".join(pieces)
+        if text:
+            self.conversation = [*turn, {"role": "assistant", "content": text}]
+        if stop.is_set():
+            self.note("stopped" if text else "stopped before the first word; this message is forgotten")
+        elif not text:
+            self.note("the model said nothing; this message is forgotten")
+        self.note(summary_line(self.engine.last_run()))
+
+    def stream(self, turn: list[dict[str, str]], stop: threading.Event, pieces: list[str]) -> None:
+        file = self.console.file
+        printer = StreamPrinter(file.write, self.console.width if self.console.is_terminal else None)
+        answer = self.engine.stream(
+            turn,
+            max_new_tokens=self.options.max_new_tokens,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            seed=self.options.seed,
+            stop=stop,
+        )
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                printer.feed(piece)
+                file.flush()
+        finally:
+            if pieces:
+                printer.end_line()
+                file.flush()
+            close = getattr(answer, "close", None)
+            if close is not None:
+                close()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False)
+
+    def problem(self, text: str) -> None:
+        self.console.print(text, style="red", markup=False, highlight=False)
+
+
+def _with_hint(sentence: str) -> str:
+    return sentence if "/reset" in sentence else f"{sentence}; /reset starts a new conversation"
+
+
+def _statistics_table(engine: ChatEngine) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", overflow="fold")
+    table.add_column(overflow="fold")
+    for title, values in (("last answer", engine.last_run()), ("since the start", engine.statistics())):
+        table.add_row(title, "", style="bold")
+        for name, value in flatten(values):
+            table.add_row(f"  {name}", value)
+    return table
+
+
+@contextlib.contextmanager
+def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C set `stop` instead of raising; the third press leaves the program.
+
+    The engine looks at `stop` between tokens, so nothing is torn apart in the middle of a step. Outside the main
+    thread, where no signal arrives, nothing changes.
+    """
+    presses = 0
+
+    def on_interrupt(signal_number: int, frame: Any) -> None:
+        nonlocal presses
+        presses += 1
+        if presses == 2:
+            os.write(2, b"\r\nfinishing the current step; Ctrl-C once more leaves the program\r\n")
+        if presses > 2:
+            raise _Abandoned
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
