@@ -219,3 +219,34 @@ def _check_experts(trace: Trace, where: str) -> None:
         missing = np.flatnonzero(~(rows.any(axis=0) if step.phase == "prefill" else rows.all(axis=0)))
         if len(missing):
             raise ConfigError(f"{where}: step {step.index} ({step.phase}) lacks layer {trace.layers[missing[0]]}")
+
+
+def join(first: Trace, second: Trace) -> Trace:
+    """Return `second` served after `first`, as one trace of the same model."""
+    same = (first.layers, first.num_experts, first.top_k, first.depth) == (
+        second.layers,
+        second.num_experts,
+        second.top_k,
+        second.depth,
+    )
+    if not same:
+        raise ConfigError("traces of different layers, experts or look-ahead cannot be joined")
+    last = max(step.request for step in first.steps) + 1
+    steps = (*first.steps, *second.steps)
+    arrays = {}
+    for name in ("experts", "weights", "scores", "predicted", "predicted_scores"):
+        left, right = getattr(first, name), getattr(second, name)
+        arrays[name] = None if left is None or right is None else np.concatenate([left, right])
+    return Trace(
+        model=second.model,
+        layers=second.layers,
+        num_experts=second.num_experts,
+        expert_bytes=second.expert_bytes,
+        steps=make_steps(
+            [step.request for step in first.steps] + [step.request + last for step in second.steps],
+            [step.phase for step in steps],
+            [step.num_tokens for step in steps],
+        ),
+        source=second.source,
+        **arrays,
+    )

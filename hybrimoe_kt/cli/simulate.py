@@ -1,0 +1,192 @@
+"""`hybrimoe simulate`: options, a progress bar and a table around the replay."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe_kt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.sim.scenario import Method, Scenario
+
+EXAMPLE = """\
+example:
+  hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r --cache 25%
+  hybrimoe simulate --trace my.npz --hardware default --cache 12GiB --method paper --timeline step.json --json
+
+A method is a named bundle of scheduler, policy and prefetch; each of them given on its own replaces that part.
+Models without --trace run on a synthetic trace of the same locality as published measurements.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's options; values are validated where they are used, so every front end says the same."""
+    result = argparse.ArgumentParser(
+        prog="hybrimoe simulate",
+        description="Replay expert routing through the scheduler on a simulated machine.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--model", help="mixtral-8x7b, qwen2-57b-a14b, deepseek-v2-lite, qwen3-30b-a3b (optional with --trace)")
+    add("--hardware", default="default", help="built-in profile or profile file (default: %(default)s)")
+    add("--cache", default="25%", help="experts on the GPU: 25%%, 16 (per layer) or 12GiB (default: 25%%)")
+    add("--method", default="default", help="default, paper, static, llama.cpp, adapmoe, fiddler, oracle")
+    add("--scheduler", help="balanced, paper, static, fiddler, gpu_only, cpu_only, layer_split")
+    add("--policy", help="cache policy, such as mrs or lru")
+    add("--prefetch", help="off, stale_gate, perfect, ...: what predicts the next layers' experts")
+    add("--prefetch-size", type=int, help="transfers started ahead per layer")
+    add("--prefetch-depth", type=int, help="layers looked ahead, 1 to 3")
+    add("--trace", metavar="FILE", help="recorded routing (.npz or route CSV) instead of a synthetic trace")
+    add("--prompt-tokens", type=int, default=128, help="length of the synthetic prompt (default: %(default)s)")
+    add("--tokens", type=int, help="decode steps (default: 64, or all of the trace's)")
+    add("--seed", type=int, default=0, help="seed of the synthetic trace and of the noise (default: %(default)s)")
+    add("--noise", type=float, default=0.0, help="standard deviation of log CPU time (default: %(default)s)")
+    add("--timeline", metavar="FILE", help="write CPU, GPU and link activity as a Chrome/Perfetto trace")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the simulation and print its report."""
+    options = parser().parse_args(arguments)
+    from hybrimoe_kt.sim.compare import simulate
+    from hybrimoe_kt.sim.machine import Span
+    from hybrimoe_kt.sim.timeline import write_timeline
+
+    if options.noise < 0:
+        raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
+    method, scenario = _method(options), _scenario(options)
+    spans: list[Span] = []
+    with _progress(3 * len(scenario.trace.steps), quiet=options.json) as advance:
+        report = simulate(
+            scenario,
+            method,
+            noise=options.noise,
+            seed=options.seed,
+            on_span=spans.append if options.timeline else None,
+            progress=advance,
+        )
+    if options.timeline:
+        write_timeline(spans, options.timeline)
+    if options.json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        _render(report)
+        if options.timeline:
+            print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev)")
+    return 0
+
+
+def _method(options: argparse.Namespace) -> Method:
+    from hybrimoe_kt.errors import unknown_name
+    from hybrimoe_kt.sim.scenario import METHODS
+
+    if options.method not in METHODS:
+        raise ConfigError(unknown_name("method", options.method, METHODS))
+    named = METHODS[options.method]
+    given = {
+        key: value
+        for key in ("scheduler", "policy", "prefetch", "prefetch_size", "prefetch_depth")
+        if (value := getattr(options, key)) is not None
+    }
+    for key in ("scheduler", "policy"):
+        # Options belong to the part they were written for.
+        if key in given and given[key] != getattr(named, key):
+            given[f"{key}_options"] = {}
+    return replace(named, **given)
+
+
+def _scenario(options: argparse.Namespace) -> Scenario:
+    from hybrimoe_kt.sim.scenario import recorded, synthetic
+
+    if options.trace is not None:
+        return recorded(options.trace, options.hardware, options.cache, model=options.model, tokens=options.tokens)
+    if options.model is None:
+        raise ConfigError("nothing to simulate: give --model NAME, --trace FILE, or both")
+    return synthetic(
+        options.model,
+        options.hardware,
+        options.cache,
+        prompt_tokens=options.prompt_tokens,
+        tokens=64 if options.tokens is None else options.tokens,
+        seed=options.seed,
+    )
+
+
+class _progress:
+    """A bar on the terminal's error stream while replays run; silent for scripts."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._bar = Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
+        self._task = self._bar.add_task("replaying", total=total)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return lambda count: self._bar.advance(self._task, count)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+def _render(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    kind = "synthetic trace" if report["synthetic"] else "recorded trace"
+    title = (
+        f"{report['model']} on {report['hardware']}, {report['cache_slots_per_layer']} slots a layer"
+        f" ({report['cache_ratio']:.0%}), {kind}"
+    )
+    table = Table(title=title, caption=f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}")
+    table.add_column("")
+    for name in ("prefill", "decode"):
+        table.add_column(name, justify="right")
+    for label, prefill, decode in _rows(report):
+        table.add_row(label, prefill, decode)
+    Console().print(table)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    prefill, decode = report["prefill"], report["decode"]
+
+    def both(label: str, key: str, style: str) -> tuple[str, str, str]:
+        return label, _text(prefill[key], style), _text(decode[key], style)
+
+    return [
+        ("time to first token, time per token", _text(report["ttft_s"], "s"), _text(report["token_s"], "s")),
+        ("hit rate", _text(report["prefill_hit_rate"], "%"), _text(report["hit_rate"], "%")),
+        both("CPU busy", "cpu_busy", "%"),
+        both("GPU busy", "gpu_busy", "%"),
+        both("link busy", "link_busy", "%"),
+        both("experts computed on the CPU", "experts_on_cpu", "%"),
+        (
+            "speed-up over static placement",
+            _text(report["prefill_speedup_over_static"], "x"),
+            _text(report["decode_speedup_over_static"], "x"),
+        ),
+        (
+            "share of the oracle's speed",
+            _text(report["prefill_oracle_fraction"], "%"),
+            _text(report["decode_oracle_fraction"], "%"),
+        ),
+        ("lower bound of any method", _text(report["prefill_bound_s"], "s"), _text(report["decode_bound_s"], "s")),
+    ]
+
+
+def _text(value: float | None, style: str) -> str:
+    if value is None:
+        return "-"
+    if style == "%":
+        return f"{value:.1%}"
+    if style == "x":
+        return f"{value:.2f}x"
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.2f} ms"

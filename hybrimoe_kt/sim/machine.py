@@ -1,0 +1,146 @@
+"""The simulated machine: clocks of CPU, GPUs and links that measure what a plan really costs.
+
+The coordinator predicts with its own virtual clock; this one is independent of it. Each link serves transfers first
+in, first out; a transfer also waits until the GPU has left the slot it overwrites; CPU work slows down while a link is
+busy. What is left out: the CPU's memory traffic does not slow the link, and attention's quadratic part costs nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
+
+Kind = Literal["cpu", "gpu", "link"]
+
+
+class Span(NamedTuple):
+    """One piece of work on one resource; `lane` is the accelerator's number (0 for the CPU)."""
+
+    kind: Kind
+    lane: int
+    start_s: float
+    end_s: float
+    label: str
+
+
+@dataclass
+class Busy:
+    """Seconds of work per kind of resource."""
+
+    cpu: float = 0.0
+    gpu: float = 0.0
+    link: float = 0.0
+
+    def add(self, kind: Kind, seconds: float) -> None:
+        setattr(self, kind, getattr(self, kind) + seconds)
+
+
+@dataclass
+class Machine:
+    """Clocks of one machine; `now_s` is when the layer at hand may begin."""
+
+    specs: Mapping[int, LayerSpec]
+    costs: Mapping[int, CostModel]
+    noise: float = 0.0
+    """Standard deviation of the logarithm of each CPU call's duration."""
+    seed: int = 0
+    on_span: Callable[[Span], None] | None = None
+    """Receives every span as it is known, not in order of time."""
+    now_s: float = 0.0
+    busy: Busy = field(default_factory=Busy)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._link_free_s = {spec.accelerator: 0.0 for spec in self.specs.values()}
+        self._link_busy: list[tuple[float, float]] = []
+        self._arrival_s: dict[tuple[int, int], float] = {}
+        self._slot_read_s: dict[tuple[int, int], float] = {}
+
+    def run_layer(self, plan: Plan, prefetches: Sequence[Transfer], routing: Routing) -> float:
+        """Execute one plan with the prefetches decided beside it; return the seconds until its output is there."""
+        start_s = self.now_s
+        gpu_end_s = self._run_gpu(plan, routing, start_s)
+        for transfer in prefetches:
+            self._copy(transfer, start_s)
+        self.now_s = max(gpu_end_s, self._run_cpu(plan, routing, start_s))
+        return self.now_s - start_s
+
+    def run_dense(self, seconds: float, label: str, lane: int = 0, *, has_gpu: bool = True) -> None:
+        """Let everything between two MoE layers pass; the links go on meanwhile."""
+        if seconds > 0:
+            self._span("gpu" if has_gpu else "cpu", lane, self.now_s, self.now_s + seconds, label)
+            self.now_s += seconds
+
+    def _run_gpu(self, plan: Plan, routing: Routing, start_s: float) -> float:
+        cost, lane = self.costs[plan.layer], self.specs[plan.layer].accelerator
+        shared_s = cost.shared_s(routing.num_tokens)
+        end_s = start_s + shared_s
+        if shared_s > 0:
+            self._span("gpu" if cost.has_gpu else "cpu", lane, start_s, end_s, f"L{plan.layer} shared")
+        waiting = list(reversed(plan.transfers))
+        arriving = {transfer.expert.index for transfer in waiting}
+        for expert in plan.gpu:
+            key = (plan.layer, expert)
+            # Link order: everything queued before this expert's own copy starts first.
+            while expert in arriving:
+                transfer = waiting.pop()
+                arriving.discard(transfer.expert.index)
+                self._copy(transfer, start_s)
+            begin_s = max(end_s, self._arrival_s.get(key, 0.0))
+            end_s = begin_s + cost.gpu_s(routing.loads[expert])
+            self._slot_read_s[plan.layer, plan.slots[expert]] = end_s
+            self._span("gpu", lane, begin_s, end_s, f"L{plan.layer} E{expert}")
+        for transfer in reversed(waiting):
+            self._copy(transfer, start_s)
+        return end_s
+
+    def _copy(self, transfer: Transfer, start_s: float) -> None:
+        layer, expert = transfer.expert
+        spec = self.specs[layer]
+        read_s = self._slot_read_s.get((layer, transfer.slot), 0.0)
+        begin_s = max(self._link_free_s[spec.accelerator], start_s, read_s)
+        end_s = begin_s + self.costs[layer].transfer_s(transfer.num_bytes)
+        self._link_free_s[spec.accelerator] = end_s
+        if transfer.evicted is not None:
+            self._arrival_s.pop(tuple(transfer.evicted), None)
+        self._arrival_s[layer, expert] = end_s
+        self._link_busy.append((begin_s, end_s))
+        self._span("link", spec.accelerator, begin_s, end_s, f"L{layer} E{expert} {transfer.kind}")
+
+    def _run_cpu(self, plan: Plan, routing: Routing, start_s: float) -> float:
+        if not plan.cpu:
+            return start_s
+        cost = self.costs[plan.layer]
+        work_s = cost.cpu_s([routing.loads[expert] for expert in plan.cpu])
+        if self.noise:
+            work_s *= self._random.lognormvariate(0.0, self.noise)
+        end_s = self._stretch(start_s, work_s, cost.cpu_slowdown)
+        self._span("cpu", 0, start_s, end_s, f"L{plan.layer} {len(plan.cpu)} experts")
+        return end_s
+
+    def _stretch(self, start_s: float, work_s: float, slowdown: float) -> float:
+        """Return when `work_s` seconds of idle-link work end, slower while a link is busy."""
+        self._link_busy = sorted(span for span in self._link_busy if span[1] > start_s)
+        now_s = start_s
+        for begin_s, end_s in self._link_busy:
+            idle_s = max(0.0, begin_s - now_s)
+            if work_s <= idle_s:
+                break
+            work_s -= idle_s
+            now_s = max(now_s, begin_s)
+            done_s = max(0.0, end_s - now_s) / slowdown
+            if work_s <= done_s:
+                return now_s + work_s * slowdown
+            work_s -= done_s
+            now_s = max(now_s, end_s)
+        return now_s + work_s
+
+    def _span(self, kind: Kind, lane: int, start_s: float, end_s: float, label: str) -> None:
+        self.busy.add(kind, end_s - start_s)
+        if self.on_span is not None:
+            self.on_span(Span(kind, lane, start_s, end_s, label))
