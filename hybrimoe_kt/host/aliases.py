@@ -23,6 +23,7 @@ MLA = "hybrimoe_kt.operators.attention_mla.AbsorbedMLA"
 STOCK = "default"
 # Legacy options that keep their meaning; the others choose among legacy kernels.
 DEVICE_KWARGS = ("generate_device", "prefill_device")
+KEPT_KWARGS = {MLA: (*DEVICE_KWARGS, "absorb_for_prefill")}
 
 _MODELS = "ktransformers.models."
 _OPERATORS = "ktransformers.operators."
@@ -121,9 +122,10 @@ def operator_class(name: str) -> str:
     return OPERATOR_CLASSES.get(name, name)
 
 
-def operator_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split a legacy operator's kwargs into those that keep their meaning and the names of those dropped."""
-    kept = {name: value for name, value in kwargs.items() if name in DEVICE_KWARGS}
+def operator_kwargs(successor: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Split a legacy operator's kwargs into those that its successor takes too, and the names of the rest."""
+    valid = KEPT_KWARGS.get(successor, DEVICE_KWARGS)
+    kept = {name: value for name, value in kwargs.items() if name in valid}
     return kept, [name for name in kwargs if name not in kept]
 
 

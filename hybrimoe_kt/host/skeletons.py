@@ -78,13 +78,13 @@ def skeleton_from_directory(directory: str | Path) -> nn.Module:
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"{directory}: no config.json there; give a model directory or one of {', '.join(SKELETONS)}")
     try:
-        return _on_meta(AutoConfig.from_pretrained(directory, local_files_only=True))
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{directory}: config.json describes no model known here: {first_line(error)}") from None
+        return _on_meta(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # Transformers raises many kinds for a configuration it cannot use
+        raise ModelError(f"{directory}: config.json describes no model known here: {_in_one_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _on_meta(config: Any) -> nn.Module:

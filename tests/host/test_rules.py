@@ -325,6 +325,13 @@ def test_aliases_drop_kernel_options_keep_devices_and_say_so_once(write, caplog)
     assert "HybriMoEExperts, without prefill_op, out_device" in " ".join(caplog.messages)
 
 
+def test_latent_attention_keeps_its_prefill_choice():
+    kwargs = {"absorb_for_prefill": False, "generate_device": "cuda", "x": 1}
+    kept, dropped = aliases.operator_kwargs(aliases.MLA, kwargs)
+    assert (kept, dropped) == ({"absorb_for_prefill": False, "generate_device": "cuda"}, ["x"])
+    assert aliases.operator_kwargs(aliases.EXPERTS, kwargs)[1] == ["absorb_for_prefill", "x"]
+
+
 def test_every_aliased_class_exists():
     shared = [name for names in aliases.SHARED_CLASSES.values() for name in names]
     for name in [*aliases.MATCH_CLASSES.values(), *shared]:
