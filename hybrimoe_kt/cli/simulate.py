@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
     method, scenario = _method(options), _scenario(options)
     spans: list[Span] = []
-    with _progress(3 * len(scenario.trace.steps), quiet=options.json) as advance:
+    with ProgressBar(3 * len(scenario.trace.steps), quiet=options.json) as advance:
         report = simulate(
             scenario,
             method,
@@ -118,7 +118,7 @@ def _scenario(options: argparse.Namespace) -> Scenario:
     )
 
 
-class _progress:
+class ProgressBar:
     """A bar on the terminal's error stream while replays run; silent for scripts."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
