@@ -1,4 +1,6 @@
-"""GPU kernels, one operation a folder, each beside its naive reference."""
+"""GPU kernels, one operation a folder, each beside its naive reference; import it as `hybrimoe_kt.kernels`.
 
-if __name__ == "kernels":
-    raise ImportError("import hybrimoe_kt.kernels, not kernels: a different package has that name")
+Run from the repository's root, Python also finds this folder as top-level `kernels`, the name of an unrelated
+package that Transformers probes for. Raising here would break `import transformers`; without a version the probe
+takes it for absent.
+"""

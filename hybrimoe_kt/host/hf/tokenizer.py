@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ModelError
@@ -16,6 +17,8 @@ __all__ = ["chat_prompt", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
 # What GPT-2's split is right for, or for which Transformers' converter installs the right one (5.23.0).
 _FAITHFUL_PRE_TOKENIZERS = frozenset(
     {"default", "gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o", "minimax-m2"}
@@ -24,8 +27,8 @@ _FAITHFUL_PRE_TOKENIZERS = frozenset(
 
 def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer; ModelError when neither source has one. Warns where a rebuilt one may split differently."""
-    if model_path is not None and any((Path(model_path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return _load(model_path, f"{model_path}: its tokenizer cannot be used")
+    if model_path is not None and any((Path(model_path) / name).is_file() for name in _TOKENIZER_FILES):
+        return _or_model_error(f"{model_path}: its tokenizer cannot be used", _from_directory, Path(model_path))
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise ModelError(f"{file.path}: holds no tokenizer; give --model_path a directory that has one")
     split = file.metadata.get("tokenizer.ggml.pre", "default")
@@ -34,15 +37,26 @@ def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedT
             "%s: the tokenizer is rebuilt from the file, and its text splitting (%s) is only approximated; "
             "give --model_path the model's own tokenizer for exact tokens", file.path.name, split,
         )
-    return _load(file.path.parent, f"{file.path}: its tokenizer cannot be rebuilt", gguf_file=file.path.name)
+    return _or_model_error(f"{file.path}: its tokenizer cannot be rebuilt", _from_gguf, file.path)
 
 
-def _load(directory: str | Path, failure: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def _from_directory(directory: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
+    # Straight to the converter: AutoTokenizer also wants to know the file's architecture, and refuses most.
+    architecture, vocabulary, settings = get_gguf_tokenizer(str(path))
+    backend, extra = convert_gguf_tokenizer(architecture, vocabulary)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **extra)
+
+
+def _or_model_error(failure: str, load: Callable[[Path], PreTrainedTokenizerBase], path: Path) -> PreTrainedTokenizerBase:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **kwargs)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        return load(path)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a broken vocabulary
         raise ModelError(f"{failure}: {str(error).splitlines()[0]}") from None
     finally:
         transformers_logging.set_verbosity(level)

@@ -1,0 +1,286 @@
+"""Random models in GGUF files, made the way a converter would: for tests and benchmarks, never for quality.
+
+The generator draws weights under Hugging Face names and writes them under GGUF names from a table of its own, so
+that a test can load the very same numbers into the stock model without using any of the package's mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+
+__all__ = ["DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "generate"]
+
+Type = GGMLQuantizationType
+_SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+_MERGED = ["th"]
+_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Dimensions of a generated model; `types` are the gate, up and down experts' GGUF types."""
+
+    architecture: str = "qwen3moe"
+    layers: int = 2
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    experts: int = 8
+    top_k: int = 2
+    inter: int = 256
+    dense_inter: int = 512
+    dense_layers: int = 1
+    shared_experts: int = 1
+    kv_lora_rank: int = 64
+    q_lora_rank: int = 0
+    rope_dim: int = 16
+    context: int = 512
+    types: tuple[Type, Type, Type] = (Type.Q8_0, Type.Q8_0, Type.Q8_0)
+    dense_type: Type = Type.F32
+    split_kv_b: bool = True
+    yarn_factor: float = 0.0
+    seed: int = 0
+
+    @property
+    def vocab(self) -> int:
+        return 256 + len(_SPECIALS) + len(_MERGED)
+
+
+DEEPSEEK_V2_LITE_LAYER = Shape(
+    architecture="deepseek2", layers=3, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6, inter=1408,
+    dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536, rope_dim=64, context=4096,
+    types=(Type.Q4_K, Type.Q4_K, Type.Q5_0), dense_type=Type.Q8_0,
+)  # fmt: skip
+"""DeepSeek-V2-Lite's layer shapes: one dense layer and two MoE layers of 64 experts, top-6, width 1408.
+
+The query is low-rank as in the full DeepSeek-V2, because llama.cpp takes every other file for a 27-layer model.
+"""
+
+
+@dataclass(slots=True)
+class GeneratedModel:
+    """A written file, and the same weights for the stock model: `state` by Hugging Face name, float32."""
+
+    path: Path
+    shape: Shape
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Builder:
+    def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
+        self.shape, self.random = shape, np.random.default_rng(shape.seed)
+        self.writer = GGUFWriter(str(path), shape.architecture)
+        self.model = GeneratedModel(path, shape)
+        self.keep_state = keep_state
+
+    def dense(self, hf_name: str, gguf_name: str, *size: int, scale: float | None = None, centre: float = 0.0) -> np.ndarray:
+        """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32)."""
+        scale = scale if scale is not None else size[-1] ** -0.5
+        value = (centre + scale * self.random.standard_normal(size)).astype(np.float32)
+        kind = self.shape.dense_type if value.ndim == 2 and "ffn_gate_inp" not in gguf_name else Type.F32
+        if kind != Type.F32 and size[-1] % GGML_QUANT_SIZES[kind][0] == 0:
+            raw = quantize(value, kind)
+            value = dequantize(raw, kind)
+            self.writer.add_tensor(gguf_name, raw, raw_dtype=kind)
+        else:
+            self.writer.add_tensor(gguf_name, value)
+        self.remember(hf_name, value)
+        return value
+
+    def norm(self, hf_name: str, gguf_name: str, size: int) -> None:
+        self.dense(hf_name, gguf_name, size, scale=0.1, centre=1.0)
+
+    def remember(self, hf_name: str, value: np.ndarray) -> None:
+        if self.keep_state and hf_name:
+            self.model.state[hf_name] = torch.from_numpy(value)
+
+    def experts(self, layer: int) -> None:
+        shape = self.shape
+        sizes = {"gate": (shape.inter, shape.hidden), "up": (shape.inter, shape.hidden), "down": (shape.hidden, shape.inter)}
+        values = {}
+        for (role, (rows, columns)), kind in zip(sizes.items(), shape.types, strict=True):
+            raw = random_blocks(self.random, kind, shape.experts * rows, columns)
+            self.writer.add_tensor(f"blk.{layer}.ffn_{role}_exps.weight", raw.reshape(shape.experts, rows, -1), raw_dtype=kind)
+            if self.keep_state:
+                values[role] = dequantize(raw, kind).reshape(shape.experts, rows, columns)
+        if self.keep_state:
+            prefix = f"model.layers.{layer}.mlp.experts"
+            self.remember(f"{prefix}.gate_up_proj", np.concatenate((values["gate"], values["up"]), axis=1))
+            self.remember(f"{prefix}.down_proj", values["down"])
+
+    def finish(self) -> GeneratedModel:
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+        return self.model
+
+
+def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedModel:
+    """Write a random model of `shape` to `path`; the same shape gives the same bytes."""
+    build = _Builder(shape, path, keep_state)
+    _metadata(build.writer, shape)
+    _tokenizer(build.writer)
+    build.dense("model.embed_tokens.weight", "token_embd.weight", shape.vocab, shape.hidden, scale=1.0)
+    for layer in range(shape.layers):
+        _LAYERS[shape.architecture](build, layer)
+    build.norm("model.norm.weight", "output_norm.weight", shape.hidden)
+    build.dense("lm_head.weight", "output.weight", shape.vocab, shape.hidden)
+    return build.finish()
+
+
+def _metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_name(f"generated-{shape.architecture}")
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.dense_inter)
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_head_count(shape.heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_expert_count(shape.experts)
+    writer.add_expert_used_count(shape.top_k)
+    writer.add_vocab_size(shape.vocab)
+    if shape.architecture == "deepseek2":
+        _deepseek_metadata(writer, shape)
+    else:
+        writer.add_head_count_kv(shape.kv_heads)
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+
+
+def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    absorbed = shape.split_kv_b  # newer files describe the latent cache and store the two halves of kv_b apart
+    query = shape.head_dim + shape.rope_dim
+    writer.add_head_count_kv(1 if absorbed else shape.heads)
+    writer.add_key_length(shape.kv_lora_rank + shape.rope_dim if absorbed else query)
+    writer.add_value_length(shape.kv_lora_rank if absorbed else shape.head_dim)
+    if absorbed:
+        writer.add_key_length_mla(query)
+        writer.add_value_length_mla(shape.head_dim)
+    if shape.q_lora_rank:
+        writer.add_q_lora_rank(shape.q_lora_rank)
+    writer.add_kv_lora_rank(shape.kv_lora_rank)
+    writer.add_rope_dimension_count(shape.rope_dim)
+    writer.add_leading_dense_block_count(shape.dense_layers)
+    writer.add_expert_shared_count(shape.shared_experts)
+    writer.add_expert_weights_scale(1.0)
+    writer.add_expert_weights_norm(False)
+    if shape.yarn_factor:
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(shape.yarn_factor)
+        writer.add_rope_scaling_orig_ctx_len(shape.context)
+        writer.add_rope_scaling_yarn_log_mul(0.0707)
+
+
+def _tokenizer(writer: GGUFWriter) -> None:
+    """Every byte, four control tokens and one merge: the smallest vocabulary that can spell any text."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    spelling = bytes_to_unicode()
+    tokens = [spelling[byte] for byte in range(256)] + _SPECIALS + _MERGED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * len(_SPECIALS) + [1] * len(_MERGED))
+    writer.add_token_merges([" ".join(merged) for merged in _MERGED])
+    writer.add_eos_token_id(256)
+    writer.add_pad_token_id(259)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(_TEMPLATE)
+
+
+def _qwen3moe_layer(build: _Builder, layer: int) -> None:
+    shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
+    build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
+    for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
+        build.dense(f"{hf}.self_attn.{name}_proj.weight", f"{gguf}.attn_{name}.weight", heads * shape.head_dim, shape.hidden)
+    for name in ("q", "k"):
+        build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", shape.head_dim)
+    build.dense(f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim)
+    build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
+    build.dense(f"{hf}.mlp.gate.weight", f"{gguf}.ffn_gate_inp.weight", shape.experts, shape.hidden)
+    build.experts(layer)
+
+
+def _deepseek2_layer(build: _Builder, layer: int) -> None:
+    shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
+    query = shape.heads * (shape.head_dim + shape.rope_dim)
+    build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
+    if shape.q_lora_rank:
+        build.dense(f"{hf}.self_attn.q_a_proj.weight", f"{gguf}.attn_q_a.weight", shape.q_lora_rank, shape.hidden)
+        build.norm(f"{hf}.self_attn.q_a_layernorm.weight", f"{gguf}.attn_q_a_norm.weight", shape.q_lora_rank)
+        build.dense(f"{hf}.self_attn.q_b_proj.weight", f"{gguf}.attn_q_b.weight", query, shape.q_lora_rank)
+    else:
+        build.dense(f"{hf}.self_attn.q_proj.weight", f"{gguf}.attn_q.weight", query, shape.hidden)
+    build.dense(
+        f"{hf}.self_attn.kv_a_proj_with_mqa.weight", f"{gguf}.attn_kv_a_mqa.weight", shape.kv_lora_rank + shape.rope_dim, shape.hidden
+    )
+    build.norm(f"{hf}.self_attn.kv_a_layernorm.weight", f"{gguf}.attn_kv_a_norm.weight", shape.kv_lora_rank)
+    _kv_b(build, hf, gguf)
+    build.dense(f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim)
+    build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
+    if layer < shape.dense_layers:
+        _ffn(build, f"{hf}.mlp", f"{gguf}.ffn_{{}}", shape.dense_inter)
+        return
+    build.dense(f"{hf}.mlp.gate.weight", f"{gguf}.ffn_gate_inp.weight", shape.experts, shape.hidden)
+    _ffn(build, f"{hf}.mlp.shared_experts", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
+    build.experts(layer)
+
+
+def _kv_b(build: _Builder, hf: str, gguf: str) -> None:
+    shape = build.shape
+    name, per_head = f"{hf}.self_attn.kv_b_proj.weight", 2 * shape.head_dim
+    if not shape.split_kv_b:
+        build.dense(name, f"{gguf}.attn_kv_b.weight", shape.heads * per_head, shape.kv_lora_rank)
+        return
+    whole = (build.random.standard_normal((shape.heads, per_head, shape.kv_lora_rank)) * shape.kv_lora_rank**-0.5).astype(np.float32)
+    k_b, v_b = whole[:, : shape.head_dim], whole[:, shape.head_dim :]
+    build.writer.add_tensor(f"{gguf}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1)))
+    build.writer.add_tensor(f"{gguf}.attn_v_b.weight", np.ascontiguousarray(v_b))
+    build.remember(name, whole.reshape(shape.heads * per_head, shape.kv_lora_rank))
+
+
+def _ffn(build: _Builder, hf: str, gguf: str, inter: int) -> None:
+    for name in ("gate", "up"):
+        build.dense(f"{hf}.{name}_proj.weight", gguf.format(name) + ".weight", inter, build.shape.hidden)
+    build.dense(f"{hf}.down_proj.weight", gguf.format("down") + ".weight", build.shape.hidden, inter)
+
+
+_LAYERS: dict[str, Callable[[_Builder, int], None]] = {"qwen3moe": _qwen3moe_layer, "deepseek2": _deepseek2_layer}
+
+# Where a K-quant block keeps its half-precision scales, and how far its values spread at a scale of 1.
+_K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
+    Type.Q4_K: ((0, 1 / 235), (2, 7.5 / 235)),
+    Type.Q5_K: ((0, 1 / 470), (2, 15.5 / 470)),
+    Type.Q6_K: ((208, 1 / 1369),),
+}
+
+
+def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
+    """Return `[rows, row_bytes]` of `kind` whose values are zero-centred with a spread of `columns ** -0.5`.
+
+    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals.
+    """
+    spread = columns**-0.5
+    if kind not in _K_QUANTS:
+        return np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind)).view(np.uint8).reshape(rows, -1)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
+    for offset, unit in _K_QUANTS[kind]:
+        raw[:, offset : offset + 2] = np.full(1, spread * unit, np.float16).view(np.uint8)
+    return raw.reshape(rows, -1)

@@ -1,0 +1,37 @@
+"""What every test shares: one torch thread, and generated models written once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.generated_model import GeneratedModel, Shape, generate
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], GeneratedModel]:
+    """Return a function that writes a random model of a shape once and remembers it."""
+    models: dict[Shape, GeneratedModel] = {}
+
+    def make(shape: Shape) -> GeneratedModel:
+        if shape not in models:
+            folder = tmp_path_factory.mktemp("model")
+            models[shape] = generate(shape, folder / f"{shape.architecture}.gguf")
+        return models[shape]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    from importlib import resources
+
+    return Path(str(resources.files("hybrimoe_kt.models") / "tiny-qwen3moe-q4_k.gguf"))

@@ -1,0 +1,33 @@
+"""llama.cpp (the prebuilt xllamacpp) as an oracle: greedy tokens and the margin each was chosen by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["LlamaCpp"]
+
+
+class LlamaCpp:
+    """One model, one thread, F32 KV cache, no flash attention: as close to plain arithmetic as it gets."""
+
+    def __init__(self, path: Path, context: int = 512) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (test extra) is not installed")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(parameters)
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        """Tokens, and per token the log-probability by which it beat the second choice."""
+        answer: dict[str, Any] = self._server.handle_completions(
+            {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "n_probs": 2, "cache_prompt": False}
+        )
+        steps = answer["choices"][0]["logprobs"]["content"]
+        margins = [step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps]
+        return [step["id"] for step in steps], margins

@@ -1,0 +1,68 @@
+"""The stock Transformers model for a generated shape, configured and loaded without any of the package's mapping."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from benchmarks.generated_model import GeneratedModel, Shape
+
+__all__ = ["greedy", "logits_of", "stock_model"]
+
+
+def stock_model(model: GeneratedModel) -> torch.nn.Module:
+    stock = _BUILD[model.shape.architecture](model.shape).to(torch.float32)
+    stock.load_state_dict(model.state, strict=True)
+    return stock.eval()
+
+
+def _qwen3moe(shape: Shape) -> torch.nn.Module:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers, head_dim=shape.head_dim,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, moe_intermediate_size=shape.inter,
+            num_experts=shape.experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True, rms_norm_eps=1e-6,
+            max_position_embeddings=shape.context, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+
+
+def _deepseek2(shape: Shape) -> torch.nn.Module:
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
+    if shape.yarn_factor:
+        rope |= {"rope_type": "yarn", "factor": shape.yarn_factor, "mscale": 0.707, "mscale_all_dim": 0.707}
+        rope |= {"original_max_position_embeddings": shape.context, "beta_fast": 32.0, "beta_slow": 1.0}
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers, rms_norm_eps=1e-6,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.heads, intermediate_size=shape.dense_inter,
+            moe_intermediate_size=shape.inter, n_routed_experts=shape.experts, num_experts_per_tok=shape.top_k,
+            n_shared_experts=shape.shared_experts, first_k_dense_replace=shape.dense_layers, topk_method="greedy",
+            kv_lora_rank=shape.kv_lora_rank, q_lora_rank=shape.q_lora_rank or None, qk_rope_head_dim=shape.rope_dim,
+            qk_nope_head_dim=shape.head_dim, v_head_dim=shape.head_dim, max_position_embeddings=shape.context,
+            routed_scaling_factor=1.0, rope_parameters=rope,
+        )
+    )
+
+
+_BUILD = {"qwen3moe": _qwen3moe, "deepseek2": _deepseek2}
+
+
+@torch.inference_mode()
+def logits_of(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """`[num_tokens, vocab]`, the whole prompt in one forward pass."""
+    return model(torch.tensor([ids])).logits[0].float()
+
+
+@torch.inference_mode()
+def greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Decode with a cache; the tokens, and the logits each was chosen from `[num_tokens, vocab]`."""
+    from transformers import DynamicCache
+
+    cache, ids, rows = DynamicCache(config=model.config), prompt, []
+    tokens: list[int] = []
+    for _ in range(num_tokens):
+        rows.append(model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1].float())
+        tokens.append(int(rows[-1].argmax()))
+        ids = tokens[-1:]
+    return tokens, torch.stack(rows)
