@@ -31,3 +31,11 @@ class LlamaCpp:
         steps = answer["choices"][0]["logprobs"]["content"]
         margins = [step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps]
         return [step["id"] for step in steps], margins
+
+    def next_token(self, prompt: list[int]) -> dict[int, float]:
+        """Log-probabilities of the likeliest next tokens; empty where the likeliest is no whole UTF-8 character."""
+        answer: dict[str, Any] = self._server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "temperature": 0, "n_probs": 4, "cache_prompt": False}
+        )
+        steps = (answer["choices"][0]["logprobs"] or {}).get("content")
+        return {choice["id"]: choice["logprob"] for choice in steps[0]["top_logprobs"]} if steps else {}

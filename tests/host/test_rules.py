@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
@@ -139,6 +142,8 @@ BAD_FILES = {
     "tab": ("- match:\n\t name: a\n", 2, "not valid YAML"),
     "control character": ("- match: \x00\n", None, "not valid YAML"),
     "python object": ("- match: {name: a}\n  replace: {kwargs: !!python/object/apply:os.getcwd []}\n", 2, "YAML"),
+    "merge of a number": ("- match: {name: a}\n  replace: {<<: 3}\n", 2, "not valid YAML"),
+    "no date": ("- match: {name: a}\n  replace:\n    kwargs: {d: 2001-99-99}\n", 3, "not valid YAML: month must be"),
     "deep": ("[" * 1200, None, "nests too deeply"),
     "rule no mapping": ("- hello\n", 1, "'rule' must be a mapping"),
     "no match": ("- replace: {class: default}\n", 1, "'match' is missing"),
@@ -170,6 +175,54 @@ def test_bad_file_is_one_sentence_with_its_line(write, case):
     assert caught.value.line == line
     assert str(caught.value).startswith(f"{file}:{line}: " if line else f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+PIECES = (
+    "- ",
+    "match",
+    "replace",
+    "class",
+    "name",
+    "kwargs",
+    "recursive",
+    ": ",
+    "{",
+    "}",
+    "[",
+    "]",
+    "\n",
+    "  ",
+    "a",
+    "(",
+)
+PIECES += (
+    "&x ",
+    "*x",
+    "<<",
+    "'",
+    '"',
+    "!!int ",
+    "!!binary ",
+    "? ",
+    "| ",
+    "1",
+    "0x_",
+    "false",
+    "#",
+    "\t",
+    ",",
+    "é",
+    "\x07",
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+def test_whatever_is_in_the_file_it_is_rules_or_a_rule_error(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    file.write_text(text, encoding="utf-8")
+    with contextlib.suppress(RuleError):
+        load_rules(file)
 
 
 def test_unreadable_files(tmp_path):
