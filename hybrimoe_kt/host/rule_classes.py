@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError, RuleError, nearest
@@ -15,6 +15,7 @@ __all__ = ["CONTRACT", "blaming", "match_classes", "operator_class", "replacemen
 
 # What every operator's constructor receives beside the rule's kwargs.
 CONTRACT = ("key", "gguf_loader", "config", "orig_module")
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def match_classes(rule: Rule) -> tuple[type, ...] | None:
@@ -36,13 +37,20 @@ def replacement(rule: Rule) -> tuple[str, dict[str, Any], str]:
 
 
 def operator_class(rule: Rule, name: str, kwargs: Mapping[str, Any]) -> type:
-    """Import the operator `name` and check that its constructor knows every kwarg."""
+    """Import the operator `name` and check that its constructor knows the contract and every kwarg."""
     cls = _resolve(rule, name, rule.replace_class, "replace.class")
-    valid = _option_names(cls)
-    for key in kwargs if valid is not None else ():
-        if key not in valid:
-            hint = nearest(key, valid) or f"; valid: {', '.join(valid) or 'none'}"
+    options = _options(cls)
+    if options is None:
+        takes = f"its constructor does not take {', '.join(CONTRACT)}"
+        raise rule.error(f"replace.class {rule.replace_class!r} is not an operator: {takes}", "replace.class")
+    takes_any = any(option.kind is inspect.Parameter.VAR_KEYWORD for option in options.values())
+    for key in () if takes_any else kwargs:
+        if key not in options:
+            hint = nearest(key, options) or f"; valid: {', '.join(options) or 'none'}"
             raise rule.error(f"{name} has no option {key!r}{hint}", key)
+    for key, option in options.items():
+        if key not in kwargs and option.default is option.empty and option.kind in _NAMED:
+            raise rule.error(f"{name} needs the option {key!r}; add it to kwargs", key)
     if (check := getattr(cls, "check_kwargs", None)) is not None:
         blaming(rule, name, check, kwargs)
     return cls
@@ -76,12 +84,13 @@ def _resolve(rule: Rule, name: str, written: str, key: str) -> type:
     return cls
 
 
-def _option_names(cls: type) -> Sequence[str] | None:
-    """Return the kwargs a class takes beside the contract, or None when it takes any."""
-    names = []
-    for parameter in inspect.signature(cls).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            return None
-        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
-            names.append(parameter.name)
-    return [name for name in names if name not in CONTRACT]
+def _options(cls: type) -> dict[str, inspect.Parameter] | None:
+    """Return what a class takes beside the contract, None when it does not take the contract itself."""
+    try:
+        parameters = dict(inspect.signature(cls).parameters)
+    except ValueError:  # some built-in classes tell nothing
+        return None
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_any and not parameters.keys() >= set(CONTRACT):
+        return None
+    return {name: parameter for name, parameter in parameters.items() if name not in CONTRACT}

@@ -11,8 +11,9 @@ Only plain YAML is read (`yaml.SafeLoader`), so a file can name classes but cann
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -150,7 +151,8 @@ class _Reader:
             raise self.fail(f"{where!r} must be a mapping with the keys {', '.join(valid)}", node, key)
         entries: dict[str, yaml.Node] = {}
         seen: set[str] = set()
-        self.loader.flatten_mapping(node)  # resolves "<<": merged entries come first and may be overridden
+        with self.yaml_errors(node):
+            self.loader.flatten_mapping(node)  # resolves "<<": merged entries come first and may be overridden
         for key_node, value in node.value:
             name = str(key_node.value)
             if name not in valid:
@@ -164,10 +166,17 @@ class _Reader:
         return entries
 
     def value(self, node: yaml.Node) -> Any:
-        try:
+        with self.yaml_errors(node):
             return self.loader.construct_object(node, deep=True)
+
+    @contextlib.contextmanager
+    def yaml_errors(self, node: yaml.Node) -> Iterator[None]:
+        try:
+            yield
         except yaml.YAMLError as error:
             raise _yaml_error(self.file, error, self.number) from None
+        except ValueError as error:  # text that looks like a date or a number and is none
+            raise self.fail(f"not valid YAML: {error}", node) from None
 
     def text(self, node: yaml.Node, key: str) -> str:
         value = self.value(node)

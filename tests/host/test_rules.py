@@ -54,6 +54,11 @@ class PickyOperator(nn.Module):
             raise ConfigError("unknown option 'colour'")
 
 
+class NeedyOperator(nn.Module):
+    def __init__(self, key, gguf_loader, config, orig_module, colour):
+        super().__init__()
+
+
 class NotAModule:
     def __init__(self, key, gguf_loader, config, orig_module):
         pass
@@ -341,6 +346,9 @@ BAD_OPERATORS = {
     ("rule_operators.Operator", "{key: 1}"): "has no option 'key'",
     ("rule_operators.PickyOperator", "{colour: 1}"): "unknown option 'colour'",
     ("rule_operators.PickyOperator", "{size: 0}"): "size is 0, valid: from 1",
+    ("rule_operators.NeedyOperator", "{}"): "needs the option 'colour'",
+    ("torch.nn.Linear", "{}"): "is not an operator: its constructor does not take key, gguf_loader",
+    ("builtins.type", "{}"): "is not an operator",
     ("rule_operators.NotAModule", "{}"): "is not a torch.nn.Module",
     ("ktransformers.operators.linear.KTransformerLinear", "{}"): "KTransformersLinear'?",
 }
