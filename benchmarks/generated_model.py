@@ -58,8 +58,8 @@ class Shape:
 
 
 DEEPSEEK_V2_LITE_LAYER = Shape(
-    architecture="deepseek2", layers=3, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6, inter=1408,
-    dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536, rope_dim=64, context=4096,
+    architecture="deepseek2", layers=3, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6,
+    inter=1408, dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536, rope_dim=64, context=4096,
     types=(Type.Q4_K, Type.Q4_K, Type.Q5_0), dense_type=Type.Q8_0,
 )  # fmt: skip
 """DeepSeek-V2-Lite's layer shapes: one dense layer and two MoE layers of 64 experts, top-6, width 1408.
@@ -84,7 +84,9 @@ class _Builder:
         self.model = GeneratedModel(path, shape)
         self.keep_state = keep_state
 
-    def dense(self, hf_name: str, gguf_name: str, *size: int, scale: float | None = None, centre: float = 0.0) -> np.ndarray:
+    def dense(
+        self, hf_name: str, gguf_name: str, *size: int, scale: float | None = None, centre: float = 0.0
+    ) -> np.ndarray:
         """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32)."""
         scale = scale if scale is not None else size[-1] ** -0.5
         value = (centre + scale * self.random.standard_normal(size)).astype(np.float32)
@@ -107,11 +109,17 @@ class _Builder:
 
     def experts(self, layer: int) -> None:
         shape = self.shape
-        sizes = {"gate": (shape.inter, shape.hidden), "up": (shape.inter, shape.hidden), "down": (shape.hidden, shape.inter)}
+        sizes = {
+            "gate": (shape.inter, shape.hidden),
+            "up": (shape.inter, shape.hidden),
+            "down": (shape.hidden, shape.inter),
+        }
         values = {}
         for (role, (rows, columns)), kind in zip(sizes.items(), shape.types, strict=True):
             raw = random_blocks(self.random, kind, shape.experts * rows, columns)
-            self.writer.add_tensor(f"blk.{layer}.ffn_{role}_exps.weight", raw.reshape(shape.experts, rows, -1), raw_dtype=kind)
+            self.writer.add_tensor(
+                f"blk.{layer}.ffn_{role}_exps.weight", raw.reshape(shape.experts, rows, -1), raw_dtype=kind
+            )
             if self.keep_state:
                 values[role] = dequantize(raw, kind).reshape(shape.experts, rows, columns)
         if self.keep_state:
@@ -208,10 +216,14 @@ def _qwen3moe_layer(build: _Builder, layer: int) -> None:
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
-        build.dense(f"{hf}.self_attn.{name}_proj.weight", f"{gguf}.attn_{name}.weight", heads * shape.head_dim, shape.hidden)
+        build.dense(
+            f"{hf}.self_attn.{name}_proj.weight", f"{gguf}.attn_{name}.weight", heads * shape.head_dim, shape.hidden
+        )
     for name in ("q", "k"):
         build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", shape.head_dim)
-    build.dense(f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim)
+    build.dense(
+        f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
+    )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
     build.dense(f"{hf}.mlp.gate.weight", f"{gguf}.ffn_gate_inp.weight", shape.experts, shape.hidden)
     build.experts(layer)
@@ -228,11 +240,16 @@ def _deepseek2_layer(build: _Builder, layer: int) -> None:
     else:
         build.dense(f"{hf}.self_attn.q_proj.weight", f"{gguf}.attn_q.weight", query, shape.hidden)
     build.dense(
-        f"{hf}.self_attn.kv_a_proj_with_mqa.weight", f"{gguf}.attn_kv_a_mqa.weight", shape.kv_lora_rank + shape.rope_dim, shape.hidden
+        f"{hf}.self_attn.kv_a_proj_with_mqa.weight",
+        f"{gguf}.attn_kv_a_mqa.weight",
+        shape.kv_lora_rank + shape.rope_dim,
+        shape.hidden,
     )
     build.norm(f"{hf}.self_attn.kv_a_layernorm.weight", f"{gguf}.attn_kv_a_norm.weight", shape.kv_lora_rank)
     _kv_b(build, hf, gguf)
-    build.dense(f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim)
+    build.dense(
+        f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
+    )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
     if layer < shape.dense_layers:
         _ffn(build, f"{hf}.mlp", f"{gguf}.ffn_{{}}", shape.dense_inter)
@@ -248,7 +265,9 @@ def _kv_b(build: _Builder, hf: str, gguf: str) -> None:
     if not shape.split_kv_b:
         build.dense(name, f"{gguf}.attn_kv_b.weight", shape.heads * per_head, shape.kv_lora_rank)
         return
-    whole = (build.random.standard_normal((shape.heads, per_head, shape.kv_lora_rank)) * shape.kv_lora_rank**-0.5).astype(np.float32)
+    whole = (
+        build.random.standard_normal((shape.heads, per_head, shape.kv_lora_rank)) * shape.kv_lora_rank**-0.5
+    ).astype(np.float32)
     k_b, v_b = whole[:, : shape.head_dim], whole[:, shape.head_dim :]
     build.writer.add_tensor(f"{gguf}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1)))
     build.writer.add_tensor(f"{gguf}.attn_v_b.weight", np.ascontiguousarray(v_b))
@@ -278,7 +297,11 @@ def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: i
     """
     spread = columns**-0.5
     if kind not in _K_QUANTS:
-        return np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind)).view(np.uint8).reshape(rows, -1)
+        return (
+            np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind))
+            .view(np.uint8)
+            .reshape(rows, -1)
+        )
     block, block_bytes = GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
     for offset, unit in _K_QUANTS[kind]:

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from ..device.host_store import ExpertMatrix, LayerExperts
-from ..device.quant_types import row_bytes
-from ..errors import HostCompatibilityError, KernelError, ModelError
+from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.quant_types import row_bytes
+from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
 
 __all__ = ["GATE_TYPES", "LlamafileBackend"]
 
@@ -102,7 +102,8 @@ class LlamafileBackend:
         if LlamafileBackend._pool_threads not in (0, num_threads):
             logger.warning(
                 "kt-kernel's pool already runs %d threads in this process; %d were asked for and ignored",
-                LlamafileBackend._pool_threads, num_threads,
+                LlamafileBackend._pool_threads,
+                num_threads,
             )
             num_threads = LlamafileBackend._pool_threads
         LlamafileBackend._pool_threads = num_threads
@@ -158,8 +159,13 @@ class LlamafileBackend:
         top_k = ids.shape[1]
         # The kernel reads every pointer, the length too, when the task runs: they all are this object's buffers.
         self._task = self._kernels[layer].forward_task(
-            buffers.length.data_ptr(), top_k, buffers.ids.data_ptr(), buffers.weights.data_ptr(),
-            buffers.hidden.data_ptr(), buffers.out.data_ptr(), False,
+            buffers.length.data_ptr(),
+            top_k,
+            buffers.ids.data_ptr(),
+            buffers.weights.data_ptr(),
+            buffers.hidden.data_ptr(),
+            buffers.out.data_ptr(),
+            False,
         )
         self._shape = num_tokens, hidden.shape[1]
         self._pool.submit(self._task)
@@ -170,19 +176,25 @@ class LlamafileBackend:
         num_tokens, width = self._shape
         return self._buffers.out[: num_tokens * width].view(num_tokens, width)
 
-    def _check_call(self, experts: LayerExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def _check_call(
+        self, experts: LayerExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         num_tokens = hidden.shape[0]
         if not 1 <= num_tokens <= self.max_tokens:
             raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {self.max_tokens}")
         if hidden.dtype != torch.float32 or hidden.shape[1] != experts.hidden:
-            raise KernelError(f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]")
+            raise KernelError(
+                f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]"
+            )
         if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
             raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
         if ids.shape[0] != num_tokens or ids.shape[1] > experts.top_k:
             raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
         # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
         if not math.isfinite(hidden.sum().item()):
-            raise KernelError(f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)")
+            raise KernelError(
+                f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)"
+            )
         if not math.isfinite(weights.sum().item()):
             raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
         _check_ids(experts, ids)
@@ -252,7 +264,7 @@ def _check_layer(experts: LayerExperts) -> None:
         if matrix.ggml_type not in GATE_TYPES:
             raise ModelError(
                 f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend cannot "
-                f"run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use --cpu_backend torch_reference or another file"
+                f"run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, or --cpu_backend torch_reference"
             )
         if not matrix.data.is_contiguous():
             raise ModelError(f"layer {experts.layer}: {role} experts are not contiguous in memory")
@@ -263,11 +275,13 @@ def _check_layer(experts: LayerExperts) -> None:
         )
     if experts.hidden % _WIDTH_STEP:
         raise ModelError(
-            f"layer {experts.layer}: hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the llamafile "
-            f"CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
+            f"layer {experts.layer}: hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
+            f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
         )
     if experts.top_k > _MAX_TOP_K:
-        raise ModelError(f"layer {experts.layer}: top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}")
+        raise ModelError(
+            f"layer {experts.layer}: top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"
+        )
 
 
 def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Tensor:

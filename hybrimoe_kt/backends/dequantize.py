@@ -7,8 +7,8 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as numpy_dequantize
 
-from ..device.quant_types import type_name
-from ..errors import ModelError
+from hybrimoe_kt.device.quant_types import type_name
+from hybrimoe_kt.errors import ModelError
 
 __all__ = ["dequantize"]
 

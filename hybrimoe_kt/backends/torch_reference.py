@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.nn import functional
 
-from ..device.host_store import LayerExperts
+from hybrimoe_kt.device.host_store import LayerExperts
+
 from .dequantize import dequantize
 
 __all__ = ["TorchReferenceCpu", "TorchReferenceGpu", "expert_ffn"]

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..config import ExpertOptions
-from ..errors import ConfigError, HybriMoEError, ModelError
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
+
 from .options import expert_overrides, parse
 
 if TYPE_CHECKING:
-    from ..host.hf.engine import Engine
+    from hybrimoe_kt.host.hf.engine import Engine
 
 __all__ = ["main"]
 
@@ -68,7 +69,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
     gguf_path = _model_file(options)
     with console.status("starting torch and transformers"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from ..host.hf.build import build_engine
+        from hybrimoe_kt.host.hf.build import build_engine
 
     return build_engine(
         gguf_path,
@@ -132,8 +133,12 @@ def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, conso
     stop = threading.Event()
     pieces: list[str] = []
     answer = engine.stream(
-        [{"role": "user", "content": prompt}], max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-        top_p=options.top_p, seed=options.seed, stop=stop,
+        [{"role": "user", "content": prompt}],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=stop,
     )
     try:
         for piece in answer:

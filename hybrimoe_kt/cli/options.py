@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import __version__
-from ..errors import nearest
+from hybrimoe_kt import __version__
+from hybrimoe_kt.errors import nearest
 
 __all__ = ["build_parser", "expert_overrides", "parse"]
 
@@ -61,36 +61,62 @@ def _number(low: float, high: float) -> Any:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every flag may be spelled with underscores or hyphens."""
     parser = _Parser(
-        prog="ktransformers", allow_abbrev=False, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="ktransformers",
+        allow_abbrev=False,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
     )
     parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
     model = parser.add_argument_group("model")
     model.add_argument("--gguf_path", type=Path, metavar="PATH", help=".gguf file, one of its splits, or a directory")
-    model.add_argument("--model_path", type=Path, metavar="DIR", help="directory with config.json and tokenizer; default: from the GGUF")
-    model.add_argument("--optimize_rule_path", "--optimize_config_path", type=Path, metavar="YAML", dest="optimize_rule_path",
-                       help="rule file; default: the packaged one for the architecture")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                       help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU")
+    model.add_argument(
+        "--model_path",
+        type=Path,
+        metavar="DIR",
+        help="directory with config.json and tokenizer; default: from the GGUF",
+    )
+    model.add_argument(
+        "--optimize_rule_path",
+        "--optimize_config_path",
+        type=Path,
+        metavar="YAML",
+        dest="optimize_rule_path",
+        help="rule file; default: the packaged one for the architecture",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU",
+    )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
     answer = parser.add_argument_group("answer")
     answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
     answer.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N")
-    answer.add_argument("--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token")
+    answer.add_argument(
+        "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
+    )
     answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
     answer.add_argument("--seed", type=_whole(0), metavar="N", help="the same seed draws the same tokens")
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help="auto, none, emulated, cuda[:N], xpu[:N]")
     experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")
     experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for CPU experts")
-    experts.add_argument("--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto")
+    experts.add_argument(
+        "--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto"
+    )
     experts.add_argument("--policy", metavar="NAME", help="which expert loses its slot: mrs, lru, ...")
     experts.add_argument("--scheduler", metavar="NAME", help="who computes what: paper, static, ...")
-    experts.add_argument("--prefetch_size", type=_whole(0), metavar="N", help="transfers ahead of need per layer, 0: off")
+    experts.add_argument(
+        "--prefetch_size", type=_whole(0), metavar="N", help="transfers ahead of need per layer, 0: off"
+    )
     experts.add_argument("--prefetch_depth", type=_whole(1), metavar="N", help="layers the gates look ahead, 1 to 3")
     experts.add_argument("--profile", metavar="NAME", help="hardware profile: a name or a file")
-    experts.add_argument("--chunk_size", type=_whole(1), metavar="TOKENS", help="longest piece of a prompt computed at once")
+    experts.add_argument(
+        "--chunk_size", type=_whole(1), metavar="TOKENS", help="longest piece of a prompt computed at once"
+    )
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")

@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from ..errors import CapacityError, ConfigError
+from hybrimoe_kt.errors import CapacityError, ConfigError
 
 __all__ = ["Accelerator", "choose_accelerator"]
 
@@ -64,7 +64,9 @@ def choose_accelerator(name: str) -> Accelerator | None:
     device = torch.device(name)
     available = {"cuda": torch.cuda, "xpu": torch.xpu}[device.type]
     if not available.is_available():
-        raise ConfigError(f"accelerator {name!r} was asked for, but torch finds none on this machine; use none or emulated")
+        raise ConfigError(
+            f"accelerator {name!r} was asked for, but torch finds none on this machine; use none or emulated"
+        )
     if device.index is not None and device.index >= available.device_count():
         raise ConfigError(f"accelerator {name!r}: this machine has {available.device_count()} of them")
     return Accelerator(name, device)

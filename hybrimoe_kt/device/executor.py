@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..core.types import Plan, Transfer
+from hybrimoe_kt.core.types import Plan, Transfer
+
 from .backend import CpuBackend, GpuBackend
 from .slots import SlotPool
 

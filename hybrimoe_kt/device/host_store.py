@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.types import ExpertId
-from ..errors import ModelError
+from hybrimoe_kt.core.types import ExpertId
+from hybrimoe_kt.errors import ModelError
+
 from .quant_types import row_bytes, type_name
 
 __all__ = ["ExpertMatrix", "HostStore", "LayerExperts"]
@@ -56,11 +57,14 @@ class LayerExperts:
             ("up", self.up, (self.inter, self.hidden)),
             ("down", self.down, (self.hidden, self.inter)),
         ):
-            if (matrix.rows, matrix.columns) != shape or tuple(matrix.data.shape) != (self.num_experts, matrix.num_bytes):
+            if (matrix.rows, matrix.columns) != shape or tuple(matrix.data.shape) != (
+                self.num_experts,
+                matrix.num_bytes,
+            ):
                 raise ModelError(
                     f"layer {self.layer}: expert {name} matrices are {matrix.data.shape[0]} of "
-                    f"{matrix.rows}x{matrix.columns}, the configuration wants {self.num_experts} of {shape[0]}x{shape[1]}; "
-                    f"the GGUF file and the configuration belong to different models"
+                    f"{matrix.rows}x{matrix.columns}, the configuration wants {self.num_experts} of "
+                    f"{shape[0]}x{shape[1]}; the GGUF file and the configuration belong to different models"
                 )
 
     @property

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import CacheSize
-from ..core.types import Transfer
-from ..errors import CapacityError
+from hybrimoe_kt.config import CacheSize
+from hybrimoe_kt.core.types import Transfer
+from hybrimoe_kt.errors import CapacityError
+
 from .accelerator import Accelerator
 from .host_store import HostStore
 
@@ -25,7 +26,7 @@ def slots_per_layer(size: CacheSize, store: HostStore, accelerator: Accelerator)
     """
     layers = store.layers
     if size.per_layer is not None:
-        wanted = {layer: size.per_layer for layer in layers}
+        wanted = dict.fromkeys(layers, size.per_layer)
         largest = max(experts.num_experts for experts in layers.values())
         if size.per_layer > largest:
             logger.warning("cache size %d is more than the %d experts of a layer; using all", size.per_layer, largest)
@@ -42,7 +43,7 @@ def slots_per_layer(size: CacheSize, store: HostStore, accelerator: Accelerator)
 def _spread(budget: int, store: HostStore) -> dict[int, int]:
     one_each = sum(experts.expert_bytes for experts in store.layers.values())
     per_layer = budget // one_each if one_each else 0
-    return {layer: per_layer for layer in store.layers}
+    return dict.fromkeys(store.layers, per_layer)
 
 
 def _check_fits(slots: Mapping[int, int], store: HostStore, accelerator: Accelerator) -> None:

@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import HostCompatibilityError
+from hybrimoe_kt.errors import HostCompatibilityError
 
 __all__ = ["AbsorbedMLA"]
 
-_ADOPTED = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+_ADOPTED = (
+    "q_proj",
+    "q_a_proj",
+    "q_a_layernorm",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_a_layernorm",
+    "kv_b_proj",
+    "o_proj",
+)
 
 
 class AbsorbedMLA(nn.Module):

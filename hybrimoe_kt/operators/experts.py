@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ExpertOptions
-from ..errors import ConfigError, ModelError
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.errors import ConfigError, ModelError
+
 from .runtime import Runtime
 
 __all__ = ["HybriMoEExperts"]
@@ -39,7 +40,9 @@ class HybriMoEExperts(nn.Module):
         super().__init__()
         match = _LAYER.search(f".{key}")
         if match is None:
-            raise ConfigError(f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number")
+            raise ConfigError(
+                f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number"
+            )
         activation = getattr(config, "hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
@@ -56,7 +59,9 @@ class HybriMoEExperts(nn.Module):
             )
         )
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
         return self.runtime.run(self.layer, hidden_states, top_k_index, top_k_weights)
 

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from ..backends.cpu_llamafile import LlamafileBackend
-from ..backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
-from ..config import ExpertOptions
-from ..core.coordinator import Coordinator
-from ..core.cost import CostModel
-from ..core.profile import load_profile
-from ..core.types import LayerSpec, Plan, Routing
-from ..device.accelerator import Accelerator, choose_accelerator
-from ..device.backend import CpuBackend
-from ..device.cores import default_expert_threads
-from ..device.executor import Executor
-from ..device.host_store import HostStore, LayerExperts
-from ..device.slots import SlotPool, slots_per_layer
-from ..errors import ConfigError, KernelError
+from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.profile import load_profile
+from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
+from hybrimoe_kt.device.accelerator import Accelerator, choose_accelerator
+from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.cores import default_expert_threads
+from hybrimoe_kt.device.executor import Executor
+from hybrimoe_kt.device.host_store import HostStore, LayerExperts
+from hybrimoe_kt.device.slots import SlotPool, slots_per_layer
+from hybrimoe_kt.errors import ConfigError, KernelError
 
 __all__ = ["LookAhead", "Runtime", "Seconds"]
 
@@ -84,7 +84,9 @@ class Runtime:
         if runtime is None:
             runtime = owner.runtime = cls(options)
         elif runtime.options != options:
-            raise ConfigError(f"{rule_key}: its expert options differ from an earlier layer's; all MoE layers share one set")
+            raise ConfigError(
+                f"{rule_key}: its expert options differ from an earlier layer's; all MoE layers share one set"
+            )
         return runtime
 
     @property
@@ -125,7 +127,9 @@ class Runtime:
         profile = load_profile(options.profile)
         specs, costs = [], {}
         for layer, experts in sorted(self.store.layers.items()):
-            specs.append(LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, slots.get(layer, 0)))
+            specs.append(
+                LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, slots.get(layer, 0))
+            )
             costs[layer] = CostModel.from_profile(
                 profile, expert_bytes=experts.expert_bytes, expert_macs=3 * experts.hidden * experts.inter
             )
@@ -157,7 +161,8 @@ class Runtime:
             return f"{where}; all on the CPU: {cpu}"
         pool = self._executor.slots if self._executor else None
         return (
-            f"{where}; {self.accelerator.name}: {self.num_slots} slots, {(pool.num_bytes if pool else 0) / 1e9:.2f} GB; "
+            f"{where}; {self.accelerator.name}: {self.num_slots} slots, "
+            f"{(pool.num_bytes if pool else 0) / 1e9:.2f} GB; "
             f"CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
             f"prefetch {options.prefetch_size or 'off'}, profile {options.profile}"
         )
@@ -187,8 +192,13 @@ class Runtime:
         scores = self._scores.pop(layer, None)
         limit = self.options.max_chunk_tokens
         pieces = [
-            self._run_chunk(layer, hidden[at : at + limit], ids[at : at + limit], weights[at : at + limit],
-                            None if scores is None else scores[at : at + limit])
+            self._run_chunk(
+                layer,
+                hidden[at : at + limit],
+                ids[at : at + limit],
+                weights[at : at + limit],
+                None if scores is None else scores[at : at + limit],
+            )
             for at in range(0, hidden.shape[0], limit)
         ]
         result = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
@@ -231,9 +241,7 @@ class Runtime:
         self._executor.transfer(self.coordinator.prefetch(layer, predictions))
 
 
-def routing_of(
-    layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None
-) -> Routing:
+def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None) -> Routing:
     """Turn a step's tensors (`[num_tokens, top_k]`, logits `[num_tokens, num_experts]`) into plain numbers."""
     num_tokens = ids.shape[0]
     flat = ids.flatten().tolist()

@@ -19,10 +19,19 @@ def stock_model(model: GeneratedModel) -> torch.nn.Module:
 def _qwen3moe(shape: Shape) -> torch.nn.Module:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers, head_dim=shape.head_dim,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, moe_intermediate_size=shape.inter,
-            num_experts=shape.experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True, rms_norm_eps=1e-6,
-            max_position_embeddings=shape.context, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            head_dim=shape.head_dim,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            moe_intermediate_size=shape.inter,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            norm_topk_prob=True,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=shape.context,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     )
 
@@ -34,13 +43,27 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
         rope |= {"original_max_position_embeddings": shape.context, "beta_fast": 32.0, "beta_slow": 1.0}
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
-            vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers, rms_norm_eps=1e-6,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.heads, intermediate_size=shape.dense_inter,
-            moe_intermediate_size=shape.inter, n_routed_experts=shape.experts, num_experts_per_tok=shape.top_k,
-            n_shared_experts=shape.shared_experts, first_k_dense_replace=shape.dense_layers, topk_method="greedy",
-            kv_lora_rank=shape.kv_lora_rank, q_lora_rank=shape.q_lora_rank or None, qk_rope_head_dim=shape.rope_dim,
-            qk_nope_head_dim=shape.head_dim, v_head_dim=shape.head_dim, max_position_embeddings=shape.context,
-            routed_scaling_factor=1.0, rope_parameters=rope,
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            rms_norm_eps=1e-6,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            intermediate_size=shape.dense_inter,
+            moe_intermediate_size=shape.inter,
+            n_routed_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            n_shared_experts=shape.shared_experts,
+            first_k_dense_replace=shape.dense_layers,
+            topk_method="greedy",
+            kv_lora_rank=shape.kv_lora_rank,
+            q_lora_rank=shape.q_lora_rank or None,
+            qk_rope_head_dim=shape.rope_dim,
+            qk_nope_head_dim=shape.head_dim,
+            v_head_dim=shape.head_dim,
+            max_position_embeddings=shape.context,
+            routed_scaling_factor=1.0,
+            rope_parameters=rope,
         )
     )
 

@@ -25,7 +25,9 @@ TYPES = {
 SHAPES = {
     "qwen3moe": Shape(),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
-    "deepseek2-old-kv_b-q_lora-yarn": Shape(architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0),
+    "deepseek2-old-kv_b-q_lora-yarn": Shape(
+        architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0
+    ),
 }  # fmt: skip
 PLACES: dict[str, dict[str, Any]] = {
     "none": {"accelerator": "none"},
@@ -55,7 +57,7 @@ def test_logits_and_greedy_tokens_equal_the_stock_model(
     assert wanted.std() > 0.3, "a model whose logits are all alike would prove nothing"
     for place, overrides in PLACES.items():
         ours = load(model, **overrides)
-        torch.testing.assert_close(logits_of(ours.model, PROMPT), wanted, rtol=0, atol=1e-4, msg=lambda m: f"{place}: {m}")
+        torch.testing.assert_close(logits_of(ours.model, PROMPT), wanted, rtol=0, atol=1e-4, msg=place)
         assert greedy(ours.model, PROMPT, 12)[0] == wanted_tokens, place
 
 

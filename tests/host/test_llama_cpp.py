@@ -28,7 +28,9 @@ different blocks: on the embedded model kt-kernel's logits differ from exact ari
 def assert_same_tokens(ours: list[int], theirs: list[int], margins: list[float]) -> None:
     for at, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
         if mine != other:
-            assert margins[at] < MARGIN, f"token {at}: {mine} here, {other} in llama.cpp, which led by {margins[at]:.3f}"
+            assert margins[at] < MARGIN, (
+                f"token {at}: {mine} here, {other} in llama.cpp, which led by {margins[at]:.3f}"
+            )
             return
 
 
@@ -61,11 +63,22 @@ def test_the_embedded_model_answers_as_in_llama_cpp(engine: Engine, llama_cpp: L
     [
         Shape(types=(Type.F16,) * 3, experts=16, top_k=4, layers=3),
         Shape(types=(Type.F16,) * 3, architecture="deepseek2", layers=3, head_dim=64, rope_dim=32, q_lora_rank=64),
-        Shape(types=(Type.F16,) * 3, architecture="deepseek2", layers=3, head_dim=64, rope_dim=32, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0),
+        Shape(
+            types=(Type.F16,) * 3,
+            architecture="deepseek2",
+            layers=3,
+            head_dim=64,
+            rope_dim=32,
+            split_kv_b=False,
+            q_lora_rank=64,
+            yarn_factor=4.0,
+        ),
     ],
     ids=["qwen3moe", "deepseek2", "deepseek2-old-kv_b-yarn"],
 )
-def test_generated_models_mean_the_same_to_llama_cpp(generated: Callable[[Shape], GeneratedModel], shape: Shape) -> None:
+def test_generated_models_mean_the_same_to_llama_cpp(
+    generated: Callable[[Shape], GeneratedModel], shape: Shape
+) -> None:
     """The metadata we rebuild a configuration from is read by llama.cpp as well: both must compute one model."""
     model = generated(shape)
     ours = load_model(model.path, option_overrides={"cpu_backend": "torch_reference"}, progress=False).model
@@ -76,6 +89,8 @@ def test_generated_models_mean_the_same_to_llama_cpp(generated: Callable[[Shape]
         wanted = llama_cpp.next_token(prompt[:length])
         found = torch.log_softmax(logits_of(ours, prompt[:length])[-1], dim=-1)
         for token, value in wanted.items():
-            assert abs(found[token].item() - value) < 0.01, f"{length} tokens: {token} {value} there, {found[token]} here"
+            assert abs(found[token].item() - value) < 0.01, (
+                f"{length} tokens: {token} {value} there, {found[token]} here"
+            )
             compared += 1
     assert compared >= 20, "hardly any prompt could be compared"

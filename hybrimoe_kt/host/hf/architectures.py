@@ -14,7 +14,8 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 
-from ...errors import ModelError, unknown_name
+from hybrimoe_kt.errors import ModelError, unknown_name
+
 from .gguf_file import GgufFile
 
 __all__ = ["ARCHITECTURES", "Architecture", "Composed", "architecture_of"]
@@ -54,7 +55,9 @@ class Architecture:
 
         missing = [name for name in self.keys.values() if key(name) is None]
         if missing:
-            raise ModelError(f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead")
+            raise ModelError(
+                f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead"
+            )
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
@@ -73,7 +76,9 @@ def architecture_of(file: GgufFile) -> Architecture:
         message = unknown_name("architecture", name, ARCHITECTURES)
         raise ModelError(f"{file.path}: {message}")
     if not file.metadata.get(f"{name}.expert_count"):
-        raise ModelError(f"{file.path}: a dense {name} model without experts; this program runs Mixture-of-Experts models")
+        raise ModelError(
+            f"{file.path}: a dense {name} model without experts; this program runs Mixture-of-Experts models"
+        )
     return ARCHITECTURES[name]
 
 
@@ -101,7 +106,10 @@ def _rope(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
     rope |= {"rope_type": kind, "factor": key("rope.scaling.factor", 1.0)}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
-        rope |= {"beta_fast": key("rope.scaling.yarn_beta_fast", 32.0), "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0)}
+        rope |= {
+            "beta_fast": key("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0),
+        }
         multiplier = key("rope.scaling.yarn_log_multiplier")
         if multiplier:  # the file stores 0.1 * mscale_all_dim; every released model has mscale equal to it
             mscale = round(multiplier / 0.1, 6)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ...device.accelerator import choose_accelerator
-from ...device.cores import default_expert_threads, dense_threads
+from hybrimoe_kt.device.accelerator import choose_accelerator
+from hybrimoe_kt.device.cores import default_expert_threads, dense_threads
+
 from .engine import Engine
 from .loading import load_model
 from .profiler import TimeShares
@@ -35,8 +36,13 @@ def build_engine(
         torch.set_num_threads(dense_threads(overrides.get("cpu_threads") or default_expert_threads()))
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
     loaded = load_model(
-        gguf_path, model_path=model_path, rules_path=rules_path, dtype=chosen, device=device,
-        option_overrides=overrides, progress=progress,
+        gguf_path,
+        model_path=model_path,
+        rules_path=rules_path,
+        dtype=chosen,
+        device=device,
+        option_overrides=overrides,
+        progress=progress,
     )
     tokenizer = load_tokenizer(loaded.loader.file, model_path)
     shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.dequantize import dequantize
-from ...errors import ModelError
+from hybrimoe_kt.backends.dequantize import dequantize
+from hybrimoe_kt.errors import ModelError
+
 from .architectures import Architecture
 from .gguf_file import GgufFile, GgufTensor
 
@@ -50,7 +51,7 @@ def dense_state_dict(
     for name, shape in parameters.items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is not None:
-            stem, _, suffix = name.rpartition(".")
+            suffix = name.rpartition(".")[2]
             gguf_name = gguf_name if gguf_name.endswith(suffix) else f"{gguf_name}.{suffix}"
         if gguf_name in file.tensors:
             state[name] = _single(file, file.tensors[gguf_name], name, shape, dtype)
@@ -59,15 +60,18 @@ def dense_state_dict(
     return state
 
 
-def _single(
-    file: GgufFile, tensor: GgufTensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> LazyTensor:
+def _single(file: GgufFile, tensor: GgufTensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
     _check_shape(file, tensor.name, tensor.shape, name, shape)
     return LazyTensor(shape, dtype, lambda: _values(tensor))
 
 
 def _composed(
-    file: GgufFile, architecture: Architecture, name: str, gguf_name: str | None, shape: tuple[int, ...], dtype: torch.dtype
+    file: GgufFile,
+    architecture: Architecture,
+    name: str,
+    gguf_name: str | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> LazyTensor:
     layer = _LAYER.search(name)
     recipe = next((recipe for suffix, recipe in architecture.composed.items() if name.endswith(suffix)), None)
@@ -85,6 +89,6 @@ def _values(tensor: GgufTensor) -> torch.Tensor:
 def _check_shape(file: GgufFile, gguf_name: str, found: tuple[int, ...], name: str, wanted: tuple[int, ...]) -> None:
     if tuple(found) != tuple(wanted):
         raise ModelError(
-            f"{file.path}: tensor {gguf_name} has shape {list(found)}, the configuration wants {list(wanted)} for {name}; "
-            f"the GGUF file and the configuration belong to different models"
+            f"{file.path}: tensor {gguf_name} has shape {list(found)}, the configuration wants {list(wanted)} for "
+            f"{name}; the GGUF file and the configuration belong to different models"
         )

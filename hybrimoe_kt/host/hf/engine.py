@@ -13,7 +13,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ...errors import CapacityError, KernelError
+from hybrimoe_kt.errors import CapacityError, KernelError
+
 from .loading import LoadedModel
 from .profiler import TimeShares
 from .tokenizer import chat_prompt
@@ -201,7 +202,11 @@ class Engine:
     def statistics(self) -> dict[str, Any]:
         """Everything counted since the model was loaded."""
         stats = self.runtime.coordinator.stats.snapshot() if self.runtime.coordinator else {}
-        return {"model": self.model_name, "context_tokens": self.context_tokens, "runtime": self.runtime.describe()} | stats
+        return {
+            "model": self.model_name,
+            "context_tokens": self.context_tokens,
+            "runtime": self.runtime.describe(),
+        } | stats
 
 
 class _Draw:

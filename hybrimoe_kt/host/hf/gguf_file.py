@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ...device.quant_types import type_name
-from ...errors import ModelError
+from hybrimoe_kt.device.quant_types import type_name
+from hybrimoe_kt.errors import ModelError
 
 __all__ = ["GgufFile", "GgufTensor"]
 
@@ -132,7 +132,9 @@ class _Header:
     def take(self, num_bytes: int) -> memoryview:
         end = self.position + num_bytes
         if num_bytes < 0 or end > len(self.blob):
-            raise ModelError(f"{self.file}: truncated GGUF: the header runs past the end of the file; download it again")
+            raise ModelError(
+                f"{self.file}: truncated GGUF: the header runs past the end of the file; download it again"
+            )
         piece = self.blob[self.position : end]
         self.position = end
         return piece
@@ -194,7 +196,9 @@ def _view(
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
     except ValueError:
-        raise ModelError(f"{file}: tensor {name!r} has unknown {type_name(ggml_type)}; a newer gguf is needed") from None
+        raise ModelError(
+            f"{file}: tensor {name!r} has unknown {type_name(ggml_type)}; a newer gguf is needed"
+        ) from None
     if shape and shape[-1] % block:
         raise ModelError(f"{file}: damaged GGUF: rows of {name!r} are {shape[-1]} long, not a multiple of {block}")
     num_bytes = math.prod(shape) // block * block_bytes

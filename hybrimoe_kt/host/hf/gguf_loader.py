@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ...device.host_store import ExpertMatrix, LayerExperts
-from ...errors import ModelError
-from ...operators.runtime import Runtime
+from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.operators.runtime import Runtime
+
 from .gguf_file import GgufFile, GgufTensor
 
 __all__ = ["GgufLoader"]

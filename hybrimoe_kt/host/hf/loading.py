@@ -21,9 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...errors import ModelError
-from ...operators.runtime import Runtime
-from .. import rules as rule_engine
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host import rules as rule_engine
+from hybrimoe_kt.operators.runtime import Runtime
+
 from .architectures import Architecture, architecture_of
 from .dense_weights import dense_state_dict
 from .gguf_file import GgufFile
@@ -120,13 +121,20 @@ def load_model(
     skeleton = _skeleton(config)
     inject(skeleton)
     if loader.runtime is None:
-        raise ModelError(f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights")
+        raise ModelError(
+            f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights"
+        )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = dense_state_dict(file, architecture, parameters, dtype)
     loader.runtime, loaded.warnings = None, []
     with _progress(progress):
         loaded.model = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, quantization_config=_Config(inject), dtype=dtype, device_map={"": device},
+            None,
+            config=config,
+            state_dict=state,
+            quantization_config=_Config(inject),
+            dtype=dtype,
+            device_map={"": device},
             attn_implementation="sdpa",
         )
     loaded.runtime.start()

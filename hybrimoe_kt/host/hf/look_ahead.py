@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...operators.experts import HybriMoEExperts
-from ...operators.runtime import Runtime
+from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.operators.runtime import Runtime
 
 __all__ = ["attach_look_ahead"]
 
@@ -55,9 +55,7 @@ def _moe_blocks(model: nn.Module) -> dict[int, tuple[nn.Module, torch.Tensor | N
 class _Gates:
     """Predicts the routing of the following layers from the hidden states entering this one."""
 
-    def __init__(
-        self, norm: torch.Tensor | None, ahead: list[tuple[int, nn.Module, torch.Tensor | None]]
-    ) -> None:
+    def __init__(self, norm: torch.Tensor | None, ahead: list[tuple[int, nn.Module, torch.Tensor | None]]) -> None:
         self._ahead = [(layer, gate, _ratio(norm, later)) for layer, gate, later in ahead]
 
     @torch.no_grad()

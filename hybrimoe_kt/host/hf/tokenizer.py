@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.utils import logging as transformers_logging
 
-from ...errors import ModelError
+from hybrimoe_kt.errors import ModelError
+
 from .gguf_file import GgufFile
 
 __all__ = ["chat_prompt", "load_tokenizer"]
@@ -35,7 +36,9 @@ def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedT
     if file.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in _FAITHFUL_PRE_TOKENIZERS:
         logger.warning(
             "%s: the tokenizer is rebuilt from the file, and its text splitting (%s) is only approximated; "
-            "give --model_path the model's own tokenizer for exact tokens", file.path.name, split,
+            "give --model_path the model's own tokenizer for exact tokens",
+            file.path.name,
+            split,
         )
     return _or_model_error(f"{file.path}: its tokenizer cannot be rebuilt", _from_gguf, file.path)
 
@@ -51,7 +54,9 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **extra)
 
 
-def _or_model_error(failure: str, load: Callable[[Path], PreTrainedTokenizerBase], path: Path) -> PreTrainedTokenizerBase:
+def _or_model_error(
+    failure: str, load: Callable[[Path], PreTrainedTokenizerBase], path: Path
+) -> PreTrainedTokenizerBase:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -69,5 +74,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     return list(ids)

@@ -1,0 +1,83 @@
+# make chat      talk to the embedded model (PROMPT="..." answers once)
+# make venv      create .venv with everything installed
+# make test      install and run the tests
+# make check     format, lint and types
+# make help      all targets
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A machine with an NVIDIA driver gets PyTorch as kt-kernel wants it (CUDA, gigabytes); any other the CPU build.
+CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
+TORCH  ?= 2.13.0
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help chat venv test test-slow test-gpu check format bench bench-core reproduce wheel clean
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device"
+	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
+	@echo "make bench-core planning and bookkeeping times of the policy core"
+	@echo "make reproduce  docs/reproduction.md: the paper's tables beside ours"
+	@echo "make wheel      dist/*.whl"
+
+chat: $(VENV)/.ready-run
+	@$(BIN)/ktransformers $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+export PROMPT
+
+venv: $(VENV)/.ready-dev
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-core: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest benchmarks/bench_core.py --benchmark-only --benchmark-disable-gc $(ARGS)
+
+reproduce: $(VENV)/.ready-dev
+	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)
+
+wheel: $(VENV)/.ready-dev
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# kt-kernel's own metadata asks for a CUDA torch; without a GPU it goes in alone, its few needs are in our own list.
+$(VENV)/.ready-run: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
+ifeq ($(CUDA),1)
+	$(BIN)/python -m pip install --quiet kt-kernel==0.7.2
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+else
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2
+endif
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-run
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev,plot]'
+	touch $@
