@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrimoe_kt.core.cache import FREE, ExpertCache
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.policies import Policy, make_policy
+from hybrimoe_kt.core.policies import Policy, make_policies
 from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, all_on_cpu
 from hybrimoe_kt.core.schedulers import make_scheduler
 from hybrimoe_kt.core.stats import Stats
@@ -45,7 +45,7 @@ class Coordinator:
         *,
         scheduler: str = "balanced",
         scheduler_options: Mapping[str, Any] | None = None,
-        policy: str = "mrs",
+        policy: str = "adaptive",
         policy_options: Mapping[str, Any] | None = None,
         prefetch_size: int = 1,
         prefetch_depth: int = 1,
@@ -59,9 +59,9 @@ class Coordinator:
         self.prefetch_size, self.prefetch_depth = prefetch_size, prefetch_depth
         self._frequencies = frequencies or {}
         self._layers: dict[int, LayerState] = {}
-        for spec in layers:
+        for spec, layer_policy in zip(layers, make_policies(policy, layers, policy_options or {}), strict=True):
             model = cost if isinstance(cost, CostModel) else cost[spec.layer]
-            self._layers[spec.layer] = LayerState(spec, model, make_policy(policy, spec, policy_options or {}))
+            self._layers[spec.layer] = LayerState(spec, model, layer_policy)
         self.now_s = 0.0
         self._link_free_s = {spec.accelerator: 0.0 for spec in layers}
         self._plan_end_s = 0.0

@@ -31,7 +31,8 @@ class CostModel:
 
     The time of a set of experts on the CPU is `cpu_call_s` once plus the sum over the experts, stretched by
     `cpu_slowdown` while the link is busy. `dense_s` is the time between two MoE layers at one token
-    (attention, norms, router): the link's idle time that prefetching may fill.
+    (attention, norms, router): the link's idle time that prefetching may fill. With `transfer_parts` = 3
+    gate, up and down travel separately, and the GPU starts on the first when it lands.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class CostModel:
         "link_latency_s",
         "shared_expert_s",
         "shared_token_s",
+        "transfer_parts",
     )
 
     def __init__(
@@ -64,6 +66,7 @@ class CostModel:
         shared_token_s: float = 0.0,
         dense_s: float = 0.0,
         dense_token_s: float = 0.0,
+        transfer_parts: int = 1,
     ) -> None:
         """`cpu` and `gpu` give the seconds of one expert at a load; no `gpu` means a machine without one."""
         self.has_gpu = gpu is not None
@@ -79,6 +82,7 @@ class CostModel:
         self.shared_token_s = shared_token_s
         self.dense_s = dense_s
         self.dense_token_s = dense_token_s
+        self.transfer_parts = transfer_parts
 
     @classmethod
     def from_profile(
@@ -91,6 +95,7 @@ class CostModel:
         shared_macs: int | None = None,
         dense_bytes: int = 0,
         dense_macs: int | None = None,
+        transfer_parts: int = 1,
     ) -> CostModel:
         """Scale `profile` to a layer whose expert holds `expert_bytes` and does `expert_macs` per token.
 
@@ -117,6 +122,7 @@ class CostModel:
             shared_token_s=shared_token_s,
             dense_s=dense_s + overhead_s,
             dense_token_s=dense_token_s,
+            transfer_parts=transfer_parts,
         )
 
     def cpu_s(self, loads: Iterable[int]) -> float:

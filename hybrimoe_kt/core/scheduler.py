@@ -14,10 +14,22 @@ class Task:
 
     `held` are the routed experts in a slot (resident or pending), `missing` the others; `arrival_s` maps the
     pending ones -> seconds until they land. `num_free` slots can take a transfer at once without disturbing
-    the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. Times count from now.
+    the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. `admission_value_s` is
+    what an expert brought now is expected to save later, net of its victim. Times count from now.
     """
 
-    __slots__ = ("arrival_s", "cost", "held", "layer", "link_busy_s", "loads", "missing", "num_free", "shared_s")
+    __slots__ = (
+        "admission_value_s",
+        "arrival_s",
+        "cost",
+        "held",
+        "layer",
+        "link_busy_s",
+        "loads",
+        "missing",
+        "num_free",
+        "shared_s",
+    )
 
     def __init__(
         self,
@@ -31,6 +43,7 @@ class Task:
         link_busy_s: float = 0.0,
         shared_s: float = 0.0,
         num_free: int = 1 << 30,
+        admission_value_s: float = 0.0,
     ) -> None:
         self.layer = layer
         self.cost = cost
@@ -41,6 +54,7 @@ class Task:
         self.link_busy_s = link_busy_s
         self.shared_s = shared_s
         self.num_free = num_free
+        self.admission_value_s = admission_value_s
 
 
 class Assignment:
@@ -152,9 +166,9 @@ class FiddlerScheduler(Scheduler):
 
 
 def by_load(task: Task, experts: Sequence[int]) -> list[int]:
-    """Return `experts`, the highest load first, ties by index."""
+    """Return `experts`, the highest load first, ties in the order given."""
     loads = task.loads
-    return sorted(experts, key=lambda e: (-loads[e], e))
+    return sorted(experts, key=loads.__getitem__, reverse=True)
 
 
 def gpu_order(task: Task, held: Sequence[int]) -> list[int]:
@@ -176,34 +190,38 @@ def all_on_cpu(task: Task) -> Assignment:
 def evaluate(task: Task, cpu: Sequence[int], gpu: Sequence[int], transfers: Sequence[int]) -> Assignment:
     """Return the assignment with its predicted times: the one definition of makespan all schedulers share.
 
-    The link is first in, first out, behind what it has started; the k-th transfer beyond `num_free` also
-    waits until the (k - num_free)-th expert of `gpu` has left the GPU. The GPU runs `gpu` in order, after
-    the shared experts, each expert once its weights are there.
+    The link is first in, first out, behind what it has started; the k-th transfer beyond the free slots also
+    waits until the k-th expert of `gpu` has left the GPU. The GPU runs `gpu` in order, after the shared
+    experts, each expert once its weights are there, or its first part where transfers come in parts.
     """
     cost, loads = task.cost, task.loads
-    gpu_table, transfer_s, num_free = cost.gpu_expert_s, cost.expert_transfer_s, task.num_free
+    gpu_table, transfer_s = cost.gpu_expert_s, cost.expert_transfer_s
+    last = 1.0 / cost.transfer_parts
+    ahead_s = transfer_s * (1.0 - last)
     arrival_s: dict[int, float] = dict(task.arrival_s)
-    gpu_end_s, gpu_busy_s, link_end_s = task.shared_s, 0.0, task.link_busy_s
+    gpu_end_s, gpu_busy_s, link_end_s = task.shared_s, task.shared_s, task.link_busy_s
     ends_s: list[float] = []
-    num_started = 0
+    num_waiting = -num_open_slots(task, cpu)
     arriving = set(transfers)
     for expert in gpu:
         if expert in arriving:
-            wait = num_started - num_free
-            if wait >= 0 and ends_s[wait] > link_end_s:
-                link_end_s = ends_s[wait]
+            if num_waiting >= 0 and ends_s[num_waiting] > link_end_s:
+                link_end_s = ends_s[num_waiting]
             link_end_s += transfer_s
             arrival_s[expert] = link_end_s
-            num_started += 1
-        at_s = arrival_s.get(expert, 0.0)
-        if at_s > gpu_end_s:
-            gpu_end_s = at_s
+            num_waiting += 1
+        at_s = arrival_s.get(expert, -ahead_s)
         expert_s = gpu_table[loads[expert]]
         gpu_busy_s += expert_s
-        gpu_end_s += expert_s
+        gpu_end_s = max(gpu_end_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
         ends_s.append(gpu_end_s)
-    work_s = cost.cpu_s([loads[e] for e in cpu])
-    cpu_s = cost.cpu_end_s(work_s, link_end_s)
-    return Assignment(
-        cpu, gpu, transfers, max(cpu_s, gpu_end_s), cpu_s, gpu_busy_s + task.shared_s, transfer_s * len(transfers)
-    )
+    cpu_s = cost.cpu_end_s(cost.cpu_s([loads[e] for e in cpu]), link_end_s)
+    return Assignment(cpu, gpu, transfers, max(cpu_s, gpu_end_s), cpu_s, gpu_busy_s, transfer_s * len(transfers))
+
+
+def num_open_slots(task: Task, cpu: Sequence[int]) -> int:
+    """Return how many transfers need not wait for a slot: the free ones and those of residents left to the CPU."""
+    if not task.held or not cpu:
+        return task.num_free
+    held = set(task.held)
+    return task.num_free + sum(e in held and e not in task.arrival_s for e in cpu)

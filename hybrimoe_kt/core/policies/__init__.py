@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybrimoe_kt.core.policies.adaptive import AdaptivePolicy
 from hybrimoe_kt.core.policies.base import Policy
+from hybrimoe_kt.core.policies.belady import BeladyPolicy
+from hybrimoe_kt.core.policies.lfu import LeastStalePolicy, LfruPolicy, LfuPolicy
 from hybrimoe_kt.core.policies.lru import LruPolicy
 from hybrimoe_kt.core.policies.mrs import MrsPolicy
+from hybrimoe_kt.core.policies.static_frequency import StaticFrequencyPolicy
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
 
-__all__ = ["POLICIES", "Policy", "make_policy"]
+__all__ = ["POLICIES", "Policy", "make_policies"]
 
-POLICIES: Mapping[str, type[Policy]] = {cls.name: cls for cls in (LruPolicy, MrsPolicy)}
+POLICIES: Mapping[str, type[Policy]] = {
+    cls.name: cls
+    for cls in (
+        AdaptivePolicy,
+        MrsPolicy,
+        LruPolicy,
+        LfuPolicy,
+        LfruPolicy,
+        LeastStalePolicy,
+        StaticFrequencyPolicy,
+        BeladyPolicy,
+    )
+}
 
 
-def make_policy(name: str, spec: LayerSpec, options: Mapping[str, Any]) -> Policy:
-    """Return a fresh policy for one layer."""
+def make_policies(name: str, specs: Sequence[LayerSpec], options: Mapping[str, Any]) -> list[Policy]:
+    """Return a fresh policy per layer; those of one call may share what they learn."""
     if name not in POLICIES:
         raise ConfigError(unknown_name("policy", name, POLICIES))
-    return POLICIES[name](spec, **options)
+    return POLICIES[name].for_layers(specs, options)

@@ -25,6 +25,11 @@ class Policy:
         self.option = check_options(f"policy {self.name}", options, self.options)
         self.step = 0
 
+    @classmethod
+    def for_layers(cls, specs: Sequence[LayerSpec], options: Mapping[str, Any]) -> list[Policy]:
+        """Return one policy per layer; override it to let the layers share what they learn."""
+        return [cls(spec, **options) for spec in specs]
+
     def touch(self, routing: Routing) -> None:
         """Learn what one step routed to; called once per step, after the step's plan is made."""
         raise NotImplementedError

@@ -12,13 +12,15 @@ from hybrimoe_kt.core.types import LayerSpec, Routing
 class MrsPolicy(Policy):
     """S <- alpha * TopP(s) + (1 - alpha) * S, victim = lowest S (paper, section 4.4).
 
+    The paper gives no alpha and the release uses 0.5; on the shared Qwen3-30B and Gemma-4-26B decode traces at
+    12.5 / 25 / 50 % slots 0.03 gave the best mean hit rate of 0.5, 0.3, 0.1, 0.07, 0.05, 0.03 and 0.02.
     `top_p` is the number of probabilities kept, as a multiple of the layer's top-k. Without scores the routed
     experts' weights stand in. The averages are stored divided by (1 - alpha)^step, so a step touches only
     the experts it adds to.
     """
 
     name = "mrs"
-    options = {"alpha": 0.1, "top_p": 2.0}  # noqa: RUF012
+    options = {"alpha": 0.03, "top_p": 2.0}  # noqa: RUF012
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
