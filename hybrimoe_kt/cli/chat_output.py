@@ -33,8 +33,8 @@ class StreamPrinter:
 
     def feed(self, text: str) -> None:
         """Write one piece."""
-        text = visible(text)
-        self._write(text if self._limit is None else "".join(self._placed(char) for char in text))
+        text, limit = visible(text), self._limit
+        self._write(text if limit is None else "".join(self._placed(char, limit) for char in text))
 
     def end_line(self) -> None:
         """Start a new line unless one has just started."""
@@ -42,12 +42,12 @@ class StreamPrinter:
             self._write("\n")
         self._column, self._word = 0, ""
 
-    def _placed(self, char: str) -> str:
+    def _placed(self, char: str, limit: int) -> str:
         if char == "\n":
             self._column, self._word = 0, ""
             return char
         width = get_cwidth(char)
-        if self._column + width <= self._limit:
+        if self._column + width <= limit:
             self._column += width
             self._word = "" if char == " " else self._word + char
             return char

@@ -112,7 +112,7 @@ def _print_modules(label: str, paths: list[str], console: Console) -> None:
 
 
 def _list(options: argparse.Namespace, console: Console) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"architecture": name, "file": str(file), "rules": len(load_rules(file).rules)}
         for name, file in list_packaged_rules().items()
     ]

@@ -15,6 +15,8 @@ from .skeletons import SKELETONS, build_skeleton
 
 __all__ = ["best_skeleton", "path_patterns", "report_rules"]
 
+_FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
 
 def report_rules(rules: RuleSet, model: nn.Module, *, default_device: str) -> dict[str, Any]:
     """Match the rules, check every operator they name, and return who matched what, ready for JSON."""
@@ -76,8 +78,9 @@ def path_patterns(paths: Iterable[str]) -> list[str]:
     """Fold paths that differ in their first number only: `model.layers.{0..2,5}.mlp`; "" is written "(model)"."""
     groups: dict[tuple[str, str], list[int]] = {}
     for path in paths:
-        head, number, tail = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.|$)(.*))?", path, re.DOTALL).groups()
-        groups.setdefault((head, tail or ""), []).extend([int(number)] if number else [])
+        number = _FIRST_NUMBER.search(path)
+        head, tail = (path[: number.start()], path[number.end() :]) if number else (path, "")
+        groups.setdefault((head, tail), []).extend([int(number[0])] if number else [])
     return [f"{head}{_ranges(numbers)}{tail}" or "(model)" for (head, tail), numbers in groups.items()]
 
 
