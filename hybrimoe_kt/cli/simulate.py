@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.noise < 0:
         raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
     method, scenario = _method(options), _scenario(options)
+    if options.timeline:
+        write_timeline([], options.timeline)  # a path that cannot be written is refused before the work
     spans: list[Span] = []
     with ProgressBar(3 * len(scenario.trace.steps), quiet=options.json) as advance:
         report = simulate(

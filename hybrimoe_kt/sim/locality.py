@@ -25,6 +25,16 @@ def jaccard(experts: npt.NDArray[np.integer]) -> float:
     return float((common / (2 * experts.shape[-1] - common)).mean())
 
 
+def best_match(experts: npt.NDArray[np.integer], *, skip: int = 8) -> float:
+    """Mean share of a token's experts, over all layers, that its most similar earlier token used; the first `skip`
+    tokens have too few predecessors to count."""
+    best = [
+        (experts[token][None, :, :, None] == experts[:token, :, None, :]).any(axis=-1).mean(axis=(1, 2)).max()
+        for token in range(skip, len(experts))
+    ]
+    return float(np.mean(best))
+
+
 def popularity(experts: npt.NDArray[np.integer], num_experts: int, share: float) -> float:
     """Share of all routings that go to the most used `share` of each layer's experts, averaged over layers."""
     layers = experts.shape[1]

@@ -9,7 +9,7 @@ import pytest
 
 from hybrimoe_kt.cli.tools import COMMANDS, main
 
-SMALL = ["--model", "deepseek-v2-lite", "--hardware", "default", "--prompt-tokens", "8", "--tokens", "4"]
+SMALL = ["--model", "deepseek-v2-lite", "--hardware", "default", "--prompt-tokens", "8", "--tokens", "2"]
 TRACE = str(Path(__file__).parents[1] / "data" / "traces" / "gemma4-26b-a4b.npz")
 KEYS = ("ttft_s", "token_s", "hit_rate", "prefill_speedup_over_static", "decode_speedup_over_static",
         "decode_oracle_fraction")  # fmt: skip
