@@ -52,7 +52,9 @@ class MessagePrompt:
 
     def read(self) -> str:
         """Return the next message; EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C in an empty line."""
-        return message_of(self._session.prompt())
+        text = self._session.prompt()
+        # A terminal that claims not to be UTF-8 delivers escaped bytes, which no tokenizer takes.
+        return message_of(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
 
 def _keys() -> KeyBindings:

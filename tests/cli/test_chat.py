@@ -212,13 +212,14 @@ def test_several_lines(text, complete, message):
         ("gone\x03kept\r", ["kept"]),
         ("\x03hi\r", [KeyboardInterrupt, "hi"]),
         ("hi\r\x04", ["hi", EOFError]),
+        ("h\udcff\r", ["h\ufffd"]),
     ],
-    ids=["line", "backslash", "quotes", "paste", "clear", "interrupt", "end"],
+    ids=["line", "backslash", "quotes", "paste", "clear", "interrupt", "end", "ascii terminal"],
 )
 def test_keys(keys, expected):
     with create_pipe_input() as pipe:
         prompt = MessagePrompt(input=pipe, output=DummyOutput())
-        pipe.send_text(keys)
+        pipe.send_bytes(keys.encode("utf-8", "surrogateescape"))
         for outcome in expected:
             if isinstance(outcome, str):
                 assert prompt.read() == outcome
