@@ -330,19 +330,20 @@ def test_in_a_terminal_control_c_stops_the_answer_and_not_the_program():
         preexec_fn=_take_terminal,
     )
     os.close(theirs)
+    terminal = Terminal(ours)
     try:
-        wait_for(ours, "> ")
-        os.write(ours, b"hello\r")
-        wait_for(ours, "word5")
-        os.write(ours, b"\x03")
-        shown = wait_for(ours, "5 CPU")
+        terminal.wait_for("> ")
+        terminal.type(b"hello\r")
+        terminal.wait_for("word5")
+        terminal.type(b"\x03")
+        shown = terminal.wait_for("5 CPU")
         assert "stopped" in shown
         assert "word199" not in shown
-        wait_for(ours, "> ")
-        os.write(ours, b"/stats\r")
-        wait_for(ours, "turns")
-        wait_for(ours, "> ")
-        os.write(ours, b"\x04")
+        terminal.wait_for("> ")
+        terminal.type(b"/stats\r")
+        terminal.wait_for("turns")
+        terminal.wait_for("> ")
+        terminal.type(b"\x04")
         assert process.wait(timeout=10) == 0
     finally:
         process.kill()
@@ -358,10 +359,20 @@ def _take_terminal():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def wait_for(terminal: int, text: str, timeout_s: float = 15.0) -> str:
-    shown, deadline = "", time.monotonic() + timeout_s
-    while text not in shown:
-        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"{text!r} did not appear in {shown!r}"
-        shown += os.read(terminal, 4096).decode(errors="replace")
-    return shown
+class Terminal:
+    """Our end of a pseudo-terminal; what was read beyond an awaited text is kept for the next wait."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.unread = descriptor, ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.descriptor, keys)
+
+    def wait_for(self, text: str, timeout_s: float = 15.0) -> str:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.unread:
+            ready, _, _ = select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not appear in {self.unread!r}"
+            self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
+        shown, _, self.unread = self.unread.partition(text)
+        return shown + text
