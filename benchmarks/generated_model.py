@@ -59,8 +59,8 @@ class Shape:
 
 DEEPSEEK_V2_LITE_LAYER = Shape(
     architecture="deepseek2", layers=3, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6,
-    inter=1408, dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536, rope_dim=64, context=4096,
-    types=(Type.Q4_K, Type.Q4_K, Type.Q5_0), dense_type=Type.Q8_0,
+    inter=1408, dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536,
+    rope_dim=64, context=4096, types=(Type.Q4_K, Type.Q4_K, Type.Q5_0), dense_type=Type.Q8_0,
 )  # fmt: skip
 """DeepSeek-V2-Lite's layer shapes: one dense layer and two MoE layers of 64 experts, top-6, width 1408.
 

@@ -263,8 +263,9 @@ def _check_layer(experts: LayerExperts) -> None:
     for role, matrix in zip(("gate", "up", "down"), experts.matrices, strict=True):
         if matrix.ggml_type not in GATE_TYPES:
             raise ModelError(
-                f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend cannot "
-                f"run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, or --cpu_backend torch_reference"
+                f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend "
+                f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
+                f"or --cpu_backend torch_reference"
             )
         if not matrix.data.is_contiguous():
             raise ModelError(f"layer {experts.layer}: {role} experts are not contiguous in memory")

@@ -34,6 +34,7 @@ def slots_per_layer(size: CacheSize, store: HostStore, accelerator: Accelerator)
         wanted = {layer: round(size.fraction * experts.num_experts) for layer, experts in layers.items()}
     else:
         budget = size.num_bytes if size.num_bytes is not None else accelerator.auto_budget_bytes()
+        _check_budget(budget, accelerator)
         wanted = _spread(budget, store)
     slots = {layer: min(count, layers[layer].num_experts) for layer, count in wanted.items()}
     _check_fits(slots, store, accelerator)
@@ -44,6 +45,15 @@ def _spread(budget: int, store: HostStore) -> dict[int, int]:
     one_each = sum(experts.expert_bytes for experts in store.layers.values())
     per_layer = budget // one_each if one_each else 0
     return dict.fromkeys(store.layers, per_layer)
+
+
+def _check_budget(budget: int, accelerator: Accelerator) -> None:
+    free = accelerator.free_bytes()
+    if budget > free:
+        raise CapacityError(
+            f"a cache_size of {budget / 1e9:.2f} GB was asked for, {accelerator.name} has {free / 1e9:.2f} GB free; "
+            f"give a smaller cache_size, or auto"
+        )
 
 
 def _check_fits(slots: Mapping[int, int], store: HostStore, accelerator: Accelerator) -> None:

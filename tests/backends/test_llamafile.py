@@ -1,0 +1,166 @@
+"""kt-kernel against the reference, and every input that it would crash or lie on refused before it sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.generated_model import Type, random_blocks
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
+from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.errors import KernelError, ModelError
+
+pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
+from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
+
+EXPERTS, TOP_K, HIDDEN, MAX_TOKENS = 8, 3, 256, 32
+
+# Relative error of a layer's output, |difference| / |reference|, doubled from what was measured on AVX2:
+# F16 0.0017, Q8_0, Q4_0 and Q5_0 0.013, K-quants 0.018.
+TOLERANCE = {Type.F16: 0.004, Type.F32: 0.004, Type.Q8_0: 0.026, Type.Q4_0: 0.026, Type.Q5_0: 0.026}
+
+
+def layer(
+    kind: Type = Type.Q8_0, inter: int = 256, hidden: int = HIDDEN, number: int = 0, down: Type | None = None
+) -> LayerExperts:
+    random = np.random.default_rng(number)
+
+    def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
+        raw = random_blocks(random, kind, EXPERTS * rows, columns).reshape(EXPERTS, -1)
+        return ExpertMatrix(torch.from_numpy(np.ascontiguousarray(raw)), int(kind), rows, columns)
+
+    gate, up = matrix(kind, inter, hidden), matrix(kind, inter, hidden)
+    return LayerExperts(number, EXPERTS, TOP_K, hidden, inter, gate, up, matrix(down or kind, hidden, inter))
+
+
+def step(num_tokens: int, skipped: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
+    ids = torch.rand(num_tokens, EXPERTS, generator=generator).argsort(dim=1)[:, :TOP_K]
+    ids[torch.rand(ids.shape, generator=generator) < skipped] = -1
+    return hidden, ids, torch.rand(num_tokens, TOP_K, generator=generator)
+
+
+def both(experts: LayerExperts, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, reference = LlamafileBackend(1, MAX_TOKENS), TorchReferenceCpu()
+    results = []
+    for backend in (ours, reference):
+        backend.add_layer(experts)
+        backend.submit(experts.layer, *inputs)
+        results.append(backend.wait().clone())
+    return results[0], results[1].sum(dim=1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17, 32])
+@pytest.mark.parametrize(
+    "kind", [Type.F16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K, Type.Q5_K, Type.Q6_K], ids=lambda kind: kind.name
+)
+def test_equals_the_reference(kind: Type, num_tokens: int) -> None:
+    found, wanted = both(layer(kind), *step(num_tokens))
+    assert (found - wanted).norm() <= TOLERANCE.get(kind, 0.036) * wanted.norm()
+    assert wanted.norm() > 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_width_that_needs_padding(num_tokens: int) -> None:
+    found, wanted = both(layer(Type.Q4_K, inter=384, down=Type.Q5_0), *step(num_tokens))
+    assert (found - wanted).norm() <= 0.036 * wanted.norm()
+
+
+def test_weights_are_used_in_place() -> None:
+    """No copy: what changes in the mapping changes the result."""
+    experts = layer(Type.Q8_0)
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(experts)
+    hidden, ids, weights = step(1, skipped=0)
+    backend.submit(0, hidden, ids, weights)
+    before = backend.wait().clone()
+    experts.down.data.zero_()
+    backend.submit(0, hidden, ids, weights)
+    assert before.abs().max() > 0
+    assert backend.wait().abs().max() == 0
+
+
+def test_nothing_routed_here_gives_zeros() -> None:
+    hidden, ids, weights = step(4)
+    found, _ = both(layer(), hidden, torch.full_like(ids, -1), weights)
+    assert found.abs().max() == 0
+
+
+def test_many_layers_and_lengths_share_one_set_of_buffers() -> None:
+    backend, layers = LlamafileBackend(1, MAX_TOKENS), [layer(Type.Q8_0, number=number) for number in range(3)]
+    for experts in layers:
+        backend.add_layer(experts)
+    for seed, (experts, num_tokens) in enumerate([(layers[0], 32), (layers[1], 1), (layers[2], 9), (layers[0], 1)]):
+        inputs = step(num_tokens, seed=seed)
+        backend.submit(experts.layer, *inputs)
+        found = backend.wait().clone()
+        wanted = both(experts, *inputs)[1]
+        assert (found - wanted).norm() <= 0.026 * wanted.norm()
+
+
+def _change(**changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, ids, weights = step(2, skipped=0)
+    return changes.get("hidden", hidden), changes.get("ids", ids), changes.get("weights", weights)
+
+
+HIDDEN_2, IDS_2, WEIGHTS_2 = step(2, skipped=0)
+BAD_CALLS = {
+    "NaN": (_change(hidden=torch.full((2, HIDDEN), float("nan"))), "not finite"),
+    "infinity": (_change(hidden=torch.full((2, HIDDEN), float("inf"))), "not finite"),
+    "NaN weight": (_change(weights=torch.full((2, TOP_K), float("nan"))), "not finite"),
+    "int32 ids": (_change(ids=IDS_2.int()), "wanted int64 and float32"),
+    "bf16 weights": (_change(weights=WEIGHTS_2.bfloat16()), "wanted int64 and float32"),
+    "bf16 hidden": (_change(hidden=HIDDEN_2.bfloat16()), "wanted float32"),
+    "wrong width": (_change(hidden=torch.zeros(2, HIDDEN + 256)), "wanted float32"),
+    "too many tokens": (step(MAX_TOKENS + 1), "33 tokens in one call"),
+    "no tokens": (step(0), "0 tokens"),
+    "top_k too large": (_change(ids=torch.arange(8).expand(2, 8), weights=torch.ones(2, 8)), "at most 3"),
+    "expert out of range": (_change(ids=torch.tensor([[0, 1, 8], [0, 1, 2]])), "expert 8 routed in layer 0"),
+    "duplicate": (_change(ids=torch.tensor([[0, 1, 2], [4, 5, 4]])), "names the same expert twice"),
+    "fewer ids than tokens": (_change(ids=IDS_2[:1], weights=WEIGHTS_2[:1]), "routing is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_input_that_the_kernel_gets_wrong_is_refused(case: str) -> None:
+    inputs, message = BAD_CALLS[case]
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(layer())
+    with pytest.raises(KernelError, match=message):
+        backend.submit(0, *inputs)
+    backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+    assert backend.wait().abs().max() > 0, "a refused call must leave the backend usable"
+
+
+def test_a_second_call_in_flight_is_refused() -> None:
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(layer())
+    backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+    with pytest.raises(KernelError, match="still in flight"):
+        backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+    backend.wait()
+
+
+def test_non_contiguous_input_is_read_as_it_looks() -> None:
+    hidden, ids, weights = step(4)
+    spread = torch.empty(4, 2 * HIDDEN)[:, ::2].copy_(hidden)
+    found, wanted = both(layer(), spread, ids.t().contiguous().t(), weights.t().contiguous().t())
+    assert (found - wanted).norm() <= 0.026 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (lambda: layer(Type.BF16), "gate experts are BF16"),
+        (lambda: layer(Type.Q8_0, down=Type.Q5_1), "down experts are Q5_1"),
+        (lambda: layer(Type.Q8_0, hidden=320), "hidden size 320 is not a multiple of 256"),
+    ],
+    ids=["gate type", "down type", "hidden size"],
+)
+def test_layers_that_the_kernel_gets_wrong_are_refused(experts: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        LlamafileBackend(1, MAX_TOKENS).add_layer(experts())

@@ -1,0 +1,144 @@
+"""The `ktransformers` command as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrimoe_kt.cli.main import main
+
+REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
+REQUIRED |= {"transfers", "text"}
+
+
+def run(*arguments: str | Path, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrimoe_kt", *map(str, arguments)],
+        input=data, capture_output=True, timeout=120, check=False, env=os.environ | environment,
+    )  # fmt: skip
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def answer(tmp_path: Path, *arguments: str | Path, stdin: str = "") -> tuple[str, dict[str, Any]]:
+    report = tmp_path / "stats.json"
+    done = run(*arguments, "--max_new_tokens", "8", "--temperature", "0", "--stats-json", report, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(report.read_text(encoding="utf-8"))
+
+
+def test_one_answer_is_all_of_standard_output(tmp_path: Path) -> None:
+    text, report = answer(tmp_path, "--prompt", "Hello! How are you today?")
+    assert report.keys() >= REQUIRED
+    assert text == report["text"] + "\n"
+    assert report["new_tokens"] > 3
+    assert report["experts_on_gpu"] == report["transfers"] == 0
+    assert report["experts_on_cpu"] > 0
+
+
+def test_the_emulated_accelerator_takes_the_same_path(tmp_path: Path) -> None:
+    plain, _ = answer(tmp_path, "--prompt", "Good morning.", "--cpu_backend", "torch_reference")
+    emulated, report = answer(
+        tmp_path, "--prompt", "Good morning.", "--cpu_backend", "torch_reference",
+        "--accelerator", "emulated", "--cache_size", "25%", "--prefetch_size", "2", "--verbose",
+    )  # fmt: skip
+    assert emulated == plain
+    assert report["experts_on_gpu"] > 0
+    assert 0 < report["hit_rate"] < 1
+    assert report["per_token_ms"].keys() == {"experts", "attention", "overhead", "other", "total"}
+
+
+def test_a_prompt_may_come_from_a_pipe_or_a_file_and_flags_may_have_hyphens(tmp_path: Path) -> None:
+    piped, _ = answer(tmp_path, "--cpu-infer", "1", stdin="Good morning.")
+    file = tmp_path / "prompt.txt"
+    file.write_text("Good morning.", encoding="utf-8")
+    from_file, _ = answer(tmp_path, "--prompt-file", file, "--use_cuda_graph", "False")
+    assert piped == from_file
+
+
+def test_the_same_seed_draws_the_same_answer() -> None:
+    drawn = ["--prompt", "Hi", "--temperature", "1", "--max_new_tokens", "12", "--seed"]
+    first, again, other = (run(*drawn, seed) for seed in ("5", "5", "6"))
+    assert first.stdout == again.stdout != other.stdout
+
+
+def _written(tmp_path: Path, name: str, content: bytes | str) -> Path:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+EXPERTS = "hybrimoe_kt.operators.experts.HybriMoEExperts"
+
+
+def _rules(tmp_path: Path, kwargs: str = "{}", cls: str = EXPERTS) -> Path:
+    text = f"- match: {{name: 'mlp\\.experts$'}}\n  replace: {{class: {cls}, kwargs: {kwargs}}}\n  recursive: false\n"
+    return _written(tmp_path, "rules.yaml", text)
+
+
+BAD = {
+    "missing file": (lambda t, e: ["--gguf_path", t / "nothing.gguf"], "no such file"),
+    "not GGUF": (lambda t, e: ["--gguf_path", _written(t, "x.gguf", b"PK" * 500)], "not a GGUF file"),
+    "truncated header": (lambda t, e: ["--gguf_path", _written(t, "x.gguf", e.read_bytes()[:5000])], "truncated"),
+    "truncated data": (lambda t, e: ["--gguf_path", _written(t, "x.gguf", e.read_bytes()[:9_000_000])], "truncated"),
+    "missing split": (lambda t, e: ["--gguf_path", _written(t, "m-00001-of-00003.gguf", b"")], "2 of 3 splits missing"),
+    "empty directory": (lambda t, e: ["--gguf_path", t], "no .gguf file"),
+    "no configuration": (lambda t, e: ["--gguf_path", e, "--model_path", t], "no config.json"),
+    "missing rules": (lambda t, e: ["--optimize_rule_path", t / "r.yaml"], "r.yaml"),
+    "rules not YAML": (lambda t, e: ["--optimize_rule_path", _written(t, "r.yaml", "- match: [")], "r.yaml:1"),
+    "unknown class": (lambda t, e: ["--optimize_rule_path", _rules(t, cls=EXPERTS[:-4])], "HybriMoEExperts"),
+    "unknown kwarg": (lambda t, e: ["--optimize_rule_path", _rules(t, "{cach_size: 3}")], "did you mean 'cache_size'"),
+    "no experts rule": (lambda t, e: ["--optimize_rule_path", _rules(t, cls="default")], "HybriMoEExperts"),
+    "cache size": (lambda t, e: ["--accelerator", "emulated", "--cache_size", "lots"], "'lots' is not understood"),
+    "cache too large": (lambda t, e: ["--accelerator", "emulated", "--cache_size", "900TB"], "smaller cache_size"),
+    "unknown policy": (lambda t, e: ["--accelerator", "emulated", "--policy", "lruu"], "did you mean 'lru'"),
+    "unknown accelerator": (lambda t, e: ["--accelerator", "emulatd"], "did you mean 'emulated'"),
+    "unknown flag": (lambda t, e: ["--max_new_token", "3"], "--max_new_tokens"),
+    "not a number": (lambda t, e: ["--max_new_tokens", "ten"], "'ten' is not a whole number"),
+    "prompt not UTF-8": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"\xff\xfe hello")], "not UTF-8"),
+    "empty prompt": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"  \n")], "no text"),
+    "two prompts": (lambda t, e: ["--prompt", "a", "--prompt_file", "b"], "not both"),
+    "context overflow": (lambda t, e: ["--prompt", "very long " * 2000], "context holds 1024"),
+    "stats not writable": (lambda t, e: ["--prompt", "a", "--stats-json", t / "no" / "such.json"], "cannot be written"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, embedded_model: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where a traceback is an exception: importing torch anew takes seconds."""
+    arguments, wanted = BAD[case]
+    given = [str(argument) for argument in arguments(tmp_path, embedded_model)]
+    if not any(argument.startswith("--prompt") for argument in given):
+        given += ["--prompt", "Hello"]
+    try:
+        code = main(given)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    printed = capsys.readouterr()
+    last = printed.err.strip().splitlines()[-1]
+    assert last.startswith("ktransformers: error: ")
+    assert wanted in last
+    assert printed.out == ""
+
+
+def test_a_rule_that_matches_nothing_is_a_warning(tmp_path: Path) -> None:
+    rules = _rules(tmp_path)
+    rules.write_text(rules.read_text() + "- match: {name: '^never$'}\n  replace: {class: default}\n", encoding="utf-8")
+    done = run("--optimize_config_path", rules, "--prompt", "Hi", "--max_new_tokens", "2")
+    assert done.returncode == 0
+    assert "rule 2 matches no module" in done.stderr
+
+
+def test_help_shows_an_example() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert "ktransformers --gguf_path" in done.stdout

@@ -1,0 +1,163 @@
+"""Files that cannot be run say why in one sentence; broken numbers never spread silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from benchmarks.generated_model import GeneratedModel, Shape, Type, generate
+from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
+from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.host.hf.engine import Sampling
+from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.host.hf.loading import load_model
+
+Make = Callable[[Shape], GeneratedModel]
+
+
+def gguf(path: Path, architecture: str, **metadata: int) -> Path:
+    writer = GGUFWriter(str(path), architecture)
+    for key, value in metadata.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"unknown architecture 'qwen2moe', did you mean 'qwen3moe'\? valid: deepseek2, qwen3moe"
+    ):
+        load_model(gguf(tmp_path / "m.gguf", "qwen2moe"))
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="without experts"):
+        load_model(gguf(tmp_path / "m.gguf", "qwen3moe", block_count=2))
+
+
+def test_metadata_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"qwen3moe\.embedding_length is missing"):
+        load_model(gguf(tmp_path / "m.gguf", "qwen3moe", expert_count=8))
+
+
+def _configuration(model: GeneratedModel, folder: Path, **changes: object) -> Path:
+    config = load_model(
+        model.path, progress=False, option_overrides={"cpu_backend": "torch_reference"}
+    ).model.config.to_dict()
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 512}, {"moe_intermediate_size": 128}, {"num_local_experts": 4}, {"vocab_size": 300}]
+)
+def test_shapes_that_contradict_the_configuration(generated: Make, tmp_path: Path, changes: dict[str, int]) -> None:
+    model = generated(Shape())
+    with pytest.raises(ModelError, match=r"has shape \[.*\], the configuration wants .* different models"):
+        load_model(model.path, model_path=_configuration(model, tmp_path, **changes), progress=False)
+
+
+def test_a_configuration_of_another_family(generated: Make, tmp_path: Path) -> None:
+    folder = _configuration(generated(Shape()), tmp_path)
+    with pytest.raises(ModelError, match="describes a qwen3_moe model"):
+        load_model(generated(Shape(architecture="deepseek2", layers=2)).path, model_path=folder)
+
+
+def test_a_configuration_directory_is_used(generated: Make, tmp_path: Path) -> None:
+    model = generated(Shape())
+    folder = _configuration(model, tmp_path, max_position_embeddings=77)
+    assert load_model(model.path, model_path=folder, progress=False).model.config.max_position_embeddings == 77
+
+
+@pytest.mark.parametrize("kind", [Type.BF16, Type.Q4_1])
+def test_an_expert_type_the_cpu_backend_gets_wrong(generated: Make, kind: Type) -> None:
+    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
+    model = generated(dataclasses.replace(Shape(layers=1), types=(kind,) * 3))
+    with pytest.raises(ModelError, match=f"{kind.name}, which the llamafile CPU backend cannot run"):
+        load_model(model.path, progress=False)
+    reference = load_model(model.path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+    assert torch.isfinite(reference.model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_a_hidden_size_the_cpu_backend_gets_wrong(generated: Make) -> None:
+    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
+    with pytest.raises(ModelError, match="hidden size 320 is not a multiple of 256"):
+        load_model(generated(Shape(layers=1, hidden=320, types=(Type.Q8_0,) * 3)).path, progress=False)
+
+
+def test_layers_cannot_differ_in_their_options(generated: Make, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    one = "- match: {{name: 'layers\\.{}\\.mlp\\.experts$'}}\n  replace:\n"
+    one += "    class: hybrimoe_kt.operators.experts.HybriMoEExperts\n"
+    rules.write_text(one.format(0) + one.format(1) + "    kwargs: {policy: lru}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="differ from an earlier layer's"):
+        load_model(generated(Shape()).path, rules_path=rules)
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", "llamafile"])
+def test_nan_in_hidden_states_is_reported(generated: Make, backend: str) -> None:
+    if backend == "llamafile":
+        pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
+    loaded = load_model(generated(Shape()).path, progress=False, option_overrides={"cpu_backend": backend})
+    hidden = torch.zeros(1, 256)
+    hidden[0, 17] = float("nan")
+    with pytest.raises(KernelError, match="experts of layer 1 are not finite"):
+        loaded.runtime.run(1, hidden, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    finite = loaded.runtime.run(1, torch.ones(1, 256), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    assert torch.isfinite(finite).all(), "the runtime must go on after a refused step"
+
+
+def test_nan_in_the_weights_is_reported(tmp_path: Path) -> None:
+    model = generate(Shape(layers=1), tmp_path / "m.gguf", keep_state=False)
+    data = np.fromfile(model.path, np.uint8)
+    where = data.tobytes().index(bytes(GgufFile(model.path).tensor("output_norm.weight").data[:64]))
+    data[where : where + 4] = np.array([np.nan], np.float32).view(np.uint8)
+    data.tofile(model.path)
+    engine = build_engine(model.path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+    with pytest.raises(KernelError, match="NaN or infinite logits"):
+        list(engine.tokens([1, 2, 3], Sampling(max_new_tokens=4)))
+
+
+def test_a_split_model_equals_the_whole(generated: Make, tmp_path: Path) -> None:
+    """Splits as llama.cpp writes them: tensors spread over files, metadata in the first."""
+    whole = GgufFile(generated(Shape()).path)
+    _split(whole, tmp_path)
+    for path in (tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf", tmp_path):
+        split = GgufFile(path)
+        assert split.tensors.keys() == whole.tensors.keys()
+        assert all(np.array_equal(split.tensors[name].data, tensor.data) for name, tensor in whole.tensors.items())
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(ModelError, match=r"1 of 2 splits missing, first 'm-00002-of-00002\.gguf'"):
+        GgufFile(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="one split of 2"):
+        GgufFile(tmp_path / "m.gguf")
+
+
+def _split(whole: GgufFile, folder: Path) -> None:
+    names = sorted(whole.tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        writer = GGUFWriter(str(folder / f"m-{number + 1:05d}-of-00002.gguf"), whole.architecture)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(names))
+        for name in part:
+            tensor = whole.tensors[name]
+            raw = np.array(tensor.data).reshape(*tensor.shape[:-1], -1)
+            writer.add_tensor(name, raw, raw_dtype=Type(tensor.ggml_type))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
