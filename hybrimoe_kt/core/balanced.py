@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 from hybrimoe_kt.core.branch_bound import improve
 from hybrimoe_kt.core.greedy import PaperScheduler
@@ -11,6 +11,7 @@ from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, evaluate, gp
 
 _NEVER = float("inf")
 _MAX_REMEMBERED = 4096
+_MAX_PENDING_SUBSETS = 3
 
 Choice = tuple[int, int, float, float, float, float]
 """x, y, then makespan, CPU end, GPU busy and link busy seconds."""
@@ -40,12 +41,15 @@ class BalancedScheduler(Scheduler):
         loads = task.loads
         if not task.arrival_s and task.num_free >= num_missing and len(set(loads.values())) == 1:
             return self._assign_equal(task)
-        held, missing = _held_order(task), sorted(task.missing, key=loads.__getitem__, reverse=True)
-        x, y, *times = _best_threshold(task, held, missing)
-        if x > task.num_free:
-            return self._within_slots(task, held, missing, x, y)
-        result = _assignment(task, held, missing, x, y, times)
-        if len(held) + num_missing <= self._exact_experts and task.num_free >= num_missing:
+        held = sorted(task.held, key=loads.__getitem__)
+        missing = sorted(task.missing, key=loads.__getitem__, reverse=True)
+        if task.arrival_s:
+            result = self._with_pending(task, held, missing)
+        else:
+            result = _threshold(task, held, missing, (), ())
+        if len(result.transfers) > task.num_free:
+            return self._within_slots(task, held, missing, result)
+        if len(loads) <= self._exact_experts and task.num_free >= num_missing:
             result = improve(task, result)
         return result
 
@@ -58,35 +62,58 @@ class BalancedScheduler(Scheduler):
         if choice is None:
             if len(self._remembered) >= _MAX_REMEMBERED:
                 self._remembered.clear()
-            choice = self._remembered[key] = _best_threshold(task, held, missing)
+            choice = self._remembered[key] = _best_threshold(task, held, missing, (), ())
         x, y, *times = choice
         arriving = missing[:x]
         return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
 
-    def _within_slots(self, task: Task, held: list[int], missing: list[int], x: int, y: int) -> Assignment:
-        """Transfers must reuse slots of this very plan, which delays them: search around the free optimum."""
+    def _with_pending(self, task: Task, held: list[int], missing: list[int]) -> Assignment:
+        """Also choose which pending experts not to wait for: any of a few, else the last to land; or the greedy."""
+        arrival_s = task.arrival_s
+        ready = [e for e in held if e not in arrival_s]
+        pending = sorted(arrival_s, key=lambda e: (-arrival_s[e], e))
+        if len(pending) <= _MAX_PENDING_SUBSETS:
+            subsets = [c for size in range(len(pending) + 1) for c in combinations(pending, size)]
+        else:
+            subsets = [tuple(pending[:size]) for size in range(len(pending) + 1)]
         best = self._paper.assign(task)
-        for num_moved in {x, *range(task.num_free, x, max(1, (x - task.num_free) // 8))}:
-            for num_left in {0, y}:
+        for given_up in subsets:
+            other = _threshold(task, ready, missing, [e for e in reversed(pending) if e not in given_up], given_up)
+            if other.makespan_s < best.makespan_s:
+                best = other
+        return best
+
+    def _within_slots(self, task: Task, held: list[int], missing: list[int], free: Assignment) -> Assignment:
+        """Transfers must reuse slots of this very plan, which delays them: search below the unhindered optimum."""
+        best = self._paper.assign(task)
+        x, on_cpu = len(free.transfers), set(free.cpu)
+        left = [e for e in held if e in on_cpu]
+        counts = {x, task.num_free, *range(task.num_free, x, max(1, (x - task.num_free) // 8))}
+        for num_moved in sorted(counts, reverse=True):
+            for on_cpu_held in ([], left) if left else ([],):
                 arriving = missing[:num_moved]
-                if arriving and len(held) - num_left + task.num_free == 0:
+                gpu = gpu_order(task, [e for e in held if e not in on_cpu_held])
+                if arriving and not gpu and not task.num_free:
                     continue
-                gpu = gpu_order(task, held[num_left:]) + arriving
-                other = evaluate(task, missing[num_moved:] + held[:num_left], gpu, arriving)
+                other = evaluate(task, missing[num_moved:] + on_cpu_held, gpu + arriving, arriving)
                 if other.makespan_s < best.makespan_s:
                     best = other
         return best
 
 
-def _held_order(task: Task) -> list[int]:
-    """Return the held experts, the first to leave to the CPU first: lowest load, of equal loads the last to land."""
-    loads, arrival_s = task.loads, task.arrival_s
-    if not arrival_s:
-        return sorted(task.held, key=loads.__getitem__)
-    return sorted(task.held, key=lambda e: (loads[e], -arrival_s.get(e, 0.0)))
+def _threshold(
+    task: Task, ready: list[int], missing: list[int], late: Sequence[int], given_up: Sequence[int]
+) -> Assignment:
+    """Return the best threshold assignment that waits for the pending experts `late` and not for `given_up`."""
+    x, y, *times = _best_threshold(task, ready, missing, late, given_up)
+    arriving = missing[:x]
+    gpu = [*reversed(ready[y:]), *late, *arriving]
+    return Assignment([*missing[x:], *ready[:y], *given_up], gpu, arriving, *times)
 
 
-def _best_threshold(task: Task, held: Sequence[int], missing: Sequence[int]) -> Choice:
+def _best_threshold(
+    task: Task, held: Sequence[int], missing: Sequence[int], late: Sequence[int], given_up: Sequence[int]
+) -> Choice:
     """Return the best x and y, as if slots were plenty: for each x the y where CPU and GPU end together."""
     cost, loads = task.cost, task.loads
     cpu_table, gpu_table, transfer_s = cost.cpu_expert_s, cost.gpu_expert_s, cost.expert_transfer_s
@@ -94,12 +121,18 @@ def _best_threshold(task: Task, held: Sequence[int], missing: Sequence[int]) -> 
     last = 1.0 / cost.transfer_parts
     ahead_s = transfer_s * (1.0 - last)
     num_held, num_missing = len(held), len(missing)
-    rest = list(accumulate([cpu_table[loads[e]] for e in reversed(missing)], initial=call_s))
+    base_s = call_s + sum([cpu_table[loads[e]] for e in given_up])
+    rest = list(accumulate([cpu_table[loads[e]] for e in reversed(missing)], initial=base_s))
     left = list(accumulate([cpu_table[loads[e]] for e in held], initial=0.0))
-    gpu_held = _gpu_ends(task, held)
+    busy = list(accumulate([gpu_table[loads[e]] for e in reversed(held)], initial=task.shared_s))
+    busy.reverse()  # busy[y]: the shared experts and held[y:]
     moved_s, landed_s, link_s, y = 0.0, 0.0, task.link_busy_s, 0
-    best, best_s = (0, 0, 0.0, 0.0), _NEVER
-    for x in range(num_missing + 1 if task.num_free + num_held else 1):
+    for expert in late:
+        expert_s, at_s = gpu_table[loads[expert]], task.arrival_s[expert]
+        moved_s += expert_s
+        landed_s = max(landed_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
+    best, best_s = (0, 0, 0.0, 0.0, 0.0), _NEVER
+    for x in range(num_missing + 1 if task.num_free + num_held + len(late) else 1):
         if x:
             expert_s = gpu_table[loads[missing[x - 1]]]
             link_s += transfer_s
@@ -116,12 +149,12 @@ def _best_threshold(task: Task, held: Sequence[int], missing: Sequence[int]) -> 
             elif slowdown != 1.0:
                 stretched_s = cpu_s * slowdown
                 cpu_s = stretched_s if stretched_s <= link_s else cpu_s + link_s * (1.0 - 1.0 / slowdown)
-            gpu_s = gpu_held[y] + moved_s
+            gpu_s = busy[y] + moved_s
             if landed_s > gpu_s:
                 gpu_s = landed_s
             end_s = (cpu_s if cpu_s > gpu_s else gpu_s) - value_s * x
             if end_s < best_s:
-                best_s, best = end_s, (x, y, cpu_s, gpu_s)
+                best_s, best = end_s, (x, y, cpu_s, gpu_s, busy[y] + moved_s)
             if cpu_s < gpu_s:
                 if direction < 0 or y == num_held:
                     break
@@ -130,21 +163,5 @@ def _best_threshold(task: Task, held: Sequence[int], missing: Sequence[int]) -> 
                 if direction > 0 or y == 0:
                     break
                 direction, y = -1, y - 1
-    x, y, cpu_s, gpu_s = best
-    busy_s = task.shared_s + sum([gpu_table[loads[e]] for e in held[y:]] + [gpu_table[loads[e]] for e in missing[:x]])
-    return x, y, max(cpu_s, gpu_s), cpu_s, busy_s, transfer_s * x
-
-
-def _gpu_ends(task: Task, held: Sequence[int]) -> list[float]:
-    """Return when the GPU would be through with held[y:] and the shared experts alone, for every y."""
-    loads, arrival_s, gpu_table = task.loads, task.arrival_s, task.cost.gpu_expert_s
-    if not arrival_s:
-        ends = list(accumulate([gpu_table[loads[e]] for e in reversed(held)], initial=task.shared_s))
-        ends.reverse()
-        return ends
-    return [evaluate(task, (), gpu_order(task, held[y:]), ()).makespan_s for y in range(len(held) + 1)]
-
-
-def _assignment(task: Task, held: list[int], missing: list[int], x: int, y: int, times: Sequence[float]) -> Assignment:
-    arriving = missing[:x]
-    return Assignment(missing[x:] + held[:y], gpu_order(task, held[y:]) + arriving, arriving, *times)
+    x, y, cpu_s, gpu_s, busy_s = best
+    return x, y, cpu_s if cpu_s > gpu_s else gpu_s, cpu_s, busy_s, transfer_s * x
