@@ -7,11 +7,12 @@ from itertools import accumulate, combinations
 
 from hybrimoe_kt.core.branch_bound import improve
 from hybrimoe_kt.core.greedy import PaperScheduler
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, evaluate, gpu_order
+from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
 
 _NEVER = float("inf")
 _MAX_REMEMBERED = 4096
 _MAX_PENDING_SUBSETS = 3
+_SAME = 1.0 + 1e-9
 
 Choice = tuple[int, int, float, float, float, float]
 """x, y, then makespan, CPU end, GPU busy and link busy seconds."""
@@ -84,21 +85,52 @@ class BalancedScheduler(Scheduler):
         return best
 
     def _within_slots(self, task: Task, held: list[int], missing: list[int], free: Assignment) -> Assignment:
-        """Transfers must reuse slots of this very plan, which delays them: search below the unhindered optimum."""
-        best = self._paper.assign(task)
-        x, on_cpu = len(free.transfers), set(free.cpu)
+        """Transfers must reuse slots of this very plan, which may delay them: search below the unhindered optimum."""
+        on_cpu = set(free.cpu)
         left = [e for e in held if e in on_cpu]
-        counts = {x, task.num_free, *range(task.num_free, x, max(1, (x - task.num_free) // 8))}
-        for num_moved in sorted(counts, reverse=True):
-            for on_cpu_held in ([], left) if left else ([],):
-                arriving = missing[:num_moved]
-                gpu = gpu_order(task, [e for e in held if e not in on_cpu_held])
-                if arriving and not gpu and not task.num_free:
-                    continue
-                other = evaluate(task, missing[num_moved:] + on_cpu_held, gpu + arriving, arriving)
-                if other.makespan_s < best.makespan_s:
-                    best = other
-        return best
+        best = _best_count(task, held, missing, left, len(free.transfers))
+        if best.makespan_s <= free.makespan_s * _SAME:
+            return best
+        others = [self._paper.assign(task)]
+        if left:
+            others.append(_best_count(task, held, missing, [], len(free.transfers)))
+        return min((best, *others), key=lambda a: a.makespan_s)
+
+
+def _best_count(task: Task, held: list[int], missing: list[int], left: list[int], most: int) -> Assignment:
+    """Return the best of transferring 0..`most` experts through the slots there are, `left` staying on the CPU."""
+    cost, loads = task.cost, task.loads
+    kept = gpu_order(task, [e for e in held if e not in left] if left else held)
+    num_open = num_open_slots(task, left)
+    if not kept and not num_open:
+        most = 0
+    rest = list(accumulate([cost.cpu_expert_s[loads[e]] for e in missing[::-1]], initial=cost.cpu_call_s))
+    left_s = sum([cost.cpu_expert_s[loads[e]] for e in left])
+    last, transfer_s = 1.0 / cost.transfer_parts, cost.expert_transfer_s
+    ahead_s = transfer_s * (1.0 - last)
+    gpu_s, link_s, ends_s = task.shared_s, task.link_busy_s, []
+    for expert in kept:
+        expert_s, at_s = cost.gpu_expert_s[loads[expert]], task.arrival_s.get(expert, -ahead_s)
+        gpu_s = max(gpu_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
+        ends_s.append(gpu_s)
+    best_s, best_x = _NEVER, 0
+    for x in range(most + 1):
+        if x:
+            wait = x - 1 - num_open
+            if wait >= 0 and ends_s[wait] > link_s:
+                link_s = ends_s[wait]
+            link_s += transfer_s
+            expert_s = cost.gpu_expert_s[loads[missing[x - 1]]]
+            gpu_s = max(gpu_s + expert_s, link_s - ahead_s + expert_s, link_s + expert_s * last)
+            if gpu_s >= best_s:
+                break
+            ends_s.append(gpu_s)
+        work_s = rest[len(missing) - x] + left_s
+        cpu_s = cost.cpu_end_s(work_s, link_s) if work_s > cost.cpu_call_s else 0.0
+        if max(cpu_s, gpu_s) < best_s:
+            best_s, best_x = max(cpu_s, gpu_s), x
+    arriving = missing[:best_x]
+    return evaluate(task, missing[best_x:] + left, kept + arriving, arriving)
 
 
 def _threshold(

@@ -22,7 +22,7 @@ class AdaptivePolicy(Policy):
         "rate": 0.03,
         "weight_share": 0.3,
         "context_weight": 1.0,
-        "window_tokens": 256,
+        "window_tokens": 128,
         "num_similar": 16,
         "refresh_layers": 3,
     }
