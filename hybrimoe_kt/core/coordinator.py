@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from heapq import heappop, heappush
 from typing import Any
 
 from hybrimoe_kt.core.cache import FREE, ExpertCache
@@ -193,9 +192,10 @@ class Coordinator:
         self, state: LayerState, task: Task, assignment: Assignment, slots: dict[int, int]
     ) -> tuple[Transfer, ...]:
         """Choose a slot per transfer: free ones, then the policy's victims outside the plan, then slots whose
-        expert the plan has used by then; fills `slots` for every expert in `assignment.gpu`.
+        expert the plan is through with: the least valuable of those the link need not wait for, else the next to
+        leave the GPU. Times are those of `evaluate`. Fills `slots` for every expert in `assignment.gpu`.
         """
-        cache, layer, num_bytes = state.cache, state.spec.layer, state.spec.expert_bytes
+        cache, cost, layer, num_bytes = state.cache, state.cost, state.spec.layer, state.spec.expert_bytes
         accelerator = state.spec.accelerator
         arriving = set(assignment.transfers)
         in_use = {e for e in assignment.gpu if e not in arriving}
@@ -205,21 +205,30 @@ class Coordinator:
             victims = state.policy.rank(cache.evictable(in_use))
             ready += [cache.slot_of[e] for e in victims[: num - len(ready)]]
         ready.reverse()
-        used: list[tuple[float, int]] = []  # slots the plan is through with, least valuable occupant first
+        used: list[tuple[float, float, int]] = []  # (left the GPU, value, slot) of experts the plan is through with
         link_s = max(self.now_s, self._link_free_s[accelerator])
+        gpu_end_s = self.now_s + task.shared_s
         result = []
         for expert in assignment.gpu:
             if expert in arriving:
-                slot = ready.pop() if ready else heappop(used)[1]
-                link_s += state.cost.expert_transfer_s
+                if ready:
+                    slot = ready.pop()
+                else:
+                    done = [entry for entry in used if entry[0] <= link_s]
+                    entry = min(done, key=lambda e: (e[1], e[2])) if done else min(used)
+                    used.remove(entry)
+                    link_s, slot = max(link_s, entry[0]), entry[2]
+                arrival_s = link_s = link_s + cost.expert_transfer_s
                 old = cache.prepare(expert, slot, link_s)
                 evicted = ExpertId(layer, old) if old != FREE else None
                 result.append(Transfer(ExpertId(layer, expert), slot, num_bytes, "on_demand", evicted))
             else:
                 slot = cache.slot_of[expert]
+                arrival_s = cache.arrival_s.get(expert, 0.0)
             slots[expert] = slot
-            if not ready:
-                heappush(used, (state.policy.value(expert), slot))
+            gpu_end_s = max(gpu_end_s, arrival_s) + cost.gpu_expert_s[task.loads[expert]]
+            if len(result) < num:
+                used.append((gpu_end_s, state.policy.value(expert), slot))
         self._link_free_s[accelerator] = link_s
         return tuple(result)
 
