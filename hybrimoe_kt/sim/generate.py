@@ -53,7 +53,7 @@ LOCALITY = {
     # Published LRU hit rate of .450 at 25 %, shape as DeepSeek-V2-Lite; look-ahead as Qwen3.6-35B's 80.7 %.
     "qwen2-57b-a14b": Locality(0.01, 0.03, 0.38, 0.065),
     # Published LRU hit rate of .477 at 25 %, consecutive Jaccard .20 to .28, look-ahead 78.8 %.
-    "deepseek-v2-lite": Locality(0.0, 0.0, 0.47, 0.063),
+    "deepseek-v2-lite": Locality(0.02, 0.0, 0.46, 0.063),
     # The recorded trace of this model: skew, reuse and LRU hit rates; look-ahead 88.6 %.
     "qwen3-30b-a3b": Locality(0.28, 0.2, 0.33, 0.025),
 }

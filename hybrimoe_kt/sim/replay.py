@@ -37,6 +37,11 @@ def recorded_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> 
     return trace.predictions(step, position, depth)
 
 
+def repeat_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
+    """The next token routes like this one: misses just computed on the CPU are fetched in the background."""
+    return (trace.routing(step, position),)
+
+
 def perfect_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
     """What the next layers will be asked, past the end of the step where another follows: a bound, not a predictor."""
     result = []

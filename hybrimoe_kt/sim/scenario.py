@@ -15,6 +15,7 @@ from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.sim.bound import lower_bound
 from hybrimoe_kt.sim.generate import generate
+from hybrimoe_kt.sim.hit_rate import future
 from hybrimoe_kt.sim.machine import Span
 from hybrimoe_kt.sim.models import DENSE_BITS, ModelSpec, find_model
 from hybrimoe_kt.sim.replay import (
@@ -24,6 +25,7 @@ from hybrimoe_kt.sim.replay import (
     no_look_ahead,
     perfect_look_ahead,
     recorded_look_ahead,
+    repeat_look_ahead,
     replay,
 )
 from hybrimoe_kt.sim.trace import Phase, Trace, join
@@ -36,22 +38,28 @@ WARMUP_SEED = 7919
 LOOK_AHEAD: Mapping[str, LookAhead] = {
     "off": no_look_ahead,
     "stale_gate": recorded_look_ahead,
+    "repeat": repeat_look_ahead,
     "perfect": perfect_look_ahead,
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A policy configuration; `by_layer` spends the cache on whole layers instead of a share of each."""
+    """A policy configuration.
+
+    `by_layer` spends the cache on whole layers instead of a share of each; `by_frequency` fills the cache with the
+    experts that the warm-up request used most, instead of the lowest numbers.
+    """
 
     scheduler: str = "balanced"
-    policy: str = "mrs"
+    policy: str = "adaptive"
     prefetch: str = "stale_gate"
     prefetch_size: int = 4
     prefetch_depth: int = 3
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     by_layer: bool = False
+    by_frequency: bool = False
 
     def __post_init__(self) -> None:
         if self.prefetch not in LOOK_AHEAD:
@@ -63,10 +71,11 @@ METHODS: Mapping[str, Method] = {
     "default": Method(),
     "paper": Method("paper", "mrs", policy_options={"alpha": 0.5}),
     "static": STATIC,
+    "static by frequency": replace(STATIC, by_frequency=True),
     "llama.cpp": Method("layer_split", "lru", "off", by_layer=True),
     "adapmoe": Method("gpu_only", "lru", "stale_gate"),
     "fiddler": Method("fiddler", "lru", "off"),
-    "oracle": Method("balanced", "mrs", "perfect", prefetch_size=16),
+    "oracle": Method("balanced", "belady", "perfect", prefetch_size=16),
 }
 """Named configurations: ours, the paper's, the published baselines and the bound in practice."""
 
@@ -110,7 +119,7 @@ class Scenario:
     ) -> Replay:
         """Replay the trace under `method` with a fresh coordinator whose cache starts full."""
         specs, costs = self.specs(method), self.costs()
-        coordinator = make_coordinator(specs, costs, method)
+        coordinator = make_coordinator(specs, costs, method, self)
         return replay(
             self.trace,
             coordinator,
@@ -133,20 +142,37 @@ class Scenario:
         return inside + sum(map(outside.seconds, counts)) / max(1, len(counts))
 
 
-def make_coordinator(specs: tuple[LayerSpec, ...], costs: Mapping[int, CostModel], method: Method) -> Coordinator:
-    """Return a coordinator configured as `method`, its slots filled."""
+def make_coordinator(
+    specs: tuple[LayerSpec, ...], costs: Mapping[int, CostModel], method: Method, scenario: Scenario
+) -> Coordinator:
+    """Return a coordinator configured as `method`, its slots filled; only the offline policy learns the future."""
+    policy_options = dict(method.policy_options)
+    if method.policy == "belady":
+        policy_options.setdefault("future", future(scenario.trace))
     coordinator = Coordinator(
         specs,
         costs,
         scheduler=method.scheduler,
         scheduler_options=method.scheduler_options,
         policy=method.policy,
-        policy_options=method.policy_options,
+        policy_options=policy_options,
         prefetch_size=0 if method.prefetch == "off" else method.prefetch_size,
         prefetch_depth=method.prefetch_depth,
+        frequencies=warmup_frequencies(scenario) if method.by_frequency else None,
     )
     coordinator.initial_transfers()
     return coordinator
+
+
+def warmup_frequencies(scenario: Scenario) -> dict[int, list[float]]:
+    """Return layer -> tokens that each expert computed in the warm-up steps (in the first step without warm-up)."""
+    trace = scenario.trace
+    counts = {layer: [0.0] * trace.num_experts for layer in trace.layers}
+    for step in trace.steps[: max(1, scenario.warmup)]:
+        for position, layer in enumerate(trace.layers):
+            for expert, load in trace.routing(step, position).loads.items():
+                counts[layer][expert] += load
+    return counts
 
 
 def layer_cost(profile: Profile, expert_bytes: int, model: ModelSpec | None) -> CostModel:

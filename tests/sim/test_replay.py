@@ -11,8 +11,8 @@ import pytest
 
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.sim.compare import simulate
-from hybrimoe_kt.sim.machine import Span
-from hybrimoe_kt.sim.replay import decisions, perfect_look_ahead
+from hybrimoe_kt.sim.machine import Machine, Span
+from hybrimoe_kt.sim.replay import decisions, drive, perfect_look_ahead
 from hybrimoe_kt.sim.scenario import METHODS, Method, Scenario, make_coordinator, recorded, synthetic
 from hybrimoe_kt.sim.trace_file import read_trace, write_trace
 
@@ -56,7 +56,7 @@ def test_noise_changes_times_but_no_decision(scenario: Scenario) -> None:
 
 def test_decisions_lists_every_plan(scenario: Scenario) -> None:
     specs, costs = scenario.specs(METHODS["paper"]), scenario.costs()
-    plans = decisions(scenario.trace, make_coordinator(specs, costs, METHODS["paper"]))
+    plans = decisions(scenario.trace, make_coordinator(specs, costs, METHODS["paper"], scenario))
     assert len(plans) == len(scenario.trace.steps) * len(scenario.trace.layers)
     for plan, step in zip(plans[:: len(scenario.trace.layers)], scenario.trace.steps, strict=True):
         assert sorted((*plan.cpu, *plan.gpu)) == sorted(scenario.trace.routing(step, 0).loads)
@@ -147,3 +147,20 @@ def test_impossible_caches_are_refused(cache: str | int, words: str) -> None:
 def test_unknown_predictor_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'stale_gate'"):
         Method(prefetch="stale_gates")
+
+
+@pytest.mark.parametrize("scheduler", ["balanced", "paper", "fiddler", "gpu_only", "static"])
+@pytest.mark.parametrize("cache", [4, 16, 48])
+def test_machine_and_plan_agree_where_nothing_disturbs(scheduler: str, cache: int) -> None:
+    """Without prefetches, noise and contention a layer takes what its plan predicted, or less where the plan gave a
+    resident expert to the CPU and so freed a slot that its prediction did not count on."""
+    scenario = synthetic("deepseek-v2-lite", "a6000-xeon5220r", cache, prompt_tokens=64, tokens=4)
+    method = Method(scheduler, "lru", "off")
+    specs, costs = scenario.specs(method), scenario.costs()
+    machine = Machine({spec.layer: spec for spec in specs}, costs)
+    for decision in drive(scenario.trace, make_coordinator(specs, costs, method, scenario)):
+        machine.run_dense(costs[decision.plan.layer].between_layers_s(decision.step.num_tokens), "dense")
+        seconds = machine.run_layer(decision.plan, (), decision.routing)
+        assert seconds <= decision.plan.makespan_s * (1 + 1e-9)
+        if len(decision.plan.gpu) >= decision.plan.num_hits + len(decision.plan.transfers):
+            assert seconds == pytest.approx(decision.plan.makespan_s, rel=1e-9)
