@@ -29,7 +29,7 @@ class ConfigError(HybriMoEError, ValueError):
 
 
 class RuleError(ConfigError):
-    """A rule file that cannot be used; `rule` counts from 1, `line` is the rule's first line in the file."""
+    """A rule file that cannot be used; `rule` counts from 1, `line` is the offending key's, or the rule's first."""
 
     def __init__(
         self,

@@ -120,7 +120,11 @@ class LlamafileBackend:
         _check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
-        self._buffers = self._buffers.at_least(2 * self.max_tokens, experts.top_k, experts.hidden)
+        self._buffers = self._buffers.at_least(self._num_rows(experts), experts.top_k, experts.hidden)
+
+    def _num_rows(self, experts: LayerExperts) -> int:
+        """Rows of the longest call: every token, and once more at most one token per expert (see `_Buffers.fill`)."""
+        return self.max_tokens + min(self.max_tokens, experts.num_experts)
 
     def _kernel(self, experts: LayerExperts) -> Any:
         width = math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
@@ -129,7 +133,7 @@ class LlamafileBackend:
         config.pool = self._pool.backend_
         config.m_block = 32
         config.group_min_len = 1  # its default of 10 runs up to 9 tokens one by one: 4x slower at 8 tokens [m]
-        config.max_len = config.group_max_len = 2 * self.max_tokens
+        config.max_len = config.group_max_len = self._num_rows(experts)
         config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in (gate, up, down))
         config.gate_type, config.up_type = experts.gate.ggml_type, experts.up.ggml_type
         config.down_type, config.hidden_type = experts.down.ggml_type, _F32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,8 +48,7 @@ class HybriMoEExperts(nn.Module):
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
-        options = ExpertOptions.from_kwargs(kwargs)
-        self.runtime = Runtime.shared_by(gguf_loader, options, key)
+        self.runtime = Runtime.shared_by(gguf_loader, ExpertOptions.from_kwargs(kwargs), key)
         self.runtime.add_layer(
             gguf_loader.layer_experts(
                 self.layer,
@@ -58,6 +58,12 @@ class HybriMoEExperts(nn.Module):
                 inter=orig_module.intermediate_dim,
             )
         )
+
+    @classmethod
+    def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for kwargs this operator would refuse, without building it."""
+        devices = ("prefill_device", "generate_device", "out_device")
+        ExpertOptions.from_kwargs({name: value for name, value in kwargs.items() if name not in devices})
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

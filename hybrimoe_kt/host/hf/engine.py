@@ -122,11 +122,11 @@ class Engine:
     ) -> Iterator[int]:
         run.reused_tokens = self._reuse(prompt)
         began = time.perf_counter()
-        logits = self._forward(prompt[run.reused_tokens :])
+        logits = self._forward(prompt[run.reused_tokens :], stop)
         run.prefill_s = time.perf_counter() - began
         room = self.context_tokens - len(prompt)
         began = time.perf_counter()
-        while True:
+        while logits is not None:
             token = draw(logits)
             if token in self.end_ids:
                 return
@@ -139,14 +139,20 @@ class Engine:
             if stop is not None and stop.is_set():
                 run.finish = "cancelled"
                 return
-            logits = self._forward([token])
+            logits = self._forward([token], stop)
+        run.finish = "cancelled"
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> torch.Tensor:
-        """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU."""
+    def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
+        """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.
+
+        None when `stop` is set between two chunks.
+        """
         step = self.runtime.options.max_chunk_tokens
         began = time.perf_counter()
         for at in range(0, len(ids), step):
+            if stop is not None and stop.is_set() and at:
+                return None
             piece = ids[at : at + step]
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []

@@ -8,6 +8,7 @@ the header once. Format: the GGUF specification, versions 2 and 3, little endian
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -51,13 +52,21 @@ class GgufFile:
         self.files = _resolve(Path(path))
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
+        self._mappings: list[np.memmap] = []
         for number, file in enumerate(self.files):
-            metadata, tensors = _parse(file)
+            metadata, tensors, mapping = _parse(file)
+            self._mappings.append(mapping)
             if number == 0:
                 self.metadata = metadata
                 _check_split_count(file, metadata, len(self.files))
             self.tensors.update(tensors)
         _check_tensor_count(self.files[0], self.metadata, len(self.tensors))
+
+    def release_pages(self) -> None:
+        """Drop what has been read of the mappings from this process's memory; it is read again when touched."""
+        for blob in self._mappings:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                blob._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     @property
     def path(self) -> Path:
@@ -162,7 +171,7 @@ class _Header:
         return [self.value(item_kind) for _ in range(count)]
 
 
-def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], np.memmap]:
     if file.stat().st_size < 24:
         raise ModelError(f"{file}: not a GGUF file ({file.stat().st_size} bytes)")
     blob = np.memmap(file, mode="c", dtype=np.uint8)
@@ -177,7 +186,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     table = [_table_entry(header) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = math.ceil(header.position / alignment) * alignment
-    return metadata, {name: _view(file, blob, start, name, *rest) for name, *rest in table}
+    return metadata, {name: _view(file, blob, start, name, *rest) for name, *rest in table}, blob
 
 
 def _table_entry(header: _Header) -> tuple[str, tuple[int, ...], int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -139,6 +140,7 @@ def load_model(
         )
     loaded.runtime.start()
     attach_look_ahead(loaded.model, loaded.runtime)
+    file.release_pages()
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
@@ -153,7 +155,7 @@ def _config(file: GgufFile, architecture: Architecture, model_path: str | Path |
         raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise ModelError(f"{path}/config.json cannot be used: {str(error).splitlines()[0]}") from None
     if config.model_type != architecture.model_type:
         raise ModelError(
