@@ -69,20 +69,23 @@ class BalancedScheduler(Scheduler):
         return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
 
     def _with_pending(self, task: Task, held: list[int], missing: list[int]) -> Assignment:
-        """Also choose which pending experts not to wait for: any of a few, else the last to land; or the greedy."""
+        """Also choose which pending experts not to wait for: of equal loads the last to land, else any of a few."""
         arrival_s = task.arrival_s
         ready = [e for e in held if e not in arrival_s]
         pending = sorted(arrival_s, key=lambda e: (-arrival_s[e], e))
-        if len(pending) <= _MAX_PENDING_SUBSETS:
+        if len({*task.loads.values()}) == 1:
+            subsets = [tuple(pending[:size]) for size in range(len(pending) + 1)]
+        elif len(pending) <= _MAX_PENDING_SUBSETS:
             subsets = [c for size in range(len(pending) + 1) for c in combinations(pending, size)]
         else:
             subsets = [tuple(pending[:size]) for size in range(len(pending) + 1)]
-        best = self._paper.assign(task)
-        for given_up in subsets:
-            other = _threshold(task, ready, missing, [e for e in reversed(pending) if e not in given_up], given_up)
-            if other.makespan_s < best.makespan_s:
-                best = other
-        return best
+        found = [
+            _threshold(task, ready, missing, [e for e in reversed(pending) if e not in given_up], given_up)
+            for given_up in subsets
+        ]
+        if len(task.loads) > self._exact_experts:
+            found.append(self._paper.assign(task))
+        return min(found, key=lambda a: a.makespan_s)
 
     def _within_slots(self, task: Task, held: list[int], missing: list[int], free: Assignment) -> Assignment:
         """Transfers must reuse slots of this very plan, which may delay them: search below the unhindered optimum."""

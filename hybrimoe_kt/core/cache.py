@@ -84,10 +84,20 @@ class ExpertCache:
             ]
         return [e for slot, e in enumerate(self.occupant) if e != FREE and not pins[slot] and e not in protected]
 
+    def num_used(self) -> int:
+        """Return how many slots hold an expert."""
+        return self.num_slots - self.occupant.count(FREE)
+
     def free_slots(self) -> list[int]:
         """Return the slots that hold nothing and are not pinned, lowest first."""
         pins = self.pins
         return [slot for slot, e in enumerate(self.occupant) if e == FREE and not pins[slot]]
+
+    def num_pinned(self, outside: Collection[int]) -> int:
+        """Return how many pinned slots hold none of the experts in `outside`."""
+        if not any(self.pins):
+            return 0
+        return sum([count > 0 and self.occupant[slot] not in outside for slot, count in enumerate(self.pins)])
 
     def evict(
         self, num: int, protected: Collection[int], rank: Callable[[Sequence[int]], list[int]]

@@ -22,9 +22,13 @@ class Stats:
         "num_prefetches",
         "num_transfers",
         "pending",
+        "predicted",
+        "predicted_right",
+        "predicted_routed",
         "prefetched_bytes",
         "transferred_bytes",
         "useful_prefetches",
+        "wasted_bytes",
         "wasted_prefetches",
     )
 
@@ -44,6 +48,10 @@ class Stats:
     prefetched_bytes: int
     useful_prefetches: int
     wasted_prefetches: int
+    wasted_bytes: int
+    predicted: int
+    predicted_right: int
+    predicted_routed: int
     num_aborted: int
     num_failed: int
     cpu_busy_s: float
@@ -58,6 +66,17 @@ class Stats:
         routed = self.hits + self.pending + self.misses
         return self.hits / routed if routed else 0.0
 
+    @property
+    def precision(self) -> float:
+        """Share of the experts predicted for a next layer that it routed to; 0 before the first prediction."""
+        return self.predicted_right / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the experts routed to, in layers with a prediction, that had been predicted."""
+        return self.predicted_right / self.predicted_routed if self.predicted_routed else 0.0
+
     def snapshot(self) -> dict[str, float]:
-        """Return every counter and the hit rate, by name."""
-        return {**{name: getattr(self, name) for name in self.__slots__}, "hit_rate": self.hit_rate}
+        """Return every counter, the hit rate, and the predictions' precision and recall, by name."""
+        counters = {name: getattr(self, name) for name in self.__slots__}
+        return {**counters, "hit_rate": self.hit_rate, "precision": self.precision, "recall": self.recall}

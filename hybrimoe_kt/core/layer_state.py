@@ -1,0 +1,68 @@
+"""What the coordinator keeps per layer, and how a layer step looks to a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from hybrimoe_kt.core.cache import ExpertCache
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.link import Link
+from hybrimoe_kt.core.policies import Policy
+from hybrimoe_kt.core.scheduler import Task
+from hybrimoe_kt.core.types import LayerSpec
+
+
+class LayerState:
+    """One layer's slots, costs and policy, and the prefetches whose worth is not known yet.
+
+    `prefetched` maps an expert brought ahead of need -> why ("gate" or "admission"); `displaced` maps the
+    expert it evicted -> the same, until either is routed to or leaves.
+    """
+
+    __slots__ = (
+        "cache",
+        "cost",
+        "displaced",
+        "link",
+        "num_tokens",
+        "policy",
+        "predicted",
+        "prefetched",
+        "spec",
+        "uses_gpu",
+    )
+
+    def __init__(self, spec: LayerSpec, cost: CostModel, policy: Policy, link: Link) -> None:
+        self.spec = spec
+        self.cost = cost
+        self.policy = policy
+        self.link = link
+        self.uses_gpu = cost.has_gpu and spec.gpu_supported and spec.num_slots > 0
+        self.cache = ExpertCache(spec.num_experts, spec.num_slots if self.uses_gpu else 0)
+        self.prefetched: dict[int, str] = {}
+        self.displaced: dict[int, str] = {}
+        self.num_tokens = 1
+        self.predicted: Collection[int] = ()
+
+    def task(self, loads: Mapping[int, int], num_tokens: int, now_s: float, start_s: float) -> Task:
+        """Look residency up at virtual `now_s` and describe a step that starts at `start_s`."""
+        cache = self.cache
+        slot_of, arrival_s, cost, link = cache.slot_of, cache.arrival_s, self.cost, self.link
+        pending = None
+        num_loading = 0
+        if arrival_s:
+            cache.settle(now_s)
+            pending = {e: at_s - start_s for e, at_s in arrival_s.items() if e in loads and at_s > start_s}
+            num_loading = sum([e not in loads for e in arrival_s])
+        held = [e for e in loads if slot_of[e] >= 0]
+        return Task(
+            cost,
+            loads,
+            held,
+            [e for e in loads if slot_of[e] < 0] if len(held) < len(loads) else [],
+            layer=self.spec.layer,
+            arrival_s=pending,
+            link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
+            shared_s=cost.shared_s(num_tokens),
+            num_free=cache.num_slots - len(held) - num_loading - cache.num_pinned(loads),
+        )
