@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from heapq import heappop, heappush
 from typing import Any
 
 from hybrimoe_kt.core.cache import FREE
@@ -63,6 +62,8 @@ class Coordinator:
         for spec, policy_of_layer in zip(layers, make_policies(policy, layers, policy_options or {}), strict=True):
             model = cost if isinstance(cost, CostModel) else cost[spec.layer]
             self._layers[spec.layer] = LayerState(spec, model, policy_of_layer, links[spec.accelerator])
+        for state in self._layers.values():
+            state.admission_value_s = self.scheduler.option.get("future_hits", 0.0) * state.hit_s()
         admits = scheduler == "balanced" if admission is None else admission
         self._prefetcher = Prefetcher(self._layers, self.scheduler, self.stats, prefetch_size, admits)
         self._uses_link = prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
@@ -202,7 +203,7 @@ class Coordinator:
         gpu = assignment.gpu
         if gpu:
             if assignment.transfers:
-                transfers = self._allocate(state, assignment, slots)
+                transfers = self._allocate(state, task, assignment, slots)
                 used = set(slots.values())
             else:
                 slot_of = state.cache.slot_of
@@ -216,9 +217,12 @@ class Coordinator:
         self._count(state, task, assignment, num_hits)
         return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, assignment.makespan_s, num_hits)
 
-    def _allocate(self, state: LayerState, assignment: Assignment, slots: dict[int, int]) -> tuple[Transfer, ...]:
+    def _allocate(
+        self, state: LayerState, task: Task, assignment: Assignment, slots: dict[int, int]
+    ) -> tuple[Transfer, ...]:
         """Choose a slot per transfer: free ones, then the policy's victims outside the plan, then slots whose
-        expert the plan has used by then; fills `slots` for every expert in `assignment.gpu`.
+        expert the plan is through with: the least valuable of those the link need not wait for, else the next to
+        leave the GPU. Times are those of `evaluate`. Fills `slots` for every expert in `assignment.gpu`.
         """
         cache, layer, num_bytes = state.cache, state.spec.layer, state.spec.expert_bytes
         slot_of, value, link, transfer_s = cache.slot_of, state.policy.value, state.link, state.cost.expert_transfer_s
@@ -231,15 +235,21 @@ class Coordinator:
             ready += [slot_of[e] for e in victims[: num - len(ready)]]
         must_reuse = len(ready) < num
         ready.reverse()
-        used: list[tuple[float, int]] = []  # slots the plan is through with, least valuable occupant first
+        used: list[tuple[float, float, int]] = []  # (left the GPU, value, slot) of experts the plan is through with
+        gpu_table, gpu_end_s = state.cost.gpu_expert_s, self.now_s + task.shared_s
         result = []
         for expert in assignment.gpu:
             if expert in arriving:
-                slot = ready.pop() if ready else heappop(used)[1]
+                start_s = self.now_s
+                if ready:
+                    slot = ready.pop()
+                else:
+                    start_s, slot = _take(used, max(start_s, link.free_s))
                 old = cache.occupant[slot]
                 evicted = ExpertId(layer, old) if old != FREE else None
                 transfer = Transfer(ExpertId(layer, expert), slot, num_bytes, "on_demand", evicted)
-                cache.prepare(expert, slot, link.add(transfer, self.now_s, transfer_s))
+                arrival_s = link.add(transfer, start_s, transfer_s)
+                cache.prepare(expert, slot, arrival_s)
                 if old != FREE and old in state.prefetched:
                     del state.prefetched[old]
                     self.stats.wasted_prefetches += 1
@@ -247,9 +257,11 @@ class Coordinator:
                 result.append(transfer)
             else:
                 slot = slot_of[expert]
+                arrival_s = cache.arrival_s.get(expert, 0.0)
             slots[expert] = slot
             if must_reuse:
-                heappush(used, (value(expert), slot))
+                gpu_end_s = max(gpu_end_s, arrival_s) + gpu_table[task.loads[expert]]
+                used.append((gpu_end_s, value(expert), slot))
         return tuple(result)
 
     def _count(self, state: LayerState, task: Task, assignment: Assignment, num_hits: int) -> None:
@@ -273,6 +285,14 @@ class Coordinator:
             stats.predicted_right += sum([e in state.predicted for e in task.loads])
             stats.predicted_routed += len(task.loads)
             state.predicted = ()
+
+
+def _take(used: list[tuple[float, float, int]], free_s: float) -> tuple[float, int]:
+    """Remove and return (left the GPU, slot): the least valuable slot left by `free_s`, else the next to be left."""
+    done = [entry for entry in used if entry[0] <= free_s]
+    entry = min(done, key=lambda e: (e[1], e[2])) if done else min(used)
+    used.remove(entry)
+    return entry[0], entry[2]
 
 
 def _check_counts(prefetch_size: int, prefetch_depth: int) -> None:
