@@ -156,11 +156,15 @@ class LlamafileBackend:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         experts = self._layers[layer]
         self._check_call(experts, hidden, ids, weights)
+        num_tokens, width = hidden.shape
+        fill = self._buffers.fill_single if num_tokens == 1 else self._buffers.fill
+        self._shape = num_tokens, width
+        self.start_rows(layer, fill(hidden, ids, weights), ids.shape[1])
+
+    def start_rows(self, layer: int, num_rows: int, top_k: int) -> None:
+        """Submit what stands in the first `num_rows` of the buffers, unchecked; `submit` is the safe way in."""
         buffers = self._buffers
-        num_tokens = hidden.shape[0]
-        num_rows = buffers.fill_single(hidden, ids, weights) if num_tokens == 1 else buffers.fill(hidden, ids, weights)
         buffers.length[0] = num_rows
-        top_k = ids.shape[1]
         # The kernel reads every pointer, the length too, when the task runs: they all are this object's buffers.
         self._task = self._kernels[layer].forward_task(
             buffers.length.data_ptr(),
@@ -171,7 +175,6 @@ class LlamafileBackend:
             buffers.out.data_ptr(),
             False,
         )
-        self._shape = num_tokens, hidden.shape[1]
         self._pool.submit(self._task)
 
     def wait(self) -> torch.Tensor:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import CapacityError, HybriMoEError, nearest
+from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
+
 from .chat_output import StreamPrinter, flatten, summary_line
 
 __all__ = ["ChatEngine", "ChatOptions", "run_chat"]

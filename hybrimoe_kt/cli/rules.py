@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..host.rule_file import list_packaged_rules, load_rules
+from hybrimoe_kt.host.rule_file import list_packaged_rules, load_rules
 
 __all__ = ["add_parser", "build_parser", "main"]
 
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace, console: Console) -> None:
     rules = load_rules(list_packaged_rules().get(options.file, options.file))
     # Importing torch and transformers takes seconds: complain about the file itself first.
-    from ..host.rule_report import best_skeleton, report_rules
-    from ..host.skeletons import build_skeleton, skeleton_from_directory
+    from hybrimoe_kt.host.rule_report import best_skeleton, report_rules
+    from hybrimoe_kt.host.skeletons import build_skeleton, skeleton_from_directory
 
     name = options.model or best_skeleton(rules)
     model = skeleton_from_directory(name) if Path(name).is_dir() else build_skeleton(name)
@@ -100,7 +100,7 @@ def _print_report(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_modules(label: str, paths: list[str], console: Console) -> None:
-    from ..host.rule_report import path_patterns
+    from hybrimoe_kt.host.rule_report import path_patterns
 
     patterns = path_patterns(paths)
     modules = "no module" if not paths else "1 module" if len(paths) == 1 else f"{len(paths)} modules"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import nearest
+from hybrimoe_kt.errors import nearest
 
 __all__ = ["legacy_hint", "legacy_spelling", "match_class", "operator_class", "operator_kwargs"]
 

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import ConfigError, RuleError, nearest
+from hybrimoe_kt.errors import ConfigError, RuleError, nearest
+
 from . import aliases
 from .rule_file import DEFAULT, Rule
 

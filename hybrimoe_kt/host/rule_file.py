@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import RuleError, nearest, unknown_name
+from hybrimoe_kt.errors import RuleError, nearest, unknown_name
 
 __all__ = ["DEFAULT", "Rule", "RuleSet", "list_packaged_rules", "load_rules", "packaged_rules"]
 

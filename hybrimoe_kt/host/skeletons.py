@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, unknown_name
+from hybrimoe_kt.errors import ModelError, unknown_name
 
 __all__ = ["SKELETONS", "build_skeleton", "skeleton_from_directory"]
 

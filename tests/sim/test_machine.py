@@ -49,6 +49,7 @@ def test_transfers_queue_and_the_gpu_waits_for_each() -> None:
     machine, spans = make_machine()
     plan = Plan(0, cpu=(), gpu=(1, 2, 3), transfers=(copy(2, 1), copy(3, 2)), slots={1: 0, 2: 1, 3: 2})
     assert machine.run_layer(plan, (), routing(1, 2, 3)) == pytest.approx(2 * LINK_S + GPU_S)
+    machine.finish()
     assert [(s.start_s, s.end_s) for s in spans if s.kind == "link"] == [(0.0, 2.0), (2.0, 4.0)]
     assert [(s.start_s, s.end_s) for s in spans if s.kind == "gpu"][1:] == [(0.5, 1.5), (2.0, 3.0), (4.0, 5.0)]
 
@@ -57,6 +58,7 @@ def test_a_slot_is_overwritten_only_after_its_last_reader() -> None:
     machine, spans = make_machine()
     plan = Plan(0, cpu=(), gpu=(1, 2), transfers=(copy(2, 0, evicted=1),), slots={1: 0, 2: 0})
     machine.run_layer(plan, (), routing(1, 2))
+    machine.finish()
     (link,) = (span for span in spans if span.kind == "link")
     assert link.start_s == pytest.approx(SHARED_S + GPU_S)
     assert machine.now_s == pytest.approx(SHARED_S + GPU_S + LINK_S + GPU_S)
@@ -98,9 +100,21 @@ def test_timeline_has_one_row_per_resource() -> None:
     machine, spans = make_machine()
     plan = Plan(0, cpu=(3,), gpu=(1,), transfers=(copy(1, 0),), slots={1: 0})
     machine.run_layer(plan, (), routing(1, 3))
+    machine.finish()
     events = chrome_trace(spans)["traceEvents"]
     assert isinstance(events, list)
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert names == {"GPU 0", "CPU", "link 0"}
     link = next(event for event in events if event.get("cat") == "link")
     assert (link["ts"], link["dur"], link["name"]) == (0.0, 2e6, "L0 E1 on_demand")
+
+
+def test_an_aborted_copy_is_skipped_unless_it_has_begun() -> None:
+    for time_s, ends in ((1.0, [2.0, 4.0, 6.0]), (0.0, [2.0, 4.0])):
+        machine, spans = make_machine()
+        first, second, third = (copy(expert, slot, layer=1, kind="prefetch") for slot, expert in enumerate((5, 6, 7)))
+        machine.run_layer(Plan(0, cpu=()), (first, second), Routing(0, {}))
+        machine.now_s = 2.5 if time_s else 1.0
+        machine.run_layer(Plan(1, cpu=()), (third,), Routing(1, {}), aborted=(second,))
+        machine.finish()
+        assert [s.end_s for s in spans if s.kind == "link"] == ends
