@@ -98,7 +98,7 @@ class Coordinator:
                 self._abort(state, [e for e, kind in state.prefetched.items() if kind == "gate" and e not in loads])
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-            if state.prefetched or state.displaced:
+            if state.prefetched or state.displaced or self._prefetcher.has_proven(routing.layer):
                 self._prefetcher.credit(state, task, assignment)
             state.policy.touch(routing)
         plan = self._commit(state, routing, task, assignment)
@@ -154,6 +154,7 @@ class Coordinator:
         if state.cache.slot_of[transfer.expert.index] == transfer.slot:
             state.cache.release(transfer.expert.index)
         state.prefetched.pop(transfer.expert.index, None)
+        self._prefetcher.forget(transfer.expert)
         self.stats.num_failed += 1
 
     def residency(self, layer: int) -> Residency:
@@ -250,7 +251,9 @@ class Coordinator:
                 transfer = Transfer(ExpertId(layer, expert), slot, num_bytes, "on_demand", evicted)
                 arrival_s = link.add(transfer, start_s, transfer_s)
                 cache.prepare(expert, slot, arrival_s)
-                if old != FREE and old in state.prefetched:
+                if evicted is not None:
+                    self._prefetcher.forget(evicted)
+                if old in state.prefetched:
                     del state.prefetched[old]
                     self.stats.wasted_prefetches += 1
                     self.stats.wasted_bytes += num_bytes

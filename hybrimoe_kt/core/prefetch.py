@@ -54,12 +54,13 @@ class Prefetcher:
         self._layers, self._scheduler, self._stats, self._size = layers, scheduler, stats, size
         self._admission = admission
         self.benefit = {"gate": Benefit(), "admission": Benefit()}
+        self._proven: dict[int, dict[int, str]] = {layer: {} for layer in layers}  # used once and still in their slots
 
     def choose(self, plan: Plan, predictions: Sequence[Routing], now_s: float, next_s: float) -> list[Transfer]:
         """Book and return up to `size` transfers while `plan` runs; `next_s` is when the next layer starts.
 
-        Only for the very next layer may a transfer still be under way then: the simulated gain counts the
-        wait. Anything meant for later must fit the link's idle time before.
+        For the very next layer a transfer may still be under way when it starts: the simulated gain counts the
+        wait. Anything meant for a later one must land before that layer starts.
         """
         result: list[Transfer] = []
         for benefit in self.benefit.values():
@@ -70,17 +71,23 @@ class Prefetcher:
                 state = self._layers[routing.layer]
                 if ahead == 0:
                     state.predicted = routing.loads
-                makespan_s = self._fill(state, routing, now_s, start_s, next_s if ahead else float("inf"), result)
+                makespan_s = self._fill(state, routing, now_s, start_s, start_s if ahead else float("inf"), result)
                 start_s += makespan_s + state.cost.between_layers_s(routing.num_tokens)
         if self._admission and self.benefit["admission"].is_on:
             self._admit(plan, now_s, next_s, result)
         return result
 
     def credit(self, state: LayerState, task: Task, assignment: Assignment) -> None:
-        """Book what earlier prefetches did for this plan: its makespan against the one without them."""
-        gained = {e: state.prefetched.pop(e) for e in task.held if e in state.prefetched}
+        """Book what earlier prefetches did for this plan: its makespan against the one without them.
+
+        An expert keeps earning as long as it keeps its slot; what it displaced costs once, as it may come back.
+        """
+        proven = self._proven[state.spec.layer]
+        first = {e: state.prefetched.pop(e) for e in task.held if e in state.prefetched}
+        proven.update(first)
+        gained = {e: proven[e] for e in task.held if e in proven}
         lost = {e: state.displaced.pop(e) for e in task.missing if e in state.displaced}
-        self._stats.useful_prefetches += len(gained)
+        self._stats.useful_prefetches += len(first)
         kinds = {*gained.values(), *lost.values()}
         if len(kinds) != 1:
             return
@@ -94,6 +101,14 @@ class Prefetcher:
             num_free=task.num_free + len(gained) - len(lost),
         )
         self.benefit[kinds.pop()].add(self._scheduler.assign(without).makespan_s - assignment.makespan_s)
+
+    def forget(self, expert: ExpertId) -> None:
+        """Stop crediting `expert`: it has lost its slot."""
+        self._proven[expert.layer].pop(expert.index, None)
+
+    def has_proven(self, layer: int) -> bool:
+        """Whether `layer` holds prefetched experts that were used before."""
+        return bool(self._proven[layer])
 
     def _fill(
         self, state: LayerState, routing: Routing, now_s: float, start_s: float, by_s: float, result: list[Transfer]
@@ -159,6 +174,7 @@ class Prefetcher:
         transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, "prefetch", evicted)
         cache.prepare(expert, slot, state.link.add(transfer, now_s, state.cost.expert_transfer_s))
         if victim != FREE:
+            self.forget(ExpertId(spec.layer, victim))
             state.displaced[victim] = kind
             if state.prefetched.pop(victim, None):
                 self._stats.wasted_prefetches += 1
