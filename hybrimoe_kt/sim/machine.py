@@ -1,8 +1,9 @@
 """The simulated machine: clocks of CPU, GPUs and links that measure what a plan really costs.
 
 The coordinator predicts with its own virtual clock; this one is independent of it. Each link serves transfers first
-in, first out; a transfer also waits until the GPU has left the slot it overwrites; CPU work slows down while a link is
-busy. What is left out: the CPU's memory traffic does not slow the link, and attention's quadratic part costs nothing.
+in, first out; a transfer also waits until the GPU has left the slot it overwrites; one that was given up before it
+started is skipped; CPU work slows down while a link is busy. What is left out: the CPU's memory traffic does not slow
+the link, and attention's quadratic part costs nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ class Busy:
 
 
 @dataclass
+class Copy:
+    """One transfer on a link: when it may start at the earliest, and when it does under all that is queued now."""
+
+    transfer: Transfer
+    ready_s: float
+    seconds: float
+    begin_s: float = 0.0
+    end_s: float = 0.0
+
+
+@dataclass
 class Machine:
     """Clocks of one machine; `now_s` is when the layer at hand may begin."""
 
@@ -57,13 +69,22 @@ class Machine:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._link_free_s = {spec.accelerator: 0.0 for spec in self.specs.values()}
-        self._link_busy: list[tuple[float, float]] = []
+        self._queue: dict[int, list[Copy]] = {spec.accelerator: [] for spec in self.specs.values()}
+        self._recent: list[tuple[float, float]] = []
         self._arrival_s: dict[tuple[int, int], float] = {}
         self._slot_read_s: dict[tuple[int, int], float] = {}
 
-    def run_layer(self, plan: Plan, prefetches: Sequence[Transfer], routing: Routing) -> float:
-        """Execute one plan with the prefetches decided beside it; return the seconds until its output is there."""
+    def run_layer(
+        self, plan: Plan, prefetches: Sequence[Transfer], routing: Routing, aborted: Sequence[Transfer] = ()
+    ) -> float:
+        """Execute one plan with the prefetches decided beside it; return the seconds until its output is there.
+
+        `aborted` are earlier prefetches that need not be made if the link has not started them.
+        """
         start_s = self.now_s
+        self._settle(start_s)
+        for transfer in aborted:
+            self._abort(transfer)
         gpu_end_s = self._run_gpu(plan, routing, start_s)
         for transfer in prefetches:
             self._copy(transfer, start_s)
@@ -100,17 +121,50 @@ class Machine:
         return end_s
 
     def _copy(self, transfer: Transfer, start_s: float) -> None:
-        layer, expert = transfer.expert
-        spec = self.specs[layer]
-        read_s = self._slot_read_s.get((layer, transfer.slot), 0.0)
-        begin_s = max(self._link_free_s[spec.accelerator], start_s, read_s)
-        end_s = begin_s + self.costs[layer].transfer_s(transfer.num_bytes)
-        self._link_free_s[spec.accelerator] = end_s
-        if transfer.evicted is not None:
-            self._arrival_s.pop(tuple(transfer.evicted), None)
-        self._arrival_s[layer, expert] = end_s
-        self._link_busy.append((begin_s, end_s))
-        self._span("link", spec.accelerator, begin_s, end_s, f"L{layer} E{expert} {transfer.kind}")
+        layer = transfer.expert.layer
+        lane = self.specs[layer].accelerator
+        ready_s = max(start_s, self._slot_read_s.get((layer, transfer.slot), 0.0))
+        copy = Copy(transfer, ready_s, self.costs[layer].transfer_s(transfer.num_bytes))
+        queue = self._queue[lane]
+        self._place(copy, queue[-1].end_s if queue else self._link_free_s[lane])
+        queue.append(copy)
+
+    def _place(self, copy: Copy, free_s: float) -> None:
+        copy.begin_s = max(free_s, copy.ready_s)
+        copy.end_s = copy.begin_s + copy.seconds
+        layer, expert = copy.transfer.expert
+        self._arrival_s[layer, expert] = copy.end_s
+
+    def _abort(self, transfer: Transfer) -> None:
+        """Take a copy that has not begun out of its queue and move up those behind it."""
+        lane = self.specs[transfer.expert.layer].accelerator
+        queue = self._queue[lane]
+        kept = [copy for copy in queue if copy.transfer != transfer or copy.begin_s <= self.now_s]
+        if len(kept) == len(queue):
+            return
+        self._queue[lane] = kept
+        free_s = self._link_free_s[lane]
+        for copy in kept:
+            if copy.begin_s > self.now_s:
+                # The link became free when the abort was decided, not before.
+                self._place(copy, max(free_s, self.now_s))
+            free_s = copy.end_s
+
+    def _settle(self, until_s: float) -> None:
+        """Book the copies that have begun by `until_s`: nothing can move them any more."""
+        for lane, queue in self._queue.items():
+            begun = [copy for copy in queue if copy.begin_s <= until_s]
+            for copy in begun:
+                layer, expert = copy.transfer.expert
+                self._link_free_s[lane] = copy.end_s
+                self._recent.append((copy.begin_s, copy.end_s))
+                self._span("link", lane, copy.begin_s, copy.end_s, f"L{layer} E{expert} {copy.transfer.kind}")
+            del queue[: len(begun)]
+        self._recent = [span for span in self._recent if span[1] > until_s]
+
+    def finish(self) -> None:
+        """Book what the links still have to do; nothing is decided any more."""
+        self._settle(float("inf"))
 
     def _run_cpu(self, plan: Plan, routing: Routing, start_s: float) -> float:
         if not plan.cpu:
@@ -125,9 +179,9 @@ class Machine:
 
     def _stretch(self, start_s: float, work_s: float, slowdown: float) -> float:
         """Return when `work_s` seconds of idle-link work end, slower while a link is busy."""
-        self._link_busy = sorted(span for span in self._link_busy if span[1] > start_s)
+        queued = [(copy.begin_s, copy.end_s) for queue in self._queue.values() for copy in queue]
         now_s = start_s
-        for begin_s, end_s in self._link_busy:
+        for begin_s, end_s in sorted(self._recent + queued):
             idle_s = max(0.0, begin_s - now_s)
             if work_s <= idle_s:
                 break

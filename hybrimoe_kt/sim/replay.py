@@ -25,6 +25,8 @@ class Decision(NamedTuple):
     routing: Routing
     plan: Plan
     prefetches: tuple[Transfer, ...]
+    aborted: tuple[Transfer, ...] = ()
+    """Earlier prefetches given up here."""
 
 
 def no_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
@@ -35,11 +37,6 @@ def no_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequen
 def recorded_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
     """The next gates' predictions that came with the trace."""
     return trace.predictions(step, position, depth)
-
-
-def repeat_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
-    """The next token routes like this one: misses just computed on the CPU are fetched in the background."""
-    return (trace.routing(step, position),)
 
 
 def perfect_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> Sequence[Routing]:
@@ -60,9 +57,10 @@ def drive(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = record
         for position, layer in enumerate(trace.layers):
             routing = trace.routing(step, position)
             plan = coordinator.plan(routing)
+            aborted = coordinator.take_aborted()
             guesses = look_ahead(trace, step, position, depth) if depth else ()
             prefetches = coordinator.prefetch(layer, guesses)
-            yield Decision(step, position, routing, plan, prefetches)
+            yield Decision(step, position, routing, plan, prefetches, aborted + coordinator.take_aborted())
             coordinator.finish(plan)
 
 
@@ -80,7 +78,7 @@ class Digest:
     def add(self, decision: Decision) -> None:
         plan = decision.plan
         slots = sorted(plan.slots.items())
-        copies = [_copy_key(transfer) for transfer in (*plan.transfers, *decision.prefetches)]
+        copies = [_copy_key(transfer) for transfer in (*plan.transfers, *decision.prefetches, *decision.aborted)]
         text = f"{plan.layer}|{list(plan.cpu)}|{list(plan.gpu)}|{slots}|{copies}|{plan.num_hits};"
         self._hash.update(text.encode())
 
@@ -180,6 +178,7 @@ def replay(
     for decision in drive(trace, coordinator, look_ahead):
         digest.add(decision)
         meter.measure(decision)
+    machine.finish()
     return Replay(meter.phases, digest.hexdigest(), coordinator.stats.snapshot())
 
 
@@ -207,7 +206,7 @@ class _Meter:
             self._begin_s = machine.now_s
         # A layer's attention runs before its experts.
         machine.run_dense(cost.between_layers_s(step.num_tokens), f"L{layer} dense", lane, has_gpu=cost.has_gpu)
-        machine.run_layer(decision.plan, decision.prefetches, decision.routing)
+        machine.run_layer(decision.plan, decision.prefetches, decision.routing, decision.aborted)
         _count(result, decision)
         if decision.position == self.num_layers - 1:
             machine.run_dense(self.outside.seconds(step.num_tokens), "head", lane, has_gpu=cost.has_gpu)

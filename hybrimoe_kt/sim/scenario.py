@@ -10,6 +10,7 @@ from typing import Any
 from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.predictors import PREDICTORS
 from hybrimoe_kt.core.profile import Profile, load_profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
@@ -25,7 +26,6 @@ from hybrimoe_kt.sim.replay import (
     no_look_ahead,
     perfect_look_ahead,
     recorded_look_ahead,
-    repeat_look_ahead,
     replay,
 )
 from hybrimoe_kt.sim.trace import Phase, Trace, join
@@ -35,12 +35,14 @@ WARMUP_PROMPT = 32
 WARMUP_TOKENS = 16
 WARMUP_SEED = 7919
 """The warm-up request: another prompt to the same model, served before the measured one and not counted."""
-LOOK_AHEAD: Mapping[str, LookAhead] = {
-    "off": no_look_ahead,
+OFF = "off"
+PREFETCH = (OFF, *PREDICTORS)
+_SEES_GATES: Mapping[str, LookAhead] = {
     "stale_gate": recorded_look_ahead,
-    "repeat": repeat_look_ahead,
+    "corrected_gate": recorded_look_ahead,
     "perfect": perfect_look_ahead,
 }
+"""What the host hands each predictor; the others learn on their own."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Method:
     """A policy configuration.
 
     `by_layer` spends the cache on whole layers instead of a share of each; `by_frequency` fills the cache with the
-    experts that the warm-up request used most, instead of the lowest numbers.
+    experts that the warm-up request used most, instead of the lowest numbers. `admission` brings experts that the CPU
+    just computed for later tokens, also with prefetch "off"; None leaves it to the coordinator.
     """
 
     scheduler: str = "balanced"
@@ -58,12 +61,17 @@ class Method:
     prefetch_depth: int = 3
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    admission: bool | None = None
     by_layer: bool = False
     by_frequency: bool = False
 
     def __post_init__(self) -> None:
-        if self.prefetch not in LOOK_AHEAD:
-            raise ConfigError(unknown_name("prefetch predictor", self.prefetch, LOOK_AHEAD))
+        if self.prefetch not in PREFETCH:
+            raise ConfigError(unknown_name("prefetch predictor", self.prefetch, PREFETCH))
+
+    @property
+    def look_ahead(self) -> LookAhead:
+        return _SEES_GATES.get(self.prefetch, no_look_ahead)
 
 
 STATIC = Method("static", "lru", "off")
@@ -72,6 +80,7 @@ METHODS: Mapping[str, Method] = {
     "paper": Method("paper", "mrs", policy_options={"alpha": 0.5}),
     "static": STATIC,
     "static by frequency": replace(STATIC, by_frequency=True),
+    "gpu streaming": Method("gpu_only", "lru", "off"),
     "llama.cpp": Method("layer_split", "lru", "off", by_layer=True),
     "adapmoe": Method("gpu_only", "lru", "stale_gate"),
     "fiddler": Method("fiddler", "lru", "off"),
@@ -125,7 +134,7 @@ class Scenario:
             coordinator,
             specs,
             costs,
-            look_ahead=LOOK_AHEAD[method.prefetch],
+            look_ahead=method.look_ahead,
             outside=outside_seconds(self.profile, self.model),
             warmup=self.warmup,
             noise=noise,
@@ -156,8 +165,10 @@ def make_coordinator(
         scheduler_options=method.scheduler_options,
         policy=method.policy,
         policy_options=policy_options,
-        prefetch_size=0 if method.prefetch == "off" else method.prefetch_size,
+        predictor="stale_gate" if method.prefetch == OFF else method.prefetch,
+        prefetch_size=0 if method.prefetch == OFF and not method.admission else method.prefetch_size,
         prefetch_depth=method.prefetch_depth,
+        admission=method.admission,
         frequencies=warmup_frequencies(scenario) if method.by_frequency else None,
     )
     coordinator.initial_transfers()

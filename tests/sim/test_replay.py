@@ -164,3 +164,19 @@ def test_machine_and_plan_agree_where_nothing_disturbs(scheduler: str, cache: in
         assert seconds <= decision.plan.makespan_s * (1 + 1e-9)
         if len(decision.plan.gpu) >= decision.plan.num_hits + len(decision.plan.transfers):
             assert seconds == pytest.approx(decision.plan.makespan_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("scheduler", ["balanced", "paper"])
+def test_prefetching_is_never_slower_than_none(model: str, scheduler: str) -> None:
+    """It switches itself off where it does not pay, and must not where it does."""
+    scenario = synthetic(model, "a6000-xeon5220r", "50%", prompt_tokens=32, tokens=24)
+    on = scenario.run(Method(scheduler, "mrs", "stale_gate", prefetch_size=4)).token_s
+    off = scenario.run(Method(scheduler, "mrs", "off")).token_s
+    assert on <= off * 1.02
+
+
+def test_prefetching_pays_where_transfers_are_long() -> None:
+    scenario = synthetic("mixtral-8x7b", "a6000-xeon5220r", "50%", prompt_tokens=32, tokens=24)
+    on = scenario.run(Method("paper", "mrs", "stale_gate", prefetch_size=4)).token_s
+    assert on < 0.9 * scenario.run(Method("paper", "mrs", "off")).token_s
