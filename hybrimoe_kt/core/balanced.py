@@ -24,11 +24,13 @@ class BalancedScheduler(Scheduler):
     Every assignment the paper's greedy can reach is of this form, so none of its is better. The best of the
     form is the optimum when all experts cost the GPU the same (then only x, y and the CPU's sum matter); for
     other inputs of at most `exact_experts` experts a branch and bound closes the gap. With
-    `admission_value_s` on the task, an admitted expert's future value is weighed against the makespan.
+    `admission_value_s` on the task, an admitted expert's future value is weighed against the makespan: a
+    coordinator sets it to `future_hits` hits per expert in decode. On the shared decode traces, five profiles and
+    12.5 / 25 / 50 % slots, 0.3 was as fast as the best of 0, 0.02, 0.1, 0.3, 0.6 and 1 within 0.5 %.
     """
 
     name = "balanced"
-    options = {"exact_experts": 12}  # noqa: RUF012
+    options = {"exact_experts": 12, "future_hits": 0.3}  # noqa: RUF012
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
@@ -58,7 +60,7 @@ class BalancedScheduler(Scheduler):
         """All loads equal, nothing pending, slots to spare: only the numbers of experts matter."""
         held, missing = task.held, task.missing
         load = task.loads[held[0] if held else missing[0]]
-        key = (id(task.cost), load, len(held), len(missing), task.link_busy_s, task.shared_s, task.admission_value_s)
+        key = (task.cost, load, len(held), len(missing), task.link_busy_s, task.shared_s, task.admission_value_s)
         choice = self._remembered.get(key)
         if choice is None:
             if len(self._remembered) >= _MAX_REMEMBERED:

@@ -20,6 +20,7 @@ class LayerState:
     """
 
     __slots__ = (
+        "admission_value_s",
         "cache",
         "cost",
         "displaced",
@@ -41,8 +42,14 @@ class LayerState:
         self.cache = ExpertCache(spec.num_experts, spec.num_slots if self.uses_gpu else 0)
         self.prefetched: dict[int, str] = {}
         self.displaced: dict[int, str] = {}
+        self.admission_value_s = 0.0
         self.num_tokens = 1
         self.predicted: Collection[int] = ()
+
+    def hit_s(self) -> float:
+        """Return what one more hit saves: a missing expert's time, shared between CPU and link as they would share it."""
+        cpu_s, transfer_s = self.cost.cpu_expert_s[1], self.cost.expert_transfer_s
+        return cpu_s * transfer_s / (cpu_s + transfer_s) if self.uses_gpu else 0.0
 
     def task(self, loads: Mapping[int, int], num_tokens: int, now_s: float, start_s: float) -> Task:
         """Look residency up at virtual `now_s` and describe a step that starts at `start_s`."""
@@ -64,5 +71,6 @@ class LayerState:
             arrival_s=pending,
             link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
             shared_s=cost.shared_s(num_tokens),
+            admission_value_s=self.admission_value_s if num_tokens == 1 else 0.0,
             num_free=cache.num_slots - len(held) - num_loading - cache.num_pinned(loads),
         )
