@@ -1,0 +1,78 @@
+"""The rules of the house as failing checks: which layer may import which, and who touches other people's internals."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hybrimoe_kt"
+
+# layer -> what it may import of the package, besides config and errors
+ALLOWED = {
+    "core": {"core"},
+    "device": {"device", "core"},
+    "backends": {"backends", "device", "core"},
+    "operators": {"operators", "backends", "device", "core"},
+    "host": {"host", "operators", "backends", "device", "core"},
+    "sim": {"sim", "core"},
+    "cli": {"cli", "host", "operators", "backends", "device", "core", "sim", "models"},
+}
+# Foreign packages and the only files that may import them.
+OWNED = {
+    "kt_kernel": {"backends/cpu_llamafile.py"},
+    "ktransformers": set(),
+    "triton": set(),
+    "transformers.integrations": {"backends/dequantize.py", "host/hf/tokenizer.py"},
+    "transformers.quantizers": {"host/hf/loading.py"},
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every dotted name a file imports, relative ones made absolute."""
+    package = ["hybrimoe_kt", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, node.module or ""]).rstrip(".")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_imports_run_one_way(layer: str) -> None:
+    for file in (PACKAGE / layer).rglob("*.py"):
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "hybrimoe_kt" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
+                assert parts[1] in ALLOWED[layer], f"{file.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("foreign", OWNED)
+def test_foreign_internals_have_one_owner(foreign: str) -> None:
+    for file in FILES:
+        if any(name == foreign or name.startswith(foreign + ".") for name in imports(file)):
+            assert str(file.relative_to(PACKAGE)) in OWNED[foreign], f"{file.relative_to(ROOT)} imports {foreign}"
+
+
+def test_the_core_is_pure() -> None:
+    code = "import sys, hybrimoe_kt.core.coordinator, hybrimoe_kt.config\n"
+    code += "print([name for name in ('torch', 'numpy', 'transformers', 'yaml') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_folder_named_kernels_does_not_disturb_transformers() -> None:
+    """From the repository's root, Python finds our `kernels/` under a name that Transformers probes for."""
+    code = "import transformers.utils.import_utils as probe; print(probe.is_kernels_available())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("True", "False")
