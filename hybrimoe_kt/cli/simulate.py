@@ -35,10 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="mixtral-8x7b, qwen2-57b-a14b, deepseek-v2-lite, qwen3-30b-a3b (optional with --trace)")
     add("--hardware", default="default", help="built-in profile or profile file (default: %(default)s)")
     add("--cache", default="25%", help="experts on the GPU: 25%%, 16 (per layer) or 12GiB (default: 25%%)")
-    add("--method", default="default", help="default, paper, static, llama.cpp, adapmoe, fiddler, oracle")
+    add(
+        "--method", default="default", help="default, paper, static, gpu streaming, llama.cpp, adapmoe, fiddler, oracle"
+    )
     add("--scheduler", help="balanced, paper, static, fiddler, gpu_only, cpu_only, layer_split")
-    add("--policy", help="cache policy, such as mrs or lru")
-    add("--prefetch", help="off, stale_gate, perfect, ...: what predicts the next layers' experts")
+    add("--policy", help="adaptive, mrs, lru, lfu, lfru, least_stale, static_frequency or belady")
+    add("--prefetch", help="off, stale_gate, corrected_gate, history, transition or perfect")
     add("--prefetch-size", type=int, help="transfers started ahead per layer")
     add("--prefetch-depth", type=int, help="layers looked ahead, 1 to 3")
     add("--trace", metavar="FILE", help="recorded routing (.npz or route CSV) instead of a synthetic trace")
@@ -175,6 +177,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             _text(report["prefill_speedup_over_static"], "x"),
             _text(report["decode_speedup_over_static"], "x"),
         ),
+        ("speed-up over streaming misses to the GPU", _text(report["prefill_speedup_over_gpu_streaming"], "x"), "-"),
         (
             "share of the oracle's speed",
             _text(report["prefill_oracle_fraction"], "%"),

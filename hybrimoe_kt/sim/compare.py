@@ -30,6 +30,7 @@ def simulate(
     run = scenario.run(method, noise=noise, seed=seed, on_span=on_span, progress=progress)
     static = scenario.run(STATIC, noise=noise, seed=seed, progress=progress)
     oracle = scenario.run(METHODS["oracle"], noise=noise, seed=seed, progress=progress)
+    streamed = scenario.prompts_only().run(METHODS["gpu streaming"])
     return {
         "trace": scenario.trace.source,
         "synthetic": scenario.trace.synthetic,
@@ -46,6 +47,7 @@ def simulate(
         "hit_rate": _number(run.phases["decode"].hit_rate),
         "prefill_hit_rate": _number(run.phases["prefill"].hit_rate),
         "prefill_speedup_over_static": _ratio(static.ttft_s, run.ttft_s),
+        "prefill_speedup_over_gpu_streaming": _ratio(streamed.ttft_s, run.ttft_s),
         "decode_speedup_over_static": _ratio(static.token_s, run.token_s),
         "prefill_oracle_fraction": _ratio(oracle.ttft_s, run.ttft_s),
         "decode_oracle_fraction": _ratio(oracle.token_s, run.token_s),

@@ -88,9 +88,21 @@ def ablation(progress: Progress, *, prompt_tokens: int = DECODE_PROMPT) -> dict[
     return rows
 
 
-def hit_rates(
-    progress: Progress, policies: Mapping[str, tuple[str, Mapping[str, float], bool]]
-) -> dict[str, dict[str, float]]:
+Policies = Mapping[str, tuple[str, Mapping[str, float], bool]]
+"""label -> (policy, options, bypass)."""
+POLICIES: Policies = {
+    "LRU": ("lru", {}, False),
+    "MRS 0.5": ("mrs", {"alpha": 0.5}, False),
+    "MRS 0.5, bypass": ("mrs", {"alpha": 0.5}, True),
+    "MRS": ("mrs", {}, False),
+    "MRS, bypass": ("mrs", {}, True),
+    "LFU": ("lfu", {}, False),
+    "adaptive": ("adaptive", {}, False),
+    "Belady": ("belady", {}, False),
+}
+
+
+def hit_rates(progress: Progress, policies: Policies) -> dict[str, dict[str, float]]:
     """Return "model ratio" -> label -> hit rate of a cache alone on synthetic decode steps."""
     table: dict[str, dict[str, float]] = {}
     for model in PAPER_MODELS:

@@ -27,6 +27,8 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 FORMATS = (".png", ".svg")
+LABELLED = ("default",)
+"""Bars that carry their number; all of them would overlap."""
 
 Speedups = Mapping[str, Mapping[str, Mapping[str, float]]]
 """model -> cache ratio -> method -> speed-up."""
@@ -56,7 +58,8 @@ def _bar_groups(axis: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
         values = [group[method] for group in groups.values()]
         places = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(groups))]
         bars = axis.bar(places, values, width * 0.92, label=method, color=COLORS[number % len(COLORS)])
-        axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+        if method in LABELLED:
+            axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(groups)), list(groups))
     axis.grid(axis="x", visible=False)
@@ -82,16 +85,17 @@ def step_timeline(title: str, spans: Iterable[Span], start_s: float, end_s: floa
     """Draw what GPU, CPU and link did between two moments, milliseconds from the first."""
     plt = _pyplot()
     rows = {"GPU": 0, "CPU": 1, "link": 2}
-    figure, axis = plt.subplots(figsize=(WIDTH_INCHES, 2.6))
+    figure, axis = plt.subplots(figsize=(WIDTH_INCHES, 3.0))
     drawn: dict[str, Any] = {}
-    for span in spans:
+    for span in sorted(spans):
         begin, end = max(span.start_s, start_s), min(span.end_s, end_s)
         if begin >= end:
             continue
         row = rows[lane_name(span).split()[0]]
         kind, color = _look(span)
+        edge = 0.5 if span.kind == "link" else 0.0
         bar = axis.barh(row, (end - begin) * 1e3, left=(begin - start_s) * 1e3, height=0.7, color=color,
-                        edgecolor="white", linewidth=0.4)  # fmt: skip
+                        edgecolor="white", linewidth=edge)  # fmt: skip
         drawn.setdefault(kind, bar)
     axis.set_yticks(list(rows.values()), list(rows))
     axis.invert_yaxis()
@@ -99,7 +103,7 @@ def step_timeline(title: str, spans: Iterable[Span], start_s: float, end_s: floa
     axis.set_xlabel("milliseconds")
     axis.set_title(title, fontsize=12)
     axis.grid(axis="y", visible=False)
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), frameon=False, fontsize=10)
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     return figure
 
 

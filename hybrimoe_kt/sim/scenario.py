@@ -103,6 +103,13 @@ class Scenario:
     def ratio(self) -> float:
         return self.num_slots / self.trace.num_experts
 
+    def prompts_only(self) -> Scenario:
+        """Return the scenario up to its last prompt; all of it where it has none."""
+        last = max(
+            (step.index for step in self.trace.steps if step.phase == "prefill"), default=len(self.trace.steps) - 1
+        )
+        return replace(self, trace=self.trace.head(last + 1))
+
     def costs(self) -> dict[int, CostModel]:
         """Return the cost model of each MoE layer; layers of one expert size share theirs."""
         sizes = self.trace.expert_bytes

@@ -1,0 +1,95 @@
+"""Writes docs/reproduction.md: `python -m hybrimoe_kt.sim.reproduce [--output DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hybrimoe_kt.sim import experiments, plots
+from hybrimoe_kt.sim.experiments import (
+    COMPARED,
+    DECODE_PROMPT,
+    HARDWARE,
+)
+from hybrimoe_kt.sim.hit_rate import hit_rate_curves
+from hybrimoe_kt.sim.machine import Span
+from hybrimoe_kt.sim.models import PAPER_MODELS
+from hybrimoe_kt.sim.reproduction_text import Results, document
+from hybrimoe_kt.sim.scenario import METHODS, synthetic
+from hybrimoe_kt.sim.trace_file import read_trace
+
+LAUNCH_S = (0.00049, 0.00025, 0.00012, 0.00005)
+TRACES = {
+    "Qwen3-30B-A3B": "tests/data/traces/qwen3-30b-a3b.npz",
+    "Gemma-4-26B-A4B": "tests/data/traces/gemma4-26b-a4b.npz",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, draw and write."""
+    parser = argparse.ArgumentParser(prog="python -m hybrimoe_kt.sim.reproduce", description=main.__doc__)
+    parser.add_argument("--output", default="docs", help="folder of reproduction.md and images/ (default: %(default)s)")
+    parser.add_argument("--root", default=".", help="repository root, where the recorded traces are")
+    options = parser.parse_args(arguments)
+    folder = Path(options.output)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    results = measure(Path(options.root))
+    draw(results, Path(options.root), folder / "images")
+    (folder / "reproduction.md").write_text(document(results), encoding="utf-8")
+    print(folder / "reproduction.md")
+    return 0
+
+
+def measure(root: Path) -> Results:
+    """Run every experiment, saying on the terminal which one is under way."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("reproducing") as status:
+
+        def progress(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                console.print(text)
+
+        return Results(
+            decode=experiments.decode_cells(progress),
+            prefill=experiments.prefill_cells(progress),
+            ablation=experiments.ablation(progress),
+            hits=experiments.hit_rates(progress, experiments.POLICIES),
+            launch=experiments.launch_cost_sweep(progress, LAUNCH_S),
+            recorded=experiments.recorded_cells(
+                progress, {name: str(root / path) for name, path in TRACES.items()}, COMPARED
+            ),
+        )
+
+
+def draw(results: Results, root: Path, folder: Path) -> None:
+    """Write the three pictures the document and the README show."""
+    methods = ("fiddler", "adapmoe", "paper", "default", "oracle")
+    bars = {
+        title: {
+            model: {
+                cell.ratio: {name: cell.speedup(name) for name in methods}
+                for cell in cells
+                if cell.model == model and cell.prompt_tokens == DECODE_PROMPT
+            }
+            for model in PAPER_MODELS
+        }
+        for title, cells in (("prefill", results.prefill), ("decode", results.decode))
+    }
+    plots.save(plots.speedup_bars(bars), folder / "speedups.png")
+    trace = read_trace(root / TRACES["Qwen3-30B-A3B"])
+    slots = [8, 16, 24, 32, 48, 64, 96]
+    curves = hit_rate_curves(trace, ("lru", "lfu", "mrs", "adaptive", "belady"), slots)
+    title = "Hit rate over capacity, recorded Qwen3-30B-A3B trace"
+    plots.save(plots.hit_rate_lines(title, slots, trace.num_experts, curves), folder / "hit-rate.png")
+    spans: list[Span] = []
+    run = synthetic("qwen2-57b-a14b", HARDWARE, "25%", tokens=16).run(METHODS["default"], on_span=spans.append)
+    end_s, last_s = max(span.end_s for span in spans if span.kind != "link"), run.phases["decode"].seconds[-1]
+    title = f"One decode step: qwen2-57b-a14b, 25% cache, default, {last_s * 1e3:.0f} ms"
+    plots.save(plots.step_timeline(title, spans, end_s - last_s, end_s), folder / "timeline.png")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
