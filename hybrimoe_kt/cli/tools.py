@@ -19,9 +19,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: Mapping[str, Command] = {
-    "simulate": Command(
-        "hybrimoe_kt.cli.simulate", "replay routing on a simulated machine: times, hit rates"
-    ),
+    "simulate": Command("hybrimoe_kt.cli.simulate", "replay routing on a simulated machine: times, hit rates"),
     "rules": Command("hybrimoe_kt.cli.rules", "see what a rule file does to a model"),
     "plot": Command("hybrimoe_kt.cli.plot", "draw speed-ups, hit rates or a timeline as PNG or SVG"),
 }
