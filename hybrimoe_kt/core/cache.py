@@ -94,10 +94,11 @@ class ExpertCache:
         return [slot for slot, e in enumerate(self.occupant) if e == FREE and not pins[slot]]
 
     def num_pinned(self, outside: Collection[int]) -> int:
-        """Return how many pinned slots hold none of the experts in `outside`."""
+        """Return how many pinned slots hold none of the experts in `outside` and nothing that is LOADING."""
         if not any(self.pins):
             return 0
-        return sum([count > 0 and self.occupant[slot] not in outside for slot, count in enumerate(self.pins)])
+        pinned = [e for e, count in zip(self.occupant, self.pins, strict=True) if count]
+        return sum([e not in outside and e not in self.arrival_s for e in pinned])
 
     def evict(
         self, num: int, protected: Collection[int], rank: Callable[[Sequence[int]], list[int]]

@@ -47,7 +47,7 @@ class LayerState:
         self.predicted: Collection[int] = ()
 
     def hit_s(self) -> float:
-        """Return what one more hit saves: a missing expert's time, shared between CPU and link as they would share it."""
+        """Return what one more hit saves: a missing expert's time as CPU and link would share it."""
         cpu_s, transfer_s = self.cost.cpu_expert_s[1], self.cost.expert_transfer_s
         return cpu_s * transfer_s / (cpu_s + transfer_s) if self.uses_gpu else 0.0
 

@@ -98,7 +98,7 @@ class Prefetcher:
             [e for e in task.missing if e not in lost] + list(gained),
             arrival_s={e: at_s for e, at_s in task.arrival_s.items() if e not in gained},
             shared_s=task.shared_s,
-            num_free=task.num_free + len(gained) - len(lost),
+            num_free=max(0, task.num_free + len(gained) - len(lost)),
         )
         self.benefit[kinds.pop()].add(self._scheduler.assign(without).makespan_s - assignment.makespan_s)
 
@@ -219,5 +219,5 @@ def _with(task: Task, expert: int, arrival_s: float) -> Task:
         arrival_s=arrivals,
         link_busy_s=max(task.link_busy_s, arrival_s),
         shared_s=task.shared_s,
-        num_free=task.num_free - 1,
+        num_free=max(0, task.num_free - 1),
     )

@@ -48,41 +48,33 @@ def depth_first(task: Task) -> float:
     return best
 
 
-def integer_program(task: Task, time_limit_s: float = 2.0) -> float:
-    """Return a proven lower bound on the makespan (the optimum when solved in time); no contention, no pending.
+def can_be_beaten(task: Task, makespan_s: float, time_limit_s: float = 0.4) -> bool | None:
+    """Return whether any schedule ends within `makespan_s`; None if not decided in time. No contention, no pending.
 
-    z[e] = 1 puts expert e on the GPU, u = 1 makes a CPU call, M is the makespan: M >= CPU sum; M >= all GPU work;
-    M >= arrival of the k-th candidate + the GPU work of it and what follows on the link.
+    An integer program: z[e] = 1 puts expert e on the GPU, u = 1 makes a CPU call, M is the makespan. M >= the CPU's
+    sum; M >= all GPU work; for every k, M >= the landing of the k-th missing expert + the GPU work from it on.
     """
     cost, loads = task.cost, task.loads
     assert cost.cpu_slowdown == 1.0, "the program is linear"
     assert not task.arrival_s, "the program knows residents only"
-    missing = sorted(task.missing, key=lambda e: -loads[e])
-    experts = task.held + missing
-    n, num_held = len(experts), len(task.held)
-    cpu = np.array([cost.cpu_expert_s[loads[e]] for e in experts])
-    gpu = np.array([cost.gpu_s(loads[e]) for e in experts])
-    scale = 1.0 / max(cpu.sum(), 1e-12)
-    rows, low = [], []
-    rows.append(np.r_[cpu, -cost.cpu_call_s, 1 / scale])
-    low.append(cpu.sum())
-    rows.append(np.r_[-gpu, 0.0, 1 / scale])
-    low.append(task.shared_s)
+    experts = task.held + sorted(task.missing, key=lambda e: -loads[e])
+    n, num_held, unit = len(experts), len(task.held), makespan_s
+    cpu = np.array([cost.cpu_expert_s[loads[e]] for e in experts]) / unit
+    gpu = np.array([cost.gpu_s(loads[e]) for e in experts]) / unit
+    rows = [np.r_[cpu, -cost.cpu_call_s / unit, 1.0], np.r_[-gpu, 0.0, 1.0], np.r_[np.ones(n), float(n), 0.0]]
+    low = [cpu.sum(), task.shared_s / unit, float(n)]
     for k in range(num_held, n):
-        row = np.zeros(n + 2)
-        row[num_held : k + 1] -= cost.expert_transfer_s
+        row = np.r_[np.zeros(n + 1), 1.0]
+        row[num_held : k + 1] -= cost.expert_transfer_s / unit
         row[k:n] -= gpu[k:]
-        row[k] -= task.link_busy_s
-        row[-1] = 1 / scale
+        row[k] -= task.link_busy_s / unit
         rows.append(row)
         low.append(0.0)
-    rows.append(np.r_[np.ones(n), float(n), 0.0])  # any expert on the CPU needs the call
-    low.append(float(n))
     result = milp(
         np.r_[np.zeros(n + 1), 1.0],
         integrality=np.r_[np.ones(n + 1), 0.0],
-        bounds=Bounds(np.zeros(n + 2), np.r_[np.ones(n + 1), np.inf]),
-        constraints=LinearConstraint(np.array(rows) * np.r_[np.ones(n + 2)], np.array(low), np.inf),
-        options={"time_limit": time_limit_s, "mip_rel_gap": 1e-4},
+        bounds=Bounds(np.zeros(n + 2), np.ones(n + 2)),
+        constraints=LinearConstraint(np.array(rows), np.array(low), np.inf),
+        options={"time_limit": time_limit_s},
     )
-    return float(result.mip_dual_bound) / scale
+    return {0: True, 2: False}.get(result.status)

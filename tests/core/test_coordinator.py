@@ -1,0 +1,198 @@
+"""The coordinator: plans that partition, slots that hold what they should, pins, failures, determinism."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.policies import POLICIES
+from hybrimoe_kt.core.predictors import PREDICTORS
+from hybrimoe_kt.core.schedulers import SCHEDULERS
+from hybrimoe_kt.core.types import LayerSpec, Routing, Transfer
+from hybrimoe_kt.errors import ConfigError
+from tests.core.instances import cost_of
+from tests.core.walks import EXPERT_BYTES, MODEL, drive, make_coordinator, walk
+
+
+class Mirror:
+    """Replays transfers into plain slot tables: what a device following orders would have in memory."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], int] = {}
+
+    def copy(self, transfer: Transfer) -> None:
+        key = (transfer.expert.layer, transfer.slot)
+        if transfer.evicted is not None:
+            assert self.slots.get(key) == transfer.evicted.index, f"{transfer} evicts what is not there"
+        self.slots[key] = transfer.expert.index
+
+
+@pytest.mark.parametrize("num_slots", [0, 1, 2, 5, 16])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_every_expert_is_computed_once_from_the_right_slot(scheduler: str, num_slots: int) -> None:
+    coordinator = make_coordinator(num_slots, scheduler=scheduler, prefetch_size=2, prefetch_depth=2)
+    mirror, fresh = Mirror(), {}
+    for transfer in coordinator.initial_transfers():
+        mirror.copy(transfer)
+    for routing, plan, prefetches, aborted in drive(coordinator, walk(7, 30), look_ahead=2):
+        assert sorted([*plan.cpu, *plan.gpu]) == sorted(routing.loads)
+        assert set(plan.slots) == set(plan.gpu)
+        fresh = {t.expert.index: t for t in plan.transfers}
+        for expert in plan.gpu:  # a slot's old expert must have been used by the time its transfer is queued
+            if expert in fresh:
+                mirror.copy(fresh[expert])
+            assert mirror.slots[plan.layer, plan.slots[expert]] == expert
+        for transfer in prefetches:
+            if transfer.expert.layer == plan.layer:
+                assert transfer.slot not in plan.slots.values(), "a prefetch may not touch a slot in use"
+            mirror.copy(transfer)
+        for transfer in aborted:
+            mirror.slots.pop((transfer.expert.layer, transfer.slot), None)
+        coordinator.check_integrity()
+    coordinator.check_integrity()
+    assert coordinator.stats.num_plans == 90
+
+
+def test_gpu_only_streams_a_whole_layer_through_one_slot() -> None:
+    coordinator = make_coordinator(1, layers=1, scheduler="gpu_only", prefetch_size=0)
+    coordinator.initial_transfers()
+    plan = coordinator.plan(Routing(0, {e: 1 for e in range(6)}))
+    assert (len(plan.gpu), len(plan.transfers), set(plan.slots.values())) == (6, 5, {0})
+    coordinator.finish(plan)
+    coordinator.check_integrity()
+
+
+def test_layers_without_gpu_support_stay_on_the_cpu() -> None:
+    specs = [LayerSpec(0, 8, 2, 100, 8, gpu_supported=False), LayerSpec(1, 8, 2, 100, 8)]
+    coordinator = Coordinator(specs, cost_of("default", MODEL))
+    assert {t.expert.layer for t in coordinator.initial_transfers()} == {1}
+    assert coordinator.plan(Routing(0, {1: 1, 2: 1})).gpu == ()
+    on_gpu = Coordinator(specs, cost_of("default", MODEL), prefetch_size=0)
+    on_gpu.initial_transfers()
+    assert set(on_gpu.plan(Routing(1, {1: 1, 2: 1})).gpu) == {1, 2}
+
+
+def test_a_failed_transfer_leaves_a_free_slot() -> None:
+    coordinator = make_coordinator(4, layers=1, scheduler="gpu_only", prefetch_size=0)
+    coordinator.initial_transfers()
+    plan = coordinator.plan(Routing(0, {9: 1, 10: 1}))
+    coordinator.fail(plan.transfers[0])
+    coordinator.finish(plan)
+    residency = coordinator.residency(0)
+    assert plan.transfers[0].expert.index not in residency.resident
+    assert plan.transfers[1].expert.index in residency.resident
+    assert residency.num_free_slots == 1
+    coordinator.check_integrity()
+
+
+def test_finishing_twice_is_a_bug_that_is_named() -> None:
+    coordinator = make_coordinator(4, layers=1)
+    coordinator.initial_transfers()
+    plan = coordinator.plan(Routing(0, {0: 1}))
+    coordinator.finish(plan)
+    with pytest.raises(AssertionError, match="finished before"):
+        coordinator.finish(plan)
+
+
+def test_start_with_given_frequencies() -> None:
+    coordinator = make_coordinator(2, layers=1, frequencies={0: [float(e % 5) for e in range(16)]})
+    assert {t.expert.index for t in coordinator.initial_transfers()} == {4, 9}
+
+
+def test_links_belong_to_accelerators() -> None:
+    specs = [LayerSpec(0, 8, 2, EXPERT_BYTES, 4, accelerator=0), LayerSpec(1, 8, 2, EXPERT_BYTES, 4, accelerator=1)]
+    coordinator = Coordinator(specs, cost_of("default", MODEL), scheduler="gpu_only", prefetch_size=0)
+    coordinator.plan(Routing(0, {e: 1 for e in range(4)}))
+    assert coordinator.residency(0).link_busy_s > 0
+    assert coordinator.residency(1).link_busy_s == 0
+
+
+def test_bad_options_are_one_sentence() -> None:
+    for options, message in [
+        ({"scheduler": "balancd"}, "did you mean 'balanced'"),
+        ({"policy": "mru"}, "unknown policy 'mru'"),
+        ({"predictor": "perfekt"}, "did you mean 'perfect'"),
+        ({"prefetch_size": -1}, "prefetch_size is -1"),
+        ({"prefetch_depth": 9}, "must be 1, 2 or 3"),
+        ({"policy_options": {"rat": 0.1}}, "did you mean 'rate'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            make_coordinator(2, **options)
+    with pytest.raises(ConfigError, match="no MoE layers"):
+        Coordinator([], cost_of("default", MODEL))
+
+
+def digest(seed: int, **options: object) -> str:
+    """Hash every decision of a walk: ids, slots and order, no floating-point numbers."""
+    coordinator = make_coordinator(5, prefetch_size=2, prefetch_depth=2, **options)
+    found = hashlib.sha256(repr(coordinator.initial_transfers()).encode())
+    for _, plan, prefetches, aborted in drive(coordinator, walk(seed, 40), look_ahead=2):
+        found.update(repr((plan.cpu, plan.gpu, plan.transfers, sorted(plan.slots.items()), prefetches)).encode())
+        found.update(repr(aborted).encode())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"belady"}))
+def test_same_routings_same_decisions(policy: str) -> None:
+    assert digest(3, policy=policy) == digest(3, policy=policy)
+
+
+def test_decisions_do_not_depend_on_the_hash_seed() -> None:
+    code = "from tests.core.test_coordinator import digest; print(digest(5))"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs == [digest(5) + "\n"] * 2
+
+
+@pytest.mark.parametrize("predictor", sorted(PREDICTORS))
+def test_predictors_keep_the_cache_consistent(predictor: str) -> None:
+    coordinator = make_coordinator(4, predictor=predictor, prefetch_size=3, prefetch_depth=3)
+    coordinator.initial_transfers()
+    for _ in drive(coordinator, walk(11, 60), look_ahead=3):
+        coordinator.check_integrity()
+    stats = coordinator.stats.snapshot()
+    assert stats["useful_prefetches"] + stats["wasted_prefetches"] <= stats["num_prefetches"]
+    assert 0 <= stats["precision"] <= 1
+    assert 0 <= stats["recall"] <= 1
+
+
+def test_core_imports_nothing_but_the_standard_library() -> None:
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import hybrimoe_kt.core.coordinator, hybrimoe_kt.core.hit_rate, hybrimoe_kt.core.profile\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(n for n in new if n not in sys.stdlib_module_names and n != 'hybrimoe_kt'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_core_never_reads_a_clock() -> None:
+    """The same walk under a profiler that forbids the time module's functions."""
+    coordinator, rng = make_coordinator(5, prefetch_size=2), random.Random(0)
+    names: set[str] = set()
+
+    def watch(frame: object, event: str, function: object) -> None:
+        if event == "c_call":
+            names.add(f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}")
+
+    routings = walk(rng.randrange(100), 10)
+    sys.setprofile(watch)
+    try:
+        for _ in drive(coordinator, routings, look_ahead=1):
+            pass
+    finally:
+        sys.setprofile(None)
+    assert not {name for name in names if name.startswith(("time.", "random.", "_random.", "_thread."))}
