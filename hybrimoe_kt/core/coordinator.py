@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybrimoe_kt.core.allocation import allocate
 from hybrimoe_kt.core.cache import FREE
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.layer_state import LayerState
@@ -204,12 +205,13 @@ class Coordinator:
         gpu = assignment.gpu
         if gpu:
             if assignment.transfers:
-                transfers = self._allocate(state, task, assignment, slots)
-                used = set(slots.values())
+                made, slots = allocate(state, task, assignment, self.now_s)
+                transfers = tuple(made)
+                self._book_evictions(state, made)
             else:
                 slot_of = state.cache.slot_of
                 slots = {e: slot_of[e] for e in gpu}
-                used = set(slots.values())
+            used = set(slots.values())
             pins = state.cache.pins
             for slot in used:
                 pins[slot] += 1
@@ -218,54 +220,14 @@ class Coordinator:
         self._count(state, task, assignment, num_hits)
         return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, assignment.makespan_s, num_hits)
 
-    def _allocate(
-        self, state: LayerState, task: Task, assignment: Assignment, slots: dict[int, int]
-    ) -> tuple[Transfer, ...]:
-        """Choose a slot per transfer: free ones, then the policy's victims outside the plan, then slots whose
-        expert the plan is through with: the least valuable of those the link need not wait for, else the next to
-        leave the GPU. Times are those of `evaluate`. Fills `slots` for every expert in `assignment.gpu`.
-        """
-        cache, layer, num_bytes = state.cache, state.spec.layer, state.spec.expert_bytes
-        slot_of, value, link, transfer_s = cache.slot_of, state.policy.value, state.link, state.cost.expert_transfer_s
-        arriving = set(assignment.transfers)
-        num = len(arriving)
-        ready = cache.free_slots()[:num] if cache.num_used() < cache.num_slots else []
-        if len(ready) < num:
-            in_use = {e for e in assignment.gpu if e not in arriving}
-            victims = state.policy.rank(cache.evictable(in_use))
-            ready += [slot_of[e] for e in victims[: num - len(ready)]]
-        must_reuse = len(ready) < num
-        ready.reverse()
-        used: list[tuple[float, float, int]] = []  # (left the GPU, value, slot) of experts the plan is through with
-        gpu_table, gpu_end_s = state.cost.gpu_expert_s, self.now_s + task.shared_s
-        result = []
-        for expert in assignment.gpu:
-            if expert in arriving:
-                start_s = self.now_s
-                if ready:
-                    slot = ready.pop()
-                else:
-                    start_s, slot = _take(used, max(start_s, link.free_s))
-                old = cache.occupant[slot]
-                evicted = ExpertId(layer, old) if old != FREE else None
-                transfer = Transfer(ExpertId(layer, expert), slot, num_bytes, "on_demand", evicted)
-                arrival_s = link.add(transfer, start_s, transfer_s)
-                cache.prepare(expert, slot, arrival_s)
-                if evicted is not None:
-                    self._prefetcher.forget(evicted)
-                if old in state.prefetched:
-                    del state.prefetched[old]
+    def _book_evictions(self, state: LayerState, transfers: Sequence[Transfer]) -> None:
+        """Stop crediting prefetched experts that lost their slots; those never used were wasted."""
+        for transfer in transfers:
+            if transfer.evicted is not None:
+                self._prefetcher.forget(transfer.evicted)
+                if state.prefetched.pop(transfer.evicted.index, None):
                     self.stats.wasted_prefetches += 1
-                    self.stats.wasted_bytes += num_bytes
-                result.append(transfer)
-            else:
-                slot = slot_of[expert]
-                arrival_s = cache.arrival_s.get(expert, 0.0)
-            slots[expert] = slot
-            if must_reuse:
-                gpu_end_s = max(gpu_end_s, arrival_s) + gpu_table[task.loads[expert]]
-                used.append((gpu_end_s, value(expert), slot))
-        return tuple(result)
+                    self.stats.wasted_bytes += transfer.num_bytes
 
     def _count(self, state: LayerState, task: Task, assignment: Assignment, num_hits: int) -> None:
         stats = self.stats
@@ -288,14 +250,6 @@ class Coordinator:
             stats.predicted_right += sum([e in state.predicted for e in task.loads])
             stats.predicted_routed += len(task.loads)
             state.predicted = ()
-
-
-def _take(used: list[tuple[float, float, int]], free_s: float) -> tuple[float, int]:
-    """Remove and return (left the GPU, slot): the least valuable slot left by `free_s`, else the next to be left."""
-    done = [entry for entry in used if entry[0] <= free_s]
-    entry = min(done, key=lambda e: (e[1], e[2])) if done else min(used)
-    used.remove(entry)
-    return entry[0], entry[2]
 
 
 def _check_counts(prefetch_size: int, prefetch_depth: int) -> None:

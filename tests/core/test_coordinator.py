@@ -61,7 +61,7 @@ def test_every_expert_is_computed_once_from_the_right_slot(scheduler: str, num_s
 def test_gpu_only_streams_a_whole_layer_through_one_slot() -> None:
     coordinator = make_coordinator(1, layers=1, scheduler="gpu_only", prefetch_size=0)
     coordinator.initial_transfers()
-    plan = coordinator.plan(Routing(0, {e: 1 for e in range(6)}))
+    plan = coordinator.plan(Routing(0, dict.fromkeys(range(6), 1)))
     assert (len(plan.gpu), len(plan.transfers), set(plan.slots.values())) == (6, 5, {0})
     coordinator.finish(plan)
     coordinator.check_integrity()
@@ -107,7 +107,7 @@ def test_start_with_given_frequencies() -> None:
 def test_links_belong_to_accelerators() -> None:
     specs = [LayerSpec(0, 8, 2, EXPERT_BYTES, 4, accelerator=0), LayerSpec(1, 8, 2, EXPERT_BYTES, 4, accelerator=1)]
     coordinator = Coordinator(specs, cost_of("default", MODEL), scheduler="gpu_only", prefetch_size=0)
-    coordinator.plan(Routing(0, {e: 1 for e in range(4)}))
+    coordinator.plan(Routing(0, dict.fromkeys(range(4), 1)))
     assert coordinator.residency(0).link_busy_s > 0
     assert coordinator.residency(1).link_busy_s == 0
 

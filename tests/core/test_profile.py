@@ -86,7 +86,7 @@ def test_a_profile_file_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_bad_profiles(content: str, message: str) -> None:
-    with pytest.raises(ConfigError, match="profile toy.json") as caught:
+    with pytest.raises(ConfigError, match=r"profile toy\.json") as caught:
         parse_profile(content, name="toy", file="toy.json")
     assert message in str(caught.value)
 
