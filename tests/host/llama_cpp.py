@@ -16,7 +16,7 @@ class LlamaCpp:
     def __init__(self, path: Path, context: int = 512) -> None:
         xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (test extra) is not installed")
         parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
+        parameters.model.path, parameters.verbosity = str(path), -1
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
