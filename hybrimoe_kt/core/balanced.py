@@ -96,17 +96,31 @@ class BalancedScheduler(Scheduler):
         best = _best_count(task, held, missing, left, len(free.transfers))
         if best.makespan_s <= free.makespan_s * _SAME:
             return best
+        if not left and best.transfers and best.makespan_s <= _waiting_bound(task, held, missing) * _SAME:
+            return best
         others = [self._paper.assign(task)]
         if left:
             others.append(_best_count(task, held, missing, [], len(free.transfers)))
         return min((best, *others), key=lambda a: a.makespan_s)
 
 
+def _waiting_bound(task: Task, held: list[int], missing: list[int]) -> float:
+    """Return a makespan no schedule beats when no slot is free: the link waits for an expert, or one is given up."""
+    if task.num_free or task.arrival_s or not held:
+        return 0.0
+    first_s = task.shared_s + min([task.cost.gpu_expert_s[task.loads[e]] for e in held])
+    none_left = _best_threshold(task.delayed(first_s), held, missing, (), ())[2]
+    some_left = _best_threshold(task.delayed(0.0), held[1:], missing, (), held[:1])[2]
+    return min(none_left, some_left)
+
+
 def _best_count(task: Task, held: list[int], missing: list[int], left: list[int], most: int) -> Assignment:
     """Return the best of transferring 0..`most` experts through the slots there are, `left` staying on the CPU."""
     cost, loads = task.cost, task.loads
-    kept = gpu_order(task, [e for e in held if e not in left] if left else held)
+    kept = gpu_order(task, [e for e in held if e not in left])
     num_open = num_open_slots(task, left)
+    if not num_open and kept and not task.arrival_s:
+        kept.insert(0, kept.pop())  # the first transfer waits for the quickest expert
     if not kept and not num_open:
         most = 0
     rest = list(accumulate([cost.cpu_expert_s[loads[e]] for e in missing[::-1]], initial=cost.cpu_call_s))
