@@ -93,14 +93,19 @@ class ExpertOptions:
     cpu_threads: int = 0
     """Threads computing CPU experts; 0 chooses from the machine's cores."""
     cache_size: CacheSize = field(default_factory=CacheSize)
-    policy: str = "mrs"
+    policy: str = "adaptive"
+    """Which expert loses its slot."""
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: str = "paper"
+    scheduler: str = "balanced"
+    """Who computes what in one step."""
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     prefetch_size: int = 2
     """Transfers started ahead of need per layer; 0 switches prefetching off."""
     prefetch_depth: int = 1
     """How many layers ahead the gates are asked, 1 to 3."""
+    predictor: str = "stale_gate"
+    """What guesses the next layers' routing for the prefetcher."""
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
     profile: str = "default"
     """Name of a built-in hardware profile, or a profile file."""
     max_chunk_tokens: int = 512
@@ -115,7 +120,7 @@ class ExpertOptions:
         _in_range("prefetch_size", self.prefetch_size, 0, 1024)
         _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
         _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
-        for name in ("policy_options", "scheduler_options"):
+        for name in ("policy_options", "scheduler_options", "predictor_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name} must be a mapping of option names to values")
 

@@ -21,11 +21,13 @@ class Executor:
 
     def __init__(self, cpu: CpuBackend, gpu: GpuBackend | None, slots: SlotPool | None) -> None:
         self.cpu, self.gpu, self.slots = cpu, gpu, slots
+        self._cpu_busy = False
 
     def start(self, plan: Plan, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """Submit the CPU share and run the accelerator's; returns its pairs `[num_tokens, top_k, hidden]`, if any."""
         if plan.cpu:
             self.cpu.submit(plan.layer, hidden, _only(ids, plan.cpu, everything=not plan.gpu), weights)
+            self._cpu_busy = True
         return self._run_gpu(plan, hidden, ids, weights) if plan.gpu else None
 
     def join(self, plan: Plan, pairs: torch.Tensor | None) -> torch.Tensor:
@@ -34,11 +36,18 @@ class Executor:
             assert pairs is not None, "a plan computes at least one expert"
             return pairs.sum(dim=1)
         cpu = self.cpu.wait()
+        self._cpu_busy = False
         if pairs is None:
             return cpu.sum(dim=1) if cpu.dim() == 3 else cpu
         if cpu.dim() == 3:  # pairs from both sides: each is zero where the other computed, so adding is exact
             return (pairs + cpu.to(pairs.device)).sum(dim=1)
         return pairs.sum(dim=1).add_(cpu.to(pairs.device))
+
+    def abandon(self) -> None:
+        """Let a submitted CPU share end and forget it, after something else of the step has failed."""
+        if self._cpu_busy:
+            self.cpu.wait()
+            self._cpu_busy = False
 
     def _run_gpu(self, plan: Plan, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         assert self.gpu is not None and self.slots is not None, "a plan without an accelerator runs on the CPU"

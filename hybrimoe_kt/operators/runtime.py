@@ -6,6 +6,7 @@ Operators add their layer and hand over every step; the host starts the runtime 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -142,6 +143,8 @@ class Runtime:
             policy_options=options.policy_options,
             prefetch_size=options.prefetch_size,
             prefetch_depth=options.prefetch_depth,
+            predictor=options.predictor,
+            predictor_options=options.predictor_options,
         )
 
     @property
@@ -189,19 +192,13 @@ class Runtime:
         """
         if self._executor is None:
             self.start()
-        scores = self._scores.pop(layer, None)
-        limit = self.options.max_chunk_tokens
-        pieces = [
-            self._run_chunk(
-                layer,
-                hidden[at : at + limit],
-                ids[at : at + limit],
-                weights[at : at + limit],
-                None if scores is None else scores[at : at + limit],
+        logits = self._scores.pop(layer, None)
+        result = torch.empty(hidden.shape, dtype=torch.float32)
+        for at in range(0, hidden.shape[0], self.options.max_chunk_tokens):
+            chunk = slice(at, at + self.options.max_chunk_tokens)
+            result[chunk] = self._run_chunk(
+                layer, hidden[chunk], ids[chunk], weights[chunk], None if logits is None else logits[chunk]
             )
-            for at in range(0, hidden.shape[0], limit)
-        ]
-        result = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
         return result.to(device=hidden.device, dtype=hidden.dtype)
 
     def _run_chunk(
@@ -212,18 +209,22 @@ class Runtime:
         began = now()
         hidden = hidden.to(device="cpu", dtype=torch.float32).contiguous()
         ids, weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
-        if not hidden.sum().isfinite():
+        if not math.isfinite(hidden.sum().item()):
             raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
         routing = routing_of(layer, ids, weights, logits if self.wants_scores else None)
         plan = self.coordinator.plan(routing)
         if self.recorder is not None:
             self.recorder(plan, routing)
         planned = now()
-        pairs = self._executor.start(plan, hidden, ids, weights)
-        started = now()
-        self._prefetch(layer, hidden)
-        prefetched = now()
-        out = self._executor.join(plan, pairs)
+        try:
+            pairs = self._executor.start(plan, hidden, ids, weights)
+            started = now()
+            self._prefetch(layer, hidden)
+            prefetched = now()
+            out = self._executor.join(plan, pairs)
+        except BaseException:
+            self._abandon(plan)
+            raise
         self.coordinator.finish(plan)
         seconds.plan += planned - began
         seconds.submit_and_gpu += started - planned
@@ -232,13 +233,29 @@ class Runtime:
         seconds.steps += 1
         return out
 
+    def _abandon(self, plan: Plan) -> None:
+        """Leave nothing half done: the CPU share ended, pins released, no slot trusted that this plan filled."""
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        self._executor.abandon()
+        self.coordinator.finish(plan)
+        for transfer in plan.transfers:
+            self.coordinator.fail(transfer)
+
     def _prefetch(self, layer: int, hidden: torch.Tensor) -> None:
-        predict = self._look_ahead.get(layer)
-        if predict is None or not self.options.prefetch_size or not self.num_slots:
+        if not self.options.prefetch_size or not self.num_slots:
             return
-        assert self.coordinator is not None and self._executor is not None, "started above"
-        predictions = [routing_of(ahead, ids, None, scores) for ahead, scores, ids in predict(hidden)]
-        self._executor.transfer(self.coordinator.prefetch(layer, predictions))
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        predict = self._look_ahead.get(layer)
+        ahead = predict(hidden) if predict is not None else ()
+        predictions = [routing_of(later, ids, None, logits) for later, logits, ids in ahead]
+        transfers = self.coordinator.prefetch(layer, predictions)
+        self.coordinator.take_aborted()  # copies are synchronous: what was aborted has long been made
+        try:
+            self._executor.transfer(transfers)
+        except BaseException:
+            for transfer in transfers:
+                self.coordinator.fail(transfer)
+            raise
 
 
 def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None) -> Routing:
