@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, combinations
+from math import fsum
 
 from hybrimoe_kt.core.branch_bound import improve
 from hybrimoe_kt.core.greedy import PaperScheduler
@@ -124,7 +125,7 @@ def _best_count(task: Task, held: list[int], missing: list[int], left: list[int]
     if not kept and not num_open:
         most = 0
     rest = list(accumulate([cost.cpu_expert_s[loads[e]] for e in missing[::-1]], initial=cost.cpu_call_s))
-    left_s = sum([cost.cpu_expert_s[loads[e]] for e in left])
+    left_s = fsum([cost.cpu_expert_s[loads[e]] for e in left])
     last, transfer_s = 1.0 / cost.transfer_parts, cost.expert_transfer_s
     ahead_s = transfer_s * (1.0 - last)
     gpu_s, link_s, ends_s = task.shared_s, task.link_busy_s, []
@@ -172,7 +173,7 @@ def _best_threshold(
     last = 1.0 / cost.transfer_parts
     ahead_s = transfer_s * (1.0 - last)
     num_held, num_missing = len(held), len(missing)
-    base_s = call_s + sum([cpu_table[loads[e]] for e in given_up])
+    base_s = call_s + fsum([cpu_table[loads[e]] for e in given_up])
     rest = list(accumulate([cpu_table[loads[e]] for e in reversed(missing)], initial=base_s))
     left = list(accumulate([cpu_table[loads[e]] for e in held], initial=0.0))
     busy = list(accumulate([gpu_table[loads[e]] for e in reversed(held)], initial=task.shared_s))

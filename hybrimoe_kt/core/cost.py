@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import fsum
 
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.errors import ConfigError
@@ -128,7 +129,7 @@ class CostModel:
     def cpu_s(self, loads: Iterable[int]) -> float:
         """Return the seconds of one CPU call that computes experts with these loads, the link being idle."""
         table = self.cpu_expert_s
-        work_s = sum([table[load] for load in loads])
+        work_s = fsum([table[load] for load in loads])  # sum() rounds differently from Python 3.12 on
         return work_s + self.cpu_call_s if work_s else 0.0
 
     def cpu_end_s(self, work_s: float, link_end_s: float) -> float:

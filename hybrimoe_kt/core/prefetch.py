@@ -11,6 +11,7 @@ from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.core.types import ExpertId, Plan, Routing, Transfer
 
 _MAX_LOADS_TRIED = 3
+_SAME = 1.0 - 1e-9  # a gain below rounding is none
 
 
 class Benefit:
@@ -123,7 +124,7 @@ class Prefetcher:
             end_s = max(now_s, state.link.free_s) + state.cost.expert_transfer_s
             if end_s > by_s:
                 break
-            best, best_s = -1, makespan_s
+            best, best_s = -1, makespan_s * _SAME
             for expert in _one_per_load(candidates, routing.loads):
                 after_s = self._scheduler.assign(_with(task, expert, end_s - start_s)).makespan_s
                 if after_s < best_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Any
 
 from hybrimoe_kt.core.policies.base import Policy, check_range
@@ -75,7 +76,7 @@ class AdaptivePolicy(Policy):
             plain = gain
             if routing.weights:
                 plain = gain * (1.0 - self._weight_share)
-                scale = gain * self._weight_share * len(routing.weights) / (sum(routing.weights.values()) or 1.0)
+                scale = gain * self._weight_share * len(routing.weights) / (fsum(routing.weights.values()) or 1.0)
                 for expert, weight in routing.weights.items():
                     use[expert] += scale * weight
             for expert in routing.loads:
