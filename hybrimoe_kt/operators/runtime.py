@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,13 +29,22 @@ from hybrimoe_kt.device.host_store import HostStore, LayerExperts
 from hybrimoe_kt.device.slots import SlotPool, slots_per_layer
 from hybrimoe_kt.errors import ConfigError, KernelError
 
-__all__ = ["LookAhead", "Runtime", "Seconds"]
+__all__ = ["LookAhead", "RoutingRecorder", "Runtime", "Seconds"]
 
 logger = logging.getLogger(__name__)
 
 LookAhead = Callable[[torch.Tensor], list[tuple[int, torch.Tensor, torch.Tensor]]]
 """From the hidden states entering a MoE layer to `(layer, scores [num_tokens, num_experts], ids
 [num_tokens, top_k])` of the layers after it, nearest first."""
+
+
+class RoutingRecorder(Protocol):
+    """Takes every layer's routing as it happens; the simulator's recorder is one."""
+
+    def record(
+        self, layer: int, experts: Any, weights: Any, scores: Any, predicted: Any, predicted_scores: Any
+    ) -> None:
+        """Experts and weights `[num_tokens, top_k]`, scores `[1, num_experts]`, predictions with a depth in front."""
 
 
 @dataclass(slots=True)
@@ -67,12 +76,11 @@ class Runtime:
         self.seconds = Seconds()
         self.coordinator: Coordinator | None = None
         self.accelerator: Accelerator | None = None
-        self.recorder: Callable[[Plan, Routing], None] | None = None
-        """Called with every plan and the routing it was made for."""
+        self.recorder: RoutingRecorder | None = None
         self._look_ahead: dict[int, LookAhead] = {}
         self._scores: dict[int, torch.Tensor] = {}
         self._executor: Executor | None = None
-        self._shared_bytes: dict[int, int] = {}
+        self._slots_of: dict[int, int] = {}
 
     @classmethod
     def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
@@ -113,7 +121,8 @@ class Runtime:
                 gpu.add_layer(experts)
         pool = SlotPool(self.accelerator, store, slots) if self.accelerator else None
         self._executor = Executor(cpu, gpu, pool)
-        self.coordinator = self._make_coordinator(slots)
+        self._slots_of = slots
+        self.coordinator = self.new_coordinator()
         self._executor.transfer(self.coordinator.initial_transfers())
         logger.info("%s", self.describe())
 
@@ -123,19 +132,25 @@ class Runtime:
         threads = self.options.cpu_threads or default_expert_threads()
         return LlamafileBackend(threads, self.options.max_chunk_tokens)
 
-    def _make_coordinator(self, slots: dict[int, int]) -> Coordinator:
+    def layer_specs(self) -> list[LayerSpec]:
+        """What the coordinator knows of each MoE layer, in order."""
+        return [
+            LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, self._slots_of.get(layer, 0))
+            for layer, experts in sorted(self.store.layers.items())
+        ]
+
+    def new_coordinator(self) -> Coordinator:
+        """Make a coordinator in its initial state for this model and these options."""
         options = self.options
         profile = load_profile(options.profile)
-        specs, costs = [], {}
-        for layer, experts in sorted(self.store.layers.items()):
-            specs.append(
-                LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, slots.get(layer, 0))
-            )
-            costs[layer] = CostModel.from_profile(
+        costs = {
+            layer: CostModel.from_profile(
                 profile, expert_bytes=experts.expert_bytes, expert_macs=3 * experts.hidden * experts.inter
             )
+            for layer, experts in self.store.layers.items()
+        }
         return Coordinator(
-            specs,
+            self.layer_specs(),
             costs,
             scheduler=options.scheduler,
             scheduler_options=options.scheduler_options,
@@ -213,19 +228,19 @@ class Runtime:
             raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
         routing = routing_of(layer, ids, weights, logits if self.wants_scores else None)
         plan = self.coordinator.plan(routing)
-        if self.recorder is not None:
-            self.recorder(plan, routing)
         planned = now()
         try:
             pairs = self._executor.start(plan, hidden, ids, weights)
             started = now()
-            self._prefetch(layer, hidden)
+            predictions = self._prefetch(layer, hidden)
             prefetched = now()
             out = self._executor.join(plan, pairs)
         except BaseException:
             self._abandon(plan)
             raise
         self.coordinator.finish(plan)
+        if self.recorder is not None:
+            self._record(routing, ids, weights, predictions)
         seconds.plan += planned - began
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += prefetched - started
@@ -241,14 +256,33 @@ class Runtime:
         for transfer in plan.transfers:
             self.coordinator.fail(transfer)
 
-    def _prefetch(self, layer: int, hidden: torch.Tensor) -> None:
+    def _record(
+        self,
+        routing: Routing,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        predictions: list[tuple[torch.Tensor, Routing]],
+    ) -> None:
+        assert self.recorder is not None, "the caller looked"
+        # Scores go in averaged, as the coordinator saw them: a replay then decides on the very same numbers.
+        self.recorder.record(
+            routing.layer,
+            ids.numpy(),
+            weights.numpy(),
+            None if routing.scores is None else [routing.scores],
+            [ahead.tolist() for ahead, _ in predictions] or None,
+            [[guess.scores] for _, guess in predictions] or None,
+        )
+
+    def _prefetch(self, layer: int, hidden: torch.Tensor) -> list[tuple[torch.Tensor, Routing]]:
+        """Start transfers for later layers; return the gates' predictions as ids `[num_tokens, top_k]` and routing."""
         if not self.options.prefetch_size or not self.num_slots:
-            return
+            return []
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         predict = self._look_ahead.get(layer)
-        ahead = predict(hidden) if predict is not None else ()
-        predictions = [routing_of(later, ids, None, logits) for later, logits, ids in ahead]
-        transfers = self.coordinator.prefetch(layer, predictions)
+        ahead = predict(hidden) if predict is not None else []
+        predictions = [(ids, routing_of(later, ids, None, logits)) for later, logits, ids in ahead]
+        transfers = self.coordinator.prefetch(layer, [guess for _, guess in predictions])
         self.coordinator.take_aborted()  # copies are synchronous: what was aborted has long been made
         try:
             self._executor.transfer(transfers)
@@ -256,6 +290,7 @@ class Runtime:
             for transfer in transfers:
                 self.coordinator.fail(transfer)
             raise
+        return predictions
 
 
 def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None) -> Routing:
