@@ -14,6 +14,8 @@ _NEVER = float("inf")
 _MAX_REMEMBERED = 4096
 _MAX_PENDING_SUBSETS = 3
 _SAME = 1.0 + 1e-9
+_MAX_GUARDED = 64
+_NEAR = 1.01  # for more experts than that, this near the bound beats the time another search takes
 
 Choice = tuple[int, int, float, float, float, float]
 """x, y, then makespan, CPU end, GPU busy and link busy seconds."""
@@ -31,7 +33,7 @@ class BalancedScheduler(Scheduler):
     """
 
     name = "balanced"
-    options = {"exact_experts": 12, "future_hits": 0.3}  # noqa: RUF012
+    options = {"exact_experts": 12, "future_hits": 0.0}  # noqa: RUF012
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
@@ -95,24 +97,12 @@ class BalancedScheduler(Scheduler):
         on_cpu = set(free.cpu)
         left = [e for e in held if e in on_cpu]
         best = _best_count(task, held, missing, left, len(free.transfers))
-        if best.makespan_s <= free.makespan_s * _SAME:
-            return best
-        if not left and best.transfers and best.makespan_s <= _waiting_bound(task, held, missing) * _SAME:
+        if best.makespan_s <= free.makespan_s * (_SAME if len(task.loads) <= _MAX_GUARDED else _NEAR):
             return best
         others = [self._paper.assign(task)]
         if left:
             others.append(_best_count(task, held, missing, [], len(free.transfers)))
         return min((best, *others), key=lambda a: a.makespan_s)
-
-
-def _waiting_bound(task: Task, held: list[int], missing: list[int]) -> float:
-    """Return a makespan no schedule beats when no slot is free: the link waits for an expert, or one is given up."""
-    if task.num_free or task.arrival_s or not held:
-        return 0.0
-    first_s = task.shared_s + min([task.cost.gpu_expert_s[task.loads[e]] for e in held])
-    none_left = _best_threshold(task.delayed(first_s), held, missing, (), ())[2]
-    some_left = _best_threshold(task.delayed(0.0), held[1:], missing, (), held[:1])[2]
-    return min(none_left, some_left)
 
 
 def _best_count(task: Task, held: list[int], missing: list[int], left: list[int], most: int) -> Assignment:

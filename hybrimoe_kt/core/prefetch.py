@@ -17,15 +17,16 @@ _SAME = 1.0 - 1e-9  # a gain below rounding is none
 class Benefit:
     """Whether one kind of prefetch pays, by the predicted seconds it saved or cost in the plans it touched.
 
-    On until `num_events` touched plans lost time on average; then off for `num_pauses` layer steps and tried
-    again, each time twice as long.
+    On until touched plans lost time on average, by more than twice the standard error of that average; then off for
+    `pause` layer steps and tried again, each time twice as long.
     """
 
-    __slots__ = ("_left", "_pause", "is_on", "mean_s", "num_events")
+    __slots__ = ("_left", "_pause", "is_on", "mean_s", "mean_square", "num_events")
 
     def __init__(self, pause: int = 512) -> None:
         self.is_on = True
         self.mean_s = 0.0
+        self.mean_square = 0.0
         self.num_events = 0
         self._pause = pause
         self._left = 0
@@ -33,11 +34,14 @@ class Benefit:
     def add(self, saved_s: float) -> None:
         """Book one plan's predicted seconds saved (negative: lost)."""
         self.num_events += 1
-        self.mean_s += (saved_s - self.mean_s) / min(self.num_events, 64)
-        if self.num_events >= 32 and self.mean_s <= 0.0:
+        count = min(self.num_events, 64)
+        self.mean_s += (saved_s - self.mean_s) / count
+        self.mean_square += (saved_s * saved_s - self.mean_square) / count
+        variance = self.mean_square - self.mean_s * self.mean_s
+        if self.num_events >= 32 and self.mean_s < 0.0 and self.mean_s * self.mean_s * count >= 4.0 * variance:
             self.is_on = False
             self._left, self._pause = self._pause, self._pause * 2
-            self.num_events, self.mean_s = 0, 0.0
+            self.num_events, self.mean_s, self.mean_square = 0, 0.0, 0.0
 
     def tick(self) -> None:
         """Count one layer step; ends a pause in time."""

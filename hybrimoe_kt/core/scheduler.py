@@ -56,18 +56,6 @@ class Task:
         self.num_free = num_free
         self.admission_value_s = admission_value_s
 
-    def delayed(self, link_busy_s: float) -> Task:
-        """Return this task with slots to spare and a link that is busy at least until `link_busy_s`."""
-        return Task(
-            self.cost,
-            self.loads,
-            self.held,
-            self.missing,
-            arrival_s=self.arrival_s,
-            link_busy_s=max(self.link_busy_s, link_busy_s),
-            shared_s=self.shared_s,
-        )
-
 
 class Assignment:
     """A scheduler's answer: `cpu` and `gpu` partition the routed experts, `transfers` is a sub-sequence of `gpu`.

@@ -64,7 +64,7 @@ def test_assign_a_decode_layer() -> None:
     assert warm <= 30
 
 
-@pytest.mark.parametrize(("num_free", "limit"), [(128, 2600), (0, 8900)], ids=["free", "full"])
+@pytest.mark.parametrize(("num_free", "limit"), [(128, 2600), (0, 4800)], ids=["free", "full"])
 def test_assign_a_prefill_layer(num_free: int, limit: int) -> None:
     loads = {expert: 1 + 60 * ((expert * 37) % 128) // 128 for expert in range(128)}
     task = Task(COST, loads, list(range(0, 128, 4)), [e for e in loads if e % 4], num_free=num_free)

@@ -16,6 +16,10 @@ class AdaptivePolicy(Policy):
 
     The larger the cache, the longer an expert must last, so beyond a quarter of the layer the votes, which
     look a few tokens ahead, count for less in proportion. Causal: it sees only routings already made.
+
+    The defaults were chosen on the decode steps of the two shared traces (Qwen3-30B, Gemma-4-26B; 16, 32 and 64 of
+    128 slots), where they close 25-30 % of the gap from LRU to Belady; neighbouring values differ by less than
+    0.003 in hit rate. No third real trace was at hand to confirm them.
     """
 
     name = "adaptive"
@@ -24,7 +28,7 @@ class AdaptivePolicy(Policy):
         "weight_share": 0.3,
         "context_weight": 1.0,
         "window_tokens": 128,
-        "num_similar": 16,
+        "num_similar": 12,
         "refresh_layers": 3,
     }
 
