@@ -168,12 +168,17 @@ class Runtime:
         pool = self._executor.slots if self._executor else None
         return pool.num_slots if pool else 0
 
+    @property
+    def num_expert_threads(self) -> int:
+        """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
+        return getattr(self._executor.cpu, "num_threads", 0) if self._executor else 0
+
     def describe(self) -> str:
         """One line: what was decided."""
         options, store = self.options, self.store
         num_experts = sum(experts.num_experts for experts in store.layers.values())
         where = f"{len(store.layers)} MoE layers, {num_experts} experts, {store.num_bytes / 1e9:.2f} GB"
-        threads = getattr(self._executor.cpu, "num_threads", None) if self._executor else None
+        threads = self.num_expert_threads
         cpu = options.cpu_backend + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
         if self.accelerator is None:
             return f"{where}; all on the CPU: {cpu}"

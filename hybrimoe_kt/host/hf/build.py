@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.device.accelerator import choose_accelerator
-from hybrimoe_kt.device.cores import default_expert_threads, dense_threads
+from hybrimoe_kt.device.cores import dense_threads
 
 from .engine import Engine
 from .loading import load_model
@@ -32,8 +32,6 @@ def build_engine(
     """Load model and tokenizer and share the machine's cores between torch and the experts."""
     overrides = option_overrides or {}
     device = _dense_device(overrides.get("accelerator", "auto"))
-    if device == "cpu" and overrides.get("cpu_backend", "llamafile") == "llamafile":
-        torch.set_num_threads(dense_threads(overrides.get("cpu_threads") or default_expert_threads()))
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
     loaded = load_model(
         gguf_path,
@@ -44,6 +42,9 @@ def build_engine(
         option_overrides=overrides,
         progress=progress,
     )
+    expert_threads = loaded.runtime.num_expert_threads
+    if expert_threads:  # kt-kernel's spin between calls: torch takes the other cores
+        torch.set_num_threads(dense_threads(expert_threads))
     tokenizer = load_tokenizer(loaded.loader.file, model_path)
     shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
     return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
