@@ -179,8 +179,10 @@ class Prefetcher:
         transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, "prefetch", evicted)
         cache.prepare(expert, slot, state.link.add(transfer, now_s, state.cost.expert_transfer_s))
         if victim != FREE:
+            # Without prefetching, an expert that prefetching brought would not be there to lose.
+            if victim not in state.prefetched and victim not in self._proven[spec.layer]:
+                state.displaced[victim] = kind
             self.forget(ExpertId(spec.layer, victim))
-            state.displaced[victim] = kind
             if state.prefetched.pop(victim, None):
                 self._stats.wasted_prefetches += 1
                 self._stats.wasted_bytes += spec.expert_bytes
