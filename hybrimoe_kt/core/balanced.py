@@ -29,8 +29,8 @@ class BalancedScheduler(Scheduler):
     other inputs of at most `exact_experts` experts a branch and bound closes the gap. With
     `admission_value_s` on the task, an admitted expert's future value is weighed against the makespan: a
     coordinator sets it to `future_hits` hits per expert in decode. 0 is the default: with prefetching, replayed decode
-    on the paper's machine averaged 1.48x over static placement with 0 and 1.43x with 0.3; on four other profiles and
-    both recorded traces 0, 0.05, 0.1 and 0.3 were within 0.5 % of each other.
+    on the paper's machine averaged 1.48x over static placement with 0 and 1.43x with 0.3; on three other profiles and
+    both recorded traces 0, 0.05, 0.1 and 0.3 were within 0.6 % of each other.
     """
 
     name = "balanced"
