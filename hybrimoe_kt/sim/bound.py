@@ -3,9 +3,9 @@
 An expert computed on the GPU was either kept in a slot since its layer's previous use of it, or transferred. At most H
 can be kept (Belady with bypass, which is optimal for that count, starting from whatever contents are best), and at most
 T / transfer time can be transferred within a total time T. So G <= H + T / transfer. Given G, time is least when the G
-moves from CPU to GPU go where they save most; per layer that saving is bounded by a convex function, so taking the
-largest savings first is exact. The bound is the least T consistent with itself. Left out, each in the bound's favour:
-slowdown under contention, the cost of a CPU call, waiting for arrivals, slots needed while computing.
+moves from CPU to GPU go where they save most; per layer the time is bounded by a convex function of its share of G, so
+taking the largest savings first is exact. The bound is the least T consistent with itself. Left out, each in its
+favour: slowdown under contention, waiting for arrivals, slots needed while computing, which experts go where.
 """
 
 from __future__ import annotations
@@ -63,13 +63,34 @@ def most_kept(uses: Sequence[Sequence[int]], num_slots: int) -> int:
 
 
 def _curve(cost: CostModel, routing: Routing) -> list[float]:
-    """Return a convex lower bound of the layer's seconds with 0, 1, 2, ... of its experts on the GPU."""
+    """Return a convex lower bound of the layer's seconds with 0, 1, 2, ... of its experts on the GPU.
+
+    For each number it takes the cheapest experts on both sides; the convex hull from below makes it convex.
+    """
     loads = list(routing.loads.values())
     on_cpu = [0.0, *accumulate(sorted(cost.cpu_expert_s[load] for load in loads))]
     if not cost.has_gpu:
-        return [on_cpu[-1]]
+        return [on_cpu[-1] + cost.cpu_call_s]
     on_gpu = accumulate(sorted(cost.gpu_s(load) for load in loads), initial=cost.shared_s(routing.num_tokens))
-    return [max(gpu, cpu) for gpu, cpu in zip(on_gpu, reversed(on_cpu), strict=True)]
+    called = [work_s + cost.cpu_call_s if work_s else 0.0 for work_s in reversed(on_cpu)]
+    return _hull([max(gpu, cpu) for gpu, cpu in zip(on_gpu, called, strict=True)])
+
+
+def _hull(values: Sequence[float]) -> list[float]:
+    """Return the largest convex sequence that is nowhere above `values`."""
+    corners: list[int] = []
+    for right, value in enumerate(values):
+        while len(corners) > 1:
+            left, middle = corners[-2:]
+            if (values[middle] - values[left]) * (right - left) < (value - values[left]) * (middle - left):
+                break
+            corners.pop()
+        corners.append(right)
+    result: list[float] = []
+    for left, right in pairwise(corners):
+        slope = (values[right] - values[left]) / (right - left)
+        result += [values[left] + slope * step for step in range(right - left)]
+    return [*result, values[-1]]
 
 
 def _crossing(total_s: list[float], kept: int, transfers_per_s: float) -> float:

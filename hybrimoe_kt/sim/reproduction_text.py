@@ -74,6 +74,8 @@ def _summary(results: Results) -> str:
     gain_p = results.mean_prefill("default") / prefill
     oracle_d = mean(cell.seconds["oracle"] / cell.seconds["default"] for cell in results.decode)
     oracle_p = mean(cell.seconds["oracle"] / cell.seconds["default"] for cell in results.prefill)
+    gain_r = mean(cell.seconds["paper"] / cell.seconds["default"] for cell in results.recorded)
+    top_r = mean(cell.seconds["paper"] / cell.bound_s for cell in results.recorded)
     top_d = mean(cell.seconds["paper"] / cell.bound_s for cell in results.decode)
     top_p = mean(cell.seconds["paper"] / cell.bound_s for cell in results.prefill)
 
@@ -91,6 +93,8 @@ def _summary(results: Results) -> str:
          verdict(gain_d >= 1.1)),
         ("our default over the paper's method, prefill", "1.10x", f"{times(gain_p)} (bound {times(top_p)})",
          verdict(gain_p >= 1.1)),
+        ("our default over the paper's method, decode of recorded traces", "1.10x",
+         f"{times(gain_r)} (bound {times(top_r)})", verdict(gain_r >= 1.1)),
         ("our default, decode, share of the oracle's speed", "80 %", percent(oracle_d), verdict(oracle_d >= 0.8)),
         ("our default, prefill, share of the oracle's speed", "80 %", percent(oracle_p), verdict(oracle_p >= 0.8)),
     ]  # fmt: skip
@@ -122,9 +126,9 @@ def _inputs() -> str:
     ]  # fmt: skip
     return f"""## Inputs and assumptions, stated once
 
-**Machine** `{HARDWARE}`, {profile.hardware}. {profile.measured.capitalize()}.
+**Machine** `{HARDWARE}`, {profile.hardware}; {profile.measured}.
 
-{table(("number", "value", "source"), numbers)}
+{table(("number", "value", "source"), numbers, align="lrl")}
 
 **Models.** Experts of 4 bits a weight, as the paper evaluates; attention and shared experts of 4.5 bits on the GPU.
 
@@ -296,15 +300,21 @@ experts). They carry no gate look-ahead, so methods that need it run without.
 
 def _not_reproduced(results: Results) -> str:
     paper = results.mean_decode("paper")
+    share_p, share_d = (
+        mean(cell.seconds["oracle"] / cell.seconds["paper"] for cell in cells)
+        for cells in (results.prefill, results.decode)
+    )
     low = min(results.decode, key=lambda cell: cell.seconds["static"] / cell.bound_s)
     return f"""## What could not be reproduced, and why
 
 - **Per-cell speed-ups.** The averages are published as numbers; the bars behind them were not at hand, so only averages
   and the ablation are compared.
-- **Decode, 1.70x.** {times(paper)} with the constants of the paper's release. In the tightest cell ({low.model},
-  {low.ratio}) no schedule can exceed {times(low.seconds["static"] / low.bound_s)} on them; the sweep above shows the
-  launch cost at which the average is reached. The release's constants and the paper's average do not describe the same
-  system.
+- **Decode, 1.70x.** {times(paper)} with the constants of the paper's release; even the oracle reaches only
+  {times(results.mean_decode("oracle"))}. In the tightest cell ({low.model}, {low.ratio}) no schedule can exceed
+  {times(low.seconds["static"] / low.bound_s)}. The sweep above shows the launch cost at which the average is
+  reached: the release's constants and the paper's average do not describe the same system.
+- **1.10x over the paper's method.** On these constants the paper's method already runs at {percent(share_p)} (prefill)
+  and {percent(share_d)} (decode) of the oracle's speed; the theoretical bounds are in the first table.
 - **Prefill, 1.33x over CPU prefill.** Out of reach with the published constants, as argued above; inside the band when
   the baseline may prefill on the GPU, as kTransformers' rules say.
 - **The ablation's prefill seconds.** 1.47 s for the base implies a shorter prompt or a faster CPU than figure 3.

@@ -76,7 +76,7 @@ class Method:
 
 STATIC = Method("static", "lru", "off")
 METHODS: Mapping[str, Method] = {
-    "default": Method(),
+    "default": Method(prefetch_size=2),
     "paper": Method("paper", "mrs", policy_options={"alpha": 0.5}),
     "static": STATIC,
     "static by frequency": replace(STATIC, by_frequency=True),
