@@ -9,6 +9,7 @@ the current state predicts as well as a real stale gate does, and errs in the sa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ from hybrimoe_kt.errors import ConfigError, unknown_name
 from .models import ModelSpec, find_model
 from .trace import Phase, Trace, make_steps
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[Any]
+"""Single precision throughout."""
 STATE_SIZE = 6
 """Dimensions of the latent state. Few, because real tokens find earlier ones with most of their experts: the mean best
 match is .57 and .61 of the experts in the recorded traces, .56 here, .38 with 48 dimensions and no recurring words."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 110
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#c44e52", "#937860", "#64b5cd", "#8c8c8c")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,6 +38,7 @@ def speedup_bars(panels: Mapping[str, Speedups]) -> Figure:
     """Draw one row of panels per title (prefill, decode), one panel per model, one group per cache ratio."""
     plt = _pyplot()
     models = list(next(iter(panels.values())))
+    figure: Figure
     figure, axes = plt.subplots(
         len(panels), len(models), figsize=(WIDTH_INCHES, 2.9 * len(panels)), sharey="row", squeeze=False
     )
@@ -68,6 +69,7 @@ def _bar_groups(axis: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
 def hit_rate_lines(title: str, slots: Sequence[int], num_experts: int, curves: Mapping[str, Sequence[float]]) -> Figure:
     """Draw hit rate over the share of experts that fit, one line per policy."""
     plt = _pyplot()
+    figure: Figure
     figure, axis = plt.subplots(figsize=(WIDTH_INCHES * 0.75, 4.2))
     shares = [100 * count / num_experts for count in slots]
     for number, (policy, rates) in enumerate(curves.items()):
@@ -85,6 +87,7 @@ def step_timeline(title: str, spans: Iterable[Span], start_s: float, end_s: floa
     """Draw what GPU, CPU and link did between two moments, milliseconds from the first."""
     plt = _pyplot()
     rows = {"GPU": 0, "CPU": 1, "link": 2}
+    figure: Figure
     figure, axis = plt.subplots(figsize=(WIDTH_INCHES, 3.0))
     drawn: dict[str, Any] = {}
     for span in sorted(spans):

@@ -233,7 +233,7 @@ def join(first: Trace, second: Trace) -> Trace:
         raise ConfigError("traces of different layers, experts or look-ahead cannot be joined")
     last = max(step.request for step in first.steps) + 1
     steps = (*first.steps, *second.steps)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in ("experts", "weights", "scores", "predicted", "predicted_scores"):
         left, right = getattr(first, name), getattr(second, name)
         arrays[name] = None if left is None or right is None else np.concatenate([left, right])
