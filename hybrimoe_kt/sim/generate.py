@@ -167,7 +167,8 @@ def _state(rng: np.random.Generator, tokens: int, words: Floats, shape: Locality
     keep = np.float32(np.sqrt(1.0 - shape.drift))
     for layer in range(1, layers):
         fresh[:, layer] = keep * fresh[:, layer - 1] + np.float32(np.sqrt(shape.drift)) * fresh[:, layer]
-    return fresh.astype(np.float32)
+    result: Floats = fresh.astype(np.float32)
+    return result
 
 
 def _correlate(noise: Floats, carry: float) -> Floats:
@@ -183,7 +184,8 @@ def _logits(state: Floats, gates: Floats, bias: Floats, shape: Locality) -> Floa
     # [L, T, D] @ [L, D, E]: one BLAS call per layer.
     read = np.matmul(state.transpose(1, 0, 2), gates).transpose(1, 0, 2)
     pull = np.float32(np.sqrt(shape.popularity)) * bias + np.float32(np.sqrt(1.0 - shape.popularity)) * read
-    return np.float32(LOGIT_SPREAD) * pull
+    result: Floats = np.float32(LOGIT_SPREAD) * pull
+    return result
 
 
 def _look_ahead(state: Floats, gates: Floats, bias: Floats, shape: Locality, ahead: int) -> Floats:
@@ -212,4 +214,5 @@ def _per_step(scores: Floats, counts: list[int]) -> Floats:
     """Average `[num_tokens, ...]` over each step's tokens."""
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     sums = np.add.reduceat(scores, starts, axis=0)
-    return (sums / np.array(counts)[:, None, None]).astype(np.float32)
+    result: Floats = (sums / np.array(counts)[:, None, None]).astype(np.float32)
+    return result
