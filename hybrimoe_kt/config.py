@@ -101,7 +101,7 @@ class ExpertOptions:
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     prefetch_size: int = 2
     """Transfers started ahead of need per layer; 0 switches prefetching off."""
-    prefetch_depth: int = 1
+    prefetch_depth: int = 3
     """How many layers ahead the gates are asked, 1 to 3."""
     predictor: str = "stale_gate"
     """What guesses the next layers' routing for the prefetcher."""

@@ -318,4 +318,5 @@ def _not_reproduced(results: Results) -> str:
 - **Prefill, 1.33x over CPU prefill.** Out of reach with the published constants, as argued above; inside the band when
   the baseline may prefill on the GPU, as kTransformers' rules say.
 - **The ablation's prefill seconds.** 1.47 s for the base implies a shorter prompt or a faster CPU than figure 3.
-- **The machine.** Its numbers are published constants and datasheet fractions. `hybrimoe calibrate` measures yours."""
+- **The machine.** Its numbers are published constants and datasheet fractions. A profile of your own machine (a copy of
+  `hybrimoe_kt/core/profiles/default.json` with your numbers) can be named with `--hardware`."""
