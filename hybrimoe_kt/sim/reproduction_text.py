@@ -134,8 +134,8 @@ def _inputs() -> str:
 
 {table(("model", "MoE layers", "experts", "top-k", "per expert", "shared experts", "attention per layer"), models)}
 
-**Routing** is synthetic (`hybrimoe_kt/sim/generate.py`): no recorded trace of these three models was at hand. What fixed
-its parameters: the published LRU hit rates at 25 % (and Mixtral's at 75 %), DeepSeek-V2-Lite's consecutive-token
+**Routing** is synthetic (`hybrimoe_kt/sim/generate.py`): no recorded trace of these three models was at hand. What
+fixed its parameters: the published LRU hit rates at 25 % (and Mixtral's at 75 %), DeepSeek-V2-Lite's consecutive-token
 Jaccard, published look-ahead accuracies, and the reuse, skew and recurrence of two recorded traces. MRS hit rates and
 all times are outcomes, not inputs. `tests/sim/test_generate.py` holds each statistic inside a stated band.
 The skew of the recorded Qwen3 and Gemma traces (top quarter of the experts takes .86 of the routings) does *not* carry
