@@ -85,18 +85,27 @@ class _Builder:
         self.keep_state = keep_state
 
     def dense(
-        self, hf_name: str, gguf_name: str, *size: int, scale: float | None = None, centre: float = 0.0
+        self,
+        hf_name: str,
+        gguf_name: str,
+        *size: int,
+        scale: float | None = None,
+        centre: float = 0.0,
+        stored: Callable[[np.ndarray], np.ndarray] = lambda value: value,
     ) -> np.ndarray:
-        """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32)."""
+        """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32).
+
+        `stored` rearranges rows or drops dimensions on the way into the file, as a family's converter does.
+        """
         scale = scale if scale is not None else size[-1] ** -0.5
         value = (centre + scale * self.random.standard_normal(size)).astype(np.float32)
         kind = self.shape.dense_type if value.ndim == 2 and "ffn_gate_inp" not in gguf_name else Type.F32
         if kind != Type.F32 and size[-1] % GGML_QUANT_SIZES[kind][0] == 0:
             raw = quantize(value, kind)
             value = dequantize(raw, kind)
-            self.writer.add_tensor(gguf_name, raw, raw_dtype=kind)
+            self.writer.add_tensor(gguf_name, stored(raw), raw_dtype=kind)
         else:
-            self.writer.add_tensor(gguf_name, value)
+            self.writer.add_tensor(gguf_name, np.ascontiguousarray(stored(value)))
         self.remember(hf_name, value)
         return value
 
@@ -142,7 +151,7 @@ def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedM
     _tokenizer(build.writer)
     build.dense("model.embed_tokens.weight", "token_embd.weight", shape.vocab, shape.hidden, scale=1.0)
     for layer in range(shape.layers):
-        _LAYERS[shape.architecture](build, layer)
+        _FAMILIES[shape.architecture].layer(build, layer)
     build.norm("model.norm.weight", "output_norm.weight", shape.hidden)
     build.dense("lm_head.weight", "output.weight", shape.vocab, shape.hidden)
     return build.finish()
@@ -154,22 +163,30 @@ def _metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.dense_inter)
-    writer.add_expert_feed_forward_length(shape.inter)
     writer.add_head_count(shape.heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_expert_count(shape.experts)
     writer.add_expert_used_count(shape.top_k)
     writer.add_vocab_size(shape.vocab)
-    if shape.architecture == "deepseek2":
-        _deepseek_metadata(writer, shape)
-    else:
-        writer.add_head_count_kv(shape.kv_heads)
-        writer.add_key_length(shape.head_dim)
-        writer.add_value_length(shape.head_dim)
+    _FAMILIES[shape.architecture].metadata(writer, shape)
+
+
+def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+
+
+def _qwen2moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
+    writer.add_head_count_kv(shape.kv_heads)
 
 
 def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_expert_feed_forward_length(shape.inter)
     absorbed = shape.split_kv_b  # newer files describe the latent cache and store the two halves of kv_b apart
     query = shape.head_dim + shape.rope_dim
     writer.add_head_count_kv(1 if absorbed else shape.heads)
@@ -212,20 +229,46 @@ def _tokenizer(writer: GGUFWriter) -> None:
     writer.add_chat_template(_TEMPLATE)
 
 
-def _qwen3moe_layer(build: _Builder, layer: int) -> None:
+def _attention(build: _Builder, layer: int, *, bias: bool = False, qk_norm: bool = False) -> None:
+    """Grouped-query attention and the norms around it, up to the norm in front of the experts."""
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
-        build.dense(
-            f"{hf}.self_attn.{name}_proj.weight", f"{gguf}.attn_{name}.weight", heads * shape.head_dim, shape.hidden
-        )
-    for name in ("q", "k"):
-        build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", shape.head_dim)
+        theirs, ours, rows = f"{hf}.self_attn.{name}_proj", f"{gguf}.attn_{name}", heads * shape.head_dim
+        build.dense(f"{theirs}.weight", f"{ours}.weight", rows, shape.hidden)
+        if bias:
+            build.dense(f"{theirs}.bias", f"{ours}.bias", rows, scale=0.5)
+    if qk_norm:
+        for name in ("q", "k"):
+            build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", shape.head_dim)
     build.dense(
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
-    build.dense(f"{hf}.mlp.gate.weight", f"{gguf}.ffn_gate_inp.weight", shape.experts, shape.hidden)
+
+
+def _router(build: _Builder, layer: int) -> None:
+    build.dense(
+        f"model.layers.{layer}.mlp.gate.weight",
+        f"blk.{layer}.ffn_gate_inp.weight",
+        build.shape.experts,
+        build.shape.hidden,
+    )
+
+
+def _qwen3moe_layer(build: _Builder, layer: int) -> None:
+    _attention(build, layer, qk_norm=True)
+    _router(build, layer)
+    build.experts(layer)
+
+
+def _qwen2moe_layer(build: _Builder, layer: int) -> None:
+    shape, mlp, gguf = build.shape, f"model.layers.{layer}.mlp", f"blk.{layer}"
+    _attention(build, layer, bias=True)
+    _router(build, layer)
+    _ffn(build, f"{mlp}.shared_expert", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
+    gate = f"{gguf}.ffn_gate_inp_shexp.weight"  # converters drop its leading dimension of one
+    build.dense(f"{mlp}.shared_expert_gate.weight", gate, 1, shape.hidden, stored=lambda value: value[0])
     build.experts(layer)
 
 
@@ -254,7 +297,7 @@ def _deepseek2_layer(build: _Builder, layer: int) -> None:
     if layer < shape.dense_layers:
         _ffn(build, f"{hf}.mlp", f"{gguf}.ffn_{{}}", shape.dense_inter)
         return
-    build.dense(f"{hf}.mlp.gate.weight", f"{gguf}.ffn_gate_inp.weight", shape.experts, shape.hidden)
+    _router(build, layer)
     _ffn(build, f"{hf}.mlp.shared_experts", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
     build.experts(layer)
 
@@ -280,7 +323,19 @@ def _ffn(build: _Builder, hf: str, gguf: str, inter: int) -> None:
     build.dense(f"{hf}.down_proj.weight", gguf.format("down") + ".weight", build.shape.hidden, inter)
 
 
-_LAYERS: dict[str, Callable[[_Builder, int], None]] = {"qwen3moe": _qwen3moe_layer, "deepseek2": _deepseek2_layer}
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What sets one GGUF architecture apart: its own metadata, and one decoder layer."""
+
+    metadata: Callable[[GGUFWriter, Shape], None]
+    layer: Callable[[_Builder, int], None]
+
+
+_FAMILIES = {
+    "qwen3moe": _Family(_qwen3moe_metadata, _qwen3moe_layer),
+    "qwen2moe": _Family(_qwen2moe_metadata, _qwen2moe_layer),
+    "deepseek2": _Family(_deepseek_metadata, _deepseek2_layer),
+}
 
 # Where a K-quant block keeps its half-precision scales, and how far its values spread at a scale of 1.
 _K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {

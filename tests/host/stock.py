@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from benchmarks.generated_model import GeneratedModel, Shape
 
@@ -16,24 +25,42 @@ def stock_model(model: GeneratedModel) -> torch.nn.Module:
     return stock.eval()
 
 
+def _decoder(shape: Shape) -> dict[str, Any]:
+    """What every family with grouped-query attention calls alike."""
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_experts_per_tok": shape.top_k,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": shape.context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+
+
 def _qwen3moe(shape: Shape) -> torch.nn.Module:
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            head_dim=shape.head_dim,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            moe_intermediate_size=shape.inter,
-            num_experts=shape.experts,
-            num_experts_per_tok=shape.top_k,
-            norm_topk_prob=True,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=shape.context,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        )
+    config = Qwen3MoeConfig(
+        **_decoder(shape),
+        head_dim=shape.head_dim,
+        moe_intermediate_size=shape.inter,
+        num_experts=shape.experts,
+        norm_topk_prob=True,
     )
+    return Qwen3MoeForCausalLM(config)
+
+
+def _qwen2moe(shape: Shape) -> torch.nn.Module:
+    config = Qwen2MoeConfig(
+        **_decoder(shape),
+        moe_intermediate_size=shape.inter,
+        shared_expert_intermediate_size=shape.inter * shape.shared_experts,
+        num_experts=shape.experts,
+        norm_topk_prob=False,
+        qkv_bias=True,
+    )
+    return Qwen2MoeForCausalLM(config)
 
 
 def _deepseek2(shape: Shape) -> torch.nn.Module:
@@ -68,7 +95,7 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     )
 
 
-_BUILD = {"qwen3moe": _qwen3moe, "deepseek2": _deepseek2}
+_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "deepseek2": _deepseek2}
 
 
 @torch.inference_mode()

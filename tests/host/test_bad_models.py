@@ -36,9 +36,10 @@ def gguf(path: Path, architecture: str, **metadata: int) -> Path:
 
 def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"unknown architecture 'qwen2moe', did you mean 'qwen3moe'\? valid: deepseek2, qwen3moe"
+        ModelError,
+        match=r"unknown architecture 'qwen4moe', did you mean 'qwen.moe'\? valid: deepseek2, qwen2moe, qwen3moe",
     ):
-        load_model(gguf(tmp_path / "m.gguf", "qwen2moe"))
+        load_model(gguf(tmp_path / "m.gguf", "qwen4moe"))
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from hybrimoe_kt.errors import ModelError, unknown_name
 
 from .gguf_file import GgufFile
 
-__all__ = ["ARCHITECTURES", "Architecture", "Composed", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "Composed", "Key", "Transform", "architecture_of"]
 
-Metadata = Mapping[str, Any]
+Key = Callable[..., Any]
+"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ class Composed:
 
 
 @dataclass(frozen=True, slots=True)
+class Transform:
+    """A parameter that its own GGUF tensor holds in another arrangement."""
+
+    build: Callable[[torch.Tensor, Key], torch.Tensor]
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    """Result shape from the tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One model family: `keys` maps configuration key -> GGUF key (without the architecture prefix)."""
 
@@ -43,16 +53,17 @@ class Architecture:
     keys: Mapping[str, str]
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
-    derive: Callable[[Callable[..., Any]], Mapping[str, Any]] = lambda key: {}
-    """Configuration entries that one key cannot give; receives a reader `key(name, default)`."""
+    derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
+    """Configuration entries that one key cannot give."""
     composed: Mapping[str, Composed] = field(default_factory=dict)
+    """Ending of a parameter's name -> how to assemble it."""
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    """Ending of a parameter's name -> how to rearrange its tensor."""
 
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Return the Transformers configuration that the file's metadata describes."""
 
-        def key(name: str, default: Any = None) -> Any:
-            return file.metadata.get(f"{self.gguf}.{name}", default)
-
+        key = self.key(file)
         missing = [name for name in self.keys.values() if key(name) is None]
         if missing:
             raise ModelError(
@@ -62,6 +73,10 @@ class Architecture:
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
         return config | {"model_type": self.model_type}
+
+    def key(self, file: GgufFile) -> Key:
+        """Return the reader of this family's metadata in `file`."""
+        return lambda name, default=None: file.metadata.get(f"{self.gguf}.{name}", default)
 
     def name_map(self, num_blocks: int) -> TensorNameMap:
         """gguf-py's table of parameter name -> GGUF name for this family."""
@@ -82,7 +97,7 @@ def architecture_of(file: GgufFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _common(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
+def _common(file: GgufFile, key: Key) -> dict[str, Any]:
     token = "tokenizer.ggml.{}_token_id".format
     ends = {file.metadata.get(token("eos")), file.metadata.get(token("eot"))} - {None}
     return {
@@ -96,7 +111,7 @@ def _common(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _rope(file: GgufFile, key: Callable[..., Any]) -> dict[str, Any]:
+def _rope(file: GgufFile, key: Key) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
     kind = key("rope.scaling.type", "none")
     if kind == "none":
@@ -127,7 +142,7 @@ _DECODER_KEYS = {
 }
 
 
-def _deepseek2(key: Callable[..., Any]) -> dict[str, Any]:
+def _deepseek2(key: Key) -> dict[str, Any]:
     if key("expert_gating_func", 1) != 1:
         raise ModelError("deepseek2 with sigmoid routing (the DeepSeek-V3 family) is not supported; softmax routing is")
     if key("expert_weights_norm", False):
@@ -156,19 +171,28 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
+_GQA_KEYS = _DECODER_KEYS | {"num_key_value_heads": "attention.head_count_kv", "num_experts": "expert_count"}
+
+_ROW = Transform(build=lambda tensor, key: tensor[None], shape=lambda shape: (1, *shape))
+"""A matrix of one row, stored as a vector."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(
         gguf="qwen3moe",
         model_type="qwen3_moe",
-        keys=_DECODER_KEYS
-        | {
-            "num_key_value_heads": "attention.head_count_kv",
-            "head_dim": "attention.key_length",
-            "num_experts": "expert_count",
-        },
+        keys=_GQA_KEYS | {"head_dim": "attention.key_length"},
         optional_keys={"intermediate_size": "feed_forward_length"},
         # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
         constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "qwen2moe": Architecture(
+        gguf="qwen2moe",
+        model_type="qwen2_moe",
+        keys=_GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        optional_keys={"intermediate_size": "feed_forward_length"},
+        # As in llama.cpp and in the released models: routing weights keep their softmax values.
+        constants={"norm_topk_prob": False, "qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        transforms={"mlp.shared_expert_gate.weight": _ROW},
     ),
     "deepseek2": Architecture(
         gguf="deepseek2",

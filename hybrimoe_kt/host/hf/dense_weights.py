@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .gguf_file import GgufFile, GgufTensor
 
 __all__ = ["LazyTensor", "dense_state_dict"]
 
+_T = TypeVar("_T")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -54,15 +55,24 @@ def dense_state_dict(
             suffix = name.rpartition(".")[2]
             gguf_name = gguf_name if gguf_name.endswith(suffix) else f"{gguf_name}.{suffix}"
         if gguf_name in file.tensors:
-            state[name] = _single(file, file.tensors[gguf_name], name, shape, dtype)
+            state[name] = _single(file, architecture, file.tensors[gguf_name], name, shape, dtype)
         else:
             state[name] = _composed(file, architecture, name, gguf_name, shape, dtype)
     return state
 
 
-def _single(file: GgufFile, tensor: GgufTensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    _check_shape(file, tensor.name, tensor.shape, name, shape)
-    return LazyTensor(shape, dtype, lambda: _values(tensor))
+def _single(
+    file: GgufFile,
+    architecture: Architecture,
+    tensor: GgufTensor,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> LazyTensor:
+    transform, key = _recipe(architecture.transforms, name), architecture.key(file)
+    found = transform.shape(tensor.shape) if transform else tensor.shape
+    _check_shape(file, tensor.name, found, name, shape)
+    return LazyTensor(shape, dtype, lambda: transform.build(_values(tensor), key) if transform else _values(tensor))
 
 
 def _composed(
@@ -74,12 +84,17 @@ def _composed(
     dtype: torch.dtype,
 ) -> LazyTensor:
     layer = _LAYER.search(name)
-    recipe = next((recipe for suffix, recipe in architecture.composed.items() if name.endswith(suffix)), None)
+    recipe = _recipe(architecture.composed, name)
     if recipe is None or layer is None:
         raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
     parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
     _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
     return LazyTensor(shape, dtype, lambda: recipe.build(*(_values(part) for part in parts)))
+
+
+def _recipe(recipes: Mapping[str, _T], name: str) -> _T | None:
+    """Return the entry whose key ends the parameter's name, at a dot."""
+    return next((recipe for suffix, recipe in recipes.items() if f".{name}".endswith(f".{suffix}")), None)
 
 
 def _values(tensor: GgufTensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def load_model(
     file = GgufFile(gguf_path)
     architecture = architecture_of(file)
     config = _config(file, architecture, model_path)
-    rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.gguf)
+    rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.model_type)
     rules = rule_engine.load_rules(rules_file)
     loader = GgufLoader(file, option_overrides)
     loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
