@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ class Shape:
     dense_type: Type = Type.F32
     split_kv_b: bool = True
     yarn_factor: float = 0.0
+    expert_tensors: bool = False
+    """One tensor per expert, as Mixtral files had before April 2024."""
     seed: int = 0
 
     @property
@@ -77,6 +80,10 @@ class GeneratedModel:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def _as_it_is(value: np.ndarray) -> np.ndarray:
+    return value
+
+
 class _Builder:
     def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
         self.shape, self.random = shape, np.random.default_rng(shape.seed)
@@ -91,7 +98,7 @@ class _Builder:
         *size: int,
         scale: float | None = None,
         centre: float = 0.0,
-        stored: Callable[[np.ndarray], np.ndarray] = lambda value: value,
+        stored: Callable[[np.ndarray], np.ndarray] = _as_it_is,
     ) -> np.ndarray:
         """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32).
 
@@ -126,15 +133,20 @@ class _Builder:
         values = {}
         for (role, (rows, columns)), kind in zip(sizes.items(), shape.types, strict=True):
             raw = random_blocks(self.random, kind, shape.experts * rows, columns)
-            self.writer.add_tensor(
-                f"blk.{layer}.ffn_{role}_exps.weight", raw.reshape(shape.experts, rows, -1), raw_dtype=kind
-            )
+            self._write_experts(f"blk.{layer}.ffn_{role}", raw.reshape(shape.experts, rows, -1), kind)
             if self.keep_state:
                 values[role] = dequantize(raw, kind).reshape(shape.experts, rows, columns)
         if self.keep_state:
             prefix = f"model.layers.{layer}.mlp.experts"
             self.remember(f"{prefix}.gate_up_proj", np.concatenate((values["gate"], values["up"]), axis=1))
             self.remember(f"{prefix}.down_proj", values["down"])
+
+    def _write_experts(self, name: str, raw: np.ndarray, kind: Type) -> None:
+        if not self.shape.expert_tensors:
+            self.writer.add_tensor(f"{name}_exps.weight", raw, raw_dtype=kind)
+            return
+        for index, matrix in enumerate(raw):
+            self.writer.add_tensor(f"{name}.{index}.weight", matrix, raw_dtype=kind)
 
     def finish(self) -> GeneratedModel:
         self.writer.write_header_to_file()
@@ -162,7 +174,6 @@ def _metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.dense_inter)
     writer.add_head_count(shape.heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
@@ -173,6 +184,7 @@ def _metadata(writer: GGUFWriter, shape: Shape) -> None:
 
 
 def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
     writer.add_expert_feed_forward_length(shape.inter)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(shape.head_dim)
@@ -180,12 +192,20 @@ def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
 
 
 def _qwen2moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
     writer.add_expert_feed_forward_length(shape.inter)
     writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
     writer.add_head_count_kv(shape.kv_heads)
 
 
+def _mixtral_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+
+
 def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
     writer.add_expert_feed_forward_length(shape.inter)
     absorbed = shape.split_kv_b  # newer files describe the latent cache and store the two halves of kv_b apart
     query = shape.head_dim + shape.rope_dim
@@ -229,13 +249,16 @@ def _tokenizer(writer: GGUFWriter) -> None:
     writer.add_chat_template(_TEMPLATE)
 
 
-def _attention(build: _Builder, layer: int, *, bias: bool = False, qk_norm: bool = False) -> None:
+def _attention(
+    build: _Builder, layer: int, *, bias: bool = False, qk_norm: bool = False, pair_rotary: bool = False
+) -> None:
     """Grouped-query attention and the norms around it, up to the norm in front of the experts."""
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
         theirs, ours, rows = f"{hf}.self_attn.{name}_proj", f"{gguf}.attn_{name}", heads * shape.head_dim
-        build.dense(f"{theirs}.weight", f"{ours}.weight", rows, shape.hidden)
+        stored = partial(_rotary_pairs, heads=heads) if pair_rotary and name != "v" else _as_it_is
+        build.dense(f"{theirs}.weight", f"{ours}.weight", rows, shape.hidden, stored=stored)
         if bias:
             build.dense(f"{theirs}.bias", f"{ours}.bias", rows, scale=0.5)
     if qk_norm:
@@ -245,6 +268,12 @@ def _attention(build: _Builder, layer: int, *, bias: bool = False, qk_norm: bool
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
+
+
+def _rotary_pairs(value: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head as x0, x(n/2), x1, ...: how the converter stores q and k of architecture "llama"."""
+    rows = np.arange(len(value)).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return value[rows]
 
 
 def _router(build: _Builder, layer: int) -> None:
@@ -269,6 +298,12 @@ def _qwen2moe_layer(build: _Builder, layer: int) -> None:
     _ffn(build, f"{mlp}.shared_expert", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
     gate = f"{gguf}.ffn_gate_inp_shexp.weight"  # converters drop its leading dimension of one
     build.dense(f"{mlp}.shared_expert_gate.weight", gate, 1, shape.hidden, stored=lambda value: value[0])
+    build.experts(layer)
+
+
+def _mixtral_layer(build: _Builder, layer: int) -> None:
+    _attention(build, layer, pair_rotary=True)
+    _router(build, layer)
     build.experts(layer)
 
 
@@ -334,6 +369,7 @@ class _Family:
 _FAMILIES = {
     "qwen3moe": _Family(_qwen3moe_metadata, _qwen3moe_layer),
     "qwen2moe": _Family(_qwen2moe_metadata, _qwen2moe_layer),
+    "llama": _Family(_mixtral_metadata, _mixtral_layer),
     "deepseek2": _Family(_deepseek_metadata, _deepseek2_layer),
 }
 

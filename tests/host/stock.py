@@ -8,6 +8,8 @@ import torch
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -63,6 +65,12 @@ def _qwen2moe(shape: Shape) -> torch.nn.Module:
     return Qwen2MoeForCausalLM(config)
 
 
+def _mixtral(shape: Shape) -> torch.nn.Module:
+    return MixtralForCausalLM(
+        MixtralConfig(**_decoder(shape), intermediate_size=shape.inter, num_local_experts=shape.experts)
+    )
+
+
 def _deepseek2(shape: Shape) -> torch.nn.Module:
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
     if shape.yarn_factor:
@@ -95,7 +103,7 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     )
 
 
-_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "deepseek2": _deepseek2}
+_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "llama": _mixtral, "deepseek2": _deepseek2}
 
 
 @torch.inference_mode()

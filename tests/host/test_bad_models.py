@@ -17,6 +17,7 @@ from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Sampling
 from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
 from hybrimoe_kt.host.hf.loading import load_model
 
 Make = Callable[[Shape], GeneratedModel]
@@ -37,7 +38,7 @@ def gguf(path: Path, architecture: str, **metadata: int) -> Path:
 def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"unknown architecture 'qwen4moe', did you mean 'qwen.moe'\? valid: deepseek2, qwen2moe, qwen3moe",
+        match=r"unknown architecture 'qwen4moe', did you mean 'qwen.moe'\? valid: deepseek2, llama, qwen2moe, qwen3moe",
     ):
         load_model(gguf(tmp_path / "m.gguf", "qwen4moe"))
 
@@ -105,6 +106,18 @@ def test_layers_cannot_differ_in_their_options(generated: Make, tmp_path: Path) 
     rules.write_text(one.format(0) + one.format(1) + "    kwargs: {policy: lru}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="differ from an earlier layer's"):
         load_model(generated(Shape()).path, rules_path=rules)
+
+
+def test_old_files_with_a_tensor_per_expert(generated: Make) -> None:
+    """Their experts are copied together once, however often the rules are applied; unlike ones are refused."""
+    loader = GgufLoader(GgufFile(generated(Shape(architecture="llama", head_dim=64, expert_tensors=True)).path))
+    sizes = {"num_experts": 8, "top_k": 2, "hidden": 256, "inter": 256}
+    first, second = (loader.layer_experts(0, **sizes) for _ in range(2))
+    assert first.gate.data.data_ptr() == second.gate.data.data_ptr()
+    one = loader.file.tensor("blk.1.ffn_up.3.weight")
+    loader.file.tensors[one.name] = dataclasses.replace(one, ggml_type=int(Type.F16))
+    with pytest.raises(ModelError, match=r"ffn_up\.3\.weight is F16 .* must be alike"):
+        loader.layer_experts(1, **sizes)
 
 
 @pytest.mark.parametrize("backend", ["torch_reference", "llamafile"])

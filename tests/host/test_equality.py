@@ -25,6 +25,8 @@ TYPES = {
 SHAPES = {
     "qwen3moe": Shape(),
     "qwen2moe": Shape(architecture="qwen2moe", head_dim=64, shared_experts=2),
+    "mixtral": Shape(architecture="llama", head_dim=64),
+    "mixtral-old-experts": Shape(architecture="llama", head_dim=64, expert_tensors=True),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
     "deepseek2-old-kv_b-q_lora-yarn": Shape(
         architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0

@@ -62,7 +62,6 @@ class Architecture:
 
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Return the Transformers configuration that the file's metadata describes."""
-
         key = self.key(file)
         missing = [name for name in self.keys.values() if key(name) is None]
         if missing:
@@ -176,6 +175,24 @@ _GQA_KEYS = _DECODER_KEYS | {"num_key_value_heads": "attention.head_count_kv", "
 _ROW = Transform(build=lambda tensor, key: tensor[None], shape=lambda shape: (1, *shape))
 """A matrix of one row, stored as a vector."""
 
+
+def _without(keys: Mapping[str, str], name: str) -> dict[str, str]:
+    return {ours: theirs for ours, theirs in keys.items() if ours != name}
+
+
+def _unpermuted(heads: str) -> Transform:
+    """Undo the converter's pairing of rotary dimensions; `heads` is the GGUF key of the head count.
+
+    Files of architecture "llama" hold the rows of a head as x0, x64, x1, x65, ... for llama.cpp's rotation of
+    neighbours; Transformers rotates the halves x0, x1, ... and x64, x65, ...
+    """
+
+    def build(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+        return tensor.view(key(heads), -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+    return Transform(build)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(
         gguf="qwen3moe",
@@ -193,6 +210,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         # As in llama.cpp and in the released models: routing weights keep their softmax values.
         constants={"norm_topk_prob": False, "qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
         transforms={"mlp.shared_expert_gate.weight": _ROW},
+    ),
+    "llama": Architecture(  # with experts: Mixtral, whose routing weights are always normalised
+        gguf="llama",
+        model_type="mixtral",
+        keys=_without(_DECODER_KEYS, "moe_intermediate_size")
+        | {
+            "num_key_value_heads": "attention.head_count_kv",
+            "num_local_experts": "expert_count",
+            "intermediate_size": "feed_forward_length",
+        },
+        optional_keys={"head_dim": "attention.key_length"},
+        transforms={
+            "self_attn.q_proj.weight": _unpermuted("attention.head_count"),
+            "self_attn.k_proj.weight": _unpermuted("attention.head_count_kv"),
+        },
     ),
     "deepseek2": Architecture(
         gguf="deepseek2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
@@ -16,7 +17,10 @@ __all__ = ["GgufLoader"]
 
 
 class GgufLoader:
-    """Hands out expert weights as views of the mapped file; owns the mapping for as long as the model lives."""
+    """Hands out expert weights as views of the mapped file; owns the mapping for as long as the model lives.
+
+    Files with a tensor per expert (Mixtral, before April 2024) are the exception: see `_gather`.
+    """
 
     def __init__(self, file: GgufFile, option_overrides: dict[str, Any] | None = None) -> None:
         self.file = file
@@ -26,10 +30,11 @@ class GgufLoader:
         """Made by the first HybriMoEExperts, shared by all."""
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         """Module path -> kwargs of the rule that decided it."""
+        self._gathered: dict[tuple[int, str], GgufTensor] = {}
 
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts in place; ModelError when the file lacks or contradicts them."""
-        tensors = {role: self._stacked(layer, role) for role in ("gate", "up", "down")}
+        tensors = {role: self._stacked(layer, role, num_experts) for role in ("gate", "up", "down")}
         shapes = {"gate": (num_experts, inter, hidden), "up": (num_experts, inter, hidden)}
         shapes["down"] = (num_experts, hidden, inter)
         for role, tensor in tensors.items():
@@ -41,8 +46,32 @@ class GgufLoader:
         matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
         return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
 
-    def _stacked(self, layer: int, role: str) -> GgufTensor:
-        return self.file.tensor(f"blk.{layer}.ffn_{role}_exps.weight")
+    def _stacked(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        """One role's matrices of all experts `[num_experts, rows, columns]`, in place where the file has them so."""
+        name = f"blk.{layer}.ffn_{role}_exps.weight"
+        if name in self.file.tensors or f"blk.{layer}.ffn_{role}.0.weight" not in self.file.tensors:
+            return self.file.tensor(name)
+        if (layer, role) not in self._gathered:
+            self._gathered[layer, role] = self._gather(layer, role, num_experts)
+            self.file.release_pages()
+        return self._gathered[layer, role]
+
+    def _gather(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        """Copy an old file's tensor per expert next to each other.
+
+        Such files interleave the three roles, so no view can stack them. The copy is then the one host copy:
+        the mapping's pages are dropped after each, and nothing reads them again.
+        """
+        parts = [self.file.tensor(f"blk.{layer}.ffn_{role}.{index}.weight") for index in range(num_experts)]
+        first = parts[0]
+        odd = next((part for part in parts if (part.shape, part.ggml_type) != (first.shape, first.ggml_type)), None)
+        if odd is not None:
+            raise ModelError(
+                f"{self.file.path}: {odd.name} is {odd.type_name} {list(odd.shape)}, {first.name} is "
+                f"{first.type_name} {list(first.shape)}; the experts of a layer must be alike"
+            )
+        data = np.concatenate([part.data for part in parts])
+        return GgufTensor(f"{first.name} and following", (num_experts, *first.shape), first.ggml_type, data)
 
 
 def _matrix(tensor: GgufTensor) -> ExpertMatrix:
