@@ -198,6 +198,11 @@ def _qwen2moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_head_count_kv(shape.kv_heads)
 
 
+def _olmoe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+
+
 def _mixtral_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_feed_forward_length(shape.inter)
     writer.add_head_count_kv(shape.kv_heads)
@@ -250,9 +255,12 @@ def _tokenizer(writer: GGUFWriter) -> None:
 
 
 def _attention(
-    build: _Builder, layer: int, *, bias: bool = False, qk_norm: bool = False, pair_rotary: bool = False
+    build: _Builder, layer: int, *, bias: bool = False, qk_norm: str = "", pair_rotary: bool = False
 ) -> None:
-    """Grouped-query attention and the norms around it, up to the norm in front of the experts."""
+    """Grouped-query attention and the norms around it, up to the norm in front of the experts.
+
+    `qk_norm`: none, one "per head", or one "across heads" for queries and keys each.
+    """
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
@@ -262,8 +270,9 @@ def _attention(
         if bias:
             build.dense(f"{theirs}.bias", f"{ours}.bias", rows, scale=0.5)
     if qk_norm:
-        for name in ("q", "k"):
-            build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", shape.head_dim)
+        for name, heads in (("q", shape.heads), ("k", shape.kv_heads)):
+            width = shape.head_dim * (heads if qk_norm == "across heads" else 1)
+            build.norm(f"{hf}.self_attn.{name}_norm.weight", f"{gguf}.attn_{name}_norm.weight", width)
     build.dense(
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
@@ -286,7 +295,7 @@ def _router(build: _Builder, layer: int) -> None:
 
 
 def _qwen3moe_layer(build: _Builder, layer: int) -> None:
-    _attention(build, layer, qk_norm=True)
+    _attention(build, layer, qk_norm="per head")
     _router(build, layer)
     build.experts(layer)
 
@@ -303,6 +312,12 @@ def _qwen2moe_layer(build: _Builder, layer: int) -> None:
 
 def _mixtral_layer(build: _Builder, layer: int) -> None:
     _attention(build, layer, pair_rotary=True)
+    _router(build, layer)
+    build.experts(layer)
+
+
+def _olmoe_layer(build: _Builder, layer: int) -> None:
+    _attention(build, layer, qk_norm="across heads")
     _router(build, layer)
     build.experts(layer)
 
@@ -370,6 +385,7 @@ _FAMILIES = {
     "qwen3moe": _Family(_qwen3moe_metadata, _qwen3moe_layer),
     "qwen2moe": _Family(_qwen2moe_metadata, _qwen2moe_layer),
     "llama": _Family(_mixtral_metadata, _mixtral_layer),
+    "olmoe": _Family(_olmoe_metadata, _olmoe_layer),
     "deepseek2": _Family(_deepseek_metadata, _deepseek2_layer),
 }
 

@@ -58,6 +58,7 @@ SKELETONS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GQA, **_EXPERTS, "num_hidden_layers": 28, "num_experts": 4, "shared_expert_intermediate_size": 32},
     ),
     "mixtral": ("mixtral", {**_GQA, "num_hidden_layers": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {**_GQA, "num_hidden_layers": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 
 

@@ -10,6 +10,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -71,6 +73,19 @@ def _mixtral(shape: Shape) -> torch.nn.Module:
     )
 
 
+def _olmoe(shape: Shape) -> torch.nn.Module:
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            **_decoder(shape),
+            intermediate_size=shape.inter,
+            num_experts=shape.experts,
+            norm_topk_prob=False,
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
 def _deepseek2(shape: Shape) -> torch.nn.Module:
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
     if shape.yarn_factor:
@@ -103,7 +118,7 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     )
 
 
-_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "llama": _mixtral, "deepseek2": _deepseek2}
+_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "llama": _mixtral, "olmoe": _olmoe, "deepseek2": _deepseek2}
 
 
 @torch.inference_mode()

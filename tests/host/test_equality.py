@@ -27,6 +27,7 @@ SHAPES = {
     "qwen2moe": Shape(architecture="qwen2moe", head_dim=64, shared_experts=2),
     "mixtral": Shape(architecture="llama", head_dim=64),
     "mixtral-old-experts": Shape(architecture="llama", head_dim=64, expert_tensors=True),
+    "olmoe": Shape(architecture="olmoe", head_dim=64),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
     "deepseek2-old-kv_b-q_lora-yarn": Shape(
         architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0

@@ -226,6 +226,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "self_attn.k_proj.weight": _unpermuted("attention.head_count_kv"),
         },
     ),
+    "olmoe": Architecture(
+        gguf="olmoe",
+        model_type="olmoe",
+        keys=_without(_GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
+        constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
+    ),
     "deepseek2": Architecture(
         gguf="deepseek2",
         model_type="deepseek_v2",
