@@ -148,15 +148,14 @@ def load_model(
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:
     if model_path is None:
-        values = architecture.config(file)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        return _config_from_metadata(file, architecture)
     path = Path(model_path)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError, StrictDataclassError) as error:
-        raise ModelError(f"{path}/config.json cannot be used: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path}/config.json cannot be used: {_first_line(error)}") from None
     if config.model_type != architecture.model_type:
         raise ModelError(
             f"{path} describes a {config.model_type} model, {file.path} holds {architecture.gguf} "
@@ -165,10 +164,27 @@ def _config(file: GgufFile, architecture: Architecture, model_path: str | Path |
     return config
 
 
+def _config_from_metadata(file: GgufFile, architecture: Architecture) -> Any:
+    try:
+        values = architecture.config(file)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(f"{file.path}: its metadata describes no usable model: {_first_line(error)}") from None
+
+
 def _skeleton(config: Any) -> PreTrainedModel:
     """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever Transformers or torch make of dimensions that cannot be
+        raise ModelError(
+            f"no {config.model_type} model can be built from this configuration: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
