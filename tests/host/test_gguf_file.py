@@ -14,11 +14,11 @@ from hybrimoe_kt.host.hf.loading import _config
 
 
 def test_flipped_bytes_in_the_header_never_crash(embedded_model: Path, tmp_path: Path) -> None:
-    """300 files with one to three bytes changed in header, metadata and tensor table."""
+    """150 files with one to three bytes changed in header, metadata and tensor table."""
     original, path = bytearray(embedded_model.read_bytes()), tmp_path / "damaged.gguf"
     path.write_bytes(original)
     chance, refused = random.Random(5), 0
-    for _ in range(300):
+    for _ in range(150):
         places = [chance.randrange(chance.choice([24, 1600, 133_900])) for _ in range(chance.randint(1, 3))]
         with path.open("r+b") as file:
             for place in places:
@@ -33,14 +33,14 @@ def test_flipped_bytes_in_the_header_never_crash(embedded_model: Path, tmp_path:
             for place in places:
                 file.seek(place)
                 file.write(bytes([original[place]]))
-    assert 100 < refused < 300, "the damage should matter in many files, and not in all"
+    assert 50 < refused < 150, "the damage should matter in many files, and not in all"
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 23, 24, 100, 5_000, 100_000, 133_000])
 def test_a_file_cut_anywhere_in_its_header(embedded_model: Path, tmp_path: Path, length: int) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(embedded_model.read_bytes()[:length])
-    with pytest.raises(ModelError, match="not a GGUF file|truncated GGUF"):
+    with pytest.raises(ModelError, match=r"not a GGUF file|truncated GGUF"):
         GgufFile(path)
 
 
