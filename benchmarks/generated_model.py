@@ -16,50 +16,12 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-__all__ = ["DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "generate"]
+from benchmarks.generated_metadata import Shape, write_metadata
+from benchmarks.random_blocks import random_blocks
+
+__all__ = ["DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "Type", "generate", "random_blocks"]
 
 Type = GGMLQuantizationType
-_SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
-_MERGED = ["th"]
-_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Dimensions of a generated model; `types` are the gate, up and down experts' GGUF types."""
-
-    architecture: str = "qwen3moe"
-    layers: int = 2
-    hidden: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    experts: int = 8
-    top_k: int = 2
-    inter: int = 256
-    dense_inter: int = 512
-    dense_layers: int = 1
-    shared_experts: int = 1
-    kv_lora_rank: int = 64
-    q_lora_rank: int = 0
-    rope_dim: int = 16
-    context: int = 512
-    types: tuple[Type, Type, Type] = (Type.Q8_0, Type.Q8_0, Type.Q8_0)
-    dense_type: Type = Type.F32
-    split_kv_b: bool = True
-    yarn_factor: float = 0.0
-    expert_tensors: bool = False
-    """One tensor per expert, as Mixtral files had before April 2024."""
-    seed: int = 0
-
-    @property
-    def vocab(self) -> int:
-        return 256 + len(_SPECIALS) + len(_MERGED)
-
-
 DEEPSEEK_V2_LITE_LAYER = Shape(
     architecture="deepseek2", layers=3, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6,
     inter=1408, dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, q_lora_rank=1536,
@@ -159,107 +121,28 @@ class _Builder:
 def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedModel:
     """Write a random model of `shape` to `path`; the same shape gives the same bytes."""
     build = _Builder(shape, path, keep_state)
-    _metadata(build.writer, shape)
-    _tokenizer(build.writer)
+    write_metadata(build.writer, shape)
     build.dense("model.embed_tokens.weight", "token_embd.weight", shape.vocab, shape.hidden, scale=1.0)
     for layer in range(shape.layers):
-        _FAMILIES[shape.architecture].layer(build, layer)
+        _LAYERS[shape.architecture](build, layer)
     build.norm("model.norm.weight", "output_norm.weight", shape.hidden)
     build.dense("lm_head.weight", "output.weight", shape.vocab, shape.hidden)
     return build.finish()
 
 
-def _metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_name(f"generated-{shape.architecture}")
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_block_count(shape.layers)
-    writer.add_head_count(shape.heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(shape.top_k)
-    writer.add_vocab_size(shape.vocab)
-    _FAMILIES[shape.architecture].metadata(writer, shape)
-
-
-def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_feed_forward_length(shape.dense_inter)
-    writer.add_expert_feed_forward_length(shape.inter)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-
-
-def _qwen2moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_feed_forward_length(shape.dense_inter)
-    writer.add_expert_feed_forward_length(shape.inter)
-    writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
-    writer.add_head_count_kv(shape.kv_heads)
-
-
-def _olmoe_metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_feed_forward_length(shape.inter)
-    writer.add_head_count_kv(shape.kv_heads)
-
-
-def _mixtral_metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_feed_forward_length(shape.inter)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_rope_dimension_count(shape.head_dim)
-
-
-def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
-    writer.add_feed_forward_length(shape.dense_inter)
-    writer.add_expert_feed_forward_length(shape.inter)
-    absorbed = shape.split_kv_b  # newer files describe the latent cache and store the two halves of kv_b apart
-    query = shape.head_dim + shape.rope_dim
-    writer.add_head_count_kv(1 if absorbed else shape.heads)
-    writer.add_key_length(shape.kv_lora_rank + shape.rope_dim if absorbed else query)
-    writer.add_value_length(shape.kv_lora_rank if absorbed else shape.head_dim)
-    if absorbed:
-        writer.add_key_length_mla(query)
-        writer.add_value_length_mla(shape.head_dim)
-    if shape.q_lora_rank:
-        writer.add_q_lora_rank(shape.q_lora_rank)
-    writer.add_kv_lora_rank(shape.kv_lora_rank)
-    writer.add_rope_dimension_count(shape.rope_dim)
-    writer.add_leading_dense_block_count(shape.dense_layers)
-    writer.add_expert_shared_count(shape.shared_experts)
-    writer.add_expert_weights_scale(1.0)
-    writer.add_expert_weights_norm(False)
-    if shape.yarn_factor:
-        from gguf import RopeScalingType
-
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(shape.yarn_factor)
-        writer.add_rope_scaling_orig_ctx_len(shape.context)
-        writer.add_rope_scaling_yarn_log_mul(0.0707)
-
-
-def _tokenizer(writer: GGUFWriter) -> None:
-    """Every byte, four control tokens and one merge: the smallest vocabulary that can spell any text."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    spelling = bytes_to_unicode()
-    tokens = [spelling[byte] for byte in range(256)] + _SPECIALS + _MERGED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * len(_SPECIALS) + [1] * len(_MERGED))
-    writer.add_token_merges([" ".join(merged) for merged in _MERGED])
-    writer.add_eos_token_id(256)
-    writer.add_pad_token_id(259)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(_TEMPLATE)
-
-
 def _attention(
-    build: _Builder, layer: int, *, bias: bool = False, qk_norm: str = "", pair_rotary: bool = False
+    build: _Builder,
+    layer: int,
+    *,
+    bias: bool = False,
+    qk_norm: str = "",
+    pair_rotary: bool = False,
+    after: str = "ffn_norm",
 ) -> None:
     """Grouped-query attention and the norms around it, up to the norm in front of the experts.
 
     `qk_norm`: none, one "per head", or one "across heads" for queries and keys each.
+    `after` names the norm in front of the experts.
     """
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
@@ -276,7 +159,7 @@ def _attention(
     build.dense(
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
-    build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
+    build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.{after}.weight", shape.hidden)
 
 
 def _rotary_pairs(value: np.ndarray, heads: int) -> np.ndarray:
@@ -322,6 +205,25 @@ def _olmoe_layer(build: _Builder, layer: int) -> None:
     build.experts(layer)
 
 
+def _glm4moe_layer(build: _Builder, layer: int) -> None:
+    after = "post_attention_norm"  # what every other family calls ffn_norm
+    _attention(build, layer, bias=True, qk_norm="per head" if build.shape.qk_norm else "", after=after)
+    _dense_or_experts(build, layer, correction=True)
+
+
+def _dense_or_experts(build: _Builder, layer: int, *, correction: bool) -> None:
+    """A layer of the families that begin with dense layers and have shared experts without a gate."""
+    shape, mlp, gguf = build.shape, f"model.layers.{layer}.mlp", f"blk.{layer}"
+    if layer < shape.dense_layers:
+        _ffn(build, mlp, f"{gguf}.ffn_{{}}", shape.dense_inter)
+        return
+    _router(build, layer)
+    if correction:
+        build.dense(f"{mlp}.gate.e_score_correction_bias", f"{gguf}.exp_probs_b.bias", shape.experts, scale=0.2)
+    _ffn(build, f"{mlp}.shared_experts", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
+    build.experts(layer)
+
+
 def _deepseek2_layer(build: _Builder, layer: int) -> None:
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     query = shape.heads * (shape.head_dim + shape.rope_dim)
@@ -344,12 +246,7 @@ def _deepseek2_layer(build: _Builder, layer: int) -> None:
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
-    if layer < shape.dense_layers:
-        _ffn(build, f"{hf}.mlp", f"{gguf}.ffn_{{}}", shape.dense_inter)
-        return
-    _router(build, layer)
-    _ffn(build, f"{hf}.mlp.shared_experts", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
-    build.experts(layer)
+    _dense_or_experts(build, layer, correction=False)
 
 
 def _kv_b(build: _Builder, hf: str, gguf: str) -> None:
@@ -373,44 +270,11 @@ def _ffn(build: _Builder, hf: str, gguf: str, inter: int) -> None:
     build.dense(f"{hf}.down_proj.weight", gguf.format("down") + ".weight", build.shape.hidden, inter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What sets one GGUF architecture apart: its own metadata, and one decoder layer."""
-
-    metadata: Callable[[GGUFWriter, Shape], None]
-    layer: Callable[[_Builder, int], None]
-
-
-_FAMILIES = {
-    "qwen3moe": _Family(_qwen3moe_metadata, _qwen3moe_layer),
-    "qwen2moe": _Family(_qwen2moe_metadata, _qwen2moe_layer),
-    "llama": _Family(_mixtral_metadata, _mixtral_layer),
-    "olmoe": _Family(_olmoe_metadata, _olmoe_layer),
-    "deepseek2": _Family(_deepseek_metadata, _deepseek2_layer),
+_LAYERS: dict[str, Callable[[_Builder, int], None]] = {
+    "qwen3moe": _qwen3moe_layer,
+    "qwen2moe": _qwen2moe_layer,
+    "llama": _mixtral_layer,
+    "olmoe": _olmoe_layer,
+    "glm4moe": _glm4moe_layer,
+    "deepseek2": _deepseek2_layer,
 }
-
-# Where a K-quant block keeps its half-precision scales, and how far its values spread at a scale of 1.
-_K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
-    Type.Q4_K: ((0, 1 / 235), (2, 7.5 / 235)),
-    Type.Q5_K: ((0, 1 / 470), (2, 15.5 / 470)),
-    Type.Q6_K: ((208, 1 / 1369),),
-}
-
-
-def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
-    """Return `[rows, row_bytes]` of `kind` whose values are zero-centred with a spread of `columns ** -0.5`.
-
-    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals.
-    """
-    spread = columns**-0.5
-    if kind not in _K_QUANTS:
-        return (
-            np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind))
-            .view(np.uint8)
-            .reshape(rows, -1)
-        )
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
-    for offset, unit in _K_QUANTS[kind]:
-        raw[:, offset : offset + 2] = np.full(1, spread * unit, np.float16).view(np.uint8)
-    return raw.reshape(rows, -1)

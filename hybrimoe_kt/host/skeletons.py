@@ -58,6 +58,10 @@ SKELETONS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GQA, **_EXPERTS, "num_hidden_layers": 28, "num_experts": 4, "shared_expert_intermediate_size": 32},
     ),
     "mixtral": ("mixtral", {**_GQA, "num_hidden_layers": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4moe": (  # GLM-4.5-Air
+        "glm4_moe",
+        {**_GQA, **_EXPERTS, "num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    ),
     "olmoe": ("olmoe", {**_GQA, "num_hidden_layers": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 

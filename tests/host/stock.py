@@ -8,6 +8,8 @@ import torch
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -86,6 +88,24 @@ def _olmoe(shape: Shape) -> torch.nn.Module:
     )
 
 
+def _glm4moe(shape: Shape) -> torch.nn.Module:
+    config = Glm4MoeConfig(
+        **_decoder(shape),
+        head_dim=shape.head_dim,
+        partial_rotary_factor=shape.rope_dim / shape.head_dim,
+        intermediate_size=shape.dense_inter,
+        moe_intermediate_size=shape.inter,
+        n_routed_experts=shape.experts,
+        n_shared_experts=shape.shared_experts,
+        first_k_dense_replace=shape.dense_layers,
+        routed_scaling_factor=1.5,
+        norm_topk_prob=True,
+        attention_bias=True,
+        use_qk_norm=shape.qk_norm,
+    )
+    return Glm4MoeForCausalLM(config)
+
+
 def _deepseek2(shape: Shape) -> torch.nn.Module:
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
     if shape.yarn_factor:
@@ -118,7 +138,14 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     )
 
 
-_BUILD = {"qwen3moe": _qwen3moe, "qwen2moe": _qwen2moe, "llama": _mixtral, "olmoe": _olmoe, "deepseek2": _deepseek2}
+_BUILD = {
+    "qwen3moe": _qwen3moe,
+    "qwen2moe": _qwen2moe,
+    "llama": _mixtral,
+    "olmoe": _olmoe,
+    "glm4moe": _glm4moe,
+    "deepseek2": _deepseek2,
+}
 
 
 @torch.inference_mode()

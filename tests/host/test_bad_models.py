@@ -36,7 +36,7 @@ def gguf(path: Path, architecture: str, **metadata: int) -> Path:
 
 
 def test_an_unsupported_architecture_names_the_nearest(tmp_path: Path) -> None:
-    valid = "deepseek2, llama, olmoe, qwen2moe, qwen3moe"
+    valid = "deepseek2, glm4moe, llama, olmoe, qwen2moe, qwen3moe"
     with pytest.raises(
         ModelError, match=rf"unknown architecture 'qwen4moe', did you mean 'qwen.moe'\? valid: {valid}$"
     ):

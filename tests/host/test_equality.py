@@ -28,6 +28,7 @@ SHAPES = {
     "mixtral": Shape(architecture="llama", head_dim=64),
     "mixtral-old-experts": Shape(architecture="llama", head_dim=64, expert_tensors=True),
     "olmoe": Shape(architecture="olmoe", head_dim=64),
+    "glm4moe": Shape(architecture="glm4moe", layers=3, qk_norm=True),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
     "deepseek2-old-kv_b-q_lora-yarn": Shape(
         architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0

@@ -65,6 +65,7 @@ def test_the_embedded_model_answers_as_in_llama_cpp(engine: Engine, llama_cpp: L
         Shape(types=(Type.F16,) * 3, architecture="qwen2moe", layers=3, head_dim=64, shared_experts=2),
         Shape(types=(Type.F16,) * 3, architecture="llama", layers=3, head_dim=64),
         Shape(types=(Type.F16,) * 3, architecture="olmoe", layers=3, head_dim=64, kv_heads=4),
+        Shape(types=(Type.F16,) * 3, architecture="glm4moe", layers=3, head_dim=64, rope_dim=32),
         Shape(types=(Type.F16,) * 3, architecture="deepseek2", layers=3, head_dim=64, rope_dim=32, q_lora_rank=64),
         Shape(
             types=(Type.F16,) * 3,
@@ -77,7 +78,7 @@ def test_the_embedded_model_answers_as_in_llama_cpp(engine: Engine, llama_cpp: L
             yarn_factor=4.0,
         ),
     ],
-    ids=["qwen3moe", "qwen2moe", "mixtral", "olmoe", "deepseek2", "deepseek2-old-kv_b-yarn"],
+    ids=["qwen3moe", "qwen2moe", "mixtral", "olmoe", "glm4moe", "deepseek2", "deepseek2-old-kv_b-yarn"],
 )
 def test_generated_models_mean_the_same_to_llama_cpp(
     generated: Callable[[Shape], GeneratedModel], shape: Shape

@@ -53,10 +53,16 @@ class Architecture:
     keys: Mapping[str, str]
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    """Configuration switches that no key holds -> the tensor whose presence in the file means true."""
     derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
     """Configuration entries that one key cannot give."""
     composed: Mapping[str, Composed] = field(default_factory=dict)
     """Ending of a parameter's name -> how to assemble it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Ending of a parameter's name -> GGUF name, where gguf-py's table has none; `{layer}` as above."""
+    float32: tuple[str, ...] = ()
+    """Endings of the parameters that stay float32 whatever the model's dtype."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
 
@@ -70,6 +76,7 @@ class Architecture:
             )
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
+        config |= {ours: name in file.tensors for ours, name in self.present.items()}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
         return config | {"model_type": self.model_type}
 
@@ -131,6 +138,8 @@ def _rope(file: GgufFile, key: Key) -> dict[str, Any]:
     return rope
 
 
+_SOFTMAX, _SIGMOID = 1, 2  # values of the GGUF key expert_gating_func
+
 _DECODER_KEYS = {
     "hidden_size": "embedding_length",
     "num_attention_heads": "attention.head_count",
@@ -141,8 +150,30 @@ _DECODER_KEYS = {
 }
 
 
+_BIAS = "mlp.gate.e_score_correction_bias"
+_CORRECTION = {_BIAS: "blk.{layer}.exp_probs_b.bias"}
+_SHARED_EXPERT_KEYS = {
+    "n_routed_experts": "expert_count",
+    "intermediate_size": "feed_forward_length",
+    "first_k_dense_replace": "leading_dense_block_count",
+}
+_SHARED_EXPERT_OPTIONAL_KEYS = {
+    "n_shared_experts": "expert_shared_count",
+    "routed_scaling_factor": "expert_weights_scale",
+}
+
+
+def _glm4moe(key: Key) -> dict[str, Any]:
+    if key("expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise ModelError("glm4moe with softmax routing is not supported; every released model routes by sigmoid")
+    return {
+        "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
+        "norm_topk_prob": key("expert_weights_norm", True),
+    }
+
+
 def _deepseek2(key: Key) -> dict[str, Any]:
-    if key("expert_gating_func", 1) != 1:
+    if key("expert_gating_func", _SOFTMAX) != _SOFTMAX:
         raise ModelError("deepseek2 with sigmoid routing (the DeepSeek-V3 family) is not supported; softmax routing is")
     if key("expert_weights_norm", False):
         raise ModelError("deepseek2 with normalised softmax routing weights is not supported by the host's DeepSeek-V2")
@@ -232,17 +263,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         keys=_without(_GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
+    "glm4moe": Architecture(
+        gguf="glm4moe",
+        model_type="glm4_moe",
+        keys=_DECODER_KEYS
+        | _SHARED_EXPERT_KEYS
+        | {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"},
+        optional_keys=_SHARED_EXPERT_OPTIONAL_KEYS,
+        present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
+        constants={"n_group": 1, "topk_group": 1},  # llama.cpp knows no groups in this family, nor has any model
+        derive=_glm4moe,
+        names=_CORRECTION,
+        float32=(_BIAS,),
+    ),
     "deepseek2": Architecture(
         gguf="deepseek2",
         model_type="deepseek_v2",
-        keys=_DECODER_KEYS
-        | {
-            "n_routed_experts": "expert_count",
-            "kv_lora_rank": "attention.kv_lora_rank",
-            "intermediate_size": "feed_forward_length",
-            "first_k_dense_replace": "leading_dense_block_count",
-        },
-        optional_keys={"n_shared_experts": "expert_shared_count", "routed_scaling_factor": "expert_weights_scale"},
+        keys=_DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
+        optional_keys=_SHARED_EXPERT_OPTIONAL_KEYS,
         derive=_deepseek2,
         composed={
             "self_attn.kv_b_proj.weight": Composed(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from gguf.tensor_mapping import TensorNameMap
 
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.errors import ModelError
@@ -50,15 +51,23 @@ def dense_state_dict(
     names = architecture.name_map(num_blocks)
     state: dict[str, LazyTensor] = {}
     for name, shape in parameters.items():
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is not None:
-            suffix = name.rpartition(".")[2]
-            gguf_name = gguf_name if gguf_name.endswith(suffix) else f"{gguf_name}.{suffix}"
+        gguf_name = _gguf_name(architecture, names, name)
+        kept = torch.float32 if name.endswith(architecture.float32) else dtype
         if gguf_name in file.tensors:
-            state[name] = _single(file, architecture, file.tensors[gguf_name], name, shape, dtype)
+            state[name] = _single(file, architecture, file.tensors[gguf_name], name, shape, kept)
         else:
-            state[name] = _composed(file, architecture, name, gguf_name, shape, dtype)
+            state[name] = _composed(file, architecture, name, gguf_name, shape, kept)
     return state
+
+
+def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> str | None:
+    """Return what the family calls a parameter in a file, None where the parameter has no name there."""
+    own, layer = _recipe(architecture.names, name), _LAYER.search(name)
+    if own is not None and layer is not None:
+        return own.format(layer=layer[1])
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    suffix = name.rpartition(".")[2]
+    return found if found is None or found.endswith(suffix) else f"{found}.{suffix}"
 
 
 def _single(

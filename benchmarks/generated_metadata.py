@@ -1,0 +1,163 @@
+"""The shape of a generated model, and the metadata that a converter would write for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
+
+__all__ = ["Shape", "write_metadata"]
+
+Type = GGMLQuantizationType
+_SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+_MERGED = ["th"]
+_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Dimensions of a generated model; `types` are the gate, up and down experts' GGUF types."""
+
+    architecture: str = "qwen3moe"
+    layers: int = 2
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    experts: int = 8
+    top_k: int = 2
+    inter: int = 256
+    dense_inter: int = 512
+    dense_layers: int = 1
+    shared_experts: int = 1
+    kv_lora_rank: int = 64
+    q_lora_rank: int = 0
+    rope_dim: int = 16
+    context: int = 512
+    types: tuple[Type, Type, Type] = (Type.Q8_0, Type.Q8_0, Type.Q8_0)
+    dense_type: Type = Type.F32
+    split_kv_b: bool = True
+    yarn_factor: float = 0.0
+    qk_norm: bool = False
+    """Of glm4moe alone, whose members differ in it."""
+    expert_tensors: bool = False
+    """One tensor per expert, as Mixtral files had before April 2024."""
+    seed: int = 0
+
+    @property
+    def vocab(self) -> int:
+        return 256 + len(_SPECIALS) + len(_MERGED)
+
+
+def write_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    """Add every key of a generated model: dimensions, the family's own keys, tokenizer and chat template."""
+    writer.add_name(f"generated-{shape.architecture}")
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_head_count(shape.heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_expert_count(shape.experts)
+    writer.add_expert_used_count(shape.top_k)
+    writer.add_vocab_size(shape.vocab)
+    _FAMILIES[shape.architecture](writer, shape)
+    _tokenizer(writer)
+
+
+def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+
+
+def _qwen2moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
+    writer.add_head_count_kv(shape.kv_heads)
+
+
+def _olmoe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+
+
+def _mixtral_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.inter)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+
+
+def _glm4moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    _qwen3moe_metadata(writer, shape)
+    writer.add_rope_dimension_count(shape.rope_dim)
+    writer.add_leading_dense_block_count(shape.dense_layers)
+    writer.add_expert_shared_count(shape.shared_experts)
+    _sigmoid_metadata(writer)
+
+
+def _sigmoid_metadata(writer: GGUFWriter) -> None:
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(1.5)
+    writer.add_expert_weights_norm(True)
+
+
+def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
+    writer.add_expert_feed_forward_length(shape.inter)
+    absorbed = shape.split_kv_b  # newer files describe the latent cache and store the two halves of kv_b apart
+    query = shape.head_dim + shape.rope_dim
+    writer.add_head_count_kv(1 if absorbed else shape.heads)
+    writer.add_key_length(shape.kv_lora_rank + shape.rope_dim if absorbed else query)
+    writer.add_value_length(shape.kv_lora_rank if absorbed else shape.head_dim)
+    if absorbed:
+        writer.add_key_length_mla(query)
+        writer.add_value_length_mla(shape.head_dim)
+    if shape.q_lora_rank:
+        writer.add_q_lora_rank(shape.q_lora_rank)
+    writer.add_kv_lora_rank(shape.kv_lora_rank)
+    writer.add_rope_dimension_count(shape.rope_dim)
+    writer.add_leading_dense_block_count(shape.dense_layers)
+    writer.add_expert_shared_count(shape.shared_experts)
+    writer.add_expert_weights_scale(1.0)
+    writer.add_expert_weights_norm(False)
+    if shape.yarn_factor:
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(shape.yarn_factor)
+        writer.add_rope_scaling_orig_ctx_len(shape.context)
+        writer.add_rope_scaling_yarn_log_mul(0.0707)
+
+
+def _tokenizer(writer: GGUFWriter) -> None:
+    """Every byte, four control tokens and one merge: the smallest vocabulary that can spell any text."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    spelling = bytes_to_unicode()
+    tokens = [spelling[byte] for byte in range(256)] + _SPECIALS + _MERGED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * len(_SPECIALS) + [1] * len(_MERGED))
+    writer.add_token_merges([" ".join(merged) for merged in _MERGED])
+    writer.add_eos_token_id(256)
+    writer.add_pad_token_id(259)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(_TEMPLATE)
+
+
+_FAMILIES = {
+    "qwen3moe": _qwen3moe_metadata,
+    "qwen2moe": _qwen2moe_metadata,
+    "llama": _mixtral_metadata,
+    "olmoe": _olmoe_metadata,
+    "glm4moe": _glm4moe_metadata,
+    "deepseek2": _deepseek_metadata,
+}

@@ -1,0 +1,37 @@
+"""Random quantised matrices, including K-quants, which gguf-py cannot make."""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
+
+__all__ = ["random_blocks"]
+
+Type = GGMLQuantizationType
+
+# Where a K-quant block keeps its half-precision scales, and how far its values spread at a scale of 1.
+_K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
+    Type.Q4_K: ((0, 1 / 235), (2, 7.5 / 235)),
+    Type.Q5_K: ((0, 1 / 470), (2, 15.5 / 470)),
+    Type.Q6_K: ((208, 1 / 1369),),
+}
+
+
+def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
+    """Return `[rows, row_bytes]` of `kind` whose values are zero-centred with a spread of `columns ** -0.5`.
+
+    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals.
+    """
+    spread = columns**-0.5
+    if kind not in _K_QUANTS:
+        return (
+            np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind))
+            .view(np.uint8)
+            .reshape(rows, -1)
+        )
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
+    for offset, unit in _K_QUANTS[kind]:
+        raw[:, offset : offset + 2] = np.full(1, spread * unit, np.float16).view(np.uint8)
+    return raw.reshape(rows, -1)
