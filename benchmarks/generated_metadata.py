@@ -41,6 +41,10 @@ class Shape:
     dense_type: Type = Type.F32
     split_kv_b: bool = True
     yarn_factor: float = 0.0
+    sigmoid: bool = False
+    """Of deepseek2 alone: route as DeepSeek-V3 does, by sigmoid with a correction, within groups of experts."""
+    groups: int = 4
+    used_groups: int = 2
     qk_norm: bool = False
     """Of glm4moe alone, whose members differ in it."""
     expert_tensors: bool = False
@@ -125,8 +129,13 @@ def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_rope_dimension_count(shape.rope_dim)
     writer.add_leading_dense_block_count(shape.dense_layers)
     writer.add_expert_shared_count(shape.shared_experts)
-    writer.add_expert_weights_scale(1.0)
-    writer.add_expert_weights_norm(False)
+    if shape.sigmoid:
+        _sigmoid_metadata(writer)
+        writer.add_expert_group_count(shape.groups)
+        writer.add_expert_group_used_count(shape.used_groups)
+    else:
+        writer.add_expert_weights_scale(1.0)
+        writer.add_expert_weights_norm(False)
     if shape.yarn_factor:
         from gguf import RopeScalingType
 

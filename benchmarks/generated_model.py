@@ -246,7 +246,7 @@ def _deepseek2_layer(build: _Builder, layer: int) -> None:
         f"{hf}.self_attn.o_proj.weight", f"{gguf}.attn_output.weight", shape.hidden, shape.heads * shape.head_dim
     )
     build.norm(f"{hf}.post_attention_layernorm.weight", f"{gguf}.ffn_norm.weight", shape.hidden)
-    _dense_or_experts(build, layer, correction=False)
+    _dense_or_experts(build, layer, correction=shape.sigmoid)
 
 
 def _kv_b(build: _Builder, hf: str, gguf: str) -> None:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention with the up-projections absorbed: DeepSeek-V2's attention at decode speed.
+"""Multi-head latent attention with the up-projections absorbed: DeepSeek's attention at decode speed.
 
 The stock module expands the cached latents of every past token into keys and values at every step. Here queries
 are projected into the latent space instead, so a step reads each cached latent once (DeepSeek-V2 paper,
@@ -29,7 +29,7 @@ _ADOPTED = (
 
 
 class AbsorbedMLA(nn.Module):
-    """Drop-in for Transformers' DeepseekV2Attention: adopts its submodules under their names, shares its cache.
+    """Drop-in for DeepseekV2Attention and DeepseekV3Attention: adopts the submodules and their names, shares the cache.
 
     The latent cache keeps the stock layout (`kv_lora_rank` values and `qk_rope_head_dim` rotated ones per
     token), so it can be handed back and forth between the two.
@@ -66,13 +66,19 @@ class AbsorbedMLA(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
-        position_embeddings: torch.Tensor | None = None,
+        position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`hidden_states [batch, tokens, hidden]` -> the same shape; `position_embeddings` complex, as stock."""
+        """`hidden_states [batch, tokens, hidden]` -> the same shape; `position_embeddings` as the stock module's."""
         batch, tokens, _ = hidden_states.shape
         if tokens > 1 and not self.absorb_for_prefill:
-            return self._stock(hidden_states, attention_mask, past_key_values, position_embeddings, **kwargs)
+            return self._stock(  # type: ignore[no-any-return]  # by name: families order these differently
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         query = self.q_proj(hidden_states) if self.q_proj is not None else self._low_rank_query(hidden_states)
         query = query.view(batch, tokens, self.num_heads, self.nope + self.rope).transpose(1, 2)
         query_nope, query_rope = query.split([self.nope, self.rope], dim=-1)
@@ -106,9 +112,13 @@ class AbsorbedMLA(nn.Module):
 
 
 def _rotation_of(module: nn.Module) -> Any:
-    """Return the rotary function of the module's own family: families differ in how they pair dimensions."""
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, apply_rotary_emb
+    """Return `rotate(query, key, position_embeddings)` of the module's own family: they pair dimensions differently."""
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-    if not isinstance(module, DeepseekV2Attention):
-        raise HostCompatibilityError(f"AbsorbedMLA knows DeepSeek-V2's attention, not {type(module).__name__}")
-    return apply_rotary_emb
+    if isinstance(module, v2.DeepseekV2Attention):
+        return v2.apply_rotary_emb
+    if isinstance(module, v3.DeepseekV3Attention):
+        rotate = v3.apply_rotary_pos_emb_interleave if module.config.rope_interleave else v3.apply_rotary_pos_emb
+        return lambda query, key, angles: rotate(query, key, *angles)
+    raise HostCompatibilityError(f"AbsorbedMLA knows DeepSeek-V2's and V3's attention, not {type(module).__name__}")

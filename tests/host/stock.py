@@ -8,6 +8,8 @@ import torch
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     MixtralConfig,
@@ -111,31 +113,24 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     if shape.yarn_factor:
         rope |= {"rope_type": "yarn", "factor": shape.yarn_factor, "mscale": 0.707, "mscale_all_dim": 0.707}
         rope |= {"original_max_position_embeddings": shape.context, "beta_fast": 32.0, "beta_slow": 1.0}
-    return DeepseekV2ForCausalLM(
-        DeepseekV2Config(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            rms_norm_eps=1e-6,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            intermediate_size=shape.dense_inter,
-            moe_intermediate_size=shape.inter,
-            n_routed_experts=shape.experts,
-            num_experts_per_tok=shape.top_k,
-            n_shared_experts=shape.shared_experts,
-            first_k_dense_replace=shape.dense_layers,
-            topk_method="greedy",
-            kv_lora_rank=shape.kv_lora_rank,
-            q_lora_rank=shape.q_lora_rank or None,
-            qk_rope_head_dim=shape.rope_dim,
-            qk_nope_head_dim=shape.head_dim,
-            v_head_dim=shape.head_dim,
-            max_position_embeddings=shape.context,
-            routed_scaling_factor=1.0,
-            rope_parameters=rope,
-        )
-    )
+    common: dict[str, Any] = _decoder(shape) | {
+        "num_key_value_heads": shape.heads,
+        "intermediate_size": shape.dense_inter,
+        "moe_intermediate_size": shape.inter,
+        "n_routed_experts": shape.experts,
+        "n_shared_experts": shape.shared_experts,
+        "first_k_dense_replace": shape.dense_layers,
+        "kv_lora_rank": shape.kv_lora_rank,
+        "q_lora_rank": shape.q_lora_rank or None,
+        "qk_rope_head_dim": shape.rope_dim,
+        "qk_nope_head_dim": shape.head_dim,
+        "v_head_dim": shape.head_dim,
+        "rope_parameters": rope,
+    }
+    if not shape.sigmoid:
+        return DeepseekV2ForCausalLM(DeepseekV2Config(**common, topk_method="greedy", routed_scaling_factor=1.0))
+    routing = {"n_group": shape.groups, "topk_group": shape.used_groups, "norm_topk_prob": True}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**common, **routing, routed_scaling_factor=1.5))
 
 
 _BUILD = {

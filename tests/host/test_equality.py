@@ -30,6 +30,7 @@ SHAPES = {
     "olmoe": Shape(architecture="olmoe", head_dim=64),
     "glm4moe": Shape(architecture="glm4moe", layers=3, qk_norm=True),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
+    "deepseek3": Shape(architecture="deepseek2", layers=3, q_lora_rank=64, yarn_factor=4.0, sigmoid=True),
     "deepseek2-old-kv_b-q_lora-yarn": Shape(
         architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0
     ),
@@ -64,6 +65,14 @@ def test_logits_and_greedy_tokens_equal_the_stock_model(
         ours = load(model, **overrides)
         torch.testing.assert_close(logits_of(ours.model, PROMPT), wanted, rtol=0, atol=1e-4, msg=place)
         assert greedy(ours.model, PROMPT, 12)[0] == wanted_tokens, place
+
+
+def test_the_correction_of_the_routing_keeps_its_precision(generated: Callable[[Shape], GeneratedModel]) -> None:
+    model = generated(SHAPES["deepseek3"])
+    ours = load_model(model.path, dtype=torch.bfloat16, progress=False, option_overrides={"accelerator": "none"})
+    for name, value in ours.model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(value, model.state[name])
 
 
 def test_emulated_runs_really_use_slots(generated: Callable[[Shape], GeneratedModel]) -> None:

@@ -73,12 +73,22 @@ def test_the_embedded_model_answers_as_in_llama_cpp(engine: Engine, llama_cpp: L
             layers=3,
             head_dim=64,
             rope_dim=32,
+            q_lora_rank=64,
+            yarn_factor=4.0,
+            sigmoid=True,
+        ),
+        Shape(
+            types=(Type.F16,) * 3,
+            architecture="deepseek2",
+            layers=3,
+            head_dim=64,
+            rope_dim=32,
             split_kv_b=False,
             q_lora_rank=64,
             yarn_factor=4.0,
         ),
     ],
-    ids=["qwen3moe", "qwen2moe", "mixtral", "olmoe", "glm4moe", "deepseek2", "deepseek2-old-kv_b-yarn"],
+    ids=["qwen3moe", "qwen2moe", "mixtral", "olmoe", "glm4moe", "deepseek2", "deepseek3", "deepseek2-old-kv_b-yarn"],
 )
 def test_generated_models_mean_the_same_to_llama_cpp(
     generated: Callable[[Shape], GeneratedModel], shape: Shape

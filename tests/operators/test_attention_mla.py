@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DeepseekV2Config, DynamicCache
+from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 
+FAMILIES = {
+    "v2": (DeepseekV2Config, DeepseekV2Attention, DeepseekV2RotaryEmbedding, {}),
+    "v3": (DeepseekV3Config, DeepseekV3Attention, DeepseekV3RotaryEmbedding, {}),
+    "v3-halves": (DeepseekV3Config, DeepseekV3Attention, DeepseekV3RotaryEmbedding, {"rope_interleave": False}),
+}
 
-def config(q_lora_rank: int | None) -> DeepseekV2Config:
+
+def config(q_lora_rank: int | None, family: str = "v2") -> DeepseekV2Config | DeepseekV3Config:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}
     rope |= {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
-    made = DeepseekV2Config(
+    made = FAMILIES[family][0](
         hidden_size=96, num_attention_heads=6, num_key_value_heads=6, num_hidden_layers=1, kv_lora_rank=40,
         v_head_dim=24, q_lora_rank=q_lora_rank, qk_rope_head_dim=16, qk_nope_head_dim=32, max_position_embeddings=256,
-        rope_parameters=rope,
+        rope_parameters=rope, **FAMILIES[family][3],
     )  # fmt: skip
     made._attn_implementation = "sdpa"
     return made
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("absorb_for_prefill", [True, False])
 @pytest.mark.parametrize("q_lora_rank", [None, 28])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.inference_mode()
-def test_equals_stock_over_prompt_and_steps(q_lora_rank: int | None, batch: int, absorb_for_prefill: bool) -> None:
+def test_equals_stock_over_prompt_and_steps(
+    family: str, q_lora_rank: int | None, batch: int, absorb_for_prefill: bool
+) -> None:
     torch.manual_seed(0)
-    settings = config(q_lora_rank)
-    stock = DeepseekV2Attention(settings, 0).eval()
+    settings = config(q_lora_rank, family)
+    stock = FAMILIES[family][1](settings, 0).eval()
     ours = AbsorbedMLA("model.layers.0.self_attn", None, settings, stock, absorb_for_prefill=absorb_for_prefill)
-    rotary, caches = DeepseekV2RotaryEmbedding(settings), [DynamicCache(config=settings) for _ in range(2)]
+    rotary, caches = FAMILIES[family][2](settings), [DynamicCache(config=settings) for _ in range(2)]
     at = 0
     for tokens in (7, 1, 1, 4, 1):
         hidden, positions = torch.randn(batch, tokens, 96), torch.arange(at, at + tokens)[None]
         mask = torch.ones(tokens, at + tokens, dtype=torch.bool).tril(at)[None, None]
         angles = rotary(hidden, positions)
-        wanted = stock(hidden, mask, caches[0], angles)[0]
+        wanted = stock(hidden, attention_mask=mask, past_key_values=caches[0], position_embeddings=angles)[0]
         found = ours(hidden, mask if tokens > 1 else None, caches[1], angles)[0]
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         at += tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,9 @@ class Architecture:
     """Ending of a parameter's name -> how to assemble it."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Ending of a parameter's name -> GGUF name, where gguf-py's table has none; `{layer}` as above."""
+    variant_key: str = ""
+    """GGUF key whose value may choose another entry from `variants`."""
+    variants: Mapping[Any, Architecture] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     """Endings of the parameters that stay float32 whatever the model's dtype."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
@@ -100,7 +103,8 @@ def architecture_of(file: GgufFile) -> Architecture:
         raise ModelError(
             f"{file.path}: a dense {name} model without experts; this program runs Mixture-of-Experts models"
         )
-    return ARCHITECTURES[name]
+    family = ARCHITECTURES[name]
+    return family.variants.get(family.key(file)(family.variant_key), family)
 
 
 def _common(file: GgufFile, key: Key) -> dict[str, Any]:
@@ -157,39 +161,50 @@ _SHARED_EXPERT_KEYS = {
     "intermediate_size": "feed_forward_length",
     "first_k_dense_replace": "leading_dense_block_count",
 }
-_SHARED_EXPERT_OPTIONAL_KEYS = {
-    "n_shared_experts": "expert_shared_count",
-    "routed_scaling_factor": "expert_weights_scale",
-}
 
 
 def _glm4moe(key: Key) -> dict[str, Any]:
     if key("expert_gating_func", _SIGMOID) != _SIGMOID:
         raise ModelError("glm4moe with softmax routing is not supported; every released model routes by sigmoid")
     return {
-        "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
+        "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"),
+        "routed_scaling_factor": _scale(key),
         "norm_topk_prob": key("expert_weights_norm", True),
     }
 
 
 def _deepseek2(key: Key) -> dict[str, Any]:
     if key("expert_gating_func", _SOFTMAX) != _SOFTMAX:
-        raise ModelError("deepseek2 with sigmoid routing (the DeepSeek-V3 family) is not supported; softmax routing is")
+        raise ModelError(f"deepseek2 with expert_gating_func {key('expert_gating_func')} is not supported; 1 and 2 are")
     if key("expert_weights_norm", False):
         raise ModelError("deepseek2 with normalised softmax routing weights is not supported by the host's DeepSeek-V2")
+    method = "group_limited_greedy" if key("expert_group_count", 1) > 1 else "greedy"
+    return _latent(key) | {"topk_method": method}
+
+
+def _deepseek3(key: Key) -> dict[str, Any]:
+    return _latent(key) | {"norm_topk_prob": key("expert_weights_norm", False), "rope_interleave": True}
+
+
+def _latent(key: Key) -> dict[str, Any]:
+    """Dimensions of latent attention, and the groups of experts."""
     rope_dim = key("rope.dimension_count")
     query_dim = key("attention.key_length_mla") or key("attention.key_length")
-    groups = key("expert_group_count", 1)
     return {
         "qk_rope_head_dim": rope_dim,
         "qk_nope_head_dim": query_dim - rope_dim,
         "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
         "q_lora_rank": key("attention.q_lora_rank"),
         "num_key_value_heads": key("attention.head_count"),
-        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
-        "n_group": groups,
+        "n_group": key("expert_group_count", 1),
         "topk_group": key("expert_group_used_count", 1),
+        "routed_scaling_factor": _scale(key),
     }
+
+
+def _scale(key: Key) -> float:
+    """Factor on the routing weights; as in llama.cpp, an absent one and zero mean none."""
+    return float(key("expert_weights_scale", 0.0) or 1.0)
 
 
 def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
@@ -223,6 +238,19 @@ def _unpermuted(heads: str) -> Transform:
 
     return Transform(build)
 
+
+_DEEPSEEK2 = Architecture(
+    gguf="deepseek2",
+    model_type="deepseek_v2",
+    keys=_DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
+    optional_keys={"n_shared_experts": "expert_shared_count"},
+    derive=_deepseek2,
+    composed={
+        "self_attn.kv_b_proj.weight": Composed(
+            ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+        )
+    },
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(
@@ -269,22 +297,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         keys=_DECODER_KEYS
         | _SHARED_EXPERT_KEYS
         | {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"},
-        optional_keys=_SHARED_EXPERT_OPTIONAL_KEYS,
+        optional_keys={"n_shared_experts": "expert_shared_count"},
         present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
         constants={"n_group": 1, "topk_group": 1},  # llama.cpp knows no groups in this family, nor has any model
         derive=_glm4moe,
         names=_CORRECTION,
         float32=(_BIAS,),
     ),
-    "deepseek2": Architecture(
-        gguf="deepseek2",
-        model_type="deepseek_v2",
-        keys=_DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
-        optional_keys=_SHARED_EXPERT_OPTIONAL_KEYS,
-        derive=_deepseek2,
-        composed={
-            "self_attn.kv_b_proj.weight": Composed(
-                ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+    "deepseek2": replace(
+        _DEEPSEEK2,
+        variant_key="expert_gating_func",
+        variants={
+            _SIGMOID: replace(
+                _DEEPSEEK2, model_type="deepseek_v3", derive=_deepseek3, names=_CORRECTION, float32=(_BIAS,)
             )
         },
     ),
