@@ -35,6 +35,13 @@ SHAPES = {
         architecture="deepseek2", layers=3, split_kv_b=False, q_lora_rank=64, yarn_factor=4.0
     ),
 }  # fmt: skip
+# Every type on two families; the others differ around the experts, not in them.
+CASES = [
+    (shape, types)
+    for shape in SHAPES
+    for types in TYPES
+    if shape in ("qwen3moe", "deepseek2") or types in ("q8_0", "q4_k-q6_k")
+]
 PLACES: dict[str, dict[str, Any]] = {
     "none": {"accelerator": "none"},
     "emulated-0": {"accelerator": "emulated", "cache_size": 0},
@@ -49,8 +56,7 @@ def load(model: GeneratedModel, **overrides: Any) -> LoadedModel:
     return load_model(model.path, option_overrides={"cpu_backend": "torch_reference", **overrides}, progress=False)
 
 
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "types"), CASES)
 def test_logits_and_greedy_tokens_equal_the_stock_model(
     generated: Callable[[Shape], GeneratedModel], shape: str, types: str
 ) -> None:
