@@ -61,6 +61,8 @@ class CacheSize:
         word = text.lower()
         if word in ("auto", "all"):
             return cls(fraction=1.0) if word == "all" else cls()
+        if not text.isascii() or len(text) > 24:
+            return cls._refuse(text)
         if text.isdigit():
             return cls(per_layer=int(text))
         if text.endswith("%") and _is_number(text[:-1]) and 0 <= float(text[:-1]) <= 100:
@@ -113,7 +115,10 @@ class ExpertOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
-        _one_of("accelerator", self.accelerator.split(":")[0], ACCELERATORS)
+        for name in ("accelerator", "cpu_backend", "gpu_backend", "policy", "scheduler", "predictor", "profile"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
+        _check_accelerator(self.accelerator)
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)
@@ -123,6 +128,8 @@ class ExpertOptions:
         for name in ("policy_options", "scheduler_options", "predictor_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name} must be a mapping of option names to values")
+            if not all(isinstance(key, str) for key in getattr(self, name)):
+                raise ConfigError(f"{name} has an option that is not a name: {list(getattr(self, name))}")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> ExpertOptions:
@@ -144,6 +151,11 @@ def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, An
         if key not in valid:
             raise ConfigError(f"unknown option {key!r}{nearest(key, valid) or ';'} valid: {', '.join(valid)}")
     return kwargs
+
+
+def _check_accelerator(name: str) -> None:
+    if re.fullmatch(r"(cuda|xpu):\d{1,3}", name) is None:
+        _one_of("accelerator", name, ACCELERATORS)
 
 
 def _one_of(option: str, value: str, valid: tuple[str, ...]) -> None:

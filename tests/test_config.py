@@ -28,7 +28,7 @@ def test_cache_sizes(given: object, wanted: CacheSize) -> None:
     assert CacheSize.parse(wanted) is wanted
 
 
-@pytest.mark.parametrize("given", ["much", -1, 1.5, "120%", True, "12 parsecs", "", None])
+@pytest.mark.parametrize("given", ["much", -1, 1.5, "120%", True, "12 parsecs", "", None, "²", "9" * 5000])
 def test_cache_sizes_not_understood(given: object) -> None:
     with pytest.raises(ConfigError, match="is not understood: give experts per layer"):
         CacheSize.parse(given)
@@ -48,6 +48,11 @@ def test_bytes() -> None:
         ({"prefetch_size": True}, "prefetch_size is True"),
         ({"policy_options": 3}, "policy_options must be a mapping"),
         ({"accelerator": "cudda:0"}, "did you mean 'cuda'"),
+        ({"accelerator": "cuda:abc"}, "unknown accelerator 'cuda:abc'"),
+        ({"accelerator": "none:1"}, "unknown accelerator 'none:1'"),
+        ({"accelerator": 3}, "accelerator is 3, valid: a name"),
+        ({"policy": ["lru"]}, "policy is ['lru'], valid: a name".replace("[", "\\[").replace("]", "\\]")),
+        ({"policy_options": {1: 2}}, "an option that is not a name"),
     ],
 )
 def test_bad_options_name_the_fix(kwargs: dict[str, object], message: str) -> None:

@@ -44,6 +44,11 @@ class HybriMoEExperts(nn.Module):
             raise ConfigError(
                 f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number"
             )
+        if not all(hasattr(orig_module, name) for name in ("num_experts", "hidden_dim", "intermediate_dim")):
+            raise ConfigError(
+                f"{key}: HybriMoEExperts replaces a layer's routed experts (`...mlp.experts`), "
+                f"found {type(orig_module).__name__}"
+            )
         activation = getattr(config, "hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")

@@ -50,7 +50,7 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 def test_metadata_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"qwen3moe\.embedding_length is missing"):
-        load_model(gguf(tmp_path / "m.gguf", "qwen3moe", expert_count=8))
+        load_model(gguf(tmp_path / "m.gguf", "qwen3moe", expert_count=8, block_count=2))
 
 
 def _configuration(model: GeneratedModel, folder: Path, **changes: object) -> Path:

@@ -72,7 +72,7 @@ class Architecture:
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Return the Transformers configuration that the file's metadata describes."""
         key = self.key(file)
-        missing = [name for name in self.keys.values() if key(name) is None]
+        missing = [name for name in ("block_count", *self.keys.values()) if key(name) is None]
         if missing:
             raise ModelError(
                 f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead"

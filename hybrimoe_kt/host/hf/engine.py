@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from hybrimoe_kt.errors import CapacityError, KernelError
+from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
 
 from .loading import LoadedModel
 from .profiler import TimeShares
@@ -29,7 +29,6 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 0.7
     top_p: float = 0.95
-    top_k: int = 0
     seed: int | None = None
 
 
@@ -176,8 +175,9 @@ class Engine:
         if common == 0 or self._cache.get_seq_length() < common:
             self.reset()
             return 0
-        if self._cache.get_seq_length() > common:
-            self._cache.crop(common)
+        surplus = self._cache.get_seq_length() - common
+        if surplus > 0:
+            self._cache.crop(-surplus)  # this version of Transformers counts from the end only
         self._cached_ids = self._cached_ids[:common]
         return common
 
@@ -187,7 +187,13 @@ class Engine:
         if len(prompt) >= self.context_tokens:
             raise CapacityError(
                 f"the conversation has {len(prompt)} tokens, the context holds {self.context_tokens} with the answer; "
-                f"shorten it, or start a new one with /reset"
+                f"shorten it, or start a new one"
+            )
+        known = self.model.get_input_embeddings().num_embeddings
+        if max(prompt) >= known:
+            raise ModelError(
+                f"token {max(prompt)} of the prompt is not one of the model's {known}; "
+                f"the tokenizer belongs to another model"
             )
 
     def reset(self) -> None:
@@ -219,7 +225,7 @@ class _Draw:
     """Chooses one token from logits `[vocab]`; the same seed draws the same tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._greedy = sampling.temperature <= 0
+        self._greedy = sampling.temperature < 1e-6  # below, dividing by it overflows
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -228,8 +234,6 @@ class _Draw:
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k > 0:
-                self._warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 

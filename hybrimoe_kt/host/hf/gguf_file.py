@@ -49,7 +49,13 @@ class GgufFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.files = _resolve(Path(path))
+        try:
+            self._open(Path(path))
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def _open(self, path: Path) -> None:
+        self.files = _resolve(path)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         self._mappings: list[np.memmap] = []
@@ -98,6 +104,8 @@ def _resolve(path: Path) -> list[Path]:
     if not match:
         return [path]
     count = int(match["count"])
+    if count == 0:
+        raise ModelError(f"{path}: a split model of 0 files; restore the original name")
     names = [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1)]
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
@@ -108,7 +116,7 @@ def _resolve(path: Path) -> list[Path]:
 
 
 def _first_in_directory(directory: Path) -> Path:
-    files = sorted(directory.glob("*.gguf"))
+    files = sorted(file for file in directory.glob("*.gguf") if file.is_file())
     if not files:
         raise ModelError(f"{directory}: no .gguf file in this directory")
     models = {(_SPLIT_NAME.match(file.name) or {"stem": file.name})["stem"] for file in files}
@@ -119,6 +127,8 @@ def _first_in_directory(directory: Path) -> Path:
 
 def _check_split_count(file: Path, metadata: dict[str, Any], num_files: int) -> None:
     count = metadata.get("split.count", 0)
+    if not isinstance(count, int):
+        raise ModelError(f"{file}: damaged GGUF: split.count is {count!r}")
     if count > 1 and count != num_files:
         raise ModelError(
             f"{file}: one split of {count}, but its name does not end in -00001-of-{count:05d}.gguf, "
@@ -164,6 +174,8 @@ class _Header:
         if kind != _ARRAY:
             raise ModelError(f"{self.file}: damaged GGUF: metadata value of unknown type {kind}")
         item_kind, count = *self.scalars("I"), *self.scalars("Q")
+        if item_kind == _ARRAY:
+            raise ModelError(f"{self.file}: damaged GGUF: an array of arrays")
         if item_kind in _SCALARS:
             if count > len(self.blob):
                 self.take(count)  # raises: no array can be longer than its file
@@ -185,6 +197,8 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], np.memmap
     metadata = {header.string(): header.value(*header.scalars("I")) for _ in range(num_values)}
     table = [_table_entry(header) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ModelError(f"{file}: damaged GGUF: general.alignment is {alignment!r}, not a power of two")
     start = math.ceil(header.position / alignment) * alignment
     return metadata, {name: _view(file, blob, start, name, *rest) for name, *rest in table}, blob
 

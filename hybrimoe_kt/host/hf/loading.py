@@ -8,6 +8,7 @@ float32, progress bar and load report. Transformers' internals are touched here 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = ["LoadedModel", "load_model"]
 logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass
@@ -108,6 +110,7 @@ def load_model(
     file = GgufFile(gguf_path)
     architecture = architecture_of(file)
     config = _config(file, architecture, model_path)
+    _check_consistent(file, architecture, config)
     rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.model_type)
     rules = rule_engine.load_rules(rules_file)
     loader = GgufLoader(file, option_overrides)
@@ -154,21 +157,41 @@ def _config(file: GgufFile, architecture: Architecture, model_path: str | Path |
         raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a file may hold that is no configuration
         raise ModelError(f"{path}/config.json cannot be used: {_first_line(error)}") from None
     if config.model_type != architecture.model_type:
         raise ModelError(
             f"{path} describes a {config.model_type} model, {file.path} holds {architecture.gguf} "
             f"({architecture.model_type}); they belong to different models"
         )
+    config.__dict__.pop("quantization_config", None)  # it describes other files than the GGUF
     return config
+
+
+def _check_consistent(file: GgufFile, architecture: Architecture, config: Any) -> None:
+    """Refuse a configuration that would silently run another model than the file holds, or build one without end."""
+    blocks = {int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))}
+    ahead = architecture.key(file)("nextn_predict_layers", 0)
+    found = 1 + max(blocks, default=-1) - (ahead if isinstance(ahead, int) else 0)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    stated = architecture.key(file)("expert_used_count")
+    if config.num_hidden_layers != found:
+        raise ModelError(f"{file.path}: holds {found} layers, its configuration says {config.num_hidden_layers}")
+    if config.num_experts_per_tok != stated or not (isinstance(stated, int) and 1 <= stated <= (experts or stated)):
+        raise ModelError(
+            f"{file.path}: routes each token to {stated} of {experts} experts, "
+            f"its configuration says {config.num_experts_per_tok}"
+        )
+    groups, used = (getattr(config, name, None) or 1 for name in ("n_group", "topk_group"))
+    if experts and (experts % groups or not 1 <= used <= groups):
+        raise ModelError(f"{file.path}: {experts} experts cannot be routed by {used} of {groups} groups")
 
 
 def _config_from_metadata(file: GgufFile, architecture: Architecture) -> Any:
     try:
         values = architecture.config(file)
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(f"{file.path}: its metadata describes no usable model: {_first_line(error)}") from None
 
 

@@ -33,7 +33,7 @@ def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedT
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise ModelError(f"{file.path}: holds no tokenizer; give --model_path a directory that has one")
     split = file.metadata.get("tokenizer.ggml.pre", "default")
-    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in _FAITHFUL_PRE_TOKENIZERS:
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and str(split) not in _FAITHFUL_PRE_TOKENIZERS:
         logger.warning(
             "%s: the tokenizer is rebuilt from the file, and its text splitting (%s) is only approximated; "
             "give --model_path the model's own tokenizer for exact tokens",
