@@ -16,7 +16,7 @@ from rich.table import Table
 
 from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
 
-from .chat_output import StreamPrinter, flatten, summary_line
+from .chat_output import StreamPrinter, flatten, summary_line, visible
 
 __all__ = ["ChatEngine", "ChatOptions", "run_chat"]
 
@@ -87,7 +87,8 @@ def run_chat(
     if isinstance(console.file, io.TextIOWrapper):  # a terminal that is not UTF-8 shows "?" rather than a traceback
         console.file.reconfigure(errors="replace")
     chat = _Chat(engine, options, console)
-    console.print(f"{engine.model_name}: type a message, /help for help, Ctrl-D to leave", style="dim", markup=False)
+    name = visible(engine.model_name)
+    console.print(f"{name}: type a message, /help for help, Ctrl-D to leave", style="dim", markup=False)
     try:
         while chat.handle(messages):
             pass

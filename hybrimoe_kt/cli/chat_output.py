@@ -13,10 +13,10 @@ __all__ = ["StreamPrinter", "flatten", "summary_line", "visible"]
 TAB = "    "
 
 
-def visible(text: str) -> str:
-    """Drop what could steer the terminal (a model may write escape sequences); keep newlines, expand tabs."""
-    kept = text.replace("\r\n", "\n").replace("\t", TAB)
-    return "".join(char for char in kept if char == "\n" or unicodedata.category(char) not in ("Cc", "Cs"))
+def visible(text: str, tab: str = TAB) -> str:
+    """Drop what could steer the terminal (a model may write escape sequences); keep newlines, write tabs as `tab`."""
+    kept = text.replace("\r\n", "\n").replace("\t", tab)
+    return "".join(char for char in kept if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
 
 
 class StreamPrinter:

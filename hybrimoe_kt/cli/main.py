@@ -18,6 +18,7 @@ from rich.console import Console
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 
+from .chat_output import visible
 from .options import expert_overrides, parse
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(options, console)
     except HybriMoEError as error:
-        print(f"ktransformers: error: {error}", file=sys.stderr)
+        print(f"ktransformers: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -56,7 +57,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     prompt = None if interactive else _prompt(options, console)
     began = time.perf_counter()
     engine = load_engine(options, console)
-    console.print(f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)")
+    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
+    console.print(visible(loaded), markup=False)
     if prompt is None:
         from .chat import run_chat
 
@@ -143,7 +145,7 @@ def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, conso
     try:
         for piece in answer:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            print(visible(piece, tab="\t"), end="", flush=True)
     except KeyboardInterrupt:
         stop.set()
         answer.close()

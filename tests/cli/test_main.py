@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
@@ -142,3 +145,38 @@ def test_help_shows_an_example() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert "ktransformers --gguf_path" in done.stdout
+
+
+class FakeEngine:
+    """Answers at once, with a name and a text that nobody should print as they are."""
+
+    model_name = "x [/red] \x1b[2J"
+    shares = None
+    context_tokens = 64
+    runtime = SimpleNamespace(accelerator=None, describe=lambda: "experts on the CPU")
+    heard: str
+
+    def stream(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        self.heard = messages[-1]["content"]
+        yield from ("a\tb \x1b]0;t", "itle\x07 c")
+
+    def last_run(self) -> dict[str, Any]:
+        counts = dict.fromkeys(REQUIRED | {"prompt_tokens", "new_tokens", "reused_tokens", "prefetches"} - {"text"}, 1)
+        return counts | {"reused_tokens": 0}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(command, "load_engine", lambda options, console: fake)
+    return fake
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(
+    engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--prompt", "Hi", "--stats_json", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "a\tb ]0;title c\n"
+    assert "x [/red] [2J: experts on the CPU" in printed.err
+    assert json.loads((tmp_path / "s.json").read_text())["text"] == "a\tb \x1b]0;title\x07 c"
