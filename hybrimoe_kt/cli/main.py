@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ _DEFAULT_PROMPT = "Hello! How are you today?"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    _open_closed_streams()
     options = parse(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
@@ -44,8 +46,21 @@ def main(argv: list[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        discard_output()
         return 0
+
+
+def discard_output() -> None:
+    """Send what is still to be written nowhere, or the interpreter complains about it at exit."""
+    with contextlib.suppress(OSError, AttributeError):  # no file behind standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Give a stream that our starter closed the null device, which also keeps its number from other files."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
@@ -53,7 +68,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print(f"note: --{flag} has no effect here")
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
     _check_writable(options.stats_json)
-    interactive = options.prompt is None and options.prompt_file is None and sys.stdin.isatty()
+    given = options.prompt is not None or options.prompt_file is not None
+    interactive = not given and sys.stdin.isatty() and sys.stdout.isatty()
     prompt = None if interactive else _prompt(options, console)
     began = time.perf_counter()
     engine = load_engine(options, console)
@@ -90,14 +106,25 @@ def _model_file(options: argparse.Namespace) -> Path:
         return Path(options.gguf_path)
     if options.model_path is None:
         return Path(str(resources.files("hybrimoe_kt.models") / EMBEDDED_MODEL))
-    if not any(Path(options.model_path).glob("*.gguf")):
+    try:
+        names = os.listdir(options.model_path)
+    except OSError as error:
+        raise ModelError(f"--model_path {options.model_path}: {error.strerror}; give a directory") from None
+    if not any(name.endswith(".gguf") for name in names):
         raise ModelError(f"{options.model_path}: no .gguf file there; name one with --gguf_path")
     return Path(options.model_path)
 
 
 def _check_writable(file: Path | None) -> None:
-    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()):
-        raise ConfigError(f"--stats_json {file}: cannot be written there")
+    if file is None:
+        return
+    reason = "cannot be written there"
+    try:
+        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()
+    except OSError as error:  # such as a name longer than the file system takes
+        writable, reason = False, str(error.strerror)
+    if not writable:
+        raise ConfigError(f"--stats_json {file}: {reason}")
 
 
 def _prompt(options: argparse.Namespace, console: Console) -> str:
@@ -129,6 +156,18 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"standard input: {error.strerror}; use --prompt or --prompt_file") from None
+
+
+def _say(text: str, end: str = "") -> None:
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise ConfigError(f"the answer cannot be written to standard output: {error.strerror}") from None
 
 
 def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, console: Console) -> int:
@@ -145,22 +184,29 @@ def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, conso
     try:
         for piece in answer:
             pieces.append(piece)
-            print(visible(piece, tab="\t"), end="", flush=True)
+            _say(visible(piece, tab="\t"))
     except KeyboardInterrupt:
         stop.set()
         answer.close()
-    print()
+    _say("", end="\n")
     run = engine.last_run()
     console.print(statistics_line(run), style="dim")
     if engine.shares is not None:
         console.print(shares_line(engine.shares.per_token_ms()), style="dim")
-    if options.stats_json is not None:
-        report: dict[str, Any] = {"model": engine.model_name, "runtime": engine.runtime.describe()} | run
-        report |= {"text": "".join(pieces)}
-        if engine.shares is not None:
-            report["per_token_ms"] = engine.shares.per_token_ms()
-        options.stats_json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_report(engine, options.stats_json, run, "".join(pieces))
     return 130 if stop.is_set() else 0
+
+
+def _write_report(engine: Engine, file: Path | None, run: dict[str, Any], text: str) -> None:
+    if file is None:
+        return
+    report: dict[str, Any] = {"model": engine.model_name, "runtime": engine.runtime.describe()} | run | {"text": text}
+    if engine.shares is not None:
+        report["per_token_ms"] = engine.shares.per_token_ms()
+    try:
+        file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--stats_json {file}: {error.strerror}") from None
 
 
 def statistics_line(run: dict[str, Any]) -> str:

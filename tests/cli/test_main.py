@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -108,6 +109,9 @@ BAD = {
     "empty prompt": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"  \n")], "no text"),
     "two prompts": (lambda t, e: ["--prompt", "a", "--prompt_file", "b"], "not both"),
     "context overflow": (lambda t, e: ["--prompt", "very long " * 2000], "context holds 1024"),
+    "stats name too long": (lambda t, e: ["--prompt", "a", "--stats_json", t / ("n" * 300)], "File name too long"),
+    "model path too long": (lambda t, e: ["--model_path", t / ("n" * 300)], "File name too long"),
+    "model path missing": (lambda t, e: ["--model_path", t / "none"], "No such file"),
     "stats not writable": (lambda t, e: ["--prompt", "a", "--stats-json", t / "no" / "such.json"], "cannot be written"),
 }  # fmt: skip
 
@@ -180,3 +184,39 @@ def test_what_a_model_says_cannot_steer_the_terminal(
     assert printed.out == "a\tb ]0;title c\n"
     assert "x [/red] [2J: experts on the CPU" in printed.err
     assert json.loads((tmp_path / "s.json").read_text())["text"] == "a\tb \x1b]0;title\x07 c"
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that must fail with exit code 2, and return its last line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+@needs_full
+def test_output_that_cannot_be_written_is_one_sentence(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--stats_json /dev/full: No space left" in failure(capsys, "--prompt", "Hi", "--stats_json", "/dev/full")
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert "to standard output: No space left" in failure(capsys, "--prompt", "Hi")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_needs_a_terminal_on_both_sides(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = Terminal()
+    monkeypatch.setattr(typed, "buffer", io.BytesIO(b"typed"), raising=False)
+    for stdin, heard in ((typed, "typed"), (None, "Hello! How are you today?")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main([]) == 0
+        assert engine.heard == heard
+    assert "answering 'Hello! How are you today?'" in capsys.readouterr().err
