@@ -25,8 +25,8 @@ help:
 	@echo "make wheel      dist/*.whl"
 
 chat: $(VENV)/.ready-run
-	@$(BIN)/ktransformers $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
-export PROMPT
+	@$(BIN)/ktransformers $(if $(value PROMPT),--prompt "$$PROMPT") $(ARGS)
+override export PROMPT := $(value PROMPT)
 
 venv: $(VENV)/.ready-dev
 
@@ -74,7 +74,8 @@ ifeq ($(CUDA),1)
 else
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2
+	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2 || \
+	  echo "kt-kernel 0.7.2 has no build for this machine (it has for CPython 3.11 and 3.12 on x86-64 Linux): use --cpu_backend torch_reference"
 endif
 	touch $@
 

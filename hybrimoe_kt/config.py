@@ -92,6 +92,7 @@ class ExpertOptions:
     """Where slots live: "none" (all experts on the CPU), "emulated", "cuda", "xpu"; auto takes what is found."""
     cpu_backend: str = "llamafile"
     gpu_backend: str = "auto"
+    """Who computes experts on the accelerator; torch_reference is the only one so far."""
     cpu_threads: int = 0
     """Threads computing CPU experts; 0 chooses from the machine's cores."""
     cache_size: CacheSize = field(default_factory=CacheSize)

@@ -175,3 +175,93 @@ def _split(whole: GgufFile, folder: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _with_metadata(whole: GgufFile, path: Path, changes: dict[str, object]) -> Path:
+    """Write the model again with some metadata replaced; None drops a key."""
+    writer = GGUFWriter(str(path), whole.architecture)
+    for key, value in (whole.metadata | changes).items():
+        if key == "general.architecture" or value is None:
+            continue
+        add = writer.add_array if isinstance(value, list) else _ADD[type(value)].__get__(writer)
+        add(key, value)
+    for tensor in whole.tensors.values():
+        raw = np.array(tensor.data).reshape(*tensor.shape[:-1], -1)
+        writer.add_tensor(tensor.name, raw, raw_dtype=Type(tensor.ggml_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+_ADD = {int: GGUFWriter.add_int64, float: GGUFWriter.add_float64, str: GGUFWriter.add_string, bool: GGUFWriter.add_bool}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qwen3moe.block_count": 1}, "holds 2 layers, its configuration says 1"),
+        ({"qwen3moe.block_count": 2**31 - 1}, "holds 2 layers"),
+        ({"qwen3moe.block_count": None}, "block_count is missing"),
+        ({"qwen3moe.block_count": "two"}, "no usable model"),
+        ({"qwen3moe.expert_used_count": 0}, "to 0 of 8 experts"),
+        ({"qwen3moe.expert_used_count": 9}, "to 9 of 8 experts"),
+        ({"qwen3moe.attention.head_count": 0}, "model"),
+        ({"qwen3moe.attention.head_count": [4, 4]}, "model"),
+        ({"qwen3moe.embedding_length": -256}, "model"),
+        ({"qwen3moe.rope.freq_base": "fast"}, "model"),
+    ],
+    ids=str,
+)
+def test_metadata_that_contradicts_the_tensors(
+    generated: Make, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = _with_metadata(GgufFile(generated(Shape()).path), tmp_path / "m.gguf", changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+
+
+def test_metadata_written_again_is_the_same_model(generated: Make, tmp_path: Path) -> None:
+    """Guards the test above: without changes the rewritten file loads."""
+    path = _with_metadata(GgufFile(generated(Shape()).path), tmp_path / "m.gguf", {})
+    assert load_model(path, progress=False, option_overrides={"cpu_backend": "torch_reference"}).model is not None
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {"num_experts_per_tok": 3}])
+def test_a_configuration_that_would_run_another_model(generated: Make, tmp_path: Path, changes: dict[str, int]) -> None:
+    model = generated(Shape())
+    with pytest.raises(ModelError, match="its configuration says"):
+        load_model(model.path, model_path=_configuration(model, tmp_path, **changes), progress=False)
+
+
+def test_a_configurations_own_quantisation_is_not_the_files(generated: Make, tmp_path: Path) -> None:
+    model = generated(Shape())
+    folder = _configuration(model, tmp_path, quantization_config={"quant_method": "fp8", "fmt": "e4m3"})
+    assert load_model(model.path, model_path=folder, progress=False).model is not None
+
+
+@pytest.mark.parametrize("name", ["mlp$", r"self_attn$", r"mlp\\.gate$"])
+def test_the_experts_operator_on_another_module(generated: Make, tmp_path: Path, name: str) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        f"- match: {{name: '{name}'}}\n  replace: {{class: hybrimoe_kt.operators.experts.HybriMoEExperts}}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError, match="replaces a layer's routed experts"):
+        load_model(generated(Shape()).path, rules_path=rules, progress=False)
+
+
+@pytest.mark.parametrize("alignment", [0, 7, "wide"])
+def test_an_alignment_that_cannot_be(embedded_model: Path, tmp_path: Path, alignment: object) -> None:
+    path = _with_metadata(GgufFile(embedded_model), tmp_path / "m.gguf", {"general.alignment": alignment})
+    with pytest.raises(ModelError, match=r"general\.alignment is"):
+        GgufFile(path)
+
+
+def test_an_unreadable_path(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        GgufFile("x" * 5000)
+    (tmp_path / "x.gguf").mkdir()
+    with pytest.raises(ModelError, match=r"no \.gguf file"):
+        GgufFile(tmp_path)

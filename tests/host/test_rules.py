@@ -150,6 +150,7 @@ BAD_FILES = {
     "merge of a number": ("- match: {name: a}\n  replace: {<<: 3}\n", 2, "not valid YAML"),
     "no date": ("- match: {name: a}\n  replace:\n    kwargs: {d: 2001-99-99}\n", 3, "not valid YAML: month must be"),
     "deep": ("[" * 1200, None, "nests too deeply"),
+    "deep kwargs": (f"- match: {{name: a}}\n  replace:\n    kwargs: {'{a: ' * 400}1{'}' * 400}\n", 3, "too deeply"),
     "rule no mapping": ("- hello\n", 1, "'rule' must be a mapping"),
     "no match": ("- replace: {class: default}\n", 1, "'match' is missing"),
     "no replace": ("# x\n- match: {name: a}\n", 2, "'replace' is missing"),
@@ -327,6 +328,15 @@ def test_injects_parents_and_the_children_of_the_original(write):
     assert "" not in loader.tensor_device_map
 
 
+@pytest.mark.parametrize("code", ["x = (", "1 / 0", "raise RuntimeError", "import no_such_package"])
+def test_a_module_that_fails_on_import_is_named_with_its_rule(write, tmp_path, monkeypatch, code):
+    (tmp_path / "broken_operator.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model, found = injections(write, "broken_operator.Operator")
+    with pytest.raises(RuleError, match=r"rule 1: replace\.class 'broken_operator\.Operator' cannot be imported: \S"):
+        inject(model, found, gguf_loader=None, config=None)
+
+
 def test_construct_builds_the_operator(write):
     model, found = injections(write, "rule_operators.Operator", "{size: 3}")
     seen = []
@@ -349,6 +359,7 @@ BAD_OPERATORS = {
     ("rule_operators.NeedyOperator", "{}"): "needs the option 'colour'",
     ("torch.nn.Linear", "{}"): "is not an operator: its constructor does not take key, gguf_loader",
     ("builtins.type", "{}"): "is not an operator",
+    ("torch.nn.Module", "{}"): "is not an operator",
     ("rule_operators.NotAModule", "{}"): "is not a torch.nn.Module",
     ("ktransformers.operators.linear.KTransformerLinear", "{}"): "KTransformersLinear'?",
 }

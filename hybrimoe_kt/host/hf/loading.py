@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def load_model(
         injections = rule_engine.match_modules(model, rules, default_device=device)
         for rule in rule_engine.unused_rules(rules, injections):
             loaded.warnings.append(f"{rules_file}:{rule.line}: rule {rule.number} matches no module of this model")
+        loaded.warnings += _ignored_devices(injections, device)
         rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=None)
 
     skeleton = _skeleton(config)
@@ -147,6 +148,19 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def _ignored_devices(injections: Mapping[str, rule_engine.Injection], device: str) -> list[str]:
+    """Say once that a rule's devices do not move anything: this host keeps dense weights on one device."""
+    kind = torch.device(device).type
+    for injection in injections.values():
+        named = {injection.kwargs.get(key) for key in ("generate_device", "prefill_device")} - {None, kind, device}
+        if injection.rule is not None and named:
+            rule = injection.rule
+            return [
+                f"rule {rule.number} (line {rule.line}) names {sorted(map(str, named))[0]}; the model runs on {device}"
+            ]
+    return []
 
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:

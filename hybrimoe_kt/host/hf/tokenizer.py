@@ -74,7 +74,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-    return list(ids)
+    try:
+        filled = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template is a program of the file's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
+    return list(filled["input_ids"])
