@@ -241,7 +241,7 @@ def test_a_configurations_own_quantisation_is_not_the_files(generated: Make, tmp
     assert load_model(model.path, model_path=folder, progress=False).model is not None
 
 
-@pytest.mark.parametrize("name", ["mlp$", r"self_attn$", r"mlp\\.gate$"])
+@pytest.mark.parametrize("name", ["mlp$", r"self_attn$", r"mlp\.gate$"])
 def test_the_experts_operator_on_another_module(generated: Make, tmp_path: Path, name: str) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(
