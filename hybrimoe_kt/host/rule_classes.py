@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from hybrimoe_kt.errors import ConfigError, RuleError, nearest
 
 from . import aliases
@@ -74,9 +76,10 @@ def _resolve(rule: Rule, name: str, written: str, key: str) -> type:
         raise rule.error(f"{key} {written!r} is not a dotted path such as torch.nn.Linear", key)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:  # the last two: names such as ".x" and "a..b"
-        raise rule.error(f"{key} {written!r} cannot be imported: {error}{aliases.legacy_hint(name)}", key) from None
-    cls = getattr(module, class_name, None)
+        cls = getattr(module, class_name, None)  # some modules import their parts only now
+    except Exception as error:  # a user's module may fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise rule.error(f"{key} {written!r} cannot be imported: {reason}{aliases.legacy_hint(name)}", key) from error
     if cls is None:
         hint = nearest(class_name, (item for item, value in vars(module).items() if inspect.isclass(value)))
         raise rule.error(f"{key} {written!r}: module {module_name} has no class {class_name!r}{hint}", key)
@@ -87,6 +90,8 @@ def _resolve(rule: Rule, name: str, written: str, key: str) -> type:
 
 def _options(cls: type) -> dict[str, inspect.Parameter] | None:
     """Return what a class takes beside the contract, None when it does not take the contract itself."""
+    if cls.__init__ is nn.Module.__init__:  # takes anything by its signature, and refuses it when called
+        return None
     try:
         parameters = dict(inspect.signature(cls).parameters)
     except ValueError:  # some built-in classes tell nothing

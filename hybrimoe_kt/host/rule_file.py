@@ -177,6 +177,8 @@ class _Reader:
             raise _yaml_error(self.file, error, self.number) from None
         except ValueError as error:  # text that looks like a date or a number and is none
             raise self.fail(f"not valid YAML: {error}", node) from None
+        except RecursionError:
+            raise self.fail("nests too deeply to be a rule", node) from None
 
     def text(self, node: yaml.Node, key: str) -> str:
         value = self.value(node)
