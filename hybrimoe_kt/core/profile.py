@@ -82,6 +82,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
                 f"profile {text}: cannot be read ({error.strerror}); give a JSON file or one of: "
                 f"{', '.join(builtin_profiles())}"
             ) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"profile {text}: not UTF-8 text (byte {error.start}); give a JSON file") from None
         return parse_profile(content, name=path.stem, file=text)
     if text not in builtin_profiles():
         raise ConfigError(unknown_name("profile", text, builtin_profiles()))
@@ -95,6 +97,8 @@ def parse_profile(content: str, *, name: str, file: str) -> Profile:
         data = json.loads(content)
     except json.JSONDecodeError as error:
         raise ConfigError(f"profile {file}:{error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ConfigError(f"profile {file}: nests too deeply to be a profile") from None
     if not isinstance(data, dict):
         raise ConfigError(f"profile {file}: must be a JSON object with the keys {', '.join(_ALL_KEYS)}")
     _check_keys(data, file)
