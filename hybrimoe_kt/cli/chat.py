@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -77,16 +77,21 @@ class MessageSource(Protocol):
 
 
 def run_chat(
-    engine: ChatEngine, options: ChatOptions, console: Console, *, messages: MessageSource | None = None
+    engine: ChatEngine,
+    options: ChatOptions,
+    console: Console,
+    *,
+    messages: MessageSource | None = None,
+    after_answer: Callable[[dict[str, Any], str], None] | None = None,
 ) -> int:
-    """Talk until the user leaves, and return the exit code."""
+    """Talk until the user leaves, and return the exit code; `after_answer` gets each answer's numbers and text."""
     if messages is None:
         from .chat_input import MessagePrompt
 
         messages = MessagePrompt()
     if isinstance(console.file, io.TextIOWrapper):  # a terminal that is not UTF-8 shows "?" rather than a traceback
         console.file.reconfigure(errors="replace")
-    chat = _Chat(engine, options, console)
+    chat = _Chat(engine, options, console, after_answer)
     name = visible(engine.model_name)
     console.print(f"{name}: type a message, /help for help, Ctrl-D to leave", style="dim", markup=False)
     try:
@@ -102,8 +107,14 @@ class _Abandoned(Exception):
 
 
 class _Chat:
-    def __init__(self, engine: ChatEngine, options: ChatOptions, console: Console) -> None:
-        self.engine, self.options, self.console = engine, options, console
+    def __init__(
+        self,
+        engine: ChatEngine,
+        options: ChatOptions,
+        console: Console,
+        after_answer: Callable[[dict[str, Any], str], None] | None,
+    ) -> None:
+        self.engine, self.options, self.console, self.after_answer = engine, options, console, after_answer
         self.conversation: list[dict[str, str]] = []
 
     def handle(self, messages: MessageSource) -> bool:
@@ -158,7 +169,10 @@ class _Chat:
             self.note("stopped" if text else "stopped before the first word; this message is forgotten")
         elif not text:
             self.note("the model said nothing; this message is forgotten")
-        self.note(summary_line(self.engine.last_run()))
+        run = self.engine.last_run()
+        self.note(summary_line(run))
+        if self.after_answer is not None:
+            self.after_answer(run, text)
 
     def stream(self, turn: list[dict[str, str]], stop: threading.Event, pieces: list[str]) -> None:
         file = self.console.file

@@ -60,7 +60,7 @@ def _open_closed_streams() -> None:
     """Give a stream that our starter closed the null device, which also keeps its number from other files."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
@@ -75,11 +75,35 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     engine = load_engine(options, console)
     loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
     console.print(visible(loaded), markup=False)
-    if prompt is None:
-        from .chat import run_chat
+    _note_unused(engine, options, console)
+    return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
 
-        return run_chat(engine, options, Console(highlight=False))
-    return _answer_once(engine, options, prompt, console)
+
+def _note_unused(engine: Engine, options: argparse.Namespace, console: Console) -> None:
+    """Say which options the loaded model cannot follow."""
+    if engine.runtime.accelerator is None:
+        for flag in ("cache_size", "policy", "scheduler", "prefetch_size", "prefetch_depth"):
+            if getattr(options, flag) is not None:
+                console.print(f"note: --{flag} has no effect without an accelerator")
+    if options.cache_lens is not None and options.cache_lens > engine.context_tokens:
+        console.print(f"note: --cache_lens {options.cache_lens}: the model's limit is {engine.context_tokens} tokens")
+
+
+def _chat(engine: Engine, options: argparse.Namespace) -> int:
+    from .chat import run_chat
+
+    screen = Console(highlight=False)
+    last = engine.last_run(), ""
+
+    def after_answer(run: dict[str, Any], text: str) -> None:
+        nonlocal last
+        last = run, text
+        if engine.shares is not None:
+            screen.print(shares_line(engine.shares.per_token_ms()), style="dim")
+
+    code = run_chat(engine, options, screen, after_answer=after_answer)
+    _write_report(engine, options.stats_json, *last)
+    return code
 
 
 def load_engine(options: argparse.Namespace, console: Console) -> Engine:
@@ -129,7 +153,8 @@ def _check_writable(file: Path | None) -> None:
 
 def _prompt(options: argparse.Namespace, console: Console) -> str:
     if options.prompt is not None:
-        text, source = options.prompt, "--prompt"
+        # Bytes that are not valid in the user's encoding arrive as surrogates, which no tokenizer takes.
+        text, source = options.prompt.encode("utf-8", "replace").decode(), "--prompt"
     elif options.prompt_file is not None:
         text, source = _read_prompt(options.prompt_file), str(options.prompt_file)
     else:

@@ -36,11 +36,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _whole(low: int) -> Any:
+def _whole(low: int, high: int | None = None) -> Any:
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+
     def convert(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {wanted}")
+        return value
 
     return convert
 
@@ -99,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
     answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
-    answer.add_argument("--seed", type=_whole(0), metavar="N", help="the same seed draws the same tokens")
+    answer.add_argument("--seed", type=_whole(0, 2**63 - 1), metavar="N", help="the same seed draws the same tokens")
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help="auto, none, emulated, cuda[:N], xpu[:N]")
     experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")

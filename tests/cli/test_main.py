@@ -105,6 +105,9 @@ BAD = {
     "unknown accelerator": (lambda t, e: ["--accelerator", "emulatd"], "did you mean 'emulated'"),
     "unknown flag": (lambda t, e: ["--max_new_token", "3"], "--max_new_tokens"),
     "not a number": (lambda t, e: ["--max_new_tokens", "ten"], "'ten' is not a whole number"),
+    "not a digit": (lambda t, e: ["--max_new_tokens", "²"], "'²' is not a whole number of at least 1"),
+    "two signs": (lambda t, e: ["--max_new_tokens=--3"], "'--3' is not a whole number"),
+    "seed too large": (lambda t, e: ["--seed", str(2**63)], "is not a whole number from 0 to"),
     "prompt not UTF-8": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"\xff\xfe hello")], "not UTF-8"),
     "empty prompt": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"  \n")], "no text"),
     "two prompts": (lambda t, e: ["--prompt", "a", "--prompt_file", "b"], "not both"),
@@ -220,3 +223,49 @@ def test_chat_needs_a_terminal_on_both_sides(
         assert main([]) == 0
         assert engine.heard == heard
     assert "answering 'Hello! How are you today?'" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_unicode_reaches_the_model_with_marks(engine: FakeEngine) -> None:
+    assert main(["--prompt", "caf\udce9 \ud800"]) == 0
+    assert engine.heard == "caf? ?"
+
+
+def test_options_that_the_model_cannot_follow_are_noted(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--prompt", "Hi", "--cache_size", "4", "--prefetch_size", "1", "--cache_lens", "99"]
+    assert main(given) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: --cache_size has no effect without an accelerator",
+        "note: --prefetch_size has no effect without an accelerator",
+        "note: --cache_lens 99: the model's limit is 64 tokens",
+    ]
+    monkeypatch.setattr(engine, "runtime", SimpleNamespace(accelerator="emulated", describe=lambda: "slots"))
+    assert main(given[:-2]) == 0
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_a_chat_reports_its_last_answer(
+    engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Typed:
+        def __init__(self) -> None:
+            self.messages = ["first", "second"]
+
+        def read(self) -> str:
+            if not self.messages:
+                raise EOFError
+            return self.messages.pop(0)
+
+    shares = dict.fromkeys(("experts", "attention", "overhead", "other", "total"), 0.5)
+    monkeypatch.setattr(engine, "shares", SimpleNamespace(per_token_ms=lambda: shares))
+    monkeypatch.setattr("hybrimoe_kt.cli.chat_input.MessagePrompt", Typed)
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True)
+    assert main(["--verbose", "--stats_json", str(tmp_path / "s.json")]) == 0
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert engine.heard == "second"
+    assert report.keys() >= REQUIRED | {"model", "runtime", "per_token_ms"}
+    assert report["text"] == "a\tb \x1b]0;title\x07 c"
+    assert capsys.readouterr().out.count("a token took 0.50 ms") == 2
