@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 
 from .chat_output import visible
 from .options import expert_overrides, parse
+from .streams import discard_output, open_closed_streams
 
 if TYPE_CHECKING:
     from hybrimoe_kt.host.hf.engine import Engine
@@ -33,7 +33,7 @@ _DEFAULT_PROMPT = "Hello! How are you today?"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    _open_closed_streams()
+    open_closed_streams()
     options = parse(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
@@ -48,19 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 0
-
-
-def discard_output() -> None:
-    """Send what is still to be written nowhere, or the interpreter complains about it at exit."""
-    with contextlib.suppress(OSError, AttributeError):  # no file behind standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _open_closed_streams() -> None:
-    """Give a stream that our starter closed the null device, which also keeps its number from other files."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:

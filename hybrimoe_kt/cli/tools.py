@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import HybriMoEError, unknown_name
+
+from .streams import discard_output, open_closed_streams
 
 
 class Command(NamedTuple):
@@ -44,6 +45,7 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one sentence on stderr and exit code 2."""
+    open_closed_streams()
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
@@ -55,15 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hybrimoe: {unknown_name('command', args[0], COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
     try:
-        return int(importlib.import_module(COMMANDS[args[0]].module).main(args[1:]) or 0)
+        code = int(importlib.import_module(COMMANDS[args[0]].module).main(args[1:]) or 0)
+        sys.stdout.flush()  # here rather than at exit, where nobody catches what goes wrong
+        return code
     except HybriMoEError as error:
         print(f"hybrimoe {args[0]}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough: `hybrimoe simulate --json | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
+    except OSError as error:
+        discard_output()
+        reason = f"{error.filename or 'standard output'}: {error.strerror}" if error.strerror else str(error)
+        print(f"hybrimoe {args[0]}: {reason}", file=sys.stderr)
+        return USAGE_ERROR
 
 
 if __name__ == "__main__":

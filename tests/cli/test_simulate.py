@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], arguments
     assert err.startswith("hybrimoe simulate: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_a_binary_profile_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    code, _, err = run(capsys, "simulate", *SMALL, "--hardware", str(file))
+    assert code == 2
+    assert "profile.json: not UTF-8 text" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(["rules", "list"]) == 2
+    assert capsys.readouterr().err == "hybrimoe rules: standard output: No space left on device\n"
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
