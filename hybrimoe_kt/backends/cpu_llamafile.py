@@ -195,14 +195,14 @@ class LlamafileBackend:
             )
         if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
             raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
-        if ids.shape[0] != num_tokens or ids.shape[1] > experts.top_k:
+        if ids.shape[0] != num_tokens or not 1 <= ids.shape[1] <= experts.top_k:
             raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
         # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
-        if not math.isfinite(hidden.sum().item()):
+        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
             raise KernelError(
                 f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)"
             )
-        if not math.isfinite(weights.sum().item()):
+        if not math.isfinite(weights.sum().item()) and not weights.isfinite().all():
             raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
         _check_ids(experts, ids)
 
@@ -260,6 +260,8 @@ def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
         ordered = ids.sort(dim=1).values
         duplicated = bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
         top = int(ordered[:, -1].max())
+    if int(ids.min()) < -1:
+        raise KernelError(f"expert {int(ids.min())} routed in layer {experts.layer}; -1 is the one negative id")
     if top >= experts.num_experts:
         raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
     if duplicated:

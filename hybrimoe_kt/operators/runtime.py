@@ -229,7 +229,7 @@ class Runtime:
         began = now()
         hidden = hidden.to(device="cpu", dtype=torch.float32).contiguous()
         ids, weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
-        if not math.isfinite(hidden.sum().item()):
+        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
             raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
         routing = routing_of(layer, ids, weights, logits if self.wants_scores else None)
         plan = self.coordinator.plan(routing)

@@ -120,6 +120,7 @@ BAD_CALLS = {
     "no tokens": (step(0), "0 tokens"),
     "top_k too large": (_change(ids=torch.arange(8).expand(2, 8), weights=torch.ones(2, 8)), "at most 3"),
     "expert out of range": (_change(ids=torch.tensor([[0, 1, 8], [0, 1, 2]])), "expert 8 routed in layer 0"),
+    "negative id": (_change(ids=torch.tensor([[0, 1, -5], [0, 1, 2]])), "expert -5 routed in layer 0"),
     "duplicate": (_change(ids=torch.tensor([[0, 1, 2], [4, 5, 4]])), "names the same expert twice"),
     "fewer ids than tokens": (_change(ids=IDS_2[:1], weights=WEIGHTS_2[:1]), "routing is"),
 }  # fmt: skip

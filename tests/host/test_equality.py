@@ -93,23 +93,23 @@ def test_emulated_runs_really_use_slots(generated: Callable[[Shape], GeneratedMo
 
 @given(
     capacity=st.integers(0, 8),
-    policy=st.sampled_from(["mrs", "lru"]),
+    policy=st.sampled_from(["adaptive", "mrs", "lru", "least_stale"]),
     scheduler=st.sampled_from(["paper", "balanced", "static", "gpu_only", "cpu_only"]),
     prefetch_size=st.integers(0, 4),
     prefetch_depth=st.integers(1, 3),
-    chunk=st.sampled_from([64, 512]),
+    predictor=st.sampled_from(["stale_gate", "corrected_gate", "history", "transition"]),
 )
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_outputs_are_identical_whatever_decides(
     generated: Callable[[Shape], GeneratedModel],
-    capacity: int, policy: str, scheduler: str, prefetch_size: int, prefetch_depth: int, chunk: int,
+    capacity: int, policy: str, scheduler: str, prefetch_size: int, prefetch_depth: int, predictor: str,
 ) -> None:  # fmt: skip
     """Bit for bit: where an expert runs, and what the cache holds, never shows in the output."""
     model = generated(Shape(layers=3))
     reference = _identity_reference(model)
     ours = load(
         model, accelerator="emulated", cache_size=capacity, policy=policy, scheduler=scheduler,
-        prefetch_size=prefetch_size, prefetch_depth=prefetch_depth, max_chunk_tokens=chunk,
+        prefetch_size=prefetch_size, prefetch_depth=prefetch_depth, predictor=predictor,
     )  # fmt: skip
     tokens, rows = greedy(ours.model, PROMPT, 8)
     assert tokens == reference[0]
