@@ -1,5 +1,6 @@
 """A state machine over the cache: slots unique, pins never evicted, failed evictions change nothing."""
 
+# Subnormal floats are left out: kt-kernel, once loaded, makes the whole process flush them to zero.
 from __future__ import annotations
 
 from hypothesis import settings
@@ -54,7 +55,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.complete(expert)
         self.loading.pop(expert, None)
 
-    @rule(step=st.floats(0.0, 3.0))
+    @rule(step=st.floats(0.0, 3.0, allow_subnormal=False))
     def settle(self, step: float) -> None:
         self.now_s += step
         self.cache.settle(self.now_s)
