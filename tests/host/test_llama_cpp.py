@@ -21,7 +21,8 @@ PROMPTS = ["Hello! How are you today?", "Tell me about your family.", "What is t
 
 MARGIN = 0.25
 """Log-probability by which the first choice may lead where the two differ. Both quantise activations to 8 bits, in
-different blocks: on the embedded model kt-kernel's logits differ from exact arithmetic by up to 0.2 (measured below).
+different blocks: kt-kernel's log-probabilities of the two likeliest tokens differ from the reference
+backend's by up to 0.17 on the embedded model (these prompts and the 20 tokens after them; kt-kernel 0.7.2, AVX2).
 """
 
 
