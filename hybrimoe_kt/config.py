@@ -15,13 +15,26 @@ from .errors import ConfigError, nearest, unknown_name
 
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
 
-ACCELERATORS = ("auto", "none", "emulated", "cuda", "xpu")
+ACCELERATORS = (
+    "auto",
+    "none",
+    "emulated[:N]",
+    "emulated:adversarial[:SEED]",
+    "emulated:timed[:PROFILE]",
+    "cuda[:N]",
+    "xpu[:N]",
+)
 CPU_BACKENDS = ("llamafile", "torch_reference")
 GPU_BACKENDS = ("auto", "torch_reference")
+
+HOST_STORES = ("auto", "mapped", "page_locked")
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+_ACCELERATOR = re.compile(
+    r"auto|none|(?:cuda|xpu)(?::\d{1,3})?|emulated(?::(?:\d{1,3}|adversarial(?::\d{1,9})?|timed(?::.+)?))?"
+)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
 
 
@@ -89,7 +102,10 @@ class ExpertOptions:
     """Options of `HybriMoEExperts`, shared by every MoE layer of a model."""
 
     accelerator: str = "auto"
-    """Where slots live: "none" (all experts on the CPU), "emulated", "cuda", "xpu"; auto takes what is found."""
+    """Where slots live: "none" (all experts on the CPU), "cuda", "xpu", "emulated"; auto takes what is found.
+
+    Layers may name different ones, in rules of their own. See `device.choose`.
+    """
     cpu_backend: str = "llamafile"
     gpu_backend: str = "auto"
     """Who computes experts on the accelerator; torch_reference is the only one so far."""
@@ -109,14 +125,28 @@ class ExpertOptions:
     predictor: str = "stale_gate"
     """What guesses the next layers' routing for the prefetcher."""
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
-    profile: str = "default"
-    """Name of a built-in hardware profile, or a profile file."""
+    profile: str = "auto"
+    """Name of a built-in hardware profile, or a profile file; auto takes this machine's own, see `device.calibrate`."""
     max_chunk_tokens: int = 512
     """Longest piece of a prompt computed at once, tokens; sizes every buffer."""
+    host_store: str = "auto"
+    """Where transfers come from: the "mapped" file through staging, or a "page_locked" copy of all experts.
+
+    auto copies when the host has room for it beside the file, see `device.host_store`.
+    """
+    transfer_chunk_bytes: int = 2**20
+    """Largest piece of a prefetch given to the link at once, bytes: how long an on-demand transfer may be held up."""
+    prefill_streaming_bytes: int = 0
+    """Accelerator memory, beside `cache_size`, for two whole layers of experts streamed ahead in prefill; 0: none."""
+    deadline_s: float = 60.0
+    """How long anything may take before it counts as dead, seconds."""
+    fallback: bool = True
+    """Give up hybrid plans when they measure slower than one device alone, see `core.fallback`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
-        for name in ("accelerator", "cpu_backend", "gpu_backend", "policy", "scheduler", "predictor", "profile"):
+        names = ("accelerator", "cpu_backend", "gpu_backend", "policy", "scheduler", "predictor", "profile")
+        for name in (*names, "host_store"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
         _check_accelerator(self.accelerator)
@@ -126,6 +156,14 @@ class ExpertOptions:
         _in_range("prefetch_size", self.prefetch_size, 0, 1024)
         _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
         _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
+        _one_of("host_store", self.host_store, HOST_STORES)
+        for name in ("transfer_chunk_bytes", "prefill_streaming_bytes"):
+            object.__setattr__(self, name, _num_bytes(name, getattr(self, name)))
+        _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
+        if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, (int, float)) or self.deadline_s <= 0:
+            raise ConfigError(f"deadline_s is {self.deadline_s!r}, valid: seconds, more than 0")
+        if not isinstance(self.fallback, bool):
+            raise ConfigError(f"fallback is {self.fallback!r}, valid: true or false")
         for name in ("policy_options", "scheduler_options", "predictor_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name} must be a mapping of option names to values")
@@ -155,8 +193,17 @@ def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _check_accelerator(name: str) -> None:
-    if re.fullmatch(r"(cuda|xpu):\d{1,3}", name) is None:
-        _one_of("accelerator", name, ACCELERATORS)
+    if _ACCELERATOR.fullmatch(name) is None:
+        kinds = [form.split("[")[0] for form in ACCELERATORS]
+        raise ConfigError(f"unknown accelerator {name!r}{nearest(name, kinds) or ';'} valid: {', '.join(ACCELERATORS)}")
+
+
+def _num_bytes(option: str, value: Any) -> int:
+    """Read a number of bytes or "2GiB"."""
+    number = parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ConfigError(f"{option} is {value!r}, valid: bytes (1048576, 1MiB)")
+    return number
 
 
 def _one_of(option: str, value: str, valid: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ HybriMoEError
  +-- CapacityError                      more memory, slots or context asked for than there is
  +-- CalibrationError                   a measurement that cannot be trusted
  +-- KernelError                        an expert backend that refused or failed
+ |    +-- DeadlineError                 something that never ended
  +-- HostCompatibilityError             a host framework of the wrong version
 
 A message says in one sentence what was given, what is valid, and what to do.
@@ -60,6 +61,10 @@ class CalibrationError(HybriMoEError):
 
 class KernelError(HybriMoEError):
     """An expert backend that refused its input or failed while computing."""
+
+
+class DeadlineError(KernelError):
+    """Work that did not end in the time anything may take; whatever does it is taken for dead."""
 
 
 class HostCompatibilityError(HybriMoEError):

@@ -6,12 +6,14 @@ its pairs are the same bits whoever asks: where an expert runs never changes a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional
 
 from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.errors import KernelError
 
 from .dequantize import dequantize
 
@@ -43,9 +45,10 @@ def _add_pairs(
 
 
 class TorchReferenceCpu:
-    """Reads experts where the host store has them; computes when submitted, so `wait` returns at once."""
+    """Reads experts where the host store has them; computes when submitted, so it is always done."""
 
     name = "torch_reference"
+    answers_pairs = True
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerExperts] = {}
@@ -54,12 +57,19 @@ class TorchReferenceCpu:
     def add_layer(self, experts: LayerExperts) -> None:
         self._layers[experts.layer] = experts
 
+    def copies(self, layer: int) -> bool:
+        """Whether this backend keeps a host copy of `layer`'s experts of its own: never."""
+        return False
+
     def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         experts = self._layers[layer]
         self._pairs = torch.zeros(*ids.shape, hidden.shape[1])
         for index in torch.unique(ids[ids >= 0]).tolist():
             parts = (matrix.data[index] for matrix in experts.matrices)
             _add_pairs(experts, index, parts, hidden, ids, weights, self._pairs)
+
+    def is_done(self) -> bool:
+        return True
 
     def wait(self) -> torch.Tensor:
         return self._pairs
@@ -69,23 +79,35 @@ class TorchReferenceGpu:
     """Reads experts from slots, on whatever device the slots are."""
 
     name = "torch_reference"
+    answers_pairs = True
 
     def __init__(self) -> None:
-        self._layers: dict[int, LayerExperts] = {}
+        self._layers: dict[int, tuple[LayerExperts, SlotLayout, torch.Tensor]] = {}
 
-    def add_layer(self, experts: LayerExperts) -> None:
-        self._layers[experts.layer] = experts
+    def refuses(self, experts: LayerExperts) -> str | None:
+        return None
 
-    def compute(
+    def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
+        self._layers[experts.layer] = experts, layout, memory
+
+    def prepare(self, max_tokens: int) -> None:
+        """Nothing to allocate: every expert is dequantised into memory of its own."""
+
+    def launch(
         self,
         layer: int,
-        slots: Mapping[int, torch.Tensor],
+        slots: Sequence[tuple[int, int]],
+        slot_of: torch.Tensor,
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        pairs: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:
-        experts = self._layers[layer]
-        sizes = [matrix.num_bytes for matrix in experts.matrices]
-        for index, slot in slots.items():
-            _add_pairs(experts, index, slot[: sum(sizes)].split(sizes), hidden, ids, weights, pairs)
+        """Write the pairs of the experts in `slots`; whoever computes a pair computes the same bits."""
+        experts, layout, memory = self._layers[layer]
+        told = slot_of.tolist()
+        for index, slot in slots:
+            if told[index] != slot or not 0 <= slot < len(memory):
+                raise KernelError(f"layer {layer}: expert {index} is said to be in slots {slot} and {told[index]}")
+            parts = (layout.read(memory[slot], matrix) for matrix in range(3))
+            _add_pairs(experts, index, parts, hidden.float(), ids, weights, out)

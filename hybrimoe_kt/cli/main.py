@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 def _note_unused(engine: Engine, options: argparse.Namespace, console: Console) -> None:
     """Say which options the loaded model cannot follow."""
-    if engine.runtime.accelerator is None:
+    if not engine.runtime.accelerators:
         for flag in ("cache_size", "policy", "scheduler", "prefetch_size", "prefetch_depth"):
             if getattr(options, flag) is not None:
                 console.print(f"note: --{flag} has no effect without an accelerator")

@@ -158,6 +158,23 @@ class Coordinator:
         self._prefetcher.forget(transfer.expert)
         self.stats.num_failed += 1
 
+    def drop(self, layer: int, slot: int) -> None:
+        """Free `slot`, whatever it holds: its bytes cannot be trusted. Call it with no plan open that uses it."""
+        cache = self._layers[layer].cache
+        expert = cache.occupant[slot]
+        if expert != FREE:
+            self.fail(Transfer(ExpertId(layer, expert), slot, 0))
+
+    def resize(self, layer: int, num_slots: int) -> None:
+        """Give `layer` that many slots, all FREE, from the next plan on; 0 leaves its experts to the CPU."""
+        state = self._layers[layer]
+        assert not any(state.cache.pins), f"layer {layer} has a plan open"
+        for slot in range(state.cache.num_slots):
+            self.drop(layer, slot)
+        state.displaced.clear()
+        state.resize(num_slots)
+        self._uses_link = self.prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
+
     def residency(self, layer: int) -> Residency:
         """Return where `layer`'s experts are now."""
         state = self._layers[layer]

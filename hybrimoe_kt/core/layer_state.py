@@ -38,13 +38,17 @@ class LayerState:
         self.cost = cost
         self.policy = policy
         self.link = link
-        self.uses_gpu = cost.has_gpu and spec.gpu_supported and spec.num_slots > 0
-        self.cache = ExpertCache(spec.num_experts, spec.num_slots if self.uses_gpu else 0)
+        self.resize(spec.num_slots)
         self.prefetched: dict[int, str] = {}
         self.displaced: dict[int, str] = {}
         self.admission_value_s = 0.0
         self.num_tokens = 1
         self.predicted: Collection[int] = ()
+
+    def resize(self, num_slots: int) -> None:
+        """Begin again with `num_slots` free slots."""
+        self.uses_gpu = self.cost.has_gpu and self.spec.gpu_supported and num_slots > 0
+        self.cache = ExpertCache(self.spec.num_experts, num_slots if self.uses_gpu else 0)
 
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""

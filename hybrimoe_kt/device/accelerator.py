@@ -1,82 +1,100 @@
-"""Where slots live: memory on a device, and copies into it.
+"""What an accelerator promises the device layer, and nothing more.
 
-One class serves every device through torch's own API; "emulated" is the same code with the slots in host
-memory, so that a machine without an accelerator runs the same path. Copies are synchronous.
+Ordering guarantees every implementation keeps, and the only ones the executor relies on:
+
+1. Work given to one stream runs in the order given. Streams run independently of each other and of the host.
+2. `record` marks a point in its stream; `wait` keeps a stream from going on until the *last* mark made before the
+   call has been reached. Waiting on an event that was never recorded waits for nothing.
+3. Work begins after it was given: what the host did before the call is visible to it. Nothing else is.
+4. The host sees the result of work once an event recorded after it `is_done`; not before.
+5. The model's own tensors are produced and consumed on `compute`; `hand_over` makes what `compute` has been given
+   visible to whoever consumes them (nothing to do where the model runs on that stream).
+
+Each wait and record names its `site`: what it is for, in the words of a race report. Work declares what it reads
+and writes, as contiguous tensors; hardware ignores that, the emulators check it.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from hybrimoe_kt.errors import CapacityError, ConfigError
-
-__all__ = ["Accelerator", "choose_accelerator"]
-
-logger = logging.getLogger(__name__)
-
-RESERVE_BYTES = 2**30
-"""Left free by `auto`: activations, KV cache growth and the libraries' own buffers. An assumption, not measured."""
+__all__ = ["Accelerator", "Event", "Stream"]
 
 
-class Accelerator:
-    """One device that holds slots."""
+class Event(Protocol):
+    """A mark in a stream; may be recorded again and again."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
+    def is_done(self) -> bool:
+        """Whether the last mark has been reached (True if never recorded); never blocks.
+
+        Raises what the work before the mark failed with, where the device reports that late.
+        """
+
+
+class Stream(Protocol):
+    """A queue of work on one device."""
+
+    def wait(self, event: Event, site: str) -> None:
+        """Let later work of this stream start only after `event`'s last mark."""
+
+    def record(self, event: Event, site: str) -> None:
+        """Mark this point of the stream in `event`."""
+
+
+class Accelerator(Protocol):
+    """One device that holds slots and computes experts. Each has its own streams, slots and link."""
+
+    name: str
+    device: torch.device
+    compute: Stream
+    """Where the model's own work runs, and the experts'."""
+
+    def stream(self, name: str, *, low_priority: bool = False) -> Stream:
+        """Return a new stream."""
+
+    def event(self) -> Event:
+        """Return a new event, never recorded."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of uninitialised device memory, uint8; CapacityError when there is not enough."""
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        except (RuntimeError, MemoryError):
-            raise CapacityError(
-                f"{num_bytes / 1e9:.2f} GB for the expert cache do not fit on {self.device}; give a smaller cache_size"
-            ) from None
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy host bytes to device bytes; complete when this returns."""
-        target.copy_(source)
+    def release(self, memory: torch.Tensor) -> None:
+        """Give back what `allocate` returned; all work on it has ended."""
+
+    def page_locked(self, num_bytes: int) -> torch.Tensor:
+        """Return `num_bytes` of host memory that copies may read or write asynchronously, uint8; CapacityError."""
+
+    def register(self, memory: torch.Tensor) -> bool:
+        """Page-lock existing host memory in place, if the driver allows; False if not."""
+
+    def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
+        """Enqueue a copy between page-locked (or registered) host memory and the device; same shape and dtype."""
+
+    def launch(
+        self,
+        stream: Stream,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        site: str,
+    ) -> None:
+        """Enqueue what `work` launches: it is called once, and everything it launches belongs to `stream`."""
+
+    def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
+        """Declare that the host touches these now; checked by emulators only."""
+
+    def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
+        """Make everything before `event` on `compute` visible to the model; `wait(is_done, what)` waits on the host."""
 
     def free_bytes(self) -> int:
-        """Memory that could be allocated now."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        if self.device.type == "xpu":
-            return int(torch.xpu.mem_get_info(self.device)[0])
-        return _host_available_bytes()
+        """Device memory that could be allocated now."""
 
     def auto_budget_bytes(self) -> int:
-        """What `cache_size: auto` may use: half of host memory when emulated, else all but a reserve."""
-        free = self.free_bytes()
-        return free // 2 if self.device.type == "cpu" else max(0, free - RESERVE_BYTES)
+        """What `cache_size: auto` may use, called once KV cache and dense weights are in place."""
 
-
-def choose_accelerator(name: str) -> Accelerator | None:
-    """Return the accelerator a user named, None for "none"; "auto" takes CUDA or XPU when present."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "none"
-    if name == "none":
-        return None
-    if name == "emulated":
-        return Accelerator("emulated", torch.device("cpu"))
-    device = torch.device(name)
-    available = {"cuda": torch.cuda, "xpu": torch.xpu}[device.type]
-    if not available.is_available():
-        raise ConfigError(
-            f"accelerator {name!r} was asked for, but torch finds none on this machine; use none or emulated"
-        )
-    if device.index is not None and device.index >= available.device_count():
-        raise ConfigError(f"accelerator {name!r}: this machine has {available.device_count()} of them")
-    return Accelerator(name, device)
-
-
-def _host_available_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        import os
-
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    def describe(self) -> str:
+        """A name a person recognises ("NVIDIA H100 80GB HBM3")."""

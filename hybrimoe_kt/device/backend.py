@@ -23,9 +23,13 @@ class CpuBackend(Protocol):
     """Computes experts from host memory, beside the accelerator. One call in flight at a time."""
 
     name: str
+    answers_pairs: bool
 
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts; ModelError when this backend cannot run their type or shape."""
+
+    def copies(self, layer: int) -> bool:
+        """Whether it keeps a host copy of that layer's experts of its own, beside the mapped file."""
 
     def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Start computing; inputs (hidden float32) stay unchanged until `wait` returns.

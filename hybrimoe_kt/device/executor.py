@@ -1,77 +1,183 @@
-"""Runs one frozen plan: CPU share submitted first, accelerator share beside it, then the join.
+"""Runs one frozen plan: the CPU share submitted first, the accelerator's enqueued beside it, then the join.
 
-Every transfer is copied just before the first use of its slot, in plan order, so a slot that a plan uses twice
-is read before it is overwritten.
+The executor owns the order of things within a layer and knows nothing of why the plan is as it is. While it waits
+for the CPU it feeds the link. What an accelerator fails at comes out as `AcceleratorFailed`; the step can then be
+computed on the CPU alone, from what was read.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 
 from hybrimoe_kt.core.types import Plan, Transfer
+from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
-from .backend import CpuBackend, GpuBackend
-from .slots import SlotPool
+from .backend import CpuBackend
+from .inbox import Guess, Predict, Step
+from .lane import Lane
+from .waiting import Patience
 
-__all__ = ["Executor"]
+__all__ = ["AcceleratorFailed", "Executor"]
+
+
+class AcceleratorFailed(Exception):
+    """An accelerator could not do its share; `lane` is which, `cause` why. Never leaves the runtime."""
+
+    def __init__(self, lane: Lane, cause: Exception) -> None:
+        super().__init__(f"{lane.accelerator.name}: {cause}")
+        self.lane, self.cause = lane, cause
 
 
 class Executor:
-    """Owns the order of things within a layer; knows nothing of why the plan is as it is."""
+    """One CPU backend and any number of accelerators, each serving its own layers."""
 
-    def __init__(self, cpu: CpuBackend, gpu: GpuBackend | None, slots: SlotPool | None) -> None:
-        self.cpu, self.gpu, self.slots = cpu, gpu, slots
-        self._cpu_busy = False
+    def __init__(self, cpu: CpuBackend, lanes: Sequence[Lane], patience: Patience) -> None:
+        self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
+        self._lane_of = {layer: lane for lane in lanes for layer in lane.layers}
+        self._cpu_busy = self._cpu_is_dead = False
+        self._cpu_name = f"the CPU experts' worker ({cpu.name})"
 
-    def start(self, plan: Plan, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
-        """Submit the CPU share and run the accelerator's; returns its pairs `[num_tokens, top_k, hidden]`, if any."""
+    def lane(self, layer: int) -> Lane | None:
+        """The accelerator that serves `layer`, if any."""
+        return self._lane_of.get(layer)
+
+    def remove(self, lane: Lane) -> None:
+        """Never ask an accelerator again; its layers are computed on the CPU."""
+        self.lanes = tuple(other for other in self.lanes if other is not lane)
+        self._lane_of = {layer: other for layer, other in self._lane_of.items() if other is not lane}
+
+    def read(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        predict: Predict | None = None,
+    ) -> Step:
+        """Bring a step's routing to the host; waits for the router, and for nothing else."""
+        lane = self._lane_of.get(layer)
+        if lane is None:
+            return Step.on_host(hidden, ids, weights, scores)
+        with _failing(lane):
+            return lane.read(hidden, ids, weights, scores, predict)
+
+    def guesses(self, layer: int, step: Step) -> Sequence[Guess]:
+        """The gates' guesses for the layers after `layer`, on the host."""
+        lane = self._lane_of.get(layer)
+        if lane is None:
+            return ()
+        with _failing(lane):
+            return lane.inbox.wait_guesses(step)
+
+    def start(self, plan: Plan, step: Step) -> None:
+        """Submit the CPU share, enqueue the accelerator's."""
         if plan.cpu:
-            self.cpu.submit(plan.layer, hidden, _only(ids, plan.cpu, everything=not plan.gpu), weights)
+            self._check_cpu()
+            ids = _only(step.host_ids, plan.cpu, everything=not plan.gpu)
+            self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
             self._cpu_busy = True
-        return self._run_gpu(plan, hidden, ids, weights) if plan.gpu else None
+        if plan.gpu:
+            lane = self._lane_of[plan.layer]
+            with _failing(lane):
+                lane.run(plan, step)
 
-    def join(self, plan: Plan, pairs: torch.Tensor | None) -> torch.Tensor:
-        """Wait for the CPU share and add both; `[num_tokens, hidden]`, valid until the next submit."""
-        if not plan.cpu:
-            assert pairs is not None, "a plan computes at least one expert"
-            return pairs.sum(dim=1)
-        cpu = self.cpu.wait()
-        self._cpu_busy = False
-        if pairs is None:
-            return cpu.sum(dim=1) if cpu.dim() == 3 else cpu
-        if cpu.dim() == 3:  # pairs from both sides: each is zero where the other computed, so adding is exact
-            return (pairs + cpu.to(pairs.device)).sum(dim=1)
-        return pairs.sum(dim=1).add_(cpu.to(pairs.device))
+    def fill(self, transfer: Transfer) -> None:
+        """Bring one expert into its slot at once; no effect where its accelerator has been removed."""
+        lane = self._lane_of.get(transfer.expert.layer)
+        if lane is not None:
+            with _failing(lane):
+                lane.queue.start(transfer)
 
-    def abandon(self) -> None:
+    def prefetch(self, transfers: Sequence[Transfer]) -> None:
+        """Bring experts into their slots as the links have room."""
+        for transfer in transfers:
+            lane = self._lane_of[transfer.expert.layer]
+            with _failing(lane):
+                lane.queue.enqueue(transfer)
+
+    def abort(self, transfers: Sequence[Transfer]) -> None:
+        """Send no more of these prefetches."""
+        if transfers:
+            for lane in self.lanes:
+                lane.queue.abort(transfers)
+
+    def feed_links(self) -> None:
+        """Send what waits, as far as there is room and the CPU share is not done."""
+        for lane in self.lanes:
+            if lane.queue.num_waiting:
+                with _failing(lane):
+                    lane.queue.pump(self._cpu_is_computing if self._cpu_busy else None)
+
+    def join(self, plan: Plan, step: Step) -> torch.Tensor:
+        """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place."""
+        self.feed_links()
+        answer = self._wait_cpu(self.feed_links) if plan.cpu else None
+        lane = self._lane_of.get(plan.layer)
+        if lane is None:
+            assert answer is not None, "a plan computes at least one expert"
+            return _to_model(answer, step)
+        with _failing(lane):
+            result = lane.finish(step, answer, has_gpu=bool(plan.gpu))
+            lane.num_failures = 0
+            return result
+
+    def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:
+        """Compute a whole step on the CPU, with plain copies: what is left when an accelerator fails."""
+        self.settle_cpu()
+        self._check_cpu()
+        self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)
+        self._cpu_busy = True
+        return _to_model(self._wait_cpu(None), step)
+
+    def settle_cpu(self) -> None:
         """Let a submitted CPU share end and forget it, after something else of the step has failed."""
         if self._cpu_busy:
-            self.cpu.wait()
-            self._cpu_busy = False
+            self._wait_cpu(None)
 
-    def _run_gpu(self, plan: Plan, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        assert self.gpu is not None and self.slots is not None, "a plan without an accelerator runs on the CPU"
-        device = self.slots.accelerator.device
-        hidden, ids, weights = hidden.to(device), ids.to(device), weights.to(device)
-        pairs = hidden.new_zeros(*ids.shape, hidden.shape[1])
-        arriving = {transfer.expert.index: transfer for transfer in plan.transfers}
-        for index in plan.gpu:
-            if index in arriving:
-                self.slots.fill(arriving[index])
-            slot = self.slots.bytes_of(plan.layer, plan.slots[index])
-            self.gpu.compute(plan.layer, {index: slot}, hidden, ids, weights, pairs)
-        return pairs
+    def _wait_cpu(self, meanwhile: Callable[[], object] | None) -> torch.Tensor:
+        self._cpu_busy = False
+        try:
+            self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile)
+        except DeadlineError:
+            self._cpu_is_dead = True
+            raise
+        except RuntimeError as error:
+            raise KernelError(f"{self._cpu_name} failed: {error}") from error
+        return self.cpu.wait()
 
-    def transfer(self, transfers: tuple[Transfer, ...]) -> None:
-        """Bring experts into their slots ahead of need."""
-        for transfer in transfers:
-            assert self.slots is not None, "no accelerator, no transfers"
-            self.slots.fill(transfer)
+    def _check_cpu(self) -> None:
+        if self._cpu_is_dead:
+            raise KernelError(f"{self._cpu_name} has not come back; restart the program")
+
+    def _cpu_is_computing(self) -> bool:
+        return not self.cpu.is_done()
+
+
+@contextlib.contextmanager
+def _failing(lane: Lane) -> Iterator[None]:
+    """Turn what devices and drivers raise into `AcceleratorFailed`; mistakes of ours stay what they are."""
+    try:
+        yield
+    except (KernelError, CapacityError, RuntimeError) as error:  # torch reports devices' errors as RuntimeError
+        raise AcceleratorFailed(lane, error) from error
 
 
 def _only(ids: torch.Tensor, experts: tuple[int, ...], *, everything: bool) -> torch.Tensor:
     """Return `ids` with every expert that is not in `experts` replaced by -1."""
     if everything:
         return ids
-    mine = torch.tensor(experts, dtype=ids.dtype, device=ids.device)
-    return torch.where(torch.isin(ids, mine), ids, -1)
+    if ids.shape[0] == 1:
+        mine = set(experts)
+        return torch.tensor([[index if index in mine else -1 for index in ids[0].tolist()]])
+    keep = torch.tensor(experts, dtype=ids.dtype)
+    return torch.where(torch.isin(ids, keep), ids, -1)
+
+
+def _to_model(answer: torch.Tensor, step: Step) -> torch.Tensor:
+    """An answer of the CPU backend, pairs or sum, in memory of its own, where and as the model wants it."""
+    total = answer.sum(dim=1) if answer.dim() == 3 else answer
+    return total.to(device=step.hidden.device, dtype=step.hidden.dtype, copy=True)

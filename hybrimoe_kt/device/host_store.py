@@ -1,13 +1,18 @@
-"""The one host copy of every routed expert: views of the mapped GGUF file, in the file's own layout.
+"""The host's copy of every routed expert, and who owns it.
 
-An expert is three matrices, gate and up `[inter, hidden]` and down `[hidden, inter]`, each a run of GGUF
-blocks. The store owns nothing but references; whoever opened the file owns the mapping, and the views keep it
-alive.
+An expert is three matrices, gate and up `[inter, hidden]` and down `[hidden, inter]`, each a run of GGUF blocks.
+The file's mapping holds them all; whoever opened the file owns it, and the views here keep it alive. CPU kernels
+read the mapping in place. Beside it there is at most one copy of an expert, owned by exactly one of:
+
+- this store, after `page_lock`: in slot layout and page-locked, so that a transfer is one copy by the device;
+- the CPU backend, for layers whose width it must pad. The store then makes none, transfers go through staging.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +20,10 @@ from hybrimoe_kt.core.types import ExpertId
 from hybrimoe_kt.errors import ModelError
 
 from .quant_types import row_bytes, type_name
+
+if TYPE_CHECKING:
+    from .accelerator import Accelerator
+    from .layout import SlotLayout
 
 __all__ = ["ExpertMatrix", "HostStore", "LayerExperts"]
 
@@ -74,25 +83,73 @@ class LayerExperts:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes one slot needs."""
+        """Bytes of one expert in the file."""
         return sum(matrix.num_bytes for matrix in self.matrices)
 
 
 class HostStore:
-    """Every layer's experts, by layer number."""
+    """Every layer's experts, by layer number, and how they will lie in slots."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerExperts] = {}
+        self.layouts: dict[int, SlotLayout] = {}
+        self._copies: dict[int, torch.Tensor] = {}
+        self._registered: set[int] = set()
 
     def add(self, experts: LayerExperts) -> None:
+        from .layout import SlotLayout
+
         self.layers[experts.layer] = experts
+        self.layouts[experts.layer] = SlotLayout(experts)
 
     def parts(self, expert: ExpertId) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the expert's gate, up and down bytes, uint8 views `[num_bytes]` of the store."""
+        """Return the expert's gate, up and down bytes in GGUF order, uint8 views `[num_bytes]` of the mapping."""
         gate, up, down = self.layers[expert.layer].matrices
         return gate.data[expert.index], up.data[expert.index], down.data[expert.index]
 
+    def page_locked(self, expert: ExpertId) -> torch.Tensor | None:
+        """Return the expert as its slot will hold it, uint8 `[slot_bytes]`, page-locked; None if no such copy is."""
+        copy = self._copies.get(expert.layer)
+        return None if copy is None else copy[expert.index]
+
+    def is_registered(self, layer: int) -> bool:
+        """Whether devices may copy straight from this layer's part of the mapping (in GGUF order)."""
+        return layer in self._registered
+
+    def is_direct(self, layer: int) -> bool:
+        """Whether devices copy this layer's experts from where they are, without staging."""
+        return layer in self._copies or layer in self._registered
+
+    def page_lock(
+        self,
+        accelerator: Accelerator,
+        layers: Collection[int],
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> None:
+        """Copy `layers` once into page-locked memory in slot layout; CapacityError when the host refuses."""
+        for layer in progress(sorted(layers)):
+            experts, layout = self.layers[layer], self.layouts[layer]
+            memory = accelerator.page_locked(experts.num_experts * layout.slot_bytes)
+            copy = memory.view(experts.num_experts, layout.slot_bytes)
+            for index in range(experts.num_experts):
+                layout.write(self.parts(ExpertId(layer, index)), copy[index])
+            self._copies[layer] = copy
+
+    def register(self, accelerator: Accelerator, layers: Collection[int]) -> bool:
+        """Page-lock the mapping of `layers` in place where the driver allows and the order is the file's."""
+        for layer in sorted(layers):
+            if self.layouts[layer].is_file_order and all(
+                accelerator.register(matrix.data) for matrix in self.layers[layer].matrices
+            ):
+                self._registered.add(layer)
+        return self._registered.issuperset(layers)
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of all routed experts."""
+        """Bytes of all routed experts in the file."""
         return sum(layer.expert_bytes * layer.num_experts for layer in self.layers.values())
+
+    @property
+    def copied_bytes(self) -> int:
+        """Host memory this store owns beside the mapping."""
+        return sum(copy.numel() for copy in self._copies.values())

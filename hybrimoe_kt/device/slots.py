@@ -8,43 +8,41 @@ from collections.abc import Mapping
 import torch
 
 from hybrimoe_kt.config import CacheSize
-from hybrimoe_kt.core.types import Transfer
 from hybrimoe_kt.errors import CapacityError
 
-from .accelerator import Accelerator
+from .accelerator import Accelerator, Event
 from .host_store import HostStore
+from .layout import SlotLayout
 
 __all__ = ["SlotPool", "slots_per_layer"]
 
 logger = logging.getLogger(__name__)
 
 
-def slots_per_layer(size: CacheSize, store: HostStore, accelerator: Accelerator) -> dict[int, int]:
+def slots_per_layer(
+    size: CacheSize, store: HostStore, accelerator: Accelerator, layers: Mapping[int, SlotLayout] | None = None
+) -> dict[int, int]:
     """Return layer -> number of slots for what the user asked; CapacityError when it exceeds the device's memory.
 
-    Fractions and budgets are spread evenly over the layers; a layer never gets more slots than experts.
+    Fractions and budgets are spread evenly over `layers` (default: all); a layer never gets more slots than experts.
+    A slot costs its `slot_bytes`, alignment included.
     """
-    layers = store.layers
+    layouts = store.layouts if layers is None else layers
     if size.per_layer is not None:
-        wanted = dict.fromkeys(layers, size.per_layer)
-        largest = max(experts.num_experts for experts in layers.values())
+        wanted = dict.fromkeys(layouts, size.per_layer)
+        largest = max(store.layers[layer].num_experts for layer in layouts)
         if size.per_layer > largest:
             logger.warning("cache size %d is more than the %d experts of a layer; using all", size.per_layer, largest)
     elif size.fraction is not None:
-        wanted = {layer: round(size.fraction * experts.num_experts) for layer, experts in layers.items()}
+        wanted = {layer: round(size.fraction * store.layers[layer].num_experts) for layer in layouts}
     else:
         budget = size.num_bytes if size.num_bytes is not None else accelerator.auto_budget_bytes()
         _check_budget(budget, accelerator)
-        wanted = _spread(budget, store)
-    slots = {layer: min(count, layers[layer].num_experts) for layer, count in wanted.items()}
-    _check_fits(slots, store, accelerator)
+        one_each = sum(layout.slot_bytes for layout in layouts.values())
+        wanted = dict.fromkeys(layouts, budget // one_each if one_each else 0)
+    slots = {layer: min(count, store.layers[layer].num_experts) for layer, count in wanted.items()}
+    _check_fits(slots, layouts, accelerator)
     return slots
-
-
-def _spread(budget: int, store: HostStore) -> dict[int, int]:
-    one_each = sum(experts.expert_bytes for experts in store.layers.values())
-    per_layer = budget // one_each if one_each else 0
-    return dict.fromkeys(store.layers, per_layer)
 
 
 def _check_budget(budget: int, accelerator: Accelerator) -> None:
@@ -56,8 +54,8 @@ def _check_budget(budget: int, accelerator: Accelerator) -> None:
         )
 
 
-def _check_fits(slots: Mapping[int, int], store: HostStore, accelerator: Accelerator) -> None:
-    needed = sum(count * store.layers[layer].expert_bytes for layer, count in slots.items())
+def _check_fits(slots: Mapping[int, int], layouts: Mapping[int, SlotLayout], accelerator: Accelerator) -> None:
+    needed = sum(count * layouts[layer].slot_bytes for layer, count in slots.items())
     free = accelerator.free_bytes()
     if needed > free:
         raise CapacityError(
@@ -66,35 +64,53 @@ def _check_fits(slots: Mapping[int, int], store: HostStore, accelerator: Acceler
         )
 
 
-class SlotPool:
-    """All slots of one accelerator: per layer one block of memory `[num_slots, expert_bytes]`."""
+class LayerSlots:
+    """One layer's slots, `memory` uint8 `[num_slots, slot_bytes]`, and what orders reading and writing them.
 
-    def __init__(self, accelerator: Accelerator, store: HostStore, slots: Mapping[int, int]) -> None:
-        self.accelerator, self._store = accelerator, store
-        self._memory = {
-            layer: accelerator.allocate(count * store.layers[layer].expert_bytes).view(count, -1)
-            for layer, count in slots.items()
-            if count
+    `read_done` is recorded after every launch that reads any of them; `written[slot]` after the last copy into it.
+    `unsettled` holds the slots that `compute` has not waited for since they were last written.
+    """
+
+    __slots__ = ("layout", "memory", "read_done", "unsettled", "views", "written")
+
+    def __init__(self, accelerator: Accelerator, layout: SlotLayout, num_slots: int) -> None:
+        self.layout = layout
+        memory = accelerator.allocate(num_slots * layout.slot_bytes)
+        self.memory = memory.view(num_slots, layout.slot_bytes)
+        self.views = list(self.memory)
+        self.read_done: Event = accelerator.event()
+        self.written: list[Event] = [accelerator.event() for _ in range(num_slots)]
+        self.unsettled: set[int] = set()
+
+
+class SlotPool:
+    """All slots of one accelerator."""
+
+    def __init__(self, accelerator: Accelerator, layouts: Mapping[int, SlotLayout], slots: Mapping[int, int]) -> None:
+        """`slots` maps layer -> number of slots; layers with none are left out."""
+        self.accelerator = accelerator
+        self.layers: dict[int, LayerSlots] = {
+            layer: LayerSlots(accelerator, layouts[layer], count) for layer, count in slots.items() if count
         }
 
-    def bytes_of(self, layer: int, slot: int) -> torch.Tensor:
-        """The slot's memory, uint8 `[expert_bytes]`: gate, up, down, without gaps."""
-        return self._memory[layer][slot]
+    def resize(self, layer: int, num_slots: int) -> LayerSlots | None:
+        """Replace a layer's slots by `num_slots` empty ones; None when that is none. All work on them has ended."""
+        old = self.layers.pop(layer)
+        self.accelerator.release(old.memory.view(-1))
+        if num_slots:
+            self.layers[layer] = LayerSlots(self.accelerator, old.layout, num_slots)
+        return self.layers.get(layer)
 
-    def fill(self, transfer: Transfer) -> None:
-        """Copy an expert's bytes into its slot."""
-        target = self.bytes_of(transfer.expert.layer, transfer.slot)
-        offset = 0
-        for part in self._store.parts(transfer.expert):
-            self.accelerator.copy(target[offset : offset + part.numel()], part)
-            offset += part.numel()
+    def bytes_of(self, layer: int, slot: int) -> torch.Tensor:
+        """The slot's memory, uint8 `[slot_bytes]`, see `SlotLayout`."""
+        return self.layers[layer].memory[slot]
 
     @property
     def num_slots(self) -> int:
         """Slots over all layers."""
-        return sum(memory.shape[0] for memory in self._memory.values())
+        return sum(len(slots.memory) for slots in self.layers.values())
 
     @property
     def num_bytes(self) -> int:
         """Accelerator memory held."""
-        return sum(memory.numel() for memory in self._memory.values())
+        return sum(slots.memory.numel() for slots in self.layers.values())

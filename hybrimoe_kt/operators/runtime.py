@@ -1,4 +1,4 @@
-"""What all MoE layers of a model share: coordinator, executor, slots, backends, and the clock that times them.
+"""What all MoE layers of a model share: coordinator, executor, and the clock that times them.
 
 Operators add their layer and hand over every step; the host starts the runtime once all layers are there.
 """
@@ -8,34 +8,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
-from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import load_profile
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
-from hybrimoe_kt.device.accelerator import Accelerator, choose_accelerator
-from hybrimoe_kt.device.backend import CpuBackend
-from hybrimoe_kt.device.cores import default_expert_threads
-from hybrimoe_kt.device.executor import Executor
+from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
-from hybrimoe_kt.device.slots import SlotPool, slots_per_layer
+from hybrimoe_kt.device.inbox import Predict, Step
 from hybrimoe_kt.errors import ConfigError, KernelError
 
-__all__ = ["LookAhead", "RoutingRecorder", "Runtime", "Seconds"]
+from .assembly import Assembly, assemble, make_coordinator
+from .recovery import Recovery
+
+__all__ = ["RoutingRecorder", "Runtime", "Seconds"]
 
 logger = logging.getLogger(__name__)
-
-LookAhead = Callable[[torch.Tensor], list[tuple[int, torch.Tensor, torch.Tensor]]]
-"""From the hidden states entering a MoE layer to `(layer, scores [num_tokens, num_experts], ids
-[num_tokens, top_k])` of the layers after it, nearest first."""
 
 
 class RoutingRecorder(Protocol):
@@ -51,6 +44,7 @@ class RoutingRecorder(Protocol):
 class Seconds:
     """Where this runtime's wall-clock time went, seconds since the last reset."""
 
+    read: float = 0.0
     plan: float = 0.0
     prefetch: float = 0.0
     submit_and_gpu: float = 0.0
@@ -64,7 +58,7 @@ class Seconds:
     @property
     def total(self) -> float:
         """All time inside the experts operators."""
-        return self.plan + self.prefetch + self.submit_and_gpu + self.wait
+        return self.read + self.plan + self.prefetch + self.submit_and_gpu + self.wait
 
 
 class Runtime:
@@ -75,24 +69,25 @@ class Runtime:
         self.store = HostStore()
         self.seconds = Seconds()
         self.coordinator: Coordinator | None = None
-        self.accelerator: Accelerator | None = None
         self.recorder: RoutingRecorder | None = None
-        self._look_ahead: dict[int, LookAhead] = {}
+        self._accelerator_of: dict[int, str] = {}
+        self._look_ahead: dict[int, Predict] = {}
         self._scores: dict[int, torch.Tensor] = {}
+        self._assembly: Assembly | None = None
         self._executor: Executor | None = None
-        self._slots_of: dict[int, int] = {}
+        self._recovery: Recovery | None = None
 
     @classmethod
     def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
         """Return the runtime kept on `owner` (the loader that all operators of a model are given), or make it.
 
-        Options must agree between layers; the owner's `option_overrides` (the command line) win over them.
+        Options but `accelerator` must agree between layers; the owner's `option_overrides` (the command line) win.
         """
         options = options.replace(getattr(owner, "option_overrides", {}))
         runtime: Runtime | None = getattr(owner, "runtime", None)
         if runtime is None:
             runtime = owner.runtime = cls(options)
-        elif runtime.options != options:
+        elif runtime.options != options.replace({"accelerator": runtime.options.accelerator}):
             raise ConfigError(
                 f"{rule_key}: its expert options differ from an earlier layer's; all MoE layers share one set"
             )
@@ -102,71 +97,47 @@ class Runtime:
     def started(self) -> bool:
         return self._executor is not None
 
-    def add_layer(self, experts: LayerExperts) -> None:
+    def add_layer(self, experts: LayerExperts, accelerator: str | None = None) -> None:
+        """Take a layer's experts, and the name of its accelerator where that is not `options.accelerator`."""
         assert not self.started, "layers are added before the runtime starts"
         self.store.add(experts)
+        self._accelerator_of[experts.layer] = accelerator or self.options.accelerator
 
     def start(self) -> None:
         """Create slots, backends and coordinator, and fill the slots. May take seconds; call outside generation."""
-        options, store = self.options, self.store
-        if not store.layers:
+        if not self.store.layers:
             raise ConfigError("no HybriMoEExperts in this model: no rule of the rule file replaces its experts")
-        self.accelerator = choose_accelerator(options.accelerator)
-        slots = slots_per_layer(options.cache_size, store, self.accelerator) if self.accelerator else {}
-        cpu = self._cpu_backend()
-        gpu = TorchReferenceGpu() if self.accelerator else None
-        for experts in store.layers.values():
-            cpu.add_layer(experts)
-            if gpu is not None:
-                gpu.add_layer(experts)
-        pool = SlotPool(self.accelerator, store, slots) if self.accelerator else None
-        self._executor = Executor(cpu, gpu, pool)
-        self._slots_of = slots
+        self._assembly = assemble(self.options, self.store, self._accelerator_of)
+        self._executor = self._assembly.executor
         self.coordinator = self.new_coordinator()
-        self._executor.transfer(self.coordinator.initial_transfers())
+        self._recovery = Recovery(self.coordinator, self._executor)
+        for transfer in self.coordinator.initial_transfers():
+            try:
+                self._executor.fill(transfer)
+            except AcceleratorFailed as failure:
+                self.coordinator.fail(transfer)
+                self._recovery.recover(failure)
         logger.info("%s", self.describe())
-
-    def _cpu_backend(self) -> CpuBackend:
-        if self.options.cpu_backend == "torch_reference":
-            return TorchReferenceCpu()
-        threads = self.options.cpu_threads or default_expert_threads()
-        return LlamafileBackend(threads, self.options.max_chunk_tokens)
 
     def layer_specs(self) -> list[LayerSpec]:
         """What the coordinator knows of each MoE layer, in order."""
-        return [
-            LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, self._slots_of.get(layer, 0))
-            for layer, experts in sorted(self.store.layers.items())
-        ]
+        assert self._assembly is not None, "the runtime has started"
+        return list(self._assembly.specs)
 
     def new_coordinator(self) -> Coordinator:
         """Make a coordinator in its initial state for this model and these options."""
-        options = self.options
-        profile = load_profile(options.profile)
-        costs = {
-            layer: CostModel.from_profile(
-                profile, expert_bytes=experts.expert_bytes, expert_macs=3 * experts.hidden * experts.inter
-            )
-            for layer, experts in self.store.layers.items()
-        }
-        return Coordinator(
-            self.layer_specs(),
-            costs,
-            scheduler=options.scheduler,
-            scheduler_options=options.scheduler_options,
-            policy=options.policy,
-            policy_options=options.policy_options,
-            prefetch_size=options.prefetch_size,
-            prefetch_depth=options.prefetch_depth,
-            predictor=options.predictor,
-            predictor_options=options.predictor_options,
-        )
+        assert self._assembly is not None, "the runtime has started"
+        return make_coordinator(self.options, self._assembly)
+
+    @property
+    def accelerators(self) -> tuple[Accelerator, ...]:
+        """Those that serve layers; none on a CPU-only machine."""
+        return tuple(lane.accelerator for lane in self._executor.lanes) if self._executor else ()
 
     @property
     def num_slots(self) -> int:
         """Experts that can be resident at once, over all layers."""
-        pool = self._executor.slots if self._executor else None
-        return pool.num_slots if pool else 0
+        return sum(lane.pool.num_slots for lane in self._executor.lanes) if self._executor else 0
 
     @property
     def num_expert_threads(self) -> int:
@@ -175,19 +146,21 @@ class Runtime:
 
     def describe(self) -> str:
         """One line: what was decided."""
+        assert self._assembly is not None and self._executor is not None, "the runtime has started"
         options, store = self.options, self.store
         num_experts = sum(experts.num_experts for experts in store.layers.values())
         where = f"{len(store.layers)} MoE layers, {num_experts} experts, {store.num_bytes / 1e9:.2f} GB"
         threads = self.num_expert_threads
         cpu = options.cpu_backend + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
-        if self.accelerator is None:
+        if not self._executor.lanes:
             return f"{where}; all on the CPU: {cpu}"
-        pool = self._executor.slots if self._executor else None
+        lanes = "; ".join(
+            f"{lane.accelerator.name}: {lane.pool.num_slots} slots, {lane.pool.num_bytes / 1e9:.2f} GB"
+            for lane in self._executor.lanes
+        )
         return (
-            f"{where}; {self.accelerator.name}: {self.num_slots} slots, "
-            f"{(pool.num_bytes if pool else 0) / 1e9:.2f} GB; "
-            f"CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
-            f"prefetch {options.prefetch_size or 'off'}, profile {options.profile}"
+            f"{where}; {lanes}; CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
+            f"prefetch {options.prefetch_size or 'off'}, profile {self._assembly.profile.name}"
         )
 
     @property
@@ -199,7 +172,7 @@ class Runtime:
         """Keep the router's logits `[num_tokens, num_experts]` of the step about to reach `layer`'s experts."""
         self._scores[layer] = logits
 
-    def look_ahead(self, layer: int, predict: LookAhead) -> None:
+    def look_ahead(self, layer: int, predict: Predict) -> None:
         """Register what predicts the routing of the layers after `layer`."""
         self._look_ahead[layer] = predict
 
@@ -208,18 +181,21 @@ class Runtime:
 
         Returns `[num_tokens, hidden]` in hidden's dtype and device, in memory of its own. Longer steps are
         computed in chunks of `max_chunk_tokens`. Reading the routing is the one synchronisation with the
-        router's device; a result moves at most once in each direction.
+        router's device.
         """
         if self._executor is None:
             self.start()
         logits = self._scores.pop(layer, None)
-        result = torch.empty(hidden.shape, dtype=torch.float32)
-        for at in range(0, hidden.shape[0], self.options.max_chunk_tokens):
-            chunk = slice(at, at + self.options.max_chunk_tokens)
+        size = self.options.max_chunk_tokens
+        if hidden.shape[0] <= size:
+            return self._run_chunk(layer, hidden, ids, weights, logits)
+        result = torch.empty_like(hidden)
+        for at in range(0, hidden.shape[0], size):
+            chunk = slice(at, at + size)
             result[chunk] = self._run_chunk(
                 layer, hidden[chunk], ids[chunk], weights[chunk], None if logits is None else logits[chunk]
             )
-        return result.to(device=hidden.device, dtype=hidden.dtype)
+        return result
 
     def _run_chunk(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
@@ -227,79 +203,96 @@ class Runtime:
         assert self.coordinator is not None and self._executor is not None, "started above"
         seconds, now = self.seconds, time.perf_counter
         began = now()
-        hidden = hidden.to(device="cpu", dtype=torch.float32).contiguous()
-        ids, weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
-        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
-            raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
-        routing = routing_of(layer, ids, weights, logits if self.wants_scores else None)
+        step = self._read(layer, hidden, ids, weights, logits if self.wants_scores else None)
+        read = now()
+        routing = routing_of(layer, step.host_ids, step.host_weights, step.scores)
         plan = self.coordinator.plan(routing)
         planned = now()
         try:
-            pairs = self._executor.start(plan, hidden, ids, weights)
+            self._executor.abort(self.coordinator.take_aborted())
+            self._executor.start(plan, step)
             started = now()
-            predictions = self._prefetch(layer, hidden)
+            self._prefetch(layer, step)
             prefetched = now()
-            out = self._executor.join(plan, pairs)
+            out = self._executor.join(plan, step)
+        except AcceleratorFailed as failure:
+            out = self._recover(failure, plan, step)
+            started = prefetched = now()
         except BaseException:
             self._abandon(plan)
             raise
-        self.coordinator.finish(plan)
+        else:
+            self.coordinator.finish(plan)
         if self.recorder is not None:
-            self._record(routing, ids, weights, predictions)
-        seconds.plan += planned - began
+            self._record(routing, step)
+        seconds.read += read - began
+        seconds.plan += planned - read
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += prefetched - started
         seconds.wait += now() - prefetched
         seconds.steps += 1
         return out
 
-    def _abandon(self, plan: Plan) -> None:
-        """Leave nothing half done: the CPU share ended, pins released, no slot trusted that this plan filled."""
-        assert self.coordinator is not None and self._executor is not None, "a plan was made"
-        self._executor.abandon()
-        self.coordinator.finish(plan)
-        for transfer in plan.transfers:
-            self.coordinator.fail(transfer)
+    def _read(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
+    ) -> Step:
+        assert self._executor is not None and self._recovery is not None, "the runtime has started"
+        scores = None if logits is None else torch.softmax(logits.float(), dim=-1).mean(dim=0)
+        try:
+            step = self._executor.read(layer, hidden, ids, weights, scores, self._predict(layer))
+        except AcceleratorFailed as failure:
+            self._recovery.recover(failure)
+            step = Step.on_host(hidden, ids, weights, scores)
+        if not math.isfinite(step.host_hidden.sum().item()) and not step.host_hidden.isfinite().all():
+            raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
+        return step
 
-    def _record(
-        self,
-        routing: Routing,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        predictions: list[tuple[torch.Tensor, Routing]],
-    ) -> None:
+    def _predict(self, layer: int) -> Predict | None:
+        wanted = self.options.prefetch_size > 0 and self.num_slots > 0
+        return self._look_ahead.get(layer) if wanted else None
+
+    def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
+        """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        assert self._recovery is not None, "a plan was made"
+        self.coordinator.finish(plan)
+        self._executor.settle_cpu()
+        self._recovery.recover(failure, plan)
+        return self._executor.compute_on_cpu(plan.layer, step)
+
+    def _abandon(self, plan: Plan) -> None:
+        """Leave nothing half done after an error that the step cannot survive."""
+        assert self.coordinator is not None and self._recovery is not None, "a plan was made"
+        self.coordinator.finish(plan)
+        self._recovery.abandon(plan)
+
+    def _record(self, routing: Routing, step: Step) -> None:
         assert self.recorder is not None, "the caller looked"
         # Scores go in averaged, as the coordinator saw them: a replay then decides on the very same numbers.
         self.recorder.record(
             routing.layer,
-            ids.numpy(),
-            weights.numpy(),
+            step.host_ids.numpy(),
+            step.host_weights.numpy(),
             None if routing.scores is None else [routing.scores],
-            [ahead.tolist() for ahead, _ in predictions] or None,
-            [[guess.scores] for _, guess in predictions] or None,
+            [ids.tolist() for _, ids, _ in step.guesses] or None,
+            [[scores.tolist()] for _, _, scores in step.guesses] or None,
         )
 
-    def _prefetch(self, layer: int, hidden: torch.Tensor) -> list[tuple[torch.Tensor, Routing]]:
-        """Start transfers for later layers; return the gates' predictions as ids `[num_tokens, top_k]` and routing."""
+    def _prefetch(self, layer: int, step: Step) -> None:
+        """Start transfers for later layers, by what the gates guess of their routing."""
         if not self.options.prefetch_size or not self.num_slots:
-            return []
+            return
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
-        predict = self._look_ahead.get(layer)
-        ahead = predict(hidden) if predict is not None else []
-        predictions = [(ids, routing_of(later, ids, None, logits)) for later, logits, ids in ahead]
-        transfers = self.coordinator.prefetch(layer, [guess for _, guess in predictions])
-        self.coordinator.take_aborted()  # copies are synchronous: what was aborted has long been made
-        try:
-            self._executor.transfer(transfers)
-        except BaseException:
-            for transfer in transfers:
-                self.coordinator.fail(transfer)
-            raise
-        return predictions
+        guesses = self._executor.guesses(layer, step)
+        transfers = self.coordinator.prefetch(
+            layer, [routing_of(later, ids, None, scores.tolist()) for later, ids, scores in guesses]
+        )
+        self._executor.abort(self.coordinator.take_aborted())
+        self._executor.prefetch(transfers)
 
 
-def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logits: torch.Tensor | None) -> Routing:
-    """Turn a step's tensors (`[num_tokens, top_k]`, logits `[num_tokens, num_experts]`) into plain numbers."""
+def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scores: Sequence[float] | None) -> Routing:
+    """Turn a step's tensors (`[num_tokens, top_k]`, scores `[num_experts]`) into plain numbers."""
     num_tokens = ids.shape[0]
     flat = ids.flatten().tolist()
     loads: dict[int, int] = {}
@@ -310,7 +303,4 @@ def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, logi
         summed = dict.fromkeys(loads, 0.0)
         for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
             summed[index] += weight
-    scores: Sequence[float] | None = None
-    if logits is not None:
-        scores = torch.softmax(logits.float(), dim=-1).mean(dim=0).tolist()
     return Routing(layer, loads, num_tokens, scores, summed)

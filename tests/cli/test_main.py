@@ -160,7 +160,7 @@ class FakeEngine:
     model_name = "x [/red] \x1b[2J"
     shares = None
     context_tokens = 64
-    runtime = SimpleNamespace(accelerator=None, describe=lambda: "experts on the CPU")
+    runtime = SimpleNamespace(accelerators=(), describe=lambda: "experts on the CPU")
     heard: str
 
     def stream(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
@@ -241,7 +241,7 @@ def test_options_that_the_model_cannot_follow_are_noted(
         "note: --prefetch_size has no effect without an accelerator",
         "note: --cache_lens 99: the model's limit is 64 tokens",
     ]
-    monkeypatch.setattr(engine, "runtime", SimpleNamespace(accelerator="emulated", describe=lambda: "slots"))
+    monkeypatch.setattr(engine, "runtime", SimpleNamespace(accelerators=("emulated",), describe=lambda: "slots"))
     assert main(given[:-2]) == 0
     assert "note: " not in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.accelerator import choose_accelerator
+from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import dense_threads
 
 from .engine import Engine

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.device.inbox import Guess
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -59,15 +60,15 @@ class _Gates:
         self._ahead = [(layer, gate, _ratio(norm, later)) for layer, gate, later in ahead]
 
     @torch.no_grad()
-    def __call__(self, hidden: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        predictions = []
+    def __call__(self, hidden: torch.Tensor) -> list[Guess]:
+        guesses = []
         for layer, gate, ratio in self._ahead:
             weight = gate.weight
             corrected = hidden.to(device=weight.device, dtype=weight.dtype)
             # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
             logits, _, ids = gate.forward(corrected if ratio is None else corrected * ratio)
-            predictions.append((layer, logits, ids))
-        return predictions
+            guesses.append((layer, ids, torch.softmax(logits.float(), dim=-1).mean(dim=0)))
+        return guesses
 
 
 def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:

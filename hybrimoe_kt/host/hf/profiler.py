@@ -42,7 +42,7 @@ class TimeShares:
             shares = {
                 "experts": ours.submit_and_gpu + ours.wait,
                 "attention": self._attention_s,
-                "overhead": ours.plan + ours.prefetch,
+                "overhead": ours.read + ours.plan + ours.prefetch,
             }
             shares["other"] = seconds - sum(shares.values())
             for name, value in shares.items():

@@ -1,0 +1,98 @@
+"""An accelerator whose work is done when the call returns: the same code path on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hybrimoe_kt.device.accelerator import Event, Stream
+from hybrimoe_kt.errors import CapacityError
+
+__all__ = ["ImmediateAccelerator"]
+
+
+class _Done:
+    """Both stream and event of something that never waits."""
+
+    __slots__ = ()
+
+    def wait(self, event: Event, site: str) -> None:
+        pass
+
+    def record(self, event: Event, site: str) -> None:
+        pass
+
+    def is_done(self) -> bool:
+        return True
+
+
+class ImmediateAccelerator:
+    """Slots in host memory, copies and kernels in program order. `--accelerator emulated`."""
+
+    def __init__(self, name: str = "emulated") -> None:
+        self.name = name
+        self.device = torch.device("cpu")
+        self.compute: Stream = _Done()
+
+    def stream(self, name: str, *, low_priority: bool = False) -> Stream:
+        return _Done()
+
+    def event(self) -> Event:
+        return _Done()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        except (RuntimeError, MemoryError):
+            raise CapacityError(
+                f"{num_bytes / 1e9:.2f} GB for the expert cache do not fit on {self.name}; give a smaller cache_size"
+            ) from None
+
+    def release(self, memory: torch.Tensor) -> None:
+        memory.untyped_storage().resize_(0)
+
+    def page_locked(self, num_bytes: int) -> torch.Tensor:
+        return self.allocate(num_bytes)
+
+    def register(self, memory: torch.Tensor) -> bool:
+        return True
+
+    def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
+        target.copy_(source)
+
+    def launch(
+        self,
+        stream: Stream,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        site: str,
+    ) -> None:
+        work()
+
+    def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
+        pass
+
+    def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return host_available_bytes()
+
+    def auto_budget_bytes(self) -> int:
+        return self.free_bytes() // 2
+
+    def describe(self) -> str:
+        return "emulated"
+
+
+def host_available_bytes() -> int:
+    """Host memory that could be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,237 @@
+"""One accelerator at work: its slots, its link, its experts' kernels, and the buffers a step passes through."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hybrimoe_kt.core.types import Plan, Transfer
+
+from .accelerator import Accelerator
+from .backend import GpuBackend
+from .host_store import HostStore
+from .inbox import Inbox, Predict, Step
+from .slots import LayerSlots, SlotPool
+from .transfers import TransferQueue
+from .waiting import Patience
+
+__all__ = ["Lane"]
+
+
+class Lane:
+    """Everything of one accelerator, allocated once. Calls only enqueue, except where they say they wait."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        gpu: GpuBackend,
+        store: HostStore,
+        slots: Mapping[int, int],
+        *,
+        max_tokens: int,
+        cpu_answers_pairs: bool,
+        chunk_bytes: int,
+        patience: Patience,
+    ) -> None:
+        """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU."""
+        self.accelerator, self.gpu, self._store, self._patience = accelerator, gpu, store, patience
+        self.layers = tuple(sorted(slots))
+        self.pool = SlotPool(accelerator, store.layouts, slots)
+        self.queue = TransferQueue(accelerator, store, self.pool, chunk_bytes=chunk_bytes, patience=patience)
+        shapes = [store.layers[layer] for layer in slots]
+        hidden = max(experts.hidden for experts in shapes)
+        top_k = max(experts.top_k for experts in shapes)
+        self._num_experts = max(experts.num_experts for experts in shapes)
+        self.inbox = Inbox(
+            accelerator,
+            max_tokens=max_tokens,
+            hidden=hidden,
+            top_k=top_k,
+            num_experts=self._num_experts,
+            patience=patience,
+        )
+        for layer, layer_slots in self.pool.layers.items():
+            gpu.add_layer(store.layers[layer], layer_slots.layout, layer_slots.memory)
+        gpu.prepare(max_tokens)
+        self._pairs, self._cpu_pairs = gpu.answers_pairs, cpu_answers_pairs
+        rows = max_tokens * hidden * 4
+        self._out = accelerator.allocate(rows * (top_k if self._pairs else 1)).view(torch.float32)
+        self._sum = accelerator.allocate(rows).view(torch.float32)
+        self._cpu_out = accelerator.allocate(rows * (top_k if cpu_answers_pairs else 1)).view(torch.float32)
+        self._outbox = [accelerator.page_locked(self._cpu_out.numel() * 4).view(torch.float32) for _ in range(2)]
+        self._weights = accelerator.allocate(max_tokens * top_k * 4).view(torch.float32)
+        self._turn = 0
+        self._tables = _SlotTables(accelerator, self._num_experts)
+        self._result = accelerator.event()
+        self.num_failures = 0
+
+    def read(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scores: torch.Tensor | None,
+        predict: Predict | None,
+    ) -> Step:
+        """Bring the routing to the host: the one wait of every step."""
+        if weights.dtype != torch.float32:
+            wide, narrow = self._weights[: weights.numel()].view(weights.shape), weights
+            self._launch(lambda: wide.copy_(narrow), (narrow,), (wide,), "widen weights")
+            weights = wide
+        return self.inbox.read(hidden.contiguous(), ids.contiguous(), weights.contiguous(), scores, predict)
+
+    def run(self, plan: Plan, step: Step) -> None:
+        """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
+        slots = self.pool.layers[plan.layer]
+        self.queue.in_use = {(plan.layer, slot) for slot in plan.slots.values()}
+        through_slots = len(set(plan.slots.values())) < len(plan.gpu)
+        groups = _one_by_one(plan) if through_slots else _by_arrival(plan, slots)
+        # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
+        tables = self._tables.send([[(expert, plan.slots[expert]) for expert in group] for group in groups])
+        waiting = deque(plan.transfers)
+        self._clear(step)
+        position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
+        for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
+            while waiting and (not through_slots or _is_read(plan, position, waiting[0], number)):
+                self.queue.start(waiting.popleft())
+            for expert in group:
+                if plan.slots[expert] in slots.unsettled:
+                    self.queue.settle(plan.layer, plan.slots[expert])
+            self._launch_experts(plan, group, table, step, slots)
+
+    def _launch_experts(
+        self, plan: Plan, experts: Sequence[int], table: torch.Tensor, step: Step, slots: LayerSlots
+    ) -> None:
+        pairs = [(expert, plan.slots[expert]) for expert in experts]
+        out = self._view(self._out, step, pairs=self._pairs)
+        reads = (*[slots.views[slot] for _, slot in pairs], table, step.hidden, step.ids, step.weights)
+
+        def work() -> None:
+            self.gpu.launch(plan.layer, pairs, table, step.hidden, step.ids, step.weights, out)
+
+        self._launch(work, reads, (out,), "experts")
+        self.accelerator.compute.record(slots.read_done, "readers")
+
+    def _clear(self, step: Step) -> None:
+        out = self._view(self._out, step, pairs=self._pairs)
+        self._launch(out.zero_, (), (out,), "clear")
+
+    def finish(self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool) -> torch.Tensor:
+        """Enqueue the sum of both shares; returns `[num_tokens, hidden]` in the model's dtype, on its device.
+
+        Waits only where the model does not run on this accelerator's stream (emulated devices).
+        """
+        accelerator = self.accelerator
+        self.queue.in_use = ()
+        result = torch.empty_like(step.hidden)
+        out = self._view(self._out, step, pairs=self._pairs) if has_gpu else None
+        total = self._view(self._sum, step)
+        cpu = self._send(cpu_answer) if cpu_answer is not None else None
+        reads = [tensor for tensor in (out, cpu) if tensor is not None]
+        self._launch(lambda: _combine(out, cpu, total, result), reads, (total, result), "join")
+        accelerator.compute.record(self._result, "result")
+        accelerator.hand_over(self._result, self._patience.wait)
+        accelerator.on_host("result", reads=(result,))
+        return result
+
+    def _send(self, answer: torch.Tensor) -> torch.Tensor:
+        """Bring the CPU's answer to the device through the outbox."""
+        self._turn ^= 1
+        box = self._outbox[self._turn][: answer.numel()].view(answer.shape)
+        self.accelerator.on_host("fill outbox", writes=(box,))
+        box.copy_(answer)
+        target = self._cpu_out[: answer.numel()].view(answer.shape)
+        self.accelerator.copy(self.accelerator.compute, target, box, "CPU answer to device")
+        return target
+
+    def doubtful_slots(self) -> set[tuple[int, int]]:
+        """Layer and slot of everything that may not have arrived; what has not been sent is not sent any more."""
+        self.queue.in_use = ()
+        return self.queue.doubtful_slots()
+
+    def resize(self, layer: int, num_slots: int) -> None:
+        """Replace a layer's slots by `num_slots` empty ones; waits for what is under way on the old."""
+        slots = self.pool.layers[layer]
+        self.queue.drop_layer(layer)
+        for event in (slots.read_done, *slots.written):
+            self._patience.wait(event.is_done, f"work on the slots of layer {layer}")
+        fresh = self.pool.resize(layer, num_slots)
+        if fresh is not None:
+            self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)
+
+    def _view(self, memory: torch.Tensor, step: Step, *, pairs: bool = False) -> torch.Tensor:
+        shape = (*step.ids.shape, step.hidden.shape[1]) if pairs else tuple(step.hidden.shape)
+        return memory[: step.hidden.numel() * (step.ids.shape[1] if pairs else 1)].view(shape)
+
+    def _launch(self, work, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor], site: str) -> None:
+        accelerator = self.accelerator
+        accelerator.launch(accelerator.compute, work, reads=tuple(reads), writes=tuple(writes), site=site)
+
+
+def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Tensor, result: torch.Tensor) -> None:
+    """Write the sum of both answers, pairs `[T, K, H]` or sums `[T, H]`, to `result [T, H]`; `total` is scratch.
+
+    Pairs of both sides are added before they are summed: each is zero where the other computed, so that is exact.
+    """
+    if out is not None and cpu is not None and out.dim() == cpu.dim() == 3:
+        out.add_(cpu)
+        cpu = None
+    first, second = (out, cpu) if out is not None else (cpu, None)
+    assert first is not None, "a plan computes at least one expert"
+    if first.dim() == 3:
+        torch.sum(first, dim=1, out=total)
+        first = total
+    if second is not None:
+        first = torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=total)
+    result.copy_(first)
+
+
+def _by_arrival(plan: Plan, slots: LayerSlots) -> list[tuple[int, ...]]:
+    """Group what can be launched together: everything resident first, then each arrival by itself."""
+    arriving = {transfer.slot for transfer in plan.transfers}
+    if not arriving and not slots.unsettled:
+        return [plan.gpu]
+    late = [e for e in plan.gpu if plan.slots[e] in arriving or plan.slots[e] in slots.unsettled]
+    resident = tuple(e for e in plan.gpu if e not in late)
+    return [resident, *((e,) for e in late)] if resident else [(e,) for e in late]
+
+
+def _one_by_one(plan: Plan) -> list[tuple[int, ...]]:
+    """More arrivals than slots: in plan order, so that a slot's reader is launched before it is overwritten."""
+    return [(expert,) for expert in plan.gpu]
+
+
+def _is_read(plan: Plan, position: Mapping[int, int], transfer: Transfer, num_launched: int) -> bool:
+    """Whether every expert of the plan that uses the transfer's slot before it has been launched."""
+    before = plan.gpu[num_launched : position[transfer.expert.index]]
+    return all(plan.slots[expert] != transfer.slot for expert in before)
+
+
+class _SlotTables:
+    """Expert -> slot for each launch of a step, int32 `[num_experts]`, -1 where the launch does not compute it.
+
+    Written anew in every step: its routing read has waited for everything on `compute` before.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_experts: int) -> None:
+        self._accelerator = accelerator
+        shape = num_experts, num_experts  # at most one launch per expert
+        num_bytes = num_experts * num_experts * 4
+        self._host = accelerator.page_locked(num_bytes).view(torch.int32).view(shape)
+        self._device = accelerator.allocate(num_bytes).view(torch.int32).view(shape)
+        self._array: np.ndarray = self._host.numpy()
+
+    def send(self, groups: Sequence[Sequence[tuple[int, int]]]) -> list[torch.Tensor]:
+        """Copy one table per group to the device; returns them there."""
+        source, target = self._host[: len(groups)], self._device[: len(groups)]
+        self._accelerator.on_host("fill slot tables", writes=(source,))
+        values = self._array[: len(groups)]
+        values.fill(-1)
+        for row, pairs in enumerate(groups):
+            for expert, slot in pairs:
+                values[row, expert] = slot
+        self._accelerator.copy(self._accelerator.compute, target, source, "slot tables to device")
+        return list(target)

@@ -1,0 +1,57 @@
+"""Waiting on the host: never without an end, and without burning the cores that do the work."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+
+from hybrimoe_kt.errors import DeadlineError
+
+__all__ = ["Patience"]
+
+_POLLS_WITHOUT_SLEEP = 8
+_SHARE_OF_ELAPSED = 0.02
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 10e-6, 1e-3
+_PR_SET_TIMERSLACK = 29
+_sharpened = threading.local()
+
+
+class Patience:
+    """How long anything may take before it counts as dead."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+
+    def wait(self, is_done: Callable[[], bool], what: str, meanwhile: Callable[[], object] | None = None) -> None:
+        """Return once `is_done()`; DeadlineError naming `what` after the deadline. `meanwhile` runs between polls.
+
+        Sleeps 2 % of the time waited so far between polls, so a wait is late by that at most.
+        """
+        if is_done():
+            return
+        _sharpen_sleep()
+        began = time.perf_counter()
+        polls = 0
+        while True:
+            if meanwhile is not None:
+                meanwhile()
+            if is_done():
+                return
+            waited = time.perf_counter() - began
+            if waited > self.deadline_s:
+                raise DeadlineError(f"{what} did not end within {self.deadline_s:g} s")
+            polls += 1
+            if polls > _POLLS_WITHOUT_SLEEP:
+                time.sleep(min(max(waited * _SHARE_OF_ELAPSED, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))
+
+
+def _sharpen_sleep() -> None:
+    """Ask Linux to wake this thread within a microsecond of the time asked for; by default it may take 50 more."""
+    if getattr(_sharpened, "done", False):
+        return
+    _sharpened.done = True
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1000), 0, 0, 0)

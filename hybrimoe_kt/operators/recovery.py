@@ -1,0 +1,89 @@
+"""What happens when an accelerator fails: the cache stays true, the user is told once, the model goes on."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.types import Plan
+from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
+from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
+
+__all__ = ["Recovery"]
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 3
+_SHARE_KEPT = 0.75
+"""Of a layer's slots, when the accelerator runs out of memory."""
+
+
+class Recovery:
+    """Keeps coordinator and executor in agreement after failures."""
+
+    def __init__(self, coordinator: Coordinator, executor: Executor) -> None:
+        self._coordinator, self._executor = coordinator, executor
+        self.num_failures = 0
+        self._told: set[tuple[str, str, type[Exception]]] = set()
+
+    def recover(self, failure: AcceleratorFailed, plan: Plan | None = None) -> None:
+        """Free every slot whose bytes are in doubt; shrink the cache or give the accelerator up if it comes to that.
+
+        `plan` is the (finished) plan that failed, if any.
+        """
+        lane, cause = failure.lane, failure.cause
+        self._drop_doubtful(lane, plan)
+        self.num_failures += 1
+        lane.num_failures += 1
+        if isinstance(cause, (torch.OutOfMemoryError, CapacityError)) and lane.pool.num_slots:
+            self._shrink(lane, failure)
+        elif isinstance(cause, DeadlineError) or lane.num_failures >= MAX_FAILURES_IN_A_ROW:
+            self._give_up(lane, failure)
+        else:
+            self._tell(failure, "this step is computed on the CPU")
+
+    def abandon(self, plan: Plan) -> None:
+        """After an error of the CPU or the host: let what was submitted end, doubt what this plan touched."""
+        try:
+            self._executor.settle_cpu()
+        except KernelError:
+            logger.debug("the CPU share of an abandoned step failed too", exc_info=True)
+        lane = self._executor.lane(plan.layer)
+        if lane is not None:
+            self._drop_doubtful(lane, plan)
+
+    def _drop_doubtful(self, lane: Lane, plan: Plan | None) -> None:
+        doubtful = lane.doubtful_slots()
+        if plan is not None and plan.layer in lane.pool.layers:
+            doubtful |= {(plan.layer, slot) for slot in plan.slots.values()}
+        for layer, slot in sorted(doubtful):
+            self._coordinator.drop(layer, slot)
+        self._executor.abort(self._coordinator.take_aborted())
+
+    def _shrink(self, lane: Lane, failure: AcceleratorFailed) -> None:
+        sizes = {layer: int(len(slots.memory) * _SHARE_KEPT) for layer, slots in lane.pool.layers.items()}
+        try:
+            for layer, num_slots in sizes.items():
+                self._coordinator.resize(layer, 0)
+                lane.resize(layer, num_slots)
+                self._coordinator.resize(layer, num_slots)
+        except (KernelError, CapacityError, RuntimeError) as error:
+            self._give_up(lane, AcceleratorFailed(lane, error))
+            return
+        self._tell(failure, f"the expert cache shrinks to {lane.pool.num_slots} slots")
+
+    def _give_up(self, lane: Lane, failure: AcceleratorFailed) -> None:
+        for layer in lane.layers:
+            self._coordinator.resize(layer, 0)
+        self._executor.remove(lane)
+        self._tell(failure, "it is not used any more, its experts run on the CPU")
+
+    def _tell(self, failure: AcceleratorFailed, consequence: str) -> None:
+        key = failure.lane.accelerator.name, consequence, type(failure.cause)
+        if key not in self._told:
+            self._told.add(key)
+            reason = (str(failure.cause).splitlines() or [type(failure.cause).__name__])[0]
+            logger.warning("%s failed: %s; %s", failure.lane.accelerator.name, reason, consequence)

@@ -1,0 +1,154 @@
+"""A small machine for the device layer: three layers of random experts, a runtime, and what it should answer."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.generated_model import Type, random_blocks
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
+from hybrimoe_kt.device.emulated.adversary import Adversary
+from hybrimoe_kt.device.emulated.faults import Faults
+from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.operators import assembly
+from hybrimoe_kt.operators.runtime import Runtime
+
+EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, CHUNK = 8, 3, 32, 64, 3, 6
+_TYPES = ((Type.Q8_0, Type.Q5_0), (Type.F16, Type.F16), (Type.Q4_0, Type.Q8_0))
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@functools.cache
+def layers() -> tuple[LayerExperts, ...]:
+    """Three layers in formats of both kinds: file order and planes."""
+    draw = np.random.default_rng(0)
+
+    def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
+        raw = random_blocks(draw, kind, EXPERTS * rows, columns).reshape(EXPERTS, -1)
+        return ExpertMatrix(torch.from_numpy(np.ascontiguousarray(raw)), int(kind), rows, columns)
+
+    return tuple(
+        LayerExperts(
+            number, EXPERTS, TOP_K, HIDDEN, INTER,
+            matrix(kind, INTER, HIDDEN), matrix(kind, INTER, HIDDEN), matrix(down, HIDDEN, INTER),
+        )
+        for number, (kind, down) in enumerate(_TYPES)
+    )  # fmt: skip
+
+
+@functools.cache
+def _reference() -> TorchReferenceCpu:
+    backend = TorchReferenceCpu()
+    for experts in layers():
+        backend.add_layer(experts)
+    return backend
+
+
+def wanted(layer: int, inputs: Inputs) -> torch.Tensor:
+    """What the layer answers, whoever computes it; in the runtime's chunks, as a product's rounding depends on them."""
+    answers = []
+    for chunk in zip(*(tensor.split(CHUNK) for tensor in inputs), strict=True):
+        _reference().submit(layer, *chunk)
+        answers.append(_reference().wait().sum(dim=1))
+    return torch.cat(answers)
+
+
+@dataclass
+class Machine:
+    """A started runtime on emulated accelerators, and the source of its inputs."""
+
+    runtime: Runtime
+    accelerators: list[Any]
+    random: random.Random
+    guessed: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> the routing that its gate will choose next."""
+
+    def inputs(self, layer: int, num_tokens: int) -> Inputs:
+        ids = self.guessed.pop(layer, None)
+        if ids is None or len(ids) != num_tokens:
+            ids = self.draw(num_tokens)
+        generator = torch.Generator().manual_seed(self.random.getrandbits(32))
+        hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
+        return hidden, ids, torch.rand(num_tokens, TOP_K, generator=generator)
+
+    def draw(self, num_tokens: int) -> torch.Tensor:
+        return torch.tensor([self.random.sample(range(EXPERTS), TOP_K) for _ in range(num_tokens)])
+
+    def run(self, layer: int, num_tokens: int) -> None:
+        """One layer step; its answer must be the reference's, bit for bit."""
+        inputs = self.inputs(layer, num_tokens)
+        self.runtime.note_scores(layer, torch.randn(num_tokens, EXPERTS))
+        found = self.runtime.run(layer, *inputs)
+        assert torch.equal(found, wanted(layer, inputs)), f"layer {layer} answers something else"
+
+    def play(self, *tokens: int) -> None:
+        """Run steps of so many tokens through all layers, and check that the cache is consistent after each."""
+        for num_tokens in tokens:
+            for layer in range(LAYERS):
+                self.run(layer, num_tokens)
+                self.runtime.coordinator.check_integrity()
+
+    @property
+    def num_failures(self) -> int:
+        """How often an accelerator failed and the CPU stepped in."""
+        return self.runtime._recovery.num_failures
+
+    @property
+    def races(self) -> list[str]:
+        return [str(race) for race in self.accelerators[0].adversary.detector.races]
+
+
+def make(
+    patch: pytest.MonkeyPatch,
+    seed: int,
+    *,
+    num_accelerators: int = 1,
+    ignore: str | None = None,
+    faults: Faults | None = None,
+    right_guesses: float = 0.7,
+    capacity_bytes: int | None = None,
+    **options: Any,
+) -> Machine:
+    """A machine whose guesses of the next layers' routing are right with the given probability."""
+    adversary = Adversary(seed, ignore=ignore)
+    names = [f"emulated:{number}" for number in range(num_accelerators)]
+    made: Mapping[str, Any] = {
+        name: AdversarialAccelerator(adversary, name, faults=faults, capacity_bytes=capacity_bytes) for name in names
+    }
+    patch.setattr(assembly, "choose_accelerator", made.get)
+    defaults: dict[str, Any] = {
+        "cpu_backend": "torch_reference", "profile": "default", "transfer_chunk_bytes": 4096,
+        "max_chunk_tokens": CHUNK, "cache_size": 3, "prefetch_size": 3, "prefetch_depth": 2, "deadline_s": 5.0,
+    }  # fmt: skip
+    runtime = Runtime(ExpertOptions.from_kwargs(defaults | options))
+    for experts in layers():
+        runtime.add_layer(experts, names[experts.layer % num_accelerators])
+    machine = Machine(runtime, list(made.values()), random.Random(seed))
+
+    def predictor(layer: int) -> Callable[[torch.Tensor], list[Guess]]:
+        def predict(hidden: torch.Tensor) -> list[Guess]:
+            guesses = []
+            for later in range(layer + 1, min(layer + 3, LAYERS)):
+                ids = machine.draw(len(hidden))
+                if machine.random.random() < right_guesses:
+                    machine.guessed[later] = ids
+                guesses.append((later, ids, torch.full((EXPERTS,), 1 / EXPERTS)))
+            return guesses
+
+        return predict
+
+    runtime.start()
+    for layer in range(LAYERS - 1):
+        runtime.look_ahead(layer, predictor(layer))
+    return machine

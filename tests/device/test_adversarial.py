@@ -1,0 +1,57 @@
+"""In the worst order that hardware might choose, every answer is right and no two accesses race."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .machine import Machine, make
+
+BUSY_LINK = Path(__file__).parents[1] / "data" / "profiles" / "busy-link.json"
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "decode": {"tokens": (1,) * 5},
+    "prefill": {"tokens": (9, 14, 1)},
+    "two devices": {"tokens": (1, 1, 7, 1), "num_accelerators": 2},
+    "aborts": {"tokens": (1,) * 5, "right_guesses": 0.1, "prefetch_size": 5, "profile": str(BUSY_LINK)},
+    "pressure": {"tokens": (1, 6, 1, 1), "cache_size": 1, "scheduler": "gpu_only"},
+}
+QUICK_SEEDS, ALL_SEEDS = 40, 1000
+
+
+def trial(seed: int, scenario: str, **changes: Any) -> Machine:
+    options = SCENARIOS[scenario] | changes
+    with pytest.MonkeyPatch.context() as patch:
+        machine = make(patch, seed, **{key: value for key, value in options.items() if key != "tokens"})
+        machine.play(*options["tokens"])
+        return machine
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_no_order_gives_another_answer(scenario: str) -> None:
+    check(scenario, range(QUICK_SEEDS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_no_order_gives_another_answer_whatever_the_seed(scenario: str) -> None:
+    check(scenario, range(QUICK_SEEDS, ALL_SEEDS))
+
+
+def check(scenario: str, seeds: range) -> None:
+    totals = {"transfers": 0, "prefetches": 0, "aborted": 0, "on both": 0}
+    for seed in seeds:
+        machine = trial(seed, scenario)
+        assert not machine.races, f"seed {seed}: {machine.races}"
+        assert machine.num_failures == 0, "the CPU answered in the accelerator's place"
+        stats = machine.runtime.coordinator.stats
+        totals["transfers"] += stats.num_transfers
+        totals["prefetches"] += stats.num_prefetches
+        totals["aborted"] += stats.num_aborted
+        totals["on both"] += min(stats.experts_on_cpu, stats.experts_on_gpu)
+    assert totals["transfers"] > 0, "the scenario moved nothing"
+    if scenario != "pressure":
+        assert totals["prefetches"] > 0 and totals["on both"] > 0, totals
+    if scenario == "aborts":
+        assert totals["aborted"] > 0, totals
