@@ -134,8 +134,11 @@ class ExpertOptions:
 
     auto copies when the host has room for it beside the file, see `device.host_store`.
     """
-    transfer_chunk_bytes: int = 2**20
-    """Largest piece of a prefetch given to the link at once, bytes: how long an on-demand transfer may be held up."""
+    transfer_chunk_bytes: int = 0
+    """Largest piece of a prefetch given to the link at once, bytes: how long an on-demand transfer may be held up.
+
+    0 takes what the profile says was measured, or 1 MiB.
+    """
     prefill_streaming_bytes: int = 0
     """Accelerator memory, beside `cache_size`, for two whole layers of experts streamed ahead in prefill; 0: none."""
     deadline_s: float = 60.0
@@ -159,7 +162,8 @@ class ExpertOptions:
         _one_of("host_store", self.host_store, HOST_STORES)
         for name in ("transfer_chunk_bytes", "prefill_streaming_bytes"):
             object.__setattr__(self, name, _num_bytes(name, getattr(self, name)))
-        _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
+        if self.transfer_chunk_bytes:
+            _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
         if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, (int, float)) or self.deadline_s <= 0:
             raise ConfigError(f"deadline_s is {self.deadline_s!r}, valid: seconds, more than 0")
         if not isinstance(self.fallback, bool):

@@ -50,7 +50,11 @@ class Profile:
     gpu_layer_s: float | None = None
     link_latency_s: float | None = None
     link_bytes_per_s: float | None = None
+    link_chunk_bytes: float | None = None
+    """Smallest copy that still uses the link well; how finely prefetches are cut."""
     source: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+    """What it was measured on, as `hybrimoe calibrate` names machines; empty for profiles that fit any."""
 
     @property
     def has_gpu(self) -> bool:
@@ -58,10 +62,14 @@ class Profile:
         return self.gpu_bytes_per_s is not None
 
 
-_NUMBER_KEYS = tuple(f.name for f in fields(Profile) if f.name not in (*_TEXT_KEYS, "name", "source"))
-_GPU_KEYS = tuple(key for key in _NUMBER_KEYS if key.startswith(("gpu_", "link_")))
-_REQUIRED = tuple(key for key in _NUMBER_KEYS if key not in _GPU_KEYS and key != "cpu_slowdown_while_link_busy")
-_ALL_KEYS = (*_TEXT_KEYS, *_NUMBER_KEYS, "source")
+_OPTIONAL_TEXT_KEYS = ("machine",)
+_NUMBER_KEYS = tuple(
+    f.name for f in fields(Profile) if f.name not in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "name", "source")
+)
+_OPTIONAL_NUMBER_KEYS = ("cpu_slowdown_while_link_busy", "link_chunk_bytes")
+_GPU_KEYS = tuple(key for key in _NUMBER_KEYS if key.startswith(("gpu_", "link_")) and key not in _OPTIONAL_NUMBER_KEYS)
+_REQUIRED = tuple(key for key in _NUMBER_KEYS if key not in (*_GPU_KEYS, *_OPTIONAL_NUMBER_KEYS))
+_ALL_KEYS = (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, *_NUMBER_KEYS, "source")
 
 
 def builtin_profiles() -> tuple[str, ...]:
@@ -104,7 +112,7 @@ def parse_profile(content: str, *, name: str, file: str) -> Profile:
     _check_keys(data, file)
     numbers = {key: _number(data[key], key, file) for key in _NUMBER_KEYS if key in data}
     numbers["num_cpu_cores"] = int(numbers["num_cpu_cores"])
-    texts = {key: _text(data[key], key, file) for key in _TEXT_KEYS}
+    texts = {key: _text(data[key], key, file) for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS) if key in data}
     return Profile(name=name, **texts, **numbers, source=_sources(data, file))  # type: ignore[arg-type]
 
 

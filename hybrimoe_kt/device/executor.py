@@ -127,6 +127,9 @@ class Executor:
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:
         """Compute a whole step on the CPU, with plain copies: what is left when an accelerator fails."""
+        lane = self._lane_of.get(layer)
+        if lane is not None:
+            lane.queue.in_use = ()
         self.settle_cpu()
         self._check_cpu()
         self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)

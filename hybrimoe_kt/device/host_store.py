@@ -136,11 +136,9 @@ class HostStore:
             self._copies[layer] = copy
 
     def register(self, accelerator: Accelerator, layers: Collection[int]) -> bool:
-        """Page-lock the mapping of `layers` in place where the driver allows and the order is the file's."""
+        """Page-lock the mapping of `layers` in place; False where the driver does not allow it."""
         for layer in sorted(layers):
-            if self.layouts[layer].is_file_order and all(
-                accelerator.register(matrix.data) for matrix in self.layers[layer].matrices
-            ):
+            if all(accelerator.register(matrix.data) for matrix in self.layers[layer].matrices):
                 self._registered.add(layer)
         return self._registered.issuperset(layers)
 

@@ -93,9 +93,14 @@ class Lane:
         tables = self._tables.send([[(expert, plan.slots[expert]) for expert in group] for group in groups])
         waiting = deque(plan.transfers)
         self._clear(step)
+        direct = self.queue.is_direct(plan.layer)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
-            while waiting and (not through_slots or _is_read(plan, position, waiting[0], number)):
+            # A direct transfer is only enqueued, so the link starts first. Staging one takes the host's time: what can
+            # be launched before is, and no more than this group needs is staged.
+            while waiting and (direct or any(t.expert.index in group for t in waiting)):
+                if through_slots and not _is_read(plan, position, waiting[0], number):
+                    break
                 self.queue.start(waiting.popleft())
             for expert in group:
                 if plan.slots[expert] in slots.unsettled:

@@ -8,7 +8,8 @@ matrix in block order. The bytes are the file's, rearranged; a slot is as large 
     slot:  | gate | up | down |            each from a 128-byte boundary
     Q8_0 matrix:  | qs: rows * columns bytes | d: rows * columns / 32 halves |     each from a 128-byte boundary
 
-The mapped file keeps GGUF's order, which the CPU kernels read; rearranging happens on the way to the slot.
+The mapped file keeps GGUF's order, which the CPU kernels read. Taking blocks apart happens on the device, between
+the copy and the slot, or once for all when the host keeps a page-locked copy in this layout.
 """
 
 from __future__ import annotations
@@ -65,15 +66,16 @@ class Segment:
     def num_bytes(self) -> int:
         return self.num_blocks * self.plane.width_bytes
 
-    def gather(self, source: torch.Tensor, target: torch.Tensor, first_block: int, num_blocks: int) -> None:
-        """Copy this plane of blocks from a matrix in GGUF order (uint8 `[num_bytes]`) to contiguous `target`."""
-        end = first_block + num_blocks
-        if self.plane.width_bytes == self.block_bytes:
-            target.copy_(source[first_block * self.block_bytes : end * self.block_bytes])
-            return
+    def split(self, blocks: torch.Tensor, slot: torch.Tensor, first_block: int = 0) -> None:
+        """Copy this plane out of whole blocks, uint8 `[num_blocks, block_bytes]`, to where it belongs in `slot`."""
         begin = self.plane.offset_bytes
-        blocks = source.view(-1, self.block_bytes)[first_block:end, begin : begin + self.plane.width_bytes]
-        target.view(num_blocks, -1).copy_(blocks)
+        self.part_of(slot, first_block, len(blocks)).copy_(blocks[:, begin : begin + self.plane.width_bytes])
+
+    def part_of(self, slot: torch.Tensor, first_block: int, num_blocks: int) -> torch.Tensor:
+        """This plane of some blocks in `slot`, uint8 `[num_blocks, width_bytes]`, contiguous."""
+        width = self.plane.width_bytes
+        start = self.start_bytes + first_block * width
+        return slot[start : start + num_blocks * width].view(num_blocks, width)
 
 
 class SlotLayout:
@@ -108,13 +110,12 @@ class SlotLayout:
     def write(self, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], slot: torch.Tensor) -> None:
         """Lay an expert's gate, up and down bytes (GGUF order) out in `slot`, uint8 `[slot_bytes]`."""
         for segment in self.segments:
-            target = slot[segment.start_bytes : segment.start_bytes + segment.num_bytes]
-            segment.gather(parts[segment.matrix], target, 0, segment.num_blocks)
+            segment.split(parts[segment.matrix].view(segment.num_blocks, segment.block_bytes), slot)
 
     def read(self, slot: torch.Tensor, matrix: int) -> torch.Tensor:
         """Return one matrix of a slot in GGUF order, uint8 `[num_bytes]`: a view where the order is the file's."""
         segments = self.segments_of(matrix)
-        planes = [slot[s.start_bytes : s.start_bytes + s.num_bytes].view(s.num_blocks, -1) for s in segments]
+        planes = [segment.part_of(slot, 0, segment.num_blocks) for segment in segments]
         if len(planes) == 1:
             return planes[0].flatten()
         in_file_order = sorted(range(len(planes)), key=lambda number: segments[number].plane.offset_bytes)

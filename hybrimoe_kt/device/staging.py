@@ -1,4 +1,4 @@
-"""Page-locked memory that copies pass through when the experts themselves cannot be page-locked."""
+"""How an expert is cut for the way to its slot, and the page-locked memory it passes through if it must."""
 
 from __future__ import annotations
 
@@ -10,48 +10,64 @@ from .accelerator import Accelerator, Event, Stream
 from .layout import Segment, SlotLayout
 from .waiting import Patience
 
-__all__ = ["Chunk", "Ring", "chunks_of"]
+__all__ = ["Chunk", "Ring", "Run", "chunks_of"]
+
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of a slot, `[start_bytes, end_bytes)`, and the runs of blocks that fill it."""
+class Run:
+    """Neighbouring blocks of one matrix, as the file has them, and the planes they become."""
 
-    start_bytes: int
-    end_bytes: int
-    runs: tuple[tuple[Segment, int, int], ...]
-    """Segment, first block, number of blocks."""
+    segments: tuple[Segment, ...]
+    first_block: int
+    num_blocks: int
 
-    def gather(self, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor) -> None:
-        """Fill `target`, uint8 `[end - start]`, from an expert's matrices in GGUF order."""
-        for segment, first, count in self.runs:
-            width = segment.plane.width_bytes
-            at = segment.start_bytes + first * width - self.start_bytes
-            segment.gather(parts[segment.matrix], target[at : at + count * width], first, count)
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.segments[0].block_bytes
+
+    @property
+    def is_file_order(self) -> bool:
+        """Whether the slot holds these blocks whole."""
+        return len(self.segments) == 1
+
+    def source(self, parts: Parts) -> torch.Tensor:
+        """The blocks' bytes in an expert's matrices, uint8 `[num_bytes]`."""
+        start = self.first_block * self.segments[0].block_bytes
+        return parts[self.segments[0].matrix][start : start + self.num_bytes]
+
+    def targets(self, slot: torch.Tensor) -> list[torch.Tensor]:
+        """Where the planes go in `slot`, each uint8 `[num_blocks, width_bytes]`."""
+        return [segment.part_of(slot, self.first_block, self.num_blocks) for segment in self.segments]
+
+    def split(self, blocks: torch.Tensor, slot: torch.Tensor) -> None:
+        """Take blocks (uint8 `[num_bytes]`, on the slot's device) apart into `slot`."""
+        for segment in self.segments:
+            segment.split(blocks.view(self.num_blocks, segment.block_bytes), slot, self.first_block)
+
+
+Chunk = tuple[Run, ...]
+"""What is sent together."""
 
 
 def chunks_of(layout: SlotLayout, chunk_bytes: int) -> tuple[Chunk, ...]:
-    """Cut a slot into pieces of at most `chunk_bytes` (but never less than a block) that cover it once."""
-    runs: list[tuple[Segment, int, int]] = []
-    for segment in layout.segments:
-        step = max(1, chunk_bytes // segment.plane.width_bytes)
-        runs += [(segment, at, min(step, segment.num_blocks - at)) for at in range(0, segment.num_blocks, step)]
-    groups: list[list[tuple[Segment, int, int]]] = []
-    start = 0
-    for run in runs:
-        end = _end_bytes(run)
-        if not groups or end - start > chunk_bytes:
-            groups.append([])
-            start = run[0].start_bytes + run[1] * run[0].plane.width_bytes
-        groups[-1].append(run)
-    starts = [group[0][0].start_bytes + group[0][1] * group[0][0].plane.width_bytes for group in groups]
-    ends = [_end_bytes(group[-1]) for group in groups]
-    return tuple(Chunk(a, b, tuple(group)) for a, b, group in zip(starts, ends, groups, strict=True))
-
-
-def _end_bytes(run: tuple[Segment, int, int]) -> int:
-    segment, first, count = run
-    return segment.start_bytes + (first + count) * segment.plane.width_bytes
+    """Cut an expert into pieces of at most `chunk_bytes` (but never less than a block) that cover it once."""
+    chunks: list[list[Run]] = [[]]
+    room = chunk_bytes
+    for matrix in range(3):
+        segments = layout.segments_of(matrix)
+        num_blocks, block_bytes = segments[0].num_blocks, segments[0].block_bytes
+        first = 0
+        while first < num_blocks:
+            count = min(num_blocks - first, max(room // block_bytes, 0 if chunks[-1] else 1))
+            if count:
+                chunks[-1].append(Run(segments, first, count))
+                first, room = first + count, room - count * block_bytes
+            if first < num_blocks:
+                chunks.append([])
+                room = chunk_bytes
+    return tuple(tuple(runs) for runs in chunks if runs)
 
 
 class Ring:
@@ -67,10 +83,10 @@ class Ring:
         """Whether the next place is free; never blocks."""
         return self._events[self._next].is_done()
 
-    def take(self, patience: Patience, num_bytes: int) -> torch.Tensor:
-        """Wait for the next place and return its buffer, uint8 `[num_bytes]`."""
+    def take(self, patience: Patience) -> torch.Tensor:
+        """Wait for the next place and return its buffer, uint8 `[chunk_bytes]` (empty without buffers)."""
         patience.wait(self._events[self._next].is_done, "a copy to the accelerator")
-        return self._buffers[self._next, :num_bytes] if self._buffers.numel() else self._buffers
+        return self._buffers[self._next] if self._buffers.numel() else self._buffers
 
     def give(self, stream: Stream) -> None:
         """Call the place just taken busy until what `stream` has been given is done."""

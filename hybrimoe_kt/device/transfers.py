@@ -3,11 +3,18 @@
 Copies on a link cannot be called back, and no device promises that one stream's copies overtake another's. So a
 prefetch is given to its stream in chunks, never more than a window ahead; everything else waits here, where an
 on-demand transfer passes it, an abort drops it, and a plan that needs it sends the rest at once.
+
+A transfer comes from a page-locked copy in slot layout, as one copy; or from the mapped file, directly where that is
+registered with the driver, otherwise through staging. Blocks that the slot holds in planes then land beside the slot
+first and are taken apart there, by the device, on the stream of the copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import torch
 
 from hybrimoe_kt.core.types import Transfer
 
@@ -20,16 +27,25 @@ from .waiting import Patience
 __all__ = ["TransferQueue"]
 
 NUM_RING_CHUNKS = 4
-"""Copies under way per ring: one being filled, one being copied, one waiting, one to spare."""
+"""Copies under way per stream: one being filled, one being copied, one waiting, one to spare."""
+
+
+class Channel:
+    """One stream of copies, with the places its chunks take in turn and where they land to be taken apart."""
+
+    __slots__ = ("landing", "ring", "stream")
+
+    def __init__(self, stream: Stream, ring: Ring, landing: torch.Tensor) -> None:
+        self.stream, self.ring, self.landing = stream, ring, landing
 
 
 class Pending:
     """A transfer with chunks still to send."""
 
-    __slots__ = ("chunks", "next_chunk", "slots", "stream", "transfer")
+    __slots__ = ("channel", "chunks", "next_chunk", "slots", "transfer")
 
-    def __init__(self, transfer: Transfer, slots: LayerSlots, chunks: Sequence[Chunk], stream: Stream) -> None:
-        self.transfer, self.slots, self.chunks, self.stream = transfer, slots, chunks, stream
+    def __init__(self, transfer: Transfer, slots: LayerSlots, chunks: Sequence[Chunk], channel: Channel) -> None:
+        self.transfer, self.slots, self.chunks, self.channel = transfer, slots, chunks, channel
         self.next_chunk = 0
 
     def is_for(self, layer: int, slot: int) -> bool:
@@ -43,18 +59,23 @@ class TransferQueue:
         self, accelerator: Accelerator, store: HostStore, pool: SlotPool, *, chunk_bytes: int, patience: Patience
     ) -> None:
         self._accelerator, self._store, self._pool, self._patience = accelerator, store, pool, patience
-        self._on_demand = accelerator.stream("on-demand copies")
-        self._prefetch = accelerator.stream("prefetch copies", low_priority=True)
-        self._chunks = {layer: chunks_of(slots.layout, chunk_bytes) for layer, slots in pool.layers.items()}
-        self._whole = {layer: chunks_of(slots.layout, slots.layout.slot_bytes) for layer, slots in pool.layers.items()}
-        direct = all(store.is_direct(layer) for layer in pool.layers)
-        largest = max((c.end_bytes - c.start_bytes for chunks in self._chunks.values() for c in chunks), default=0)
-        size = 0 if direct else largest
-        self._on_demand_ring = Ring(accelerator, NUM_RING_CHUNKS, size, "on-demand copied")
-        self._prefetch_ring = Ring(accelerator, NUM_RING_CHUNKS, size, "prefetch copied")
+        layouts = {layer: slots.layout for layer, slots in pool.layers.items()}
+        self._chunks = {layer: chunks_of(layout, chunk_bytes) for layer, layout in layouts.items()}
+        self._whole = {layer: chunks_of(layout, 2**62) for layer, layout in layouts.items()}
+        largest = max((sum(r.num_bytes for r in c) for cs in self._chunks.values() for c in cs), default=0)
+        staged = 0 if all(store.is_direct(layer) for layer in layouts) else largest
+        landing = 0 if all(layout.is_file_order for layout in layouts.values()) else largest
+        self._on_demand = self._channel("on-demand copies", "on-demand copied", staged, landing, low_priority=False)
+        self._prefetch = self._channel("prefetch copies", "prefetch copied", staged, landing, low_priority=True)
         self._waiting: list[Pending] = []
         self.in_use: Collection[tuple[int, int]] = ()
         """Layer and slot of everything the open plan computes with; prefetches must leave it alone."""
+
+    def _channel(self, name: str, site: str, staged: int, landing: int, *, low_priority: bool) -> Channel:
+        accelerator = self._accelerator
+        stream = accelerator.stream(name, low_priority=low_priority)
+        memory = accelerator.allocate(landing) if landing else torch.empty(0, dtype=torch.uint8)
+        return Channel(stream, Ring(accelerator, NUM_RING_CHUNKS, staged, site), memory)
 
     @property
     def num_waiting(self) -> int:
@@ -62,14 +83,17 @@ class TransferQueue:
         return len(self._waiting)
 
     def start(self, transfer: Transfer) -> None:
-        """Hand an on-demand transfer to the device, whole, before anything that waits here."""
+        """Hand an on-demand transfer to the device, whole, before anything that waits here.
+
+        Only enqueues if `is_direct`; otherwise copies through staging, and waits for it.
+        """
         layer = transfer.expert.layer
-        if self._store.is_direct(layer):
-            self._send(self._open(transfer, self._on_demand, self._whole[layer]), None)
-            return
-        pending = self._open(transfer, self._on_demand, self._chunks[layer])
-        while pending.next_chunk < len(pending.chunks):
-            self._send(pending, self._on_demand_ring)
+        chunks = (self._whole if self._store.page_locked(transfer.expert) is not None else self._chunks)[layer]
+        self._send_all(self._open(transfer, self._on_demand, chunks))
+
+    def is_direct(self, layer: int) -> bool:
+        """Whether `layer`'s experts reach the device without staging."""
+        return self._store.is_direct(layer)
 
     def enqueue(self, transfer: Transfer) -> None:
         """Take a prefetch; `pump` sends it."""
@@ -79,10 +103,10 @@ class TransferQueue:
 
     def pump(self, may_go_on: Callable[[], bool] | None = None) -> None:
         """Send waiting chunks while the window has room and `may_go_on()`."""
-        ring = self._prefetch_ring
+        ring = self._prefetch.ring
         while self._waiting and ring.has_room() and (may_go_on is None or may_go_on()):
             pending = self._waiting[0]
-            self._send(pending, ring)
+            self._send(pending, paced=True)
             if pending.next_chunk == len(pending.chunks):
                 self._waiting.pop(0)
 
@@ -120,52 +144,70 @@ class TransferQueue:
                     arrived = False
                 if not arrived:
                     found.add((layer, slot))
-        self._on_demand_ring.forget_failures()
-        self._prefetch_ring.forget_failures()
+        self._on_demand.ring.forget_failures()
+        self._prefetch.ring.forget_failures()
         return found
 
-    def _open(self, transfer: Transfer, stream: Stream, chunks: Sequence[Chunk]) -> Pending:
+    def _open(self, transfer: Transfer, channel: Channel, chunks: Sequence[Chunk]) -> Pending:
         layer = transfer.expert.layer
         if self._waiting:  # the core may have given away a slot whose prefetch it thinks long arrived
-            self._waiting = [p for p in self._waiting if not p.is_for(layer, transfer.slot)]
+            self._waiting = [pending for pending in self._waiting if not pending.is_for(layer, transfer.slot)]
         slots = self._pool.layers[layer]
         slots.unsettled.add(transfer.slot)
-        return Pending(transfer, slots, chunks, stream)
+        return Pending(transfer, slots, chunks, channel)
 
     def _send_all(self, pending: Pending) -> None:
+        paced = not self._store.is_direct(pending.transfer.expert.layer)
         while pending.next_chunk < len(pending.chunks):
-            self._send(pending, self._prefetch_ring)
+            self._send(pending, paced=paced)
 
-    def _send(self, pending: Pending, ring: Ring | None) -> None:
-        """Give the next chunk to the device; waits for a place in `ring`, if one is given and full."""
-        transfer, slots, stream = pending.transfer, pending.slots, pending.stream
-        chunk = pending.chunks[pending.next_chunk]
-        buffer = ring.take(self._patience, chunk.end_bytes - chunk.start_bytes) if ring is not None else None
+    def _send(self, pending: Pending, *, paced: bool) -> None:
+        """Give the next chunk to the device; if `paced`, in a place of the channel's ring, waiting for one."""
+        transfer, slots, channel = pending.transfer, pending.slots, pending.channel
+        stream = channel.stream
+        buffer = channel.ring.take(self._patience) if paced else channel.landing
         if pending.next_chunk == 0:
             stream.wait(slots.read_done, "readers before overwrite")
             stream.wait(slots.written[transfer.slot], "earlier copy before overwrite")
-        target = slots.memory[transfer.slot, chunk.start_bytes : chunk.end_bytes]
-        source = self._store.page_locked(transfer.expert)
-        if source is not None:
-            self._accelerator.copy(stream, target, source[chunk.start_bytes : chunk.end_bytes], "expert copy")
-        elif self._store.is_registered(transfer.expert.layer):
-            self._copy_registered(stream, chunk, transfer, slots)
+        chunk, slot = pending.chunks[pending.next_chunk], slots.views[transfer.slot]
+        ready = self._store.page_locked(transfer.expert)
+        if ready is not None:
+            self._copy_ready(stream, chunk, ready, slot)
         else:
-            assert buffer is not None, "experts that devices cannot read in place pass through a ring"
-            self._accelerator.on_host("fill staging", writes=(buffer,))
-            chunk.gather(self._store.parts(transfer.expert), buffer)
-            self._accelerator.copy(stream, target, buffer, "expert copy")
-        if ring is not None:
-            ring.give(stream)
+            self._copy_mapped(channel, chunk, transfer, slot, buffer)
+        if paced:
+            channel.ring.give(stream)
         pending.next_chunk += 1
         stream.record(slots.written[transfer.slot], "arrival")
 
-    def _copy_registered(self, stream: Stream, chunk: Chunk, transfer: Transfer, slots: LayerSlots) -> None:
-        """Straight from the mapping: one copy per run, as gate, up and down lie apart there."""
+    def _copy_ready(self, stream: Stream, chunk: Chunk, ready: torch.Tensor, slot: torch.Tensor) -> None:
+        """From a page-locked copy in slot layout: everything at once, or plane by plane."""
+        if len(chunk) == 3 and all(run.num_blocks == run.segments[0].num_blocks for run in chunk):
+            self._accelerator.copy(stream, slot, ready, "expert copy")
+            return
+        for run in chunk:
+            for target, source in zip(run.targets(slot), run.targets(ready), strict=True):
+                self._accelerator.copy(stream, target, source, "expert copy")
+
+    def _copy_mapped(
+        self, channel: Channel, chunk: Chunk, transfer: Transfer, slot: torch.Tensor, buffer: torch.Tensor
+    ) -> None:
+        """From the file, in its order; through `buffer` unless the driver reads the mapping in place."""
         parts = self._store.parts(transfer.expert)
-        slot = slots.memory[transfer.slot]
-        for segment, first, count in chunk.runs:
-            width = segment.plane.width_bytes
-            at = segment.start_bytes + first * width
-            source = parts[segment.matrix][first * width : (first + count) * width]
-            self._accelerator.copy(stream, slot[at : at + count * width], source, "expert copy")
+        registered = self._store.is_registered(transfer.expert.layer)
+        at = 0
+        for run in chunk:
+            source = run.source(parts)
+            if not registered:
+                staged = buffer[at : at + run.num_bytes]
+                self._accelerator.on_host("fill staging", writes=(staged,))
+                source = staged.copy_(source)
+            targets = run.targets(slot)
+            blocks = targets[0].view(-1) if run.is_file_order else channel.landing[at : at + run.num_bytes]
+            self._accelerator.copy(channel.stream, blocks, source, "expert copy")
+            if not run.is_file_order:
+                split = partial(run.split, blocks, slot)
+                self._accelerator.launch(
+                    channel.stream, split, reads=(blocks,), writes=tuple(targets), site="take blocks apart"
+                )
+            at += run.num_bytes

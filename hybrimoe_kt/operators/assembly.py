@@ -16,6 +16,7 @@ from hybrimoe_kt.core.profile import Profile, load_profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.calibrate import calibrate, machine_name, profile_path, trusted_profile
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import default_expert_threads
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
@@ -28,10 +29,13 @@ from hybrimoe_kt.device.slots import slots_per_layer
 from hybrimoe_kt.device.waiting import Patience
 from hybrimoe_kt.errors import CapacityError
 
-__all__ = ["Assembly", "assemble", "make_coordinator"]
+__all__ = ["Assembly", "assemble", "cost_of", "make_coordinator", "make_cpu_backend", "make_gpu_backend"]
 
 logger = logging.getLogger(__name__)
 
+_CHUNK_BYTES = 2**20
+"""Where no profile names a measured size: 50 us of a PCIe 4.0 x16 link."""
+_HASTY_REPEATS = 3
 _ROOM_FOR_A_COPY = 1.25
 """Host memory that must be free before all experts are copied, in their size: the rest is for everything else."""
 
@@ -49,41 +53,50 @@ class Assembly:
 def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[int, str]) -> Assembly:
     """Build everything for the layers in `store`; `accelerator_of` names each layer's accelerator."""
     patience = Patience(options.deadline_s)
-    cpu = _cpu_backend(options)
+    cpu = make_cpu_backend(options)
     for experts in store.layers.values():
         cpu.add_layer(experts)
-    names = list(dict.fromkeys(accelerator_of.values()))
-    accelerators = {name: choose_accelerator(name) for name in names}
-    profile = load_profile("default" if options.profile == "auto" else options.profile)
-    costs = {layer: _cost(profile, store, layer) for layer in store.layers}
-    lanes, specs = [], []
-    for number, (name, accelerator) in enumerate(accelerators.items()):
-        layers = [layer for layer in sorted(store.layers) if accelerator_of[layer] == name]
-        slots: Mapping[int, int] = dict.fromkeys(layers, 0)
-        supported = dict.fromkeys(layers, True)
-        if accelerator is not None:
-            if isinstance(accelerator, AdversarialAccelerator):
-                cpu = accelerator.watch_cpu(cpu)
-            gpu = _gpu_backend(options, accelerator, costs)
-            supported = {layer: _is_supported(gpu, store, layer) for layer in layers}
-            slots = _slots(options, store, accelerator, [layer for layer in layers if supported[layer]])
-            _make_copyable(options, store, cpu, accelerator, [layer for layer in layers if slots.get(layer)])
-            lanes.append(
-                Lane(
-                    accelerator,
-                    gpu,
-                    store,
-                    {layer: slots.get(layer, 0) for layer in layers},
-                    max_tokens=options.max_chunk_tokens,
-                    cpu_answers_pairs=cpu.answers_pairs,
-                    chunk_bytes=options.transfer_chunk_bytes,
-                    patience=patience,
-                )
+    served: dict[str, list[int]] = {}
+    for layer in sorted(store.layers):
+        served.setdefault(accelerator_of[layer], []).append(layer)
+    devices = {name: device for name in served if (device := choose_accelerator(name)) is not None}
+    gpus = {name: make_gpu_backend(options, device, store) for name, device in devices.items()}
+    supported = dict.fromkeys(store.layers, True)
+    for name, gpu in gpus.items():
+        supported |= {layer: _is_supported(gpu, store, layer) for layer in served[name]}
+    profile = _profile(options, store, cpu, devices, gpus, supported)
+    costs = {layer: cost_of(profile, store, layer) for layer in store.layers}
+    chunk_bytes = options.transfer_chunk_bytes or int(profile.link_chunk_bytes or _CHUNK_BYTES)
+    slots = dict.fromkeys(store.layers, 0)
+    lanes = []
+    for name, device in devices.items():
+        if isinstance(device, AdversarialAccelerator):
+            cpu = device.watch_cpu(cpu)
+        usable = {layer: store.layouts[layer] for layer in served[name] if supported[layer]}
+        if usable:
+            slots |= slots_per_layer(options.cache_size, store, device, usable)
+        _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
+        lanes.append(
+            Lane(
+                device,
+                gpus[name],
+                store,
+                {layer: slots[layer] for layer in served[name]},
+                max_tokens=options.max_chunk_tokens,
+                cpu_answers_pairs=cpu.answers_pairs,
+                chunk_bytes=chunk_bytes,
+                patience=patience,
             )
-        for layer in layers:
-            specs.append(_spec(store, layer, slots.get(layer, 0), number, supported[layer]))
-    specs.sort(key=lambda spec: spec.layer)
-    return Assembly(Executor(cpu, lanes, patience), profile, costs, tuple(specs))
+        )
+    number = {layer: place for place, layers in enumerate(served.values()) for layer in layers}
+    specs = tuple(
+        LayerSpec(
+            layer, experts.num_experts, experts.top_k, experts.expert_bytes,
+            slots[layer], number[layer], supported[layer],
+        )
+        for layer, experts in sorted(store.layers.items())
+    )  # fmt: skip
+    return Assembly(Executor(cpu, lanes, patience), profile, costs, specs)
 
 
 def make_coordinator(options: ExpertOptions, assembly: Assembly) -> Coordinator:
@@ -102,16 +115,52 @@ def make_coordinator(options: ExpertOptions, assembly: Assembly) -> Coordinator:
     )
 
 
-def _cpu_backend(options: ExpertOptions) -> CpuBackend:
+def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
+    """The CPU backend that the options name."""
     if options.cpu_backend == "torch_reference":
         return TorchReferenceCpu()
     return LlamafileBackend(options.cpu_threads or default_expert_threads(), options.max_chunk_tokens)
 
 
-def _gpu_backend(options: ExpertOptions, accelerator: Accelerator, costs: Mapping[int, CostModel]) -> GpuBackend:
+def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: HostStore) -> GpuBackend:
+    """Who computes experts on `accelerator`."""
     if isinstance(accelerator, TimedAccelerator):
-        return SleepingGpu(accelerator, costs)
+        return SleepingGpu(accelerator, {layer: cost_of(accelerator.profile, store, layer) for layer in store.layers})
     return TorchReferenceGpu()
+
+
+def _profile(
+    options: ExpertOptions,
+    store: HostStore,
+    cpu: CpuBackend,
+    devices: Mapping[str, Accelerator],
+    gpus: Mapping[str, GpuBackend],
+    supported: Mapping[int, bool],
+) -> Profile:
+    """The profile that plans are predicted with: the one named, this machine's own, or one measured in a hurry."""
+    name = next(iter(devices), None)
+    device = devices[name] if name is not None else None
+    if options.profile != "auto":
+        return trusted_profile(options.profile, machine_name(device, cpu))
+    if name is None or device is None:
+        return load_profile("cpu-only")
+    if isinstance(device, (ImmediateAccelerator, AdversarialAccelerator)) and not isinstance(device, TimedAccelerator):
+        return load_profile("default")
+    layer = next((layer for layer, usable in sorted(supported.items()) if usable), None)
+    if layer is None:
+        return load_profile("default")
+    path = profile_path(machine_name(device, cpu))
+    if path.is_file():
+        return trusted_profile(str(path), machine_name(device, cpu))
+    logger.warning("no profile of this machine yet: measuring it briefly; `hybrimoe calibrate` does it thoroughly")
+    measured = calibrate(
+        store, layer, cpu, device, gpus[name], max_tokens=options.max_chunk_tokens, repeats=_HASTY_REPEATS,
+        patience=Patience(options.deadline_s),
+    )  # fmt: skip
+    logger.info("%s", measured.verdict)
+    if not isinstance(device, TimedAccelerator):
+        measured.save(path)
+    return measured.profile
 
 
 def _is_supported(gpu: GpuBackend, store: HostStore, layer: int) -> bool:
@@ -121,40 +170,32 @@ def _is_supported(gpu: GpuBackend, store: HostStore, layer: int) -> bool:
     return reason is None
 
 
-def _cost(profile: Profile, store: HostStore, layer: int) -> CostModel:
+def cost_of(profile: Profile, store: HostStore, layer: int) -> CostModel:
+    """Scale a profile to one layer's experts."""
     experts = store.layers[layer]
     macs = 3 * experts.hidden * experts.inter
     return CostModel.from_profile(profile, expert_bytes=experts.expert_bytes, expert_macs=macs)
-
-
-def _spec(store: HostStore, layer: int, num_slots: int, accelerator: int, supported: bool) -> LayerSpec:
-    experts = store.layers[layer]
-    return LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, num_slots, accelerator, supported)
-
-
-def _slots(options: ExpertOptions, store: HostStore, accelerator: Accelerator, layers: list[int]) -> dict[int, int]:
-    if not layers:
-        return {}
-    return slots_per_layer(options.cache_size, store, accelerator, {layer: store.layouts[layer] for layer in layers})
 
 
 def _make_copyable(
     options: ExpertOptions, store: HostStore, cpu: CpuBackend, accelerator: Accelerator, layers: list[int]
 ) -> None:
     """Let the device copy straight from host memory where the user and the host allow it; else staging serves."""
-    if isinstance(accelerator, (ImmediateAccelerator, AdversarialAccelerator)) and options.host_store == "auto":
-        return  # emulated: nothing is gained by a copy
+    if options.host_store == "auto" and accelerator.device.type == "cpu":
+        return  # emulated: nothing is gained
     free = [layer for layer in layers if not cpu.copies(layer)]  # one host copy of an expert, not two
     needed = sum(store.layers[layer].num_experts * store.layouts[layer].slot_bytes for layer in free)
-    wanted = options.host_store == "page_locked"
-    if wanted or (options.host_store == "auto" and needed * _ROOM_FOR_A_COPY < host_available_bytes()):
+    if options.host_store == "page_locked" or (
+        options.host_store == "auto" and needed * _ROOM_FOR_A_COPY < host_available_bytes()
+    ):
         try:
             store.page_lock(accelerator, free, _progress)
         except CapacityError as error:
-            if wanted:
+            if options.host_store == "page_locked":
                 raise
             logger.warning("%s; transfers go through staging", error)
-    elif options.host_store == "auto" and not store.register(accelerator, free):
+    left = [layer for layer in layers if not store.is_direct(layer)]
+    if left and not store.register(accelerator, left):
         logger.info("the mapped file cannot be page-locked in place; transfers go through staging")
 
 

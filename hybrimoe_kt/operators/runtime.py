@@ -111,13 +111,24 @@ class Runtime:
         self._executor = self._assembly.executor
         self.coordinator = self.new_coordinator()
         self._recovery = Recovery(self.coordinator, self._executor)
-        for transfer in self.coordinator.initial_transfers():
+        while not self._fill_slots():
+            pass
+        logger.info("%s", self.describe())
+
+    def _fill_slots(self) -> bool:
+        """Bring an expert into every free slot; False if an accelerator failed at it: then what is free has changed."""
+        assert self.coordinator is not None and self._executor is not None, "the runtime is starting"
+        assert self._recovery is not None, "the runtime is starting"
+        transfers = self.coordinator.initial_transfers()
+        for number, transfer in enumerate(transfers):
             try:
                 self._executor.fill(transfer)
             except AcceleratorFailed as failure:
-                self.coordinator.fail(transfer)
-                self._recovery.recover(failure)
-        logger.info("%s", self.describe())
+                for missing in transfers[number:]:
+                    self.coordinator.fail(missing)
+                self._recovery.recover(failure)  # gives up after a few times, so this ends
+                return False
+        return True
 
     def layer_specs(self) -> list[LayerSpec]:
         """What the coordinator knows of each MoE layer, in order."""

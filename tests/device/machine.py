@@ -130,6 +130,7 @@ def make(
     defaults: dict[str, Any] = {
         "cpu_backend": "torch_reference", "profile": "default", "transfer_chunk_bytes": 4096,
         "max_chunk_tokens": CHUNK, "cache_size": 3, "prefetch_size": 3, "prefetch_depth": 2, "deadline_s": 5.0,
+        "host_store": ("auto", "mapped", "page_locked")[seed % 3],
     }  # fmt: skip
     runtime = Runtime(ExpertOptions.from_kwargs(defaults | options))
     for experts in layers():

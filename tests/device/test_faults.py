@@ -97,7 +97,7 @@ def test_failing_again_and_again_ends_with_the_cpu(caplog: pytest.LogCaptureFixt
 def test_out_of_memory_shrinks_the_cache(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setitem(OPTIONS, "cache_size", 4)
-        machine = play(patch, 3, Faults("launch", 10, "out_of_memory"))
+        machine = play(patch, 3, Faults("launch", 80, "out_of_memory"))
     slots = [lane.pool.num_slots for lane in machine.runtime._executor.lanes]
     assert sorted(slots) in ([4, 6], [3, 8]), "three quarters on one device, all on the other"
     assert any("the expert cache shrinks to" in record.message for record in caplog.records)

@@ -85,14 +85,17 @@ def test_the_list_is_complete() -> None:
     """Every site that the device layer names is left out by a test above."""
     named: set[str] = set()
     recorded: set[str] = set()
-    for file in Path(hybrimoe_kt.device.__file__).parent.glob("*.py"):
+    files = set(Path(hybrimoe_kt.device.__file__).parent.glob("*.py"))
+    for file in sorted(file for file in files if file.name != "measure.py"):  # that one only takes times
         for call in ast.walk(ast.parse(file.read_text())):
             if not isinstance(call, ast.Call):
                 continue
             called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             texts = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            if called in ("record", "Ring"):
+            if called == "record":
                 recorded.update(texts)
+            elif called == "_channel":
+                recorded.add(texts[1])
             elif called == "wait" and "patience" not in ast.unparse(call.func):
                 named.update(texts)
     assert named and recorded

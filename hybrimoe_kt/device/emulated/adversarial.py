@@ -64,6 +64,7 @@ class AdversarialAccelerator:
         self.device = torch.device("cpu")
         self.faults = faults or Faults()
         self._capacity_bytes, self._allocated_bytes = capacity_bytes, 0
+        self._registers = adversary.random.random() < 0.5  # some drivers do, some do not
         self._released: dict[int, list[torch.Tensor]] = {}
         self.compute: Any = self.stream("compute")
 
@@ -95,7 +96,7 @@ class AdversarialAccelerator:
         return again.pop() if again else torch.full((num_bytes,), _POISON, dtype=torch.uint8)
 
     def register(self, memory: torch.Tensor) -> bool:
-        return False
+        return self._registers
 
     def copy(self, stream: _Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         assert target.shape == source.shape and target.dtype == source.dtype, "a copy changes neither shape nor type"

@@ -1,0 +1,234 @@
+"""Hybrid plans on the clock: does a step take what its plan predicted, and is it faster than one device alone?
+
+    python -m benchmarks.timed                   # DeepSeek-V2-Lite's experts, three cache sizes, a few minutes
+    python -m benchmarks.timed --json out.json
+
+CPU experts run for real on kt-kernel, calibrated first. GPU and link are emulated: they take the time that the profile
+of the paper's machine gives them, on the real clock. Routing, scores and look-ahead come from a synthetic trace with
+DeepSeek-V2-Lite's locality. All methods run in turn, token by token, so that noise falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.random_blocks import Type, random_blocks
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.types import Plan, Routing
+from hybrimoe_kt.device.calibrate import calibrate
+from hybrimoe_kt.device.emulated.timed import TimedAccelerator
+from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
+from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
+from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.sim.generate import generate
+from hybrimoe_kt.sim.trace import Trace
+
+HARDWARE = "a6000-xeon5220r"
+MODEL = "deepseek-v2-lite"
+EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
+TYPES = (Type.Q4_K, Type.Q4_K, Type.Q5_0)
+LAYERS = 3
+METHODS: dict[str, dict[str, Any]] = {
+    "hybrid": {},
+    "static": {"scheduler": "static", "prefetch_size": 0},
+    "gpu_only": {"scheduler": "gpu_only"},
+    "cpu_only": {"scheduler": "cpu_only", "prefetch_size": 0},
+}
+
+
+def random_layer(number: int) -> LayerExperts:
+    """One MoE layer of DeepSeek-V2-Lite; all experts hold the same bytes, each in memory of its own."""
+    draw = np.random.default_rng(number)
+
+    def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
+        one = random_blocks(draw, kind, rows, columns).reshape(1, -1)
+        return ExpertMatrix(torch.from_numpy(np.repeat(one, EXPERTS, axis=0)), int(kind), rows, columns)
+
+    gate, up = matrix(TYPES[0], INTER, HIDDEN), matrix(TYPES[1], INTER, HIDDEN)
+    return LayerExperts(number, EXPERTS, TOP_K, HIDDEN, INTER, gate, up, matrix(TYPES[2], HIDDEN, INTER))
+
+
+@dataclass
+class Method:
+    """One runtime and what its steps took."""
+
+    runtime: Runtime
+    trace: Trace
+    layer_s: float
+    """Slept between two layers: attention and the rest."""
+    measured: list[float] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+    _step: int = 0
+    _plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        self.runtime.start()
+        coordinator = self.runtime.coordinator
+        assert coordinator is not None
+        decide = coordinator.plan
+
+        def spy(routing: Routing) -> Plan:
+            self._plan = decide(routing)
+            return self._plan
+
+        coordinator.plan = spy  # type: ignore[method-assign]
+        for place in range(LAYERS - 1):
+            self.runtime.look_ahead(place, self._predictor(place))
+
+    def _predictor(self, place: int) -> Any:
+        def predict(hidden: torch.Tensor) -> list[Guess]:
+            step, trace = self.trace.steps[self._step], self.trace
+            assert trace.predicted is not None and trace.predicted_scores is not None
+            return [
+                (
+                    place + 1 + ahead,
+                    torch.from_numpy(
+                        trace.predicted[step.first_token : step.first_token + step.num_tokens, place, ahead].astype(
+                            np.int64
+                        )
+                    ),
+                    torch.from_numpy(trace.predicted_scores[self._step, place, ahead]),
+                )
+                for ahead in range(min(2, LAYERS - 1 - place))
+            ]
+
+        return predict
+
+    def token(self, number: int, *, keep: bool) -> None:
+        """Run one step of the trace through all layers."""
+        self._step = number
+        step, trace = self.trace.steps[number], self.trace
+        assert trace.scores is not None and trace.weights is not None
+        hidden = torch.randn(step.num_tokens, HIDDEN)
+        total = 0.0
+        for place in range(LAYERS):
+            ids = torch.from_numpy(
+                trace.experts[step.first_token : step.first_token + step.num_tokens, place].astype(np.int64)
+            )
+            weights = torch.from_numpy(
+                np.ascontiguousarray(trace.weights[step.first_token : step.first_token + step.num_tokens, place])
+            )
+            logits = torch.from_numpy(trace.scores[number, place]).log()[None].expand(step.num_tokens, -1)
+            self.runtime.note_scores(place, logits)
+            began = time.perf_counter()
+            self.runtime.run(place, hidden, ids, weights)
+            seconds = time.perf_counter() - began
+            total += seconds
+            if keep:
+                assert self._plan is not None
+                self.measured.append(seconds)
+                self.predicted.append(self._plan.makespan_s)
+            time.sleep(self.layer_s)
+        if keep:
+            self.token_s.append(total)
+
+    @property
+    def error(self) -> float:
+        """Median measured step over median predicted, less 1."""
+        return statistics.median(self.measured) / statistics.median(self.predicted) - 1
+
+    @property
+    def step_error(self) -> float:
+        """Median over the steps of measured over predicted, less 1."""
+        return statistics.median(m / p for m, p in zip(self.measured, self.predicted, strict=True)) - 1
+
+
+def calibrated(layers: list[LayerExperts], options: ExpertOptions, folder: Path) -> tuple[Path, float]:
+    """Measure this machine's CPU beside the emulated GPU; return the profile file and the time between layers."""
+    store = HostStore()
+    store.add(layers[0])
+    cpu = make_cpu_backend(options)
+    cpu.add_layer(layers[0])
+    accelerator = TimedAccelerator.named(options.accelerator, HARDWARE)
+    gpu = make_gpu_backend(options, accelerator, store)
+    measured = calibrate(store, layers[0].layer, cpu, accelerator, gpu, max_tokens=options.max_chunk_tokens)
+    assert measured.profile.gpu_layer_s is not None
+    return measured.save(folder / "profile.json"), measured.profile.gpu_layer_s
+
+
+def compare(layers: list[LayerExperts], trace: Trace, cache: str, profile: Path, layer_s: float, warm_up: int) -> Any:
+    """Run all methods over `trace`, interleaved; return what each took."""
+    methods = {}
+    for name, changes in METHODS.items():
+        runtime = Runtime(options_for(cache, profile, **changes))
+        for experts in layers:
+            runtime.add_layer(experts)
+        methods[name] = Method(runtime, trace, layer_s)
+    for number in range(len(trace.steps)):
+        for method in methods.values():
+            method.token(number, keep=number >= warm_up)
+    return methods
+
+
+def options_for(cache: str, profile: Path | None, **changes: Any) -> ExpertOptions:
+    given: dict[str, Any] = {
+        "accelerator": f"emulated:timed:{HARDWARE}", "cache_size": cache, "prefetch_size": 2, "prefetch_depth": 2,
+        "host_store": "mapped", "fallback": False,
+    }  # fmt: skip
+    if profile is not None:
+        given["profile"] = str(profile)
+    return ExpertOptions.from_kwargs(given | changes)
+
+
+def row(name: str, method: Method, hybrid: Method) -> dict[str, Any]:
+    coordinator = method.runtime.coordinator
+    assert coordinator is not None
+    return {
+        "method": name,
+        "token_ms": statistics.median(method.token_s) * 1e3,
+        "hybrid_speedup": statistics.median(
+            theirs / ours for theirs, ours in zip(method.token_s, hybrid.token_s, strict=True)
+        ),
+        "step_ms": statistics.median(method.measured) * 1e3,
+        "predicted_ms": statistics.median(method.predicted) * 1e3,
+        "error": method.error,
+        "step_error": method.step_error,
+        "hit_rate": coordinator.stats.hit_rate,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--warm-up", type=int, default=12, help="tokens that are run and not counted")
+    parser.add_argument("--cache", nargs="*", default=["25%", "50%", "75%"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    layers = [random_layer(number) for number in range(LAYERS)]
+    trace = generate(MODEL, prompt_tokens=0, tokens=arguments.tokens + arguments.warm_up, depth=2)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        profile, layer_s = calibrated(layers, options_for("25%", None), Path(folder))
+        found["profile"] = json.loads(profile.read_text())
+        for cache in arguments.cache:
+            methods = compare(layers, trace, cache, profile, layer_s, arguments.warm_up)
+            found[cache] = [row(name, method, methods["hybrid"]) for name, method in methods.items()]
+            print(f"\ncache {cache}: {LAYERS} layers of {EXPERTS} experts, top-{TOP_K}, {arguments.tokens} tokens")
+            print("| method | ms per token | hybrid is faster by | step ms | predicted ms | error | hit rate |")
+            print("|---|---|---|---|---|---|---|")
+            for r in found[cache]:
+                print(
+                    f"| {r['method']} | {r['token_ms']:.2f} | {r['hybrid_speedup']:.2f}x | {r['step_ms']:.2f} | "
+                    f"{r['predicted_ms']:.2f} | {r['error']:+.1%} ({r['step_error']:+.1%} per step) | "
+                    f"{r['hit_rate']:.1%} |",
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

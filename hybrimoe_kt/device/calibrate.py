@@ -1,0 +1,279 @@
+"""Measures this machine and writes what it finds as a profile: the numbers every plan is predicted with."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hybrimoe_kt.core.profile import Profile, load_profile, parse_profile
+from hybrimoe_kt.errors import CalibrationError
+
+from .accelerator import Accelerator
+from .backend import CpuBackend, GpuBackend
+from .cores import physical_cores
+from .host_store import HostStore
+from .measure import CpuMeter, GpuMeter, LinkMeter, Sample
+from .waiting import Patience
+
+__all__ = ["Calibration", "calibrate", "link_verdict", "machine_name", "profile_path", "trusted_profile"]
+
+CPU_LOADS = (1, 2, 4, 8, 32, 128)
+GPU_LOADS = (1, 8, 64, 512)
+_LINK_BYTES = (2**16, 2**25)
+_CHUNK_BYTES = (2**18, 2**19, 2**20, 2**21, 2**22)
+_RATE_KEPT = 0.9
+_GUESSED_LAYER_S = {"cpu": 1.5e-3, "gpu": 2.5e-4}
+"""Time per decoder layer outside the experts, which is not measured here: as in the built-in profiles."""
+_PCIE = tuple(
+    (f"PCIe {generation} x{lanes}", rate * lanes / 16)
+    for generation, rate in ((3, 15.8), (4, 31.5), (5, 63.0), (6, 126.0))
+    for lanes in (16, 8, 4)
+)
+"""Nominal GB/s in one direction; page-locked copies reach 70-90 % of it."""
+
+
+@dataclass(slots=True)
+class Calibration:
+    """A finished calibration: the profile, its JSON, and every sample behind it by name."""
+
+    profile: Profile
+    text: str
+    samples: dict[str, Sample] = field(default_factory=dict)
+    verdict: str = ""
+    """One line on whether the link is what one would expect."""
+
+    def save(self, path: Path) -> Path:
+        """Write the profile file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.text, encoding="utf-8")
+        return path
+
+
+def machine_name(accelerator: Accelerator | None, cpu: CpuBackend) -> str:
+    """What a profile holds for: processor, cores, experts' threads, CPU backend, accelerator."""
+    threads = getattr(cpu, "num_threads", 0)
+    device = accelerator.describe() if accelerator is not None else "no accelerator"
+    return f"{_processor()}, {physical_cores()} cores, {threads} expert threads of {cpu.name}, {device}"
+
+
+def profile_path(machine: str) -> Path:
+    """Where the profile of `machine` is kept between runs."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hybrimoe_kt" / f"profile-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def trusted_profile(name_or_path: str, machine: str) -> Profile:
+    """Load a profile; CalibrationError if it was measured on another machine. Built-in ones were measured on none."""
+    profile = load_profile(name_or_path)
+    if profile.machine and profile.machine != machine:
+        raise CalibrationError(
+            f"profile {name_or_path} was measured on another machine ({profile.machine}; this is {machine}); "
+            f"run `hybrimoe calibrate` here, or leave --profile out"
+        )
+    return profile
+
+
+def calibrate(
+    store: HostStore,
+    layer: int,
+    cpu: CpuBackend,
+    accelerator: Accelerator | None,
+    gpu: GpuBackend | None,
+    *,
+    max_tokens: int,
+    repeats: int = 15,
+    patience: Patience | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Calibration:
+    """Measure with the experts of `layer`, which `cpu` has taken already; `progress` is told before each piece.
+
+    `max_tokens` bounds a call. Takes seconds to a minute with 15 repeats.
+    """
+    patience = patience or Patience(60.0)
+    run = _Run(store, layer, cpu, max_tokens, repeats, patience, progress)
+    run.measure_cpu()
+    if accelerator is not None and gpu is not None:
+        run.measure_link(accelerator)
+        run.measure_gpu(accelerator, gpu)
+    return run.result(machine_name(accelerator, cpu), accelerator)
+
+
+class _Run:
+    """One calibration under way: samples by name, numbers and their sources by profile key."""
+
+    def __init__(
+        self,
+        store: HostStore,
+        layer: int,
+        cpu: CpuBackend,
+        max_tokens: int,
+        repeats: int,
+        patience: Patience,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._store, self._layer, self._repeats, self._progress = store, layer, repeats, progress
+        self._experts, self._patience, self._max_tokens = store.layers[layer], patience, max_tokens
+        self._meter = CpuMeter(cpu, self._experts, patience)
+        self._macs = 3 * self._experts.hidden * self._experts.inter
+        self.samples: dict[str, Sample] = {}
+        self.numbers: dict[str, float] = {"num_cpu_cores": physical_cores(), "cpu_layer_s": _GUESSED_LAYER_S["cpu"]}
+        self.sources = {"num_cpu_cores": "counted", "cpu_layer_s": "not measured: as in the built-in profiles"}
+
+    def _sample(self, name: str, measure: Callable[[], Sample]) -> float:
+        self._progress(name)
+        self.samples[name] = measure()
+        return self.samples[name].median_s
+
+    def _set(self, key: str, value: float, source: str) -> None:
+        self.numbers[key], self.sources[key] = value, source
+
+    def measure_cpu(self) -> None:
+        most = max(1, self._experts.top_k)
+        many = self._sample(f"CPU, {most} experts, 1 token", lambda: self._meter.call(most, 1, self._repeats))
+        loads = [load for load in CPU_LOADS if load <= self._max_tokens]
+        times = {load: self._cpu_expert(load) for load in loads}
+        single_s = (many - times[1]) / (most - 1) if most > 1 else times[1]
+        if not 0.0 < single_s <= times[1]:
+            single_s = times[1]
+        call_s = min(max(0.0, times[1] - single_s), 0.5 * min(times.values()))
+        num_bytes = self._experts.expert_bytes
+        base_s, token_s = _line({load: seconds - call_s for load, seconds in times.items() if load > 1}, single_s)
+        first = self.samples["CPU, 1 expert, 1 token"]
+        self._set("cpu_call_s", call_s, f"{most} experts against one at 1 token; one: {first}")
+        self._set("cpu_expert_s", 0.0, "0: within the time to read an expert")
+        self._set("cpu_single_bytes_per_s", num_bytes / single_s, f"{most} experts against one at 1 token")
+        fitted = ", ".join(f"{load} tokens {seconds * 1e3:.2f} ms" for load, seconds in times.items())
+        self._set("cpu_bytes_per_s", num_bytes / base_s, f"a line through the medians: {fitted}")
+        self._set("cpu_macs_per_s", self._macs / token_s, "slope of that line")
+
+    def _cpu_expert(self, load: int) -> float:
+        name = f"CPU, 1 expert, {load} token{'s' * (load > 1)}"
+        return self._sample(name, lambda: self._meter.call(1, load, self._repeats))
+
+    def measure_link(self, accelerator: Accelerator) -> None:
+        small, large = _LINK_BYTES
+        link = LinkMeter(accelerator, large, self._patience)
+        times = {}
+        for page_locked, memory in ((True, "page-locked"), (False, "pageable")):
+            for size in _LINK_BYTES:
+                name = f"link, {size / 2**20:g} MiB {memory}"
+                times[memory, size] = self._sample(
+                    name, lambda size=size, locked=page_locked: link.copy(size, self._repeats, page_locked=locked)
+                )
+        bytes_per_s = (large - small) / max(1e-9, times["page-locked", large] - times["page-locked", small])
+        latency_s = max(0.0, times["page-locked", small] - small / bytes_per_s)
+        pageable = large / times["pageable", large]
+        both = self.samples[f"link, {large / 2**20:g} MiB page-locked"]
+        self._set("link_bytes_per_s", bytes_per_s, f"32 MiB page-locked: {both}; pageable {pageable / 1e9:.1f} GB/s")
+        self._set("link_latency_s", latency_s, "64 KiB page-locked, less its bytes")
+        self._measure_chunks(link, large / times["page-locked", large])
+        self._measure_contention(link, large)
+        link.release()
+
+    def _measure_chunks(self, link: LinkMeter, best_bytes_per_s: float) -> None:
+        """The smallest chunk that keeps nine tenths of the link's rate."""
+        for size in _CHUNK_BYTES:
+            seconds = self._sample(
+                f"link, {size / 2**20:g} MiB chunks", lambda size=size: link.copy(size, self._repeats, copies=8)
+            )
+            if size / seconds >= _RATE_KEPT * best_bytes_per_s or size == _CHUNK_BYTES[-1]:
+                rate = f"{size / seconds / 1e9:.1f} GB/s in chunks of it, {best_bytes_per_s / 1e9:.1f} in large copies"
+                self._set("link_chunk_bytes", size, rate)
+                return
+
+    def _measure_contention(self, link: LinkMeter, num_bytes: int) -> None:
+        feed = link.keep_busy(num_bytes)
+        load = min(8, self._max_tokens)
+
+        def busy(number: int) -> float:
+            feed()
+            return self._meter.call(1, load, 1).median_s
+
+        alone = self._sample(
+            f"CPU, 1 expert, {load} tokens, link idle", lambda: self._meter.call(1, load, self._repeats)
+        )
+        together = self._sample(f"CPU, 1 expert, {load} tokens, link busy", lambda: Sample.repeat(self._repeats, busy))
+        source = f"an expert of {load} tokens beside copies: {self.samples[f'CPU, 1 expert, {load} tokens, link busy']}"
+        self._set("cpu_slowdown_while_link_busy", max(1.0, together / alone), source)
+
+    def measure_gpu(self, accelerator: Accelerator, gpu: GpuBackend) -> None:
+        if gpu.refuses(self._experts) is not None:
+            raise CalibrationError(f"no GPU kernel runs these experts: {gpu.refuses(self._experts)}")
+        loads = [load for load in GPU_LOADS if load <= self._max_tokens]
+        meter = GpuMeter(
+            accelerator, gpu, self._store, self._layer, num_slots=4, max_tokens=max(loads), patience=self._patience
+        )
+        most = meter.num_slots
+        one = self._sample("GPU, 1 expert, 1 token", lambda: meter.launch(1, 1, self._repeats))
+        many = self._sample(f"GPU, {most} experts, 1 token", lambda: meter.launch(most, 1, self._repeats))
+        each_s = (many - one) / (most - 1) if most > 1 and many > one else many / most
+        call_s = max(0.0, many / most - each_s)
+        for load in loads[1:]:
+            self._sample(f"GPU, 1 expert, {load} tokens", lambda load=load: meter.launch(1, load, self._repeats))
+        last_s = self.samples[f"GPU, 1 expert, {loads[-1]} token{'s' * (loads[-1] > 1)}"].median_s
+        meter.release()
+        source = f"{most} experts in one launch against one: {self.samples['GPU, 1 expert, 1 token']} for one"
+        self._set("gpu_call_s", call_s, source)
+        self._set("gpu_bytes_per_s", self._experts.expert_bytes / each_s, source)
+        token_s = max(1e-12, last_s - call_s) / loads[-1]
+        self._set("gpu_macs_per_s", self._macs / token_s, f"one expert with {loads[-1]} tokens: {last_s * 1e3:.3f} ms")
+        self._set("gpu_layer_s", _GUESSED_LAYER_S["gpu"], "not measured: as in the built-in profiles")
+
+    def result(self, machine: str, accelerator: Accelerator | None) -> Calibration:
+        matrices = "/".join(matrix.type_name for matrix in self._experts.matrices)
+        data = {
+            "hardware": machine,
+            "machine": machine,
+            "date": datetime.date.today().isoformat(),
+            "measured": (
+                f"by hybrimoe calibrate: medians of {self._repeats}, experts of "
+                f"{self._experts.hidden}x{self._experts.inter} {matrices}"
+            ),
+            **self.numbers,
+            "source": self.sources,
+        }
+        text = json.dumps(data, indent=2) + "\n"
+        profile = parse_profile(text, name="measured", file="calibration")
+        verdict = link_verdict(profile.link_bytes_per_s) if profile.link_bytes_per_s else ""
+        return Calibration(profile, text, self.samples, verdict)
+
+
+def link_verdict(bytes_per_s: float) -> str:
+    """Name the PCIe link whose usual rate is nearest ("link 21.3 GB/s: PCIe 4 x16 as expected")."""
+    rate = bytes_per_s / 1e9
+    for name, nominal in sorted(_PCIE, key=lambda link: link[1]):
+        if 0.6 * nominal <= rate <= 0.95 * nominal:
+            return f"link {rate:.1f} GB/s: {name} as expected"
+    return (
+        f"link {rate:.1f} GB/s: no PCIe link reaches that at its usual 70-90 %; "
+        f"check the slot, a riser, or what else uses the link"
+    )
+
+
+def _line(times: dict[int, float], fallback_s: float) -> tuple[float, float]:
+    """Fit `base + slope * load` in relative error; both positive."""
+    if len(times) < 2:
+        return fallback_s, fallback_s / 8
+    weight = {load: 1 / seconds**2 for load, seconds in times.items()}
+    total = sum(weight.values())
+    mean_load = sum(weight[load] * load for load in times) / total
+    mean_s = sum(weight[load] * seconds for load, seconds in times.items()) / total
+    spread = sum(weight[load] * (load - mean_load) ** 2 for load in times)
+    slope = sum(weight[load] * (load - mean_load) * (times[load] - mean_s) for load in times) / spread
+    slope = max(slope, 1e-12)
+    return max(mean_s - slope * mean_load, min(times.values()) * 0.05), slope
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
