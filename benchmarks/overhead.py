@@ -24,7 +24,7 @@ import torch
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.operators import assembly
 from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
@@ -109,21 +109,22 @@ class Walk:
             runtime.look_ahead(layer, self._predictor(layer))
 
     def _predictor(self, layer: int) -> Any:
-        def predict(hidden: torch.Tensor) -> list[Guess]:
-            step, num = self._step, min(3, LAYERS - 1 - layer)
-            return [
-                (layer + 1 + ahead, self._guesses[step : step + 1, layer, ahead], self._guess_scores[step, layer, ahead])
-                for ahead in range(num)
-            ]
+        num = min(3, LAYERS - 1 - layer)
+        later = range(layer + 1, layer + 1 + num)
+
+        def predict(hidden: torch.Tensor) -> Guesses:
+            step = self._step
+            return Guesses(later, self._guesses[step, layer, :num, None], self._guess_scores[step, layer, :num])
 
         return predict
 
     def run(self) -> None:
         hidden = torch.randn(1, HIDDEN)
-        for self._step in range(len(self._ids)):
+        for step in range(len(self._ids)):
+            self._step = step
             for layer in range(LAYERS):
-                ids, weights = self._ids[self._step : self._step + 1, layer], self._weights[self._step, layer][None]
-                self.runtime.note_scores(layer, self._logits[self._step, layer][None])
+                ids, weights = self._ids[step : step + 1, layer], self._weights[step, layer][None]
+                self.runtime.note_scores(layer, self._logits[step, layer][None])
                 began = time.perf_counter()
                 self.runtime.run(layer, hidden, ids, weights)
                 self.seconds.append(time.perf_counter() - began)

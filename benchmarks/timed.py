@@ -28,7 +28,7 @@ from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import calibrate
 from hybrimoe_kt.device.emulated.timed import TimedAccelerator
 from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
-from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
 from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
@@ -88,21 +88,15 @@ class Method:
             self.runtime.look_ahead(place, self._predictor(place))
 
     def _predictor(self, place: int) -> Any:
-        def predict(hidden: torch.Tensor) -> list[Guess]:
+        num = min(2, LAYERS - 1 - place)
+
+        def predict(hidden: torch.Tensor) -> Guesses:
             step, trace = self.trace.steps[self._step], self.trace
             assert trace.predicted is not None and trace.predicted_scores is not None
-            return [
-                (
-                    place + 1 + ahead,
-                    torch.from_numpy(
-                        trace.predicted[step.first_token : step.first_token + step.num_tokens, place, ahead].astype(
-                            np.int64
-                        )
-                    ),
-                    torch.from_numpy(trace.predicted_scores[self._step, place, ahead]),
-                )
-                for ahead in range(min(2, LAYERS - 1 - place))
-            ]
+            tokens = slice(step.first_token, step.first_token + step.num_tokens)
+            ids = np.ascontiguousarray(trace.predicted[tokens, place, :num].swapaxes(0, 1).astype(np.int64))
+            scores = np.ascontiguousarray(trace.predicted_scores[self._step, place, :num])
+            return Guesses(range(place + 1, place + 1 + num), torch.from_numpy(ids), torch.from_numpy(scores))
 
         return predict
 

@@ -123,6 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument(
         "--chunk_size", type=_whole(1), metavar="TOKENS", help="longest piece of a prompt computed at once"
     )
+    experts.add_argument("--host_store", metavar="NAME", help="auto, mapped or page_locked: where transfers come from")
+    experts.add_argument(
+        "--fallback", choices=("on", "off"), help="give up hybrid plans when they measure slower; default: on"
+    )
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
@@ -151,5 +155,6 @@ def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the `ExpertOptions` that the command line sets."""
     names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
     flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "policy", "scheduler", "prefetch_size",
-             "prefetch_depth", "profile", "chunk_size")  # fmt: skip
-    return {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}
+             "prefetch_depth", "profile", "chunk_size", "host_store")  # fmt: skip
+    fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}
+    return fallback | {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}

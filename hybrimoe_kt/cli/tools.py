@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS: Mapping[str, Command] = {
     "simulate": Command("hybrimoe_kt.cli.simulate", "replay routing on a simulated machine: times, hit rates"),
     "rules": Command("hybrimoe_kt.cli.rules", "see what a rule file does to a model"),
+    "calibrate": Command("hybrimoe_kt.cli.calibrate", "measure CPU, GPU and link, and write this machine's profile"),
     "plot": Command("hybrimoe_kt.cli.plot", "draw speed-ups, hit rates or a timeline as PNG or SVG"),
 }
 USAGE_ERROR = 2

@@ -73,6 +73,23 @@ class ExpertCache:
             self.occupant[slot] = FREE
             self.arrival_s.pop(expert, None)
 
+    def lend(self, num: int) -> None:
+        """Add `num` free slots, numbered from `num_slots` on, until `take_back`."""
+        self.num_slots += num
+        self.occupant += [FREE] * num
+        self.pins += [0] * num
+
+    def take_back(self, num: int) -> list[int]:
+        """Remove the last `num` slots; return the experts that stood there and are gone."""
+        first = self.num_slots - num
+        assert not any(self.pins[first:]), "a lent slot is pinned"
+        gone = [expert for expert in self.occupant[first:] if expert != FREE]
+        for expert in gone:
+            self.release(expert)
+        del self.occupant[first:], self.pins[first:]
+        self.num_slots = first
+        return gone
+
     def evictable(self, protected: Collection[int]) -> list[int]:
         """Return the READY, unpinned experts outside `protected`, in slot order."""
         arrival_s, pins = self.arrival_s, self.pins

@@ -13,11 +13,21 @@ from hybrimoe_kt.core.link import Link
 from hybrimoe_kt.core.policies import make_policies
 from hybrimoe_kt.core.predictors import Predictor, make_predictor
 from hybrimoe_kt.core.prefetch import Prefetcher
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, all_on_cpu
+from hybrimoe_kt.core.scheduler import (
+    Assignment,
+    CpuOnlyScheduler,
+    GpuOnlyScheduler,
+    Scheduler,
+    Task,
+    all_on_cpu,
+)
 from hybrimoe_kt.core.schedulers import make_scheduler
 from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Residency, Routing, Transfer
 from hybrimoe_kt.errors import ConfigError
+
+_GUESSED = ("gate", "stream")
+_CPU_ONLY, _GPU_ONLY = CpuOnlyScheduler(), GpuOnlyScheduler()
 
 
 class Coordinator:
@@ -57,6 +67,8 @@ class Coordinator:
         self.scheduler: Scheduler = make_scheduler(scheduler, scheduler_options or {})
         self.predictor: Predictor = make_predictor(predictor, layers, predictor_options or {})
         self.prefetch_size, self.prefetch_depth = prefetch_size, prefetch_depth
+        self._usual = self.scheduler
+        self._task: Task | None = None
         self._frequencies = frequencies or {}
         links = {spec.accelerator: Link() for spec in layers}
         self._layers: dict[int, LayerState] = {}
@@ -71,6 +83,16 @@ class Coordinator:
         self._open: tuple[Routing, Plan] | None = None
         self._aborted: list[Transfer] = []
         self.now_s = 0.0
+
+    def use(self, scheduler: str | None) -> None:
+        """Plan with another scheduler from now on, None for the one it was made with."""
+        self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
+        self._prefetcher.scheduler = self.scheduler
+
+    def single_device_s(self) -> tuple[float, float]:
+        """Predicted seconds of the last plan's step on the CPU alone and on the GPU alone."""
+        assert self._task is not None, "a plan was made"
+        return _CPU_ONLY.assign(self._task).makespan_s, _GPU_ONLY.assign(self._task).makespan_s
 
     def initial_transfers(self) -> tuple[Transfer, ...]:
         """Fill every free slot before serving, most frequent experts first (else lowest indices); READY at once."""
@@ -96,12 +118,15 @@ class Coordinator:
             assignment = all_on_cpu(task)
         else:
             if self._uses_link:
-                self._abort(state, [e for e, kind in state.prefetched.items() if kind == "gate" and e not in loads])
+                self._abort(state, [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in loads])
+            if state.spec.num_stream_slots and routing.num_tokens > 1:
+                state.open_stream()  # if the layer before has not: what arrives on demand may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
             if state.prefetched or state.displaced or self._prefetcher.has_proven(routing.layer):
                 self._prefetcher.credit(state, task, assignment)
             state.policy.touch(routing)
+        self._task = task
         plan = self._commit(state, routing, task, assignment)
         if self._uses_link:
             self.predictor.observe(routing)
@@ -116,14 +141,19 @@ class Coordinator:
         """
         if not self._uses_link or self._open is None or self._open[1].layer != layer:
             return ()
+        if isinstance(self.scheduler, CpuOnlyScheduler) and self.scheduler is not self._usual:
+            return ()  # nothing would use it
         routing, plan = self._open
         guesses = self.predictor.predict(routing, predictions, self.prefetch_depth)
         for guess in guesses:
             state = self._layers[guess.layer]
-            wrong = [e for e, kind in state.prefetched.items() if kind == "gate" and e not in guess.loads]
+            wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
             self._abort(state, wrong)
         next_s = self.now_s + self._step_s(plan, routing.num_tokens)
-        return tuple(self._prefetcher.choose(plan, guesses, self.now_s, next_s))
+        streamed: list[Transfer] = []
+        if routing.num_tokens > 1 and guesses and self._layers[guesses[0].layer].spec.num_stream_slots:
+            streamed = self._prefetcher.stream(guesses[0], self.now_s, next_s)
+        return (*streamed, *self._prefetcher.choose(plan, guesses, self.now_s, next_s))
 
     def take_aborted(self) -> tuple[Transfer, ...]:
         """Return, once, the prefetches handed out earlier that need not be made any more, oldest first.
@@ -144,6 +174,8 @@ class Coordinator:
                 pins[slot] -= 1
             for transfer in plan.transfers:
                 state.cache.complete(transfer.expert.index)
+        if state.is_streaming:
+            self._close_stream(state)
         step_s = self._step_s(plan, state.num_tokens)
         self.now_s += step_s
         self.stats.elapsed_s += step_s
@@ -193,6 +225,21 @@ class Coordinator:
         for layer, state in self._layers.items():
             state.cache.check_integrity()
             assert self._open is not None or not any(state.cache.pins), f"layer {layer} has pins and no open plan"
+
+    def _close_stream(self, state: LayerState) -> None:
+        """The layer is through: its streamed experts are gone, and those it had no use for were wasted."""
+        layer = state.spec.layer
+        waiting = [
+            e
+            for e, slot in enumerate(state.cache.slot_of)
+            if slot >= state.cache.num_slots - state.spec.num_stream_slots
+        ]
+        self._abort(state, [e for e in waiting if e in state.cache.arrival_s])
+        wasted = state.close_stream()
+        self.stats.wasted_prefetches += len(wasted)
+        self.stats.wasted_bytes += len(wasted) * state.spec.expert_bytes
+        for expert in waiting:
+            self._prefetcher.forget(ExpertId(layer, expert))
 
     def _step_s(self, plan: Plan, num_tokens: int) -> float:
         return plan.makespan_s + self._layers[plan.layer].cost.between_layers_s(num_tokens)

@@ -24,6 +24,7 @@ class LayerState:
         "cache",
         "cost",
         "displaced",
+        "is_streaming",
         "link",
         "num_tokens",
         "policy",
@@ -49,6 +50,21 @@ class LayerState:
         """Begin again with `num_slots` free slots."""
         self.uses_gpu = self.cost.has_gpu and self.spec.gpu_supported and num_slots > 0
         self.cache = ExpertCache(self.spec.num_experts, num_slots if self.uses_gpu else 0)
+        self.is_streaming = False
+
+    def open_stream(self) -> None:
+        """Lend this layer its stream slots."""
+        if self.uses_gpu and self.spec.num_stream_slots and not self.is_streaming:
+            self.cache.lend(self.spec.num_stream_slots)
+            self.is_streaming = True
+
+    def close_stream(self) -> list[int]:
+        """Take the stream slots back; return the streamed experts that were never used."""
+        if not self.is_streaming:
+            return []
+        self.is_streaming = False
+        gone = self.cache.take_back(self.spec.num_stream_slots)
+        return [expert for expert in gone if self.prefetched.pop(expert, None)]
 
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""

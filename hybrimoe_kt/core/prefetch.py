@@ -56,7 +56,7 @@ class Prefetcher:
     def __init__(
         self, layers: Mapping[int, LayerState], scheduler: Scheduler, stats: Stats, size: int, admission: bool
     ) -> None:
-        self._layers, self._scheduler, self._stats, self._size = layers, scheduler, stats, size
+        self._layers, self.scheduler, self._stats, self._size = layers, scheduler, stats, size
         self._admission = admission
         self.benefit = {"gate": Benefit(), "admission": Benefit()}
         self._proven: dict[int, dict[int, str]] = {layer: {} for layer in layers}  # used once and still in their slots
@@ -82,6 +82,53 @@ class Prefetcher:
             self._admit(plan, now_s, next_s, result)
         return result
 
+    def stream(self, routing: Routing, now_s: float, start_s: float) -> list[Transfer]:
+        """Book and return what to bring of the next layer of a prompt, at `start_s`, beside what its cache holds.
+
+        As many of the highest predicted loads as make its simulated makespan least; a quarter more each time it is
+        tried, as every trial is a schedule of the whole layer. Returns nothing where the best is none.
+        """
+        state = self._layers[routing.layer]
+        if not state.uses_gpu or state.is_streaming:
+            return []
+        task = state.task(routing.loads, routing.num_tokens, now_s, start_s)
+        state.open_stream()
+        missing = _candidates(routing, task.missing)[: state.spec.num_stream_slots]
+        best_s, best = self.scheduler.assign(task).makespan_s * _SAME, 0
+        for quarter in range(1, 5):
+            count = len(missing) * quarter // 4
+            makespan_s = self.scheduler.assign(self._streamed(state, task, missing[:count], now_s, start_s)).makespan_s
+            if makespan_s < best_s:
+                best_s, best = makespan_s, count
+        result: list[Transfer] = []
+        free = [
+            slot for slot in state.cache.free_slots() if slot >= state.cache.num_slots - state.spec.num_stream_slots
+        ]
+        for expert, slot in zip(missing[:best], free, strict=False):
+            self._book(state, expert, slot, now_s, "stream", result)
+        return result
+
+    def _streamed(self, state: LayerState, task: Task, experts: Sequence[int], now_s: float, start_s: float) -> Task:
+        """`task` with `experts` on their way, one after the other behind what the link has to do."""
+        end_s = max(now_s, state.link.free_s)
+        arrival_s = dict(task.arrival_s)
+        for expert in experts:
+            end_s += state.cost.expert_transfer_s
+            if end_s > start_s:
+                arrival_s[expert] = end_s - start_s
+        gone = set(experts)
+        return Task(
+            task.cost,
+            task.loads,
+            [*task.held, *experts],
+            [e for e in task.missing if e not in gone],
+            layer=task.layer,
+            arrival_s=arrival_s,
+            link_busy_s=max(0.0, end_s - start_s),
+            shared_s=task.shared_s,
+            num_free=task.num_free,
+        )
+
     def credit(self, state: LayerState, task: Task, assignment: Assignment) -> None:
         """Book what earlier prefetches did for this plan: its makespan against the one without them.
 
@@ -89,7 +136,7 @@ class Prefetcher:
         """
         proven = self._proven[state.spec.layer]
         first = {e: state.prefetched.pop(e) for e in task.held if e in state.prefetched}
-        proven.update(first)
+        proven.update({e: kind for e, kind in first.items() if kind != "stream"})
         gained = {e: proven[e] for e in task.held if e in proven}
         lost = {e: state.displaced.pop(e) for e in task.missing if e in state.displaced}
         self._stats.useful_prefetches += len(first)
@@ -105,7 +152,7 @@ class Prefetcher:
             shared_s=task.shared_s,
             num_free=max(0, task.num_free + len(gained) - len(lost)),
         )
-        self.benefit[kinds.pop()].add(self._scheduler.assign(without).makespan_s - assignment.makespan_s)
+        self.benefit[kinds.pop()].add(self.scheduler.assign(without).makespan_s - assignment.makespan_s)
 
     def forget(self, expert: ExpertId) -> None:
         """Stop crediting `expert`: it has lost its slot."""
@@ -122,7 +169,7 @@ class Prefetcher:
         if not state.uses_gpu:
             return state.cost.cpu_s(routing.loads.values())
         task = state.task(routing.loads, routing.num_tokens, now_s, start_s)
-        makespan_s = self._scheduler.assign(task).makespan_s
+        makespan_s = self.scheduler.assign(task).makespan_s
         candidates = _candidates(routing, task.missing)
         while candidates and len(result) < self._size:
             end_s = max(now_s, state.link.free_s) + state.cost.expert_transfer_s
@@ -130,7 +177,7 @@ class Prefetcher:
                 break
             best, best_s = -1, makespan_s * _SAME
             for expert in _one_per_load(candidates, routing.loads):
-                after_s = self._scheduler.assign(_with(task, expert, end_s - start_s)).makespan_s
+                after_s = self.scheduler.assign(_with(task, expert, end_s - start_s)).makespan_s
                 if after_s < best_s:
                     best, best_s = expert, after_s
             if best < 0 or not self._start(state, best, routing.loads, now_s, "gate", result):
@@ -175,9 +222,6 @@ class Prefetcher:
             if kind == "admission" and not state.policy.admits(expert, victim):
                 return False
         slot = free[0] if free else cache.slot_of[victim]
-        evicted = ExpertId(spec.layer, victim) if victim != FREE else None
-        transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, "prefetch", evicted)
-        cache.prepare(expert, slot, state.link.add(transfer, now_s, state.cost.expert_transfer_s))
         if victim != FREE:
             # Without prefetching, an expert that prefetching brought would not be there to lose.
             if victim not in state.prefetched and victim not in self._proven[spec.layer]:
@@ -186,13 +230,22 @@ class Prefetcher:
             if state.prefetched.pop(victim, None):
                 self._stats.wasted_prefetches += 1
                 self._stats.wasted_bytes += spec.expert_bytes
+        self._book(state, expert, slot, now_s, kind, result)
+        return True
+
+    def _book(self, state: LayerState, expert: int, slot: int, now_s: float, kind: str, result: list[Transfer]) -> None:
+        """Put the transfer of `expert` into `slot` on the link and in the books."""
+        cache, spec = state.cache, state.spec
+        old = cache.occupant[slot]
+        evicted = ExpertId(spec.layer, old) if old != FREE else None
+        transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, "prefetch", evicted)
+        cache.prepare(expert, slot, state.link.add(transfer, now_s, state.cost.expert_transfer_s))
         state.displaced.pop(expert, None)
         state.prefetched[expert] = kind
         self._stats.num_prefetches += 1
         self._stats.prefetched_bytes += spec.expert_bytes
         self._stats.link_busy_s += state.cost.expert_transfer_s
         result.append(transfer)
-        return True
 
 
 def _candidates(routing: Routing, missing: Sequence[int]) -> list[int]:

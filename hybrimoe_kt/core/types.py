@@ -30,6 +30,11 @@ class LayerSpec:
     """Which accelerator (and link) serves this layer."""
     gpu_supported: bool = True
     """False where no GPU kernel reads this layer's expert type: its experts then stay on the CPU."""
+    num_stream_slots: int = 0
+    """Slots lent to this layer for one prompt step: layers take turns in two buffers of so many.
+
+    They are numbered from `num_slots` on, filled while the layer before computes, and empty afterwards.
+    """
 
 
 @dataclass(frozen=True, slots=True)

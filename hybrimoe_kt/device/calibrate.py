@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import os
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,11 @@ class Calibration:
     samples: dict[str, Sample] = field(default_factory=dict)
     verdict: str = ""
     """One line on whether the link is what one would expect."""
+
+    @property
+    def spread(self) -> float:
+        """How far the samples spread: the median over all things measured of 90th over 10th percentile."""
+        return statistics.median(sample.high_s / sample.low_s for sample in self.samples.values())
 
     def save(self, path: Path) -> Path:
         """Write the profile file."""
@@ -165,7 +171,13 @@ class _Run:
                 times[memory, size] = self._sample(
                     name, lambda size=size, locked=page_locked: link.copy(size, self._repeats, page_locked=locked)
                 )
-        bytes_per_s = (large - small) / max(1e-9, times["page-locked", large] - times["page-locked", small])
+        longer_s = times["page-locked", large] - times["page-locked", small]
+        if longer_s <= 0.0:
+            raise CalibrationError(
+                f"a copy of {large / 2**20:g} MiB measured faster than one of {small / 2**10:g} KiB; "
+                f"something else keeps the machine busy, repeat when it is alone"
+            )
+        bytes_per_s = (large - small) / longer_s
         latency_s = max(0.0, times["page-locked", small] - small / bytes_per_s)
         pageable = large / times["pageable", large]
         both = self.samples[f"link, {large / 2**20:g} MiB page-locked"]

@@ -7,8 +7,7 @@ computed on the CPU alone, from what was read.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +15,7 @@ from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
 from .backend import CpuBackend
-from .inbox import Guess, Predict, Step
+from .inbox import Guesses, Predict, Step
 from .lane import Lane
 from .waiting import Patience
 
@@ -38,6 +37,7 @@ class Executor:
         self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
         self._lane_of = {layer: lane for lane in lanes for layer in lane.layers}
         self._cpu_busy = self._cpu_is_dead = False
+        self._mine = torch.empty(1, 0, dtype=torch.int64)
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
 
     def lane(self, layer: int) -> Lane | None:
@@ -65,11 +65,11 @@ class Executor:
         with _failing(lane):
             return lane.read(hidden, ids, weights, scores, predict)
 
-    def guesses(self, layer: int, step: Step) -> Sequence[Guess]:
+    def guesses(self, layer: int, step: Step) -> Guesses | None:
         """The gates' guesses for the layers after `layer`, on the host."""
         lane = self._lane_of.get(layer)
         if lane is None:
-            return ()
+            return None
         with _failing(lane):
             return lane.inbox.wait_guesses(step)
 
@@ -77,7 +77,7 @@ class Executor:
         """Submit the CPU share, enqueue the accelerator's."""
         if plan.cpu:
             self._check_cpu()
-            ids = _only(step.host_ids, plan.cpu, everything=not plan.gpu)
+            ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
             self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
             self._cpu_busy = True
         if plan.gpu:
@@ -156,28 +156,35 @@ class Executor:
         if self._cpu_is_dead:
             raise KernelError(f"{self._cpu_name} has not come back; restart the program")
 
+    def _only(self, ids: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
+        """Return `ids` with every expert that is not in `experts` replaced by -1; valid until the next call."""
+        if ids.shape[0] > 1:
+            mine = torch.tensor(experts, dtype=ids.dtype)
+            return torch.where(torch.isin(ids, mine), ids, -1)
+        if self._mine.shape != ids.shape:
+            self._mine = torch.empty_like(ids)
+            self._mine_values = self._mine.numpy()[0]
+        self._mine_values[:] = [index if index in experts else -1 for index in ids[0].tolist()]
+        return self._mine
+
     def _cpu_is_computing(self) -> bool:
         return not self.cpu.is_done()
 
 
-@contextlib.contextmanager
-def _failing(lane: Lane) -> Iterator[None]:
-    """Turn what devices and drivers raise into `AcceleratorFailed`; mistakes of ours stay what they are."""
-    try:
-        yield
-    except (KernelError, CapacityError, RuntimeError) as error:  # torch reports devices' errors as RuntimeError
-        raise AcceleratorFailed(lane, error) from error
+class _failing:
+    """Turns what devices and drivers raise into `AcceleratorFailed`; mistakes of ours stay what they are."""
 
+    __slots__ = ("_lane",)
 
-def _only(ids: torch.Tensor, experts: tuple[int, ...], *, everything: bool) -> torch.Tensor:
-    """Return `ids` with every expert that is not in `experts` replaced by -1."""
-    if everything:
-        return ids
-    if ids.shape[0] == 1:
-        mine = set(experts)
-        return torch.tensor([[index if index in mine else -1 for index in ids[0].tolist()]])
-    keep = torch.tensor(experts, dtype=ids.dtype)
-    return torch.where(torch.isin(ids, keep), ids, -1)
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (KernelError, CapacityError, RuntimeError)):  # torch reports devices' errors as the last
+            raise AcceleratorFailed(self._lane, error) from error
 
 
 def _to_model(answer: torch.Tensor, step: Step) -> torch.Tensor:

@@ -11,18 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .accelerator import Accelerator, Event
 from .waiting import Patience
 
-__all__ = ["Guess", "Inbox", "Predict", "Step"]
+__all__ = ["Guesses", "Inbox", "Predict", "Step"]
 
-Guess = tuple[int, torch.Tensor, torch.Tensor]
-"""A later layer, the ids `[num_tokens, top_k]` its gate would choose, its mean probabilities `[num_experts]`."""
-Predict = Callable[[torch.Tensor], Sequence[Guess]]
-"""From the hidden states entering a MoE layer to guesses for the layers after it, nearest first; only enqueues."""
+
+class Guesses(NamedTuple):
+    """What the gates of some later `layers` would choose, nearest first.
+
+    `ids` int64 `[num_layers, num_tokens, top_k]`; `scores` float32 `[num_layers, num_experts]`, the probabilities
+    averaged over the tokens.
+    """
+
+    layers: Sequence[int]
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
+Predict = Callable[[torch.Tensor], Guesses]
+"""From the hidden states entering a MoE layer to guesses for the layers after it; only enqueues."""
 MAX_GUESSES = 3
 
 
@@ -43,7 +55,7 @@ class Step:
     host_ids: torch.Tensor
     host_weights: torch.Tensor
     scores: list[float] | None = None
-    guesses: Sequence[Guess] = ()
+    guesses: Guesses | None = None
     guessed: Event | None = None
 
     @classmethod
@@ -55,6 +67,24 @@ class Step:
         host_ids, host_weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
         listed = None if scores is None else scores.tolist()
         return cls(hidden, ids, weights.float(), host_hidden, host_ids, host_weights, listed)
+
+
+class _Set:
+    """One set of buffers and their events; views into them are kept by what they were made for."""
+
+    def __init__(self, accelerator: Accelerator, sizes: Sequence[int]) -> None:
+        self._buffers = [accelerator.page_locked(size) for size in sizes]
+        self._views: list[tuple[torch.Size, torch.dtype, torch.Tensor] | None] = [None] * len(sizes)
+        self.read, self.guessed = accelerator.event(), accelerator.event()
+
+    def view(self, place: int, like: torch.Tensor) -> torch.Tensor:
+        """Buffer `place` as a tensor like `like`; the same object as long as shape and dtype stay."""
+        known = self._views[place]
+        if known is not None and known[0] == like.shape and known[1] == like.dtype:
+            return known[2]
+        made = self._buffers[place][: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+        self._views[place] = like.shape, like.dtype, made
+        return made
 
 
 class Inbox:
@@ -72,10 +102,12 @@ class Inbox:
     ) -> None:
         self._accelerator, self._patience = accelerator, patience
         routed, scored = max_tokens * top_k * 8, num_experts * 4
-        sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored, *(routed, scored) * MAX_GUESSES)
-        self._sets = [[accelerator.page_locked(size) for size in sizes] for _ in range(2)]
-        self._events = [(accelerator.event(), accelerator.event()) for _ in range(2)]
+        sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored)
+        sizes = (*sizes, routed * MAX_GUESSES, scored * MAX_GUESSES)
+        self._sets = (_Set(accelerator, sizes), _Set(accelerator, sizes))
         self._turn = 0
+        self._router = f"the router's choice on {accelerator.name}"
+        self._gates = f"the gates' guesses on {accelerator.name}"
 
     def read(
         self,
@@ -87,31 +119,29 @@ class Inbox:
     ) -> Step:
         """Bring one step to the host; `weights` float32, `scores` float32 `[num_experts]` if there are any."""
         self._turn ^= 1
-        buffers, (read, guessed) = self._sets[self._turn], self._events[self._turn]
+        accelerator, buffers = self._accelerator, self._sets[self._turn]
+        compute = accelerator.compute
         tensors = (hidden, ids, weights) if scores is None else (hidden, ids, weights, scores)
-        views = [self._copy(buffer, tensor) for buffer, tensor in zip(buffers, tensors, strict=False)]
-        self._accelerator.compute.record(read, "routing read")
-        guesses: list[Guess] = []
+        views = []
+        for place, tensor in enumerate(tensors):
+            views.append(buffers.view(place, tensor))
+            accelerator.copy(compute, views[place], tensor, "routing to host")
+        compute.record(buffers.read, "routing read")
+        guesses = None
         if predict is not None:
-            for number, (layer, chosen, probabilities) in enumerate(predict(hidden)):
-                place = 4 + 2 * number
-                guesses.append(
-                    (layer, self._copy(buffers[place], chosen), self._copy(buffers[place + 1], probabilities))
-                )
-            self._accelerator.compute.record(guessed, "guesses read")
-        self._patience.wait(read.is_done, f"the router's choice on {self._accelerator.name}")
-        self._accelerator.on_host("planning", reads=views)
+            layers, chosen, probabilities = predict(hidden)
+            guesses = Guesses(layers, buffers.view(4, chosen), buffers.view(5, probabilities))
+            accelerator.copy(compute, guesses.ids, chosen, "guesses to host")
+            accelerator.copy(compute, guesses.scores, probabilities, "guesses to host")
+            compute.record(buffers.guessed, "guesses read")
+        self._patience.wait(buffers.read.is_done, self._router)
+        accelerator.on_host("planning", reads=views)
         listed = views[3].tolist() if scores is not None else None
-        return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed, guesses, guessed)
+        return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed, guesses, buffers.guessed)
 
-    def wait_guesses(self, step: Step) -> Sequence[Guess]:
+    def wait_guesses(self, step: Step) -> Guesses | None:
         """Return the step's guesses once they are on the host."""
-        if step.guesses and step.guessed is not None:
-            self._patience.wait(step.guessed.is_done, f"the gates' guesses on {self._accelerator.name}")
-            self._accelerator.on_host("prefetching", reads=[part for guess in step.guesses for part in guess[1:]])
+        if step.guesses is not None and step.guessed is not None:
+            self._patience.wait(step.guessed.is_done, self._gates)
+            self._accelerator.on_host("prefetching", reads=step.guesses[1:])
         return step.guesses
-
-    def _copy(self, buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        view = buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        self._accelerator.copy(self._accelerator.compute, view, tensor, "routing to host")
-        return view

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +66,7 @@ class Lane:
         self._outbox = [accelerator.page_locked(self._cpu_out.numel() * 4).view(torch.float32) for _ in range(2)]
         self._weights = accelerator.allocate(max_tokens * top_k * 4).view(torch.float32)
         self._turn = 0
+        self._shaped: _Views | None = None
         self._tables = _SlotTables(accelerator, self._num_experts)
         self._result = accelerator.event()
         self.num_failures = 0
@@ -79,7 +82,13 @@ class Lane:
         """Bring the routing to the host: the one wait of every step."""
         if weights.dtype != torch.float32:
             wide, narrow = self._weights[: weights.numel()].view(weights.shape), weights
-            self._launch(lambda: wide.copy_(narrow), (narrow,), (wide,), "widen weights")
+
+            def widen() -> None:
+                wide.copy_(narrow)
+
+            self.accelerator.launch(
+                self.accelerator.compute, widen, reads=(narrow,), writes=(wide,), site="widen weights"
+            )
             weights = wide
         return self.inbox.read(hidden.contiguous(), ids.contiguous(), weights.contiguous(), scores, predict)
 
@@ -92,7 +101,8 @@ class Lane:
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         tables = self._tables.send([[(expert, plan.slots[expert]) for expert in group] for group in groups])
         waiting = deque(plan.transfers)
-        self._clear(step)
+        out = self._views(step).out
+        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         direct = self.queue.is_direct(plan.layer)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
@@ -111,46 +121,64 @@ class Lane:
         self, plan: Plan, experts: Sequence[int], table: torch.Tensor, step: Step, slots: LayerSlots
     ) -> None:
         pairs = [(expert, plan.slots[expert]) for expert in experts]
-        out = self._view(self._out, step, pairs=self._pairs)
-        reads = (*[slots.views[slot] for _, slot in pairs], table, step.hidden, step.ids, step.weights)
+        out = self._views(step).out
+        reads = [slots.views[slot] for _, slot in pairs]
+        reads += (table, step.hidden, step.ids, step.weights)
 
         def work() -> None:
             self.gpu.launch(plan.layer, pairs, table, step.hidden, step.ids, step.weights, out)
 
-        self._launch(work, reads, (out,), "experts")
-        self.accelerator.compute.record(slots.read_done, "readers")
-
-    def _clear(self, step: Step) -> None:
-        out = self._view(self._out, step, pairs=self._pairs)
-        self._launch(out.zero_, (), (out,), "clear")
+        compute = self.accelerator.compute
+        self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
+        compute.record(slots.read_done, "readers")
 
     def finish(self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool) -> torch.Tensor:
         """Enqueue the sum of both shares; returns `[num_tokens, hidden]` in the model's dtype, on its device.
 
         Waits only where the model does not run on this accelerator's stream (emulated devices).
         """
-        accelerator = self.accelerator
+        accelerator, views = self.accelerator, self._views(step)
         self.queue.in_use = ()
         result = torch.empty_like(step.hidden)
-        out = self._view(self._out, step, pairs=self._pairs) if has_gpu else None
-        total = self._view(self._sum, step)
-        cpu = self._send(cpu_answer) if cpu_answer is not None else None
+        out = views.out if has_gpu else None
+        cpu = self._send(views, cpu_answer) if cpu_answer is not None else None
         reads = [tensor for tensor in (out, cpu) if tensor is not None]
-        self._launch(lambda: _combine(out, cpu, total, result), reads, (total, result), "join")
+
+        def work() -> None:
+            _combine(out, cpu, views.total, result)
+
+        accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         accelerator.compute.record(self._result, "result")
         accelerator.hand_over(self._result, self._patience.wait)
         accelerator.on_host("result", reads=(result,))
         return result
 
-    def _send(self, answer: torch.Tensor) -> torch.Tensor:
+    def _send(self, views: _Views, answer: torch.Tensor) -> torch.Tensor:
         """Bring the CPU's answer to the device through the outbox."""
         self._turn ^= 1
-        box = self._outbox[self._turn][: answer.numel()].view(answer.shape)
+        box = views.boxes[self._turn]
         self.accelerator.on_host("fill outbox", writes=(box,))
         box.copy_(answer)
-        target = self._cpu_out[: answer.numel()].view(answer.shape)
-        self.accelerator.copy(self.accelerator.compute, target, box, "CPU answer to device")
-        return target
+        self.accelerator.copy(self.accelerator.compute, views.cpu, box, "CPU answer to device")
+        return views.cpu
+
+    def _views(self, step: Step) -> _Views:
+        """The buffers shaped for a step; made again only when the shape changes."""
+        num_tokens, top_k = step.ids.shape
+        hidden = step.hidden.shape[1]
+        known = self._shaped
+        if known is not None and known.shape == (num_tokens, top_k, hidden):
+            return known
+        sums, pairs = (num_tokens, hidden), (num_tokens, top_k, hidden)
+        cpu = pairs if self._cpu_pairs else sums
+        self._shaped = made = _Views(
+            pairs,
+            _shaped(self._out, pairs if self._pairs else sums),
+            _shaped(self._sum, sums),
+            _shaped(self._cpu_out, cpu),
+            (_shaped(self._outbox[0], cpu), _shaped(self._outbox[1], cpu)),
+        )
+        return made
 
     def doubtful_slots(self) -> set[tuple[int, int]]:
         """Layer and slot of everything that may not have arrived; what has not been sent is not sent any more."""
@@ -167,13 +195,19 @@ class Lane:
         if fresh is not None:
             self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)
 
-    def _view(self, memory: torch.Tensor, step: Step, *, pairs: bool = False) -> torch.Tensor:
-        shape = (*step.ids.shape, step.hidden.shape[1]) if pairs else tuple(step.hidden.shape)
-        return memory[: step.hidden.numel() * (step.ids.shape[1] if pairs else 1)].view(shape)
 
-    def _launch(self, work, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor], site: str) -> None:
-        accelerator = self.accelerator
-        accelerator.launch(accelerator.compute, work, reads=tuple(reads), writes=tuple(writes), site=site)
+class _Views(NamedTuple):
+    """A lane's buffers as one shape of step sees them."""
+
+    shape: tuple[int, int, int]
+    out: torch.Tensor
+    total: torch.Tensor
+    cpu: torch.Tensor
+    boxes: tuple[torch.Tensor, torch.Tensor]
+
+
+def _shaped(memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return memory[: math.prod(shape)].view(shape)
 
 
 def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Tensor, result: torch.Tensor) -> None:

@@ -92,6 +92,8 @@ class SlotPool:
         self.layers: dict[int, LayerSlots] = {
             layer: LayerSlots(accelerator, layouts[layer], count) for layer, count in slots.items() if count
         }
+        self.num_slots = self._count()
+        """Slots over all layers."""
 
     def resize(self, layer: int, num_slots: int) -> LayerSlots | None:
         """Replace a layer's slots by `num_slots` empty ones; None when that is none. All work on them has ended."""
@@ -99,16 +101,15 @@ class SlotPool:
         self.accelerator.release(old.memory.view(-1))
         if num_slots:
             self.layers[layer] = LayerSlots(self.accelerator, old.layout, num_slots)
+        self.num_slots = self._count()
         return self.layers.get(layer)
 
     def bytes_of(self, layer: int, slot: int) -> torch.Tensor:
         """The slot's memory, uint8 `[slot_bytes]`, see `SlotLayout`."""
         return self.layers[layer].memory[slot]
 
-    @property
-    def num_slots(self) -> int:
-        """Slots over all layers."""
-        return sum(len(slots.memory) for slots in self.layers.values())
+    def _count(self) -> int:
+        return sum(len(slots.views) for slots in self.layers.values())
 
     @property
     def num_bytes(self) -> int:

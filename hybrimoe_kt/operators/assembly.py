@@ -48,6 +48,8 @@ class Assembly:
     profile: Profile
     costs: Mapping[int, CostModel]
     specs: tuple[LayerSpec, ...]
+    is_on_the_clock: bool
+    """Whether measured seconds mean anything: on hardware and on the timed emulator."""
 
 
 def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[int, str]) -> Assembly:
@@ -96,7 +98,10 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
         )
         for layer, experts in sorted(store.layers.items())
     )  # fmt: skip
-    return Assembly(Executor(cpu, lanes, patience), profile, costs, specs)
+    is_on_the_clock = any(
+        device.device.type != "cpu" or isinstance(device, TimedAccelerator) for device in devices.values()
+    )
+    return Assembly(Executor(cpu, lanes, patience), profile, costs, specs, is_on_the_clock)
 
 
 def make_coordinator(options: ExpertOptions, assembly: Assembly) -> Coordinator:

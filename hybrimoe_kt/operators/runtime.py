@@ -16,6 +16,7 @@ import torch
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.fallback import Fallback
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
@@ -76,6 +77,8 @@ class Runtime:
         self._assembly: Assembly | None = None
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
+        self._fallback: Fallback | None = None
+        self._last_read_s = 0.0
 
     @classmethod
     def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
@@ -111,6 +114,8 @@ class Runtime:
         self._executor = self._assembly.executor
         self.coordinator = self.new_coordinator()
         self._recovery = Recovery(self.coordinator, self._executor)
+        if self.options.fallback and self._assembly.is_on_the_clock:
+            self._fallback = Fallback()
         while not self._fill_slots():
             pass
         logger.info("%s", self.describe())
@@ -148,7 +153,7 @@ class Runtime:
     @property
     def num_slots(self) -> int:
         """Experts that can be resident at once, over all layers."""
-        return sum(lane.pool.num_slots for lane in self._executor.lanes) if self._executor else 0
+        return sum([lane.pool.num_slots for lane in self._executor.lanes]) if self._executor else 0
 
     @property
     def num_expert_threads(self) -> int:
@@ -233,6 +238,8 @@ class Runtime:
             self._abandon(plan)
             raise
         else:
+            if self._fallback is not None:
+                self._watch(read, routing.num_tokens)
             self.coordinator.finish(plan)
         if self.recorder is not None:
             self._record(routing, step)
@@ -248,7 +255,7 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
     ) -> Step:
         assert self._executor is not None and self._recovery is not None, "the runtime has started"
-        scores = None if logits is None else torch.softmax(logits.float(), dim=-1).mean(dim=0)
+        scores = None if logits is None else _mean_probabilities(logits)
         try:
             step = self._executor.read(layer, hidden, ids, weights, scores, self._predict(layer))
         except AcceleratorFailed as failure:
@@ -261,6 +268,26 @@ class Runtime:
     def _predict(self, layer: int) -> Predict | None:
         wanted = self.options.prefetch_size > 0 and self.num_slots > 0
         return self._look_ahead.get(layer) if wanted else None
+
+    def _watch(self, read_s: float, num_tokens: int) -> None:
+        """Tell the fallback what a decode step took, from one routing read to the next; obey it.
+
+        Not while a recorder listens: a recording's decisions follow from its routing alone.
+        """
+        assert self.coordinator is not None and self._fallback is not None, "the caller looked"
+        seconds, self._last_read_s = read_s - self._last_read_s, read_s
+        if num_tokens > 1 or self.recorder is not None or self._fallback.has_fallen:
+            return
+        if self._fallback.wants_prediction:
+            self._fallback.predict(*self.coordinator.single_device_s())
+        if self._fallback.observe(seconds):
+            self.coordinator.use(self._fallback.scheduler)
+        if self._fallback.has_fallen:
+            logger.warning(
+                "hybrid plans measured slower than %s on this machine, which is used from now on; --fallback off "
+                "keeps hybrid plans, `hybrimoe calibrate` may make them better",
+                "the CPU alone" if self._fallback.scheduler == "cpu_only" else "the accelerator alone",
+            )
 
     def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
         """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""
@@ -285,8 +312,8 @@ class Runtime:
             step.host_ids.numpy(),
             step.host_weights.numpy(),
             None if routing.scores is None else [routing.scores],
-            [ids.tolist() for _, ids, _ in step.guesses] or None,
-            [[scores.tolist()] for _, _, scores in step.guesses] or None,
+            None if step.guesses is None else step.guesses.ids.numpy(),
+            None if step.guesses is None else step.guesses.scores[:, None].numpy(),
         )
 
     def _prefetch(self, layer: int, step: Step) -> None:
@@ -295,9 +322,12 @@ class Runtime:
             return
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         guesses = self._executor.guesses(layer, step)
-        transfers = self.coordinator.prefetch(
-            layer, [routing_of(later, ids, None, scores.tolist()) for later, ids, scores in guesses]
-        )
+        predictions: list[Routing] = []
+        if guesses is not None:
+            scores = guesses.scores.tolist()
+            for number, later in enumerate(guesses.layers):
+                predictions.append(routing_of(later, guesses.ids[number], None, scores[number]))
+        transfers = self.coordinator.prefetch(layer, predictions)
         self._executor.abort(self.coordinator.take_aborted())
         self._executor.prefetch(transfers)
 
@@ -305,6 +335,10 @@ class Runtime:
 def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scores: Sequence[float] | None) -> Routing:
     """Turn a step's tensors (`[num_tokens, top_k]`, scores `[num_experts]`) into plain numbers."""
     num_tokens = ids.shape[0]
+    if num_tokens == 1:  # one token names an expert once
+        chosen = ids[0].tolist()
+        shares = None if weights is None else dict(zip(chosen, weights[0].tolist(), strict=True))
+        return Routing(layer, dict.fromkeys(chosen, 1), 1, scores, shares)
     flat = ids.flatten().tolist()
     loads: dict[int, int] = {}
     for index in flat:
@@ -315,3 +349,10 @@ def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scor
         for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
             summed[index] += weight
     return Routing(layer, loads, num_tokens, scores, summed)
+
+
+def _mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """The router's probabilities averaged over the tokens, float32 `[num_experts]`."""
+    if logits.shape[0] == 1:
+        return torch.softmax(logits[0].float(), dim=-1)
+    return torch.softmax(logits.float(), dim=-1).mean(dim=0)

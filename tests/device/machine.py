@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.device.inbox import Guesses, Predict
 from hybrimoe_kt.operators import assembly
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -137,15 +137,14 @@ def make(
         runtime.add_layer(experts, names[experts.layer % num_accelerators])
     machine = Machine(runtime, list(made.values()), random.Random(seed))
 
-    def predictor(layer: int) -> Callable[[torch.Tensor], list[Guess]]:
-        def predict(hidden: torch.Tensor) -> list[Guess]:
-            guesses = []
-            for later in range(layer + 1, min(layer + 3, LAYERS)):
-                ids = machine.draw(len(hidden))
+    def predictor(layer: int) -> Predict:
+        def predict(hidden: torch.Tensor) -> Guesses:
+            layers = range(layer + 1, min(layer + 3, LAYERS))
+            chosen = [machine.draw(len(hidden)) for _ in layers]
+            for later, ids in zip(layers, chosen, strict=True):
                 if machine.random.random() < right_guesses:
                     machine.guessed[later] = ids
-                guesses.append((later, ids, torch.full((EXPERTS,), 1 / EXPERTS)))
-            return guesses
+            return Guesses(layers, torch.stack(chosen), torch.full((len(layers), EXPERTS), 1 / EXPERTS))
 
         return predict
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_kt.device.inbox import Guess
+from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -60,15 +60,17 @@ class _Gates:
         self._ahead = [(layer, gate, _ratio(norm, later)) for layer, gate, later in ahead]
 
     @torch.no_grad()
-    def __call__(self, hidden: torch.Tensor) -> list[Guess]:
-        guesses = []
-        for layer, gate, ratio in self._ahead:
+    def __call__(self, hidden: torch.Tensor) -> Guesses:
+        chosen, scored = [], []
+        for _, gate, ratio in self._ahead:
             weight = gate.weight
             corrected = hidden.to(device=weight.device, dtype=weight.dtype)
             # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
             logits, _, ids = gate.forward(corrected if ratio is None else corrected * ratio)
-            guesses.append((layer, ids, torch.softmax(logits.float(), dim=-1).mean(dim=0)))
-        return guesses
+            chosen.append(ids)
+            scored.append(logits)
+        scores = torch.softmax(torch.stack(scored).float(), dim=-1).mean(dim=1)
+        return Guesses([layer for layer, _, _ in self._ahead], torch.stack(chosen), scores)
 
 
 def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,168 @@
+"""`hybrimoe calibrate`: measure this machine and write its profile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hybrimoe_kt.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.device.calibrate import Calibration
+    from hybrimoe_kt.device.host_store import LayerExperts
+
+__all__ = ["build_parser", "main"]
+
+EXAMPLE = """examples:
+  hybrimoe calibrate                                   with experts of Qwen3-30B-A3B's size
+  hybrimoe calibrate --model Qwen3-30B-A3B-Q4_K_M.gguf with that model's own
+  hybrimoe calibrate --cpu_infer 8 --out fast.json     then: ktransformers --profile fast.json ...
+
+The profile is kept where ktransformers looks for it, and in --out if given. It holds for the same processor, GPU,
+backend and number of expert threads; on any other machine it is refused. Nothing else should be running meanwhile.
+"""
+_SHAPE = {"num_experts": 64, "top_k": 8, "hidden": 2048, "inter": 768}
+_MAX_TOKENS = 512
+_WIDE = 1.5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `hybrimoe calibrate`."""
+    parser = argparse.ArgumentParser(
+        prog="hybrimoe calibrate",
+        description="Measure CPU experts, GPU experts and the link between them, for better plans.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, metavar="GGUF", help="measure with the experts of this file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
+    parser.add_argument("--accelerator", default="auto", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], ...")
+    parser.add_argument("--cpu_backend", "--cpu-backend", default="llamafile", metavar="NAME")
+    parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
+    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")
+    parser.add_argument("--json", action="store_true", help="print the profile and every sample as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hybrimoe calibrate`; raises HybriMoEError, which the dispatcher prints with exit code 2."""
+    options = build_parser().parse_args(argv)
+    if options.repeats < 1:
+        raise ConfigError(f"--repeats is {options.repeats}; give 1 or more")
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no directory {options.out.parent}")
+    from hybrimoe_kt.device.calibrate import profile_path
+
+    errors = Console(stderr=True, highlight=False)
+    found = _measure(options, errors)
+    kept = found.save(profile_path(found.profile.machine))
+    if options.out is not None:
+        found.save(options.out)
+    if options.json:
+        samples = {
+            name: {"median_s": s.median_s, "p10_s": s.low_s, "p90_s": s.high_s, "count": s.count}
+            for name, s in found.samples.items()
+        }
+        print(json.dumps({"profile": json.loads(found.text), "samples": samples, "verdict": found.verdict}, indent=2))
+        return 0
+    _show(found, Console(highlight=False))
+    print(f"written: {kept}" + (f" and {options.out}" if options.out else ""))
+    return 0
+
+
+def _measure(options: argparse.Namespace, console: Console) -> Calibration:
+    from hybrimoe_kt.config import ExpertOptions
+    from hybrimoe_kt.device.calibrate import calibrate
+    from hybrimoe_kt.device.choose import choose_accelerator
+    from hybrimoe_kt.device.host_store import HostStore
+    from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
+
+    chosen = ExpertOptions(
+        accelerator=options.accelerator,
+        cpu_backend=options.cpu_backend,
+        cpu_threads=options.cpu_infer,
+        max_chunk_tokens=_MAX_TOKENS,
+    )
+    experts = _experts_of(options.model) if options.model is not None else _random_experts()
+    store = HostStore()
+    store.add(experts)
+    cpu = make_cpu_backend(chosen)
+    cpu.add_layer(experts)
+    accelerator = choose_accelerator(chosen.accelerator)
+    gpu = make_gpu_backend(chosen, accelerator, store) if accelerator is not None else None
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("measuring", total=None)
+        return calibrate(
+            store, experts.layer, cpu, accelerator, gpu, max_tokens=_MAX_TOKENS, repeats=options.repeats,
+            progress=lambda what: progress.update(task, description=f"measuring {what}"),
+        )  # fmt: skip
+
+
+def _show(found: Calibration, console: Console) -> None:
+    table = Table(
+        "measured", "median ms", "10 % below", "10 % above", title=found.profile.machine, title_justify="left"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, sample in found.samples.items():
+        table.add_row(name, *(f"{s * 1e3:.3f}" for s in (sample.median_s, sample.low_s, sample.high_s)))
+    console.print(table)
+    if found.verdict:
+        print(found.verdict)
+    if found.spread > _WIDE:
+        print(f"measurements spread by a factor of {found.spread:.1f}: something else was running, repeat when alone")
+    slowdown = found.profile.cpu_slowdown_while_link_busy
+    if slowdown > 1.0:
+        print(f"CPU experts take {slowdown:.2f} times as long while the link is busy")
+
+
+def _experts_of(path: Path) -> LayerExperts:
+    """The first layer of routed experts in a file."""
+    from hybrimoe_kt.host.hf.gguf_file import GgufFile
+    from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
+
+    file = GgufFile(path)
+    blocks = int(file.metadata.get(f"{file.architecture}.block_count", 0))
+    top_k = int(file.metadata.get(f"{file.architecture}.expert_used_count", 0))
+    for layer in range(blocks):
+        stacked = file.tensors.get(f"blk.{layer}.ffn_down_exps.weight")
+        single = file.tensors.get(f"blk.{layer}.ffn_down.0.weight")
+        if stacked is not None and top_k:
+            num_experts, hidden, inter = stacked.shape
+        elif single is not None and top_k:
+            num_experts = int(file.metadata[f"{file.architecture}.expert_count"])
+            hidden, inter = single.shape
+        else:
+            continue
+        return GgufLoader(file).layer_experts(layer, num_experts=num_experts, top_k=top_k, hidden=hidden, inter=inter)
+    raise ModelError(f"{path}: no layer of routed experts in it; give a Mixture-of-Experts model")
+
+
+def _random_experts() -> LayerExperts:
+    """Experts of Qwen3-30B-A3B's shape in Q4_K: 64 of 2.65 MB, more than any cache holds."""
+    import torch
+    from gguf import GGMLQuantizationType
+
+    from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+    from hybrimoe_kt.device.quant_types import row_bytes
+
+    kind = int(GGMLQuantizationType.Q4_K)
+
+    def matrix(rows: int, columns: int) -> ExpertMatrix:
+        data = torch.randint(0, 256, (_SHAPE["num_experts"], rows * row_bytes(kind, columns)), dtype=torch.uint8)
+        blocks = data.view(-1, 144)
+        blocks[:, :4] = torch.tensor([1e-3, 1e-3], dtype=torch.float16).view(torch.uint8)  # scales that stay finite
+        return ExpertMatrix(data, kind, rows, columns)
+
+    hidden, inter = _SHAPE["hidden"], _SHAPE["inter"]
+    gate, up, down = matrix(inter, hidden), matrix(inter, hidden), matrix(hidden, inter)
+    return LayerExperts(0, _SHAPE["num_experts"], _SHAPE["top_k"], hidden, inter, gate, up, down)
