@@ -28,7 +28,7 @@ class Fallback:
         self._hybrid: deque[float] = deque(maxlen=probe)
         self._single: list[float] = []
         self._predicted = {"cpu_only": 0.0, "gpu_only": 0.0}
-        self._wins = 0
+        self._wins = self._losses = 0
 
     @property
     def wants_prediction(self) -> bool:
@@ -49,7 +49,8 @@ class Fallback:
             self._left -= 1
             if self._left > 0:
                 return False
-            self.scheduler = min(self._predicted, key=self._predicted.__getitem__)
+            order = sorted(self._predicted, key=self._predicted.__getitem__)
+            self.scheduler = order[self._losses % 2]
             return True
         self._single.append(seconds)
         if len(self._single) < self._probe:
@@ -68,6 +69,7 @@ class Fallback:
         if is_faster:
             self._left = self._probe
             return
+        self._losses += 1
         self._pause = min(self._pause * 2, self._longest)
         self._left = self._pause
         self._predicted = dict.fromkeys(self._predicted, 0.0)

@@ -106,6 +106,7 @@ class Prefetcher:
         ]
         for expert, slot in zip(missing[:best], free, strict=False):
             self._book(state, expert, slot, now_s, "stream", result)
+        self._stats.num_streamed += len(result)
         return result
 
     def _streamed(self, state: LayerState, task: Task, experts: Sequence[int], now_s: float, start_s: float) -> Task:
@@ -189,7 +190,7 @@ class Prefetcher:
     def _admit(self, plan: Plan, now_s: float, by_s: float, result: list[Transfer]) -> None:
         """Use what is left of the link's idle time to keep experts the CPU had to compute, if worth a slot."""
         state = self._layers[plan.layer]
-        if not state.uses_gpu or len(result) >= self._size:
+        if not state.uses_gpu or state.is_streaming or len(result) >= self._size:
             return
         end_s = max(now_s, state.link.free_s) + state.cost.expert_transfer_s
         if end_s > by_s:

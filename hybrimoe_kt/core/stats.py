@@ -20,6 +20,7 @@ class Stats:
         "num_failed",
         "num_plans",
         "num_prefetches",
+        "num_streamed",
         "num_transfers",
         "pending",
         "predicted",
@@ -45,6 +46,7 @@ class Stats:
     num_transfers: int
     transferred_bytes: int
     num_prefetches: int
+    num_streamed: int
     prefetched_bytes: int
     useful_prefetches: int
     wasted_prefetches: int

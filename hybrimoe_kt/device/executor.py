@@ -123,6 +123,7 @@ class Executor:
         with _failing(lane):
             result = lane.finish(step, answer, has_gpu=bool(plan.gpu))
             lane.num_failures = 0
+            lane.queue.end_stream(plan.layer)
             return result
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -33,15 +34,19 @@ class Lane:
         store: HostStore,
         slots: Mapping[int, int],
         *,
+        num_stream_slots: Mapping[int, int] | None = None,
         max_tokens: int,
         cpu_answers_pairs: bool,
         chunk_bytes: int,
         patience: Patience,
     ) -> None:
-        """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU."""
+        """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU.
+
+        `num_stream_slots` maps layers -> slots lent to them in the two buffers that prompts stream through.
+        """
         self.accelerator, self.gpu, self._store, self._patience = accelerator, gpu, store, patience
         self.layers = tuple(sorted(slots))
-        self.pool = SlotPool(accelerator, store.layouts, slots)
+        self.pool = SlotPool(accelerator, store.layouts, slots, num_stream_slots)
         self.queue = TransferQueue(accelerator, store, self.pool, chunk_bytes=chunk_bytes, patience=patience)
         shapes = [store.layers[layer] for layer in slots]
         hidden = max(experts.hidden for experts in shapes)
@@ -55,8 +60,9 @@ class Lane:
             num_experts=self._num_experts,
             patience=patience,
         )
-        for layer, layer_slots in self.pool.layers.items():
-            gpu.add_layer(store.layers[layer], layer_slots.layout, layer_slots.memory)
+        for layer, layer_slots in self.pool.groups:
+            experts = dataclasses.replace(store.layers[layer], layer=layer_slots.key)
+            gpu.add_layer(experts, layer_slots.layout, layer_slots.memory)
         gpu.prepare(max_tokens)
         self._pairs, self._cpu_pairs = gpu.answers_pairs, cpu_answers_pairs
         rows = max_tokens * hidden * 4
@@ -94,39 +100,40 @@ class Lane:
 
     def run(self, plan: Plan, step: Step) -> None:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
-        slots = self.pool.layers[plan.layer]
+        pool = self.pool
         self.queue.in_use = {(plan.layer, slot) for slot in plan.slots.values()}
         through_slots = len(set(plan.slots.values())) < len(plan.gpu)
-        groups = _one_by_one(plan) if through_slots else _by_arrival(plan, slots)
+        groups = _one_by_one(plan) if through_slots else _by_arrival(plan, pool)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
-        tables = self._tables.send([[(expert, plan.slots[expert]) for expert in group] for group in groups])
+        places = [[(e, pool.locate(plan.layer, plan.slots[e])[1]) for e in group] for group in groups]
+        tables = self._tables.send(places)
         waiting = deque(plan.transfers)
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         direct = self.queue.is_direct(plan.layer)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
-        for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
+        for number, (group, pairs, table) in enumerate(zip(groups, places, tables, strict=True)):
             # A direct transfer is only enqueued, so the link starts first. Staging one takes the host's time: what can
             # be launched before is, and no more than this group needs is staged.
             while waiting and (direct or any(t.expert.index in group for t in waiting)):
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            for expert in group:
-                if plan.slots[expert] in slots.unsettled:
+            slots = pool.locate(plan.layer, plan.slots[group[0]])[0]
+            for expert, place in pairs:
+                if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
-            self._launch_experts(plan, group, table, step, slots)
+            self._launch_experts(slots, pairs, table, step)
 
     def _launch_experts(
-        self, plan: Plan, experts: Sequence[int], table: torch.Tensor, step: Step, slots: LayerSlots
+        self, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
     ) -> None:
-        pairs = [(expert, plan.slots[expert]) for expert in experts]
         out = self._views(step).out
         reads = [slots.views[slot] for _, slot in pairs]
         reads += (table, step.hidden, step.ids, step.weights)
 
         def work() -> None:
-            self.gpu.launch(plan.layer, pairs, table, step.hidden, step.ids, step.weights, out)
+            self.gpu.launch(slots.key, pairs, table, step.hidden, step.ids, step.weights, out)
 
         compute = self.accelerator.compute
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
@@ -228,14 +235,25 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
     result.copy_(first)
 
 
-def _by_arrival(plan: Plan, slots: LayerSlots) -> list[tuple[int, ...]]:
-    """Group what can be launched together: everything resident first, then each arrival by itself."""
-    arriving = {transfer.slot for transfer in plan.transfers}
-    if not arriving and not slots.unsettled:
+def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
+    """Group what can be launched together: everything resident first, then each arrival by itself.
+
+    Experts in stream slots stand in other memory than the layer's own, so they are launched on their own.
+    """
+    own = pool.layers[plan.layer]
+    if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
         return [plan.gpu]
-    late = [e for e in plan.gpu if plan.slots[e] in arriving or plan.slots[e] in slots.unsettled]
-    resident = tuple(e for e in plan.gpu if e not in late)
-    return [resident, *((e,) for e in late)] if resident else [(e,) for e in late]
+    arriving = {transfer.slot for transfer in plan.transfers}
+    ready: dict[int, list[int]] = {}
+    late = []
+    for expert in plan.gpu:
+        slot = plan.slots[expert]
+        slots, place = pool.locate(plan.layer, slot)
+        if slot in arriving or place in slots.unsettled:
+            late.append((expert,))
+        else:
+            ready.setdefault(slots.key, []).append(expert)
+    return [*map(tuple, ready.values()), *late]
 
 
 def _one_by_one(plan: Plan) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from .accelerator import Accelerator, Event
 from .host_store import HostStore
 from .layout import SlotLayout
 
-__all__ = ["SlotPool", "slots_per_layer"]
+__all__ = ["LayerSlots", "SlotPool", "slots_per_layer", "stream_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,54 +64,132 @@ def _check_fits(slots: Mapping[int, int], layouts: Mapping[int, SlotLayout], acc
         )
 
 
+class StreamBuffer:
+    """Memory that layers take turns in while a prompt is computed, and what orders one layer's use after another's."""
+
+    __slots__ = ("memory", "read_done", "written_by")
+
+    def __init__(self, accelerator: Accelerator, num_bytes: int) -> None:
+        self.memory = accelerator.allocate(num_bytes)
+        self.read_done: Event = accelerator.event()
+        self.written_by: dict[str, Event] = {}
+        """Channel -> recorded after its last copy into the buffer."""
+
+
 class LayerSlots:
     """One layer's slots, `memory` uint8 `[num_slots, slot_bytes]`, and what orders reading and writing them.
 
     `read_done` is recorded after every launch that reads any of them; `written[slot]` after the last copy into it.
-    `unsettled` holds the slots that `compute` has not waited for since they were last written.
+    `unsettled` holds the slots that `compute` has not waited for since they were last written. `key` is the layer's
+    number for the GPU backend; slots in a `StreamBuffer` have one of their own.
     """
 
-    __slots__ = ("layout", "memory", "read_done", "unsettled", "views", "written")
+    __slots__ = ("buffer", "first", "key", "layout", "memory", "read_done", "unsettled", "views", "written")
 
-    def __init__(self, accelerator: Accelerator, layout: SlotLayout, num_slots: int) -> None:
-        self.layout = layout
-        memory = accelerator.allocate(num_slots * layout.slot_bytes)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        layer: int,
+        layout: SlotLayout,
+        num_slots: int,
+        *,
+        first: int = 0,
+        buffer: StreamBuffer | None = None,
+    ) -> None:
+        """`first` is the core's number of the first slot: stream slots follow the layer's own."""
+        self.layout, self.first, self.buffer = layout, first, buffer
+        self.key = layer if buffer is None else stream_key(layer)
+        num_bytes = num_slots * layout.slot_bytes
+        memory = accelerator.allocate(num_bytes) if buffer is None else buffer.memory[:num_bytes]
         self.memory = memory.view(num_slots, layout.slot_bytes)
         self.views = list(self.memory)
-        self.read_done: Event = accelerator.event()
+        self.read_done: Event = accelerator.event() if buffer is None else buffer.read_done
         self.written: list[Event] = [accelerator.event() for _ in range(num_slots)]
         self.unsettled: set[int] = set()
 
 
 class SlotPool:
-    """All slots of one accelerator."""
+    """All slots of one accelerator: each layer's own, and those of two buffers that layers stream through."""
 
-    def __init__(self, accelerator: Accelerator, layouts: Mapping[int, SlotLayout], slots: Mapping[int, int]) -> None:
-        """`slots` maps layer -> number of slots; layers with none are left out."""
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        layouts: Mapping[int, SlotLayout],
+        slots: Mapping[int, int],
+        num_stream_slots: Mapping[int, int] | None = None,
+    ) -> None:
+        """`slots` maps layer -> number of slots; layers with none are left out, also of the streams."""
         self.accelerator = accelerator
         self.layers: dict[int, LayerSlots] = {
-            layer: LayerSlots(accelerator, layouts[layer], count) for layer, count in slots.items() if count
+            layer: LayerSlots(accelerator, layer, layouts[layer], count) for layer, count in slots.items() if count
         }
+        self.streams = self._make_streams(num_stream_slots or {})
         self.num_slots = self._count()
-        """Slots over all layers."""
+        """Slots over all layers, without the streams'."""
+
+    def _make_streams(self, num_slots: Mapping[int, int]) -> dict[int, LayerSlots]:
+        """Neighbouring layers get different buffers, so that one is filled while the other is read."""
+        layers = [layer for layer in sorted(self.layers) if num_slots.get(layer)]
+        if not layers:
+            return {}
+        num_bytes = max(num_slots[layer] * self.layers[layer].layout.slot_bytes for layer in layers)
+        buffers = [StreamBuffer(self.accelerator, num_bytes) for _ in range(min(2, len(layers)))]
+        return {
+            layer: LayerSlots(
+                self.accelerator,
+                layer,
+                self.layers[layer].layout,
+                num_slots[layer],
+                first=len(self.layers[layer].views),
+                buffer=buffers[place % 2],
+            )
+            for place, layer in enumerate(layers)
+        }
+
+    def locate(self, layer: int, slot: int) -> tuple[LayerSlots, int]:
+        """Return where the core's `slot` of `layer` is, and its number there."""
+        slots = self.layers[layer]
+        if slot < len(slots.views):
+            return slots, slot
+        stream = self.streams[layer]
+        return stream, slot - stream.first
+
+    @property
+    def groups(self) -> list[tuple[int, LayerSlots]]:
+        """Every layer's own slots and its stream slots, with the layer's number."""
+        return [*self.layers.items(), *self.streams.items()]
 
     def resize(self, layer: int, num_slots: int) -> LayerSlots | None:
         """Replace a layer's slots by `num_slots` empty ones; None when that is none. All work on them has ended."""
         old = self.layers.pop(layer)
         self.accelerator.release(old.memory.view(-1))
         if num_slots:
-            self.layers[layer] = LayerSlots(self.accelerator, old.layout, num_slots)
+            self.layers[layer] = LayerSlots(self.accelerator, layer, old.layout, num_slots)
+            if layer in self.streams:
+                self.streams[layer].first = num_slots
         self.num_slots = self._count()
         return self.layers.get(layer)
 
     def bytes_of(self, layer: int, slot: int) -> torch.Tensor:
         """The slot's memory, uint8 `[slot_bytes]`, see `SlotLayout`."""
-        return self.layers[layer].memory[slot]
+        slots, place = self.locate(layer, slot)
+        return slots.views[place]
 
     def _count(self) -> int:
         return sum(len(slots.views) for slots in self.layers.values())
 
     @property
     def num_bytes(self) -> int:
-        """Accelerator memory held."""
+        """Accelerator memory held by slots, without the streams'."""
         return sum(slots.memory.numel() for slots in self.layers.values())
+
+    @property
+    def stream_bytes(self) -> int:
+        """Accelerator memory held by the stream buffers."""
+        buffers = {id(slots.buffer): slots.buffer for slots in self.streams.values()}
+        return sum(buffer.memory.numel() for buffer in buffers.values() if buffer is not None)
+
+
+def stream_key(layer: int) -> int:
+    """The number under which a GPU backend knows the stream slots of `layer`; its own inverse."""
+    return -1 - layer

@@ -33,19 +33,21 @@ NUM_RING_CHUNKS = 4
 class Channel:
     """One stream of copies, with the places its chunks take in turn and where they land to be taken apart."""
 
-    __slots__ = ("landing", "ring", "stream")
+    __slots__ = ("landing", "name", "ring", "stream")
 
-    def __init__(self, stream: Stream, ring: Ring, landing: torch.Tensor) -> None:
-        self.stream, self.ring, self.landing = stream, ring, landing
+    def __init__(self, name: str, stream: Stream, ring: Ring, landing: torch.Tensor) -> None:
+        self.name, self.stream, self.ring, self.landing = name, stream, ring, landing
 
 
 class Pending:
     """A transfer with chunks still to send."""
 
-    __slots__ = ("channel", "chunks", "next_chunk", "slots", "transfer")
+    __slots__ = ("channel", "chunks", "next_chunk", "place", "slots", "transfer")
 
-    def __init__(self, transfer: Transfer, slots: LayerSlots, chunks: Sequence[Chunk], channel: Channel) -> None:
-        self.transfer, self.slots, self.chunks, self.channel = transfer, slots, chunks, channel
+    def __init__(
+        self, transfer: Transfer, slots: LayerSlots, place: int, chunks: Sequence[Chunk], channel: Channel
+    ) -> None:
+        self.transfer, self.slots, self.place, self.chunks, self.channel = transfer, slots, place, chunks, channel
         self.next_chunk = 0
 
     def is_for(self, layer: int, slot: int) -> bool:
@@ -75,7 +77,7 @@ class TransferQueue:
         accelerator = self._accelerator
         stream = accelerator.stream(name, low_priority=low_priority)
         memory = accelerator.allocate(landing) if landing else torch.empty(0, dtype=torch.uint8)
-        return Channel(stream, Ring(accelerator, NUM_RING_CHUNKS, staged, site), memory)
+        return Channel(name, stream, Ring(accelerator, NUM_RING_CHUNKS, staged, site), memory)
 
     @property
     def num_waiting(self) -> int:
@@ -117,10 +119,17 @@ class TransferQueue:
                 self._send_all(pending)
                 self._waiting.remove(pending)
                 break
-        slots = self._pool.layers[layer]
-        if slot in slots.unsettled:
-            self._accelerator.compute.wait(slots.written[slot], "arrival before use")
-            slots.unsettled.discard(slot)
+        slots, place = self._pool.locate(layer, slot)
+        if place in slots.unsettled:
+            self._accelerator.compute.wait(slots.written[place], "arrival before use")
+            slots.unsettled.discard(place)
+
+    def end_stream(self, layer: int) -> None:
+        """The layer's stream slots are lent no longer: send nothing into them that has not been sent."""
+        stream = self._pool.streams.get(layer)
+        if stream is not None:
+            self._waiting = [pending for pending in self._waiting if pending.slots is not stream]
+            stream.unsettled.clear()
 
     def abort(self, transfers: Sequence[Transfer]) -> None:
         """Send no more of these; what has been sent stays ordered before whatever comes into the slot next."""
@@ -135,15 +144,15 @@ class TransferQueue:
         """Drop what waits, and return layer and slot of everything that has not arrived for certain."""
         found = {(pending.transfer.expert.layer, pending.transfer.slot) for pending in self._waiting}
         self._waiting = []
-        for layer, slots in self._pool.layers.items():
-            for slot in slots.unsettled:
+        for layer, slots in self._pool.groups:
+            for place in slots.unsettled:
                 try:
-                    arrived = slots.written[slot].is_done()
+                    arrived = slots.written[place].is_done()
                 except RuntimeError:  # the copy itself failed
-                    slots.written[slot] = self._accelerator.event()
+                    slots.written[place] = self._accelerator.event()
                     arrived = False
                 if not arrived:
-                    found.add((layer, slot))
+                    found.add((layer, slots.first + place))
         self._on_demand.ring.forget_failures()
         self._prefetch.ring.forget_failures()
         return found
@@ -152,9 +161,9 @@ class TransferQueue:
         layer = transfer.expert.layer
         if self._waiting:  # the core may have given away a slot whose prefetch it thinks long arrived
             self._waiting = [pending for pending in self._waiting if not pending.is_for(layer, transfer.slot)]
-        slots = self._pool.layers[layer]
-        slots.unsettled.add(transfer.slot)
-        return Pending(transfer, slots, chunks, channel)
+        slots, place = self._pool.locate(layer, transfer.slot)
+        slots.unsettled.add(place)
+        return Pending(transfer, slots, place, chunks, channel)
 
     def _send_all(self, pending: Pending) -> None:
         paced = not self._store.is_direct(pending.transfer.expert.layer)
@@ -168,8 +177,11 @@ class TransferQueue:
         buffer = channel.ring.take(self._patience) if paced else channel.landing
         if pending.next_chunk == 0:
             stream.wait(slots.read_done, "readers before overwrite")
-            stream.wait(slots.written[transfer.slot], "earlier copy before overwrite")
-        chunk, slot = pending.chunks[pending.next_chunk], slots.views[transfer.slot]
+            stream.wait(slots.written[pending.place], "earlier copy before overwrite")
+            if slots.buffer is not None:
+                for event in slots.buffer.written_by.values():
+                    stream.wait(event, "another layer's copy before overwrite")
+        chunk, slot = pending.chunks[pending.next_chunk], slots.views[pending.place]
         ready = self._store.page_locked(transfer.expert)
         if ready is not None:
             self._copy_ready(stream, chunk, ready, slot)
@@ -178,7 +190,10 @@ class TransferQueue:
         if paced:
             channel.ring.give(stream)
         pending.next_chunk += 1
-        stream.record(slots.written[transfer.slot], "arrival")
+        stream.record(slots.written[pending.place], "arrival")
+        if slots.buffer is not None:
+            event = slots.buffer.written_by.setdefault(channel.name, self._accelerator.event())
+            stream.record(event, "copied into the stream buffer")
 
     def _copy_ready(self, stream: Stream, chunk: Chunk, ready: torch.Tensor, slot: torch.Tensor) -> None:
         """From a page-locked copy in slot layout: everything at once, or plane by plane."""

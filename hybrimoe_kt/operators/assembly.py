@@ -27,7 +27,7 @@ from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.slots import slots_per_layer
 from hybrimoe_kt.device.waiting import Patience
-from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.errors import CapacityError, ConfigError
 
 __all__ = ["Assembly", "assemble", "cost_of", "make_coordinator", "make_cpu_backend", "make_gpu_backend"]
 
@@ -70,6 +70,7 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
     costs = {layer: cost_of(profile, store, layer) for layer in store.layers}
     chunk_bytes = options.transfer_chunk_bytes or int(profile.link_chunk_bytes or _CHUNK_BYTES)
     slots = dict.fromkeys(store.layers, 0)
+    num_streamed: dict[int, int] = {}
     lanes = []
     for name, device in devices.items():
         if isinstance(device, AdversarialAccelerator):
@@ -78,12 +79,15 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
         if usable:
             slots |= slots_per_layer(options.cache_size, store, device, usable)
         _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
+        streamed = _stream_slots(options, store, [layer for layer in usable if slots[layer]])
+        num_streamed |= streamed
         lanes.append(
             Lane(
                 device,
                 gpus[name],
                 store,
                 {layer: slots[layer] for layer in served[name]},
+                num_stream_slots=streamed,
                 max_tokens=options.max_chunk_tokens,
                 cpu_answers_pairs=cpu.answers_pairs,
                 chunk_bytes=chunk_bytes,
@@ -94,7 +98,7 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
     specs = tuple(
         LayerSpec(
             layer, experts.num_experts, experts.top_k, experts.expert_bytes,
-            slots[layer], number[layer], supported[layer],
+            slots[layer], number[layer], supported[layer], num_streamed.get(layer, 0),
         )
         for layer, experts in sorted(store.layers.items())
     )  # fmt: skip
@@ -102,6 +106,26 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
         device.device.type != "cpu" or isinstance(device, TimedAccelerator) for device in devices.values()
     )
     return Assembly(Executor(cpu, lanes, patience), profile, costs, specs, is_on_the_clock)
+
+
+def _stream_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -> dict[int, int]:
+    """How many slots of `prefill_streaming_bytes` each layer may borrow: half of them, never more than it has experts.
+
+    ConfigError when that is not even one expert.
+    """
+    if not options.prefill_streaming_bytes or not layers:
+        return {}
+    per_buffer = options.prefill_streaming_bytes // 2
+    found = {
+        layer: min(per_buffer // store.layouts[layer].slot_bytes, store.layers[layer].num_experts) for layer in layers
+    }
+    if not all(found.values()):
+        needed = 2 * max(store.layouts[layer].slot_bytes for layer in layers)
+        raise ConfigError(
+            f"prefill_streaming_bytes is {options.prefill_streaming_bytes}: two buffers of at least one expert take "
+            f"{needed} bytes; give more, or 0 for no streaming"
+        )
+    return found
 
 
 def make_coordinator(options: ExpertOptions, assembly: Assembly) -> Coordinator:

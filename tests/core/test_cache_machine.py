@@ -79,6 +79,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.pop(expert, None)
         self.loading.pop(expert, None)
 
+    @rule(expert=experts, num=st.integers(1, 3))
+    def borrow_and_return(self, expert: int, num: int) -> None:
+        """Lent slots work like the others, and leave nothing behind."""
+        free = self.cache.free_slots()
+        self.cache.lend(num)
+        assert self.cache.free_slots() == [*free, *range(NUM_SLOTS, NUM_SLOTS + num)]
+        held = expert in self.model
+        if not held:
+            self.cache.prepare(expert, NUM_SLOTS + num - 1, self.now_s + 1.0)
+            assert self.cache.lookup(expert) == "pending"
+        self.cache.check_integrity()
+        assert self.cache.take_back(num) == ([] if held else [expert])
+
     @invariant()
     def tables_agree(self) -> None:
         self.cache.check_integrity()

@@ -15,6 +15,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "prefill": {"tokens": (9, 14, 1)},
     "two devices": {"tokens": (1, 1, 7, 1), "num_accelerators": 2},
     "aborts": {"tokens": (1,) * 5, "right_guesses": 0.1, "prefetch_size": 5, "profile": str(BUSY_LINK)},
+    "streamed prompt": {"tokens": (6, 5, 1, 6, 6), "prefill_streaming_bytes": 2**20, "prefetch_size": 1},
     "pressure": {"tokens": (1, 6, 1, 1), "cache_size": 1, "scheduler": "gpu_only"},
 }
 QUICK_SEEDS, ALL_SEEDS = 40, 1000
@@ -40,7 +41,7 @@ def test_no_order_gives_another_answer_whatever_the_seed(scenario: str) -> None:
 
 
 def check(scenario: str, seeds: range) -> None:
-    totals = {"transfers": 0, "prefetches": 0, "aborted": 0, "on both": 0}
+    totals = {"transfers": 0, "prefetches": 0, "aborted": 0, "on both": 0, "streamed": 0}
     for seed in seeds:
         machine = trial(seed, scenario)
         assert not machine.races, f"seed {seed}: {machine.races}"
@@ -48,10 +49,12 @@ def check(scenario: str, seeds: range) -> None:
         stats = machine.runtime.coordinator.stats
         totals["transfers"] += stats.num_transfers
         totals["prefetches"] += stats.num_prefetches
+        totals["streamed"] += stats.num_streamed
         totals["aborted"] += stats.num_aborted
         totals["on both"] += min(stats.experts_on_cpu, stats.experts_on_gpu)
     assert totals["transfers"] > 0, "the scenario moved nothing"
     if scenario != "pressure":
         assert totals["prefetches"] > 0 and totals["on both"] > 0, totals
+    assert (totals["streamed"] > 0) == (scenario == "streamed prompt")
     if scenario == "aborts":
         assert totals["aborted"] > 0, totals

@@ -19,6 +19,7 @@ from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile, load_profile
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.device.slots import stream_key
 from hybrimoe_kt.errors import ConfigError
 
 from .immediate import ImmediateAccelerator
@@ -166,7 +167,7 @@ class SleepingGpu:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        seconds = self._costs[layer].gpu_expert_s
+        seconds = self._costs[layer if layer >= 0 else stream_key(layer)].gpu_expert_s
         if ids.shape[0] == 1:
             self._accelerator.occupy(seconds[1] * len(slots))
             return

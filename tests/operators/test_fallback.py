@@ -1,0 +1,57 @@
+"""A profile that promises too much of the accelerator: hybrid plans measure slower, and give way, once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.fallback import Fallback
+from hybrimoe_kt.core.profile import load_profile
+from hybrimoe_kt.operators import runtime as runtime_module
+from hybrimoe_kt.operators.runtime import Runtime
+from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
+
+
+def profile(folder: Path, name: str, **changes: Any) -> Path:
+    known = load_profile("default")
+    numbers = {key: getattr(known, key) for key in known.source}
+    data = {"hardware": "invented", "date": "2026-01-01", "measured": "not at all", "source": dict(known.source)}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(data | numbers | changes))
+    return file
+
+
+def decode(runtime: Runtime, steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for layer in range(LAYERS):
+            ids = torch.randperm(8, generator=generator)[None, :TOP_K]
+            runtime.run(layer, torch.randn(1, HIDDEN, generator=generator), ids, torch.full((1, TOP_K), 1 / TOP_K))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_hybrid_plans_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    monkeypatch.setattr(runtime_module, "Fallback", lambda: Fallback(first=24, probe=9))
+    slow = profile(tmp_path, "slow", gpu_call_s=0.01)
+    options = ExpertOptions(
+        accelerator=f"emulated:timed:{slow}", profile="default", cpu_backend="torch_reference", cache_size="50%",
+        max_chunk_tokens=4, fallback=wanted,
+    )  # fmt: skip
+    runtime = Runtime(options)
+    for experts in layers():
+        runtime.add_layer(experts)
+    with caplog.at_level(logging.WARNING):
+        decode(runtime, 40)
+        on_gpu = runtime.coordinator.stats.experts_on_gpu
+        decode(runtime, 5)
+    told = [record.message for record in caplog.records if "measured slower than" in record.message]
+    assert len(told) == wanted
+    assert (runtime.coordinator.stats.experts_on_gpu == on_gpu) == wanted, "the CPU alone from then on"
