@@ -66,6 +66,11 @@ class LayerState:
         gone = self.cache.take_back(self.spec.num_stream_slots)
         return [expert for expert in gone if self.prefetched.pop(expert, None)]
 
+    def has_all(self, experts: Collection[int]) -> bool:
+        """Whether all of these are in slots or on their way."""
+        slot_of = self.cache.slot_of
+        return all([slot_of[expert] >= 0 for expert in experts])
+
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""
         cpu_s, transfer_s = self.cost.cpu_expert_s[1], self.cost.expert_transfer_s

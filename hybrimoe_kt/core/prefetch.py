@@ -76,6 +76,8 @@ class Prefetcher:
                 state = self._layers[routing.layer]
                 if ahead == 0:
                     state.predicted = routing.loads
+                if len(result) >= self._size or (ahead + 1 == len(predictions) and state.has_all(routing.loads)):
+                    break  # nothing more to start, or to start it for
                 makespan_s = self._fill(state, routing, now_s, start_s, start_s if ahead else float("inf"), result)
                 start_s += makespan_s + state.cost.between_layers_s(routing.num_tokens)
         if self._admission and self.benefit["admission"].is_on:
