@@ -22,4 +22,4 @@ def choose(target: Target) -> CombineConfig:
     """Four features a thread: 16-byte loads."""
     if target.interpreted:
         return CombineConfig(tokens=32, columns=512, num_warps=1)
-    return CombineConfig(tokens=1, columns=512, num_warps=4)
+    return CombineConfig(tokens=1, columns=16 * target.warp_size, num_warps=4)

@@ -74,13 +74,12 @@ def _count(code: Sequence[Instruction], kinds: dict[str, Matcher]) -> Counts:
 
 
 def _loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """Bodies (first, last) of innermost loops: backward jumps that span no other backward jump."""
-    spans = [(step.jump, at) for at, step in enumerate(code) if step.jump is not None and step.jump < at]
-    return [
-        (first, last)
-        for first, last in spans
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
-    ]
+    """Bodies (first, last) of innermost loops: from where backward jumps lead to the last of them, holding no other."""
+    spans: dict[int, int] = {}
+    for at, step in enumerate(code):
+        if step.jump is not None and step.jump < at:
+            spans[step.jump] = at
+    return [(a, b) for a, b in spans.items() if not any(a < first and last <= b for first, last in spans.items())]
 
 
 def main_loop(code: Sequence[Instruction], kinds: dict[str, Matcher]) -> Counts:

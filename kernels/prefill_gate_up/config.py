@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hybrimoe_kt.kernels.targets import Target
 
@@ -19,20 +19,21 @@ class PrefillConfig:
     num_stages: int
 
 
-_SMALL = PrefillConfig(rows=64, pairs=32, num_warps=4, num_stages=2)
-_LARGE = PrefillConfig(rows=64, pairs=64, num_warps=8, num_stages=2)
-# Found by compiling, not by running: with 64 pairs these need 200 registers and more a thread (docs/kernels.md).
-_ONLY_SMALL = frozenset({"sm_80", "sm_86", "sm_89", "sm_120", "gfx1100"})
-# With two stages the 32-pair form spills there.
-_ONE_STAGE = frozenset({"gfx1100"})
+_SHAPES: dict[str, tuple[PrefillConfig, ...]] = {
+    "sm_90": (PrefillConfig(64, 32, 4, 2), PrefillConfig(64, 64, 8, 2)),
+    "sm_100": (PrefillConfig(64, 32, 4, 2), PrefillConfig(64, 64, 8, 2)),
+    "gfx942": (PrefillConfig(128, 32, 4, 2), PrefillConfig(128, 64, 4, 2)),
+    "gfx1100": (PrefillConfig(64, 16, 4, 2),),
+    "interpreter": (PrefillConfig(512, 16, 1, 1),),
+}
+"""What differs from `_COMMON`, smaller block first. Found by compiling, not by running: 64 pairs take 200 registers
+and more a thread on sm_80 to sm_120, 32 spill on gfx1100, and 64 rows are 8 bytes a thread of gfx942's wide warps."""
+_COMMON = (PrefillConfig(rows=64, pairs=32, num_warps=4, num_stages=2),)
 
 
 def configs(target: Target) -> tuple[PrefillConfig, ...]:
     """Every shape that `choose` can return for a target."""
-    if target.interpreted:
-        return (PrefillConfig(rows=512, pairs=16, num_warps=1, num_stages=1),)
-    small = replace(_SMALL, num_stages=1) if target.name in _ONE_STAGE else _SMALL
-    return (small,) if target.name in _ONLY_SMALL else (small, _LARGE)
+    return _SHAPES.get(target.name, _COMMON)
 
 
 def choose(target: Target, pairs_per_expert: float) -> PrefillConfig:
