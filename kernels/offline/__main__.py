@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from .checks import rejections
 from .table import markdown
 
 REDUCED_TARGETS = ("sm_86", "sm_90", "gfx1100")
-REDUCED_CASES = ("Q4_K", "Q6_K", "Q4_K fp16 x32", "Q6_K bf16 x32")
+REDUCED_CASES = re.compile(r"Q[46]_K|Q4_K fp16 x\d+|Q6_K bf16 x\d+")
 """The reduced form: the commonest file's types on a GPU of each instruction set."""
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     jobs = [(case, name) for name in options.target or _targets(options.reduced) for case in cases_for(TARGETS[name])]
     if options.reduced:
-        jobs = [(case, name) for case, name in jobs if case.variant in REDUCED_CASES]
+        jobs = [(case, name) for case, name in jobs if REDUCED_CASES.fullmatch(case.variant)]
     findings = _measure_all(jobs, Path(options.cache), options.jobs)
     problems = [problem for case, found in findings for problem in rejections(case, found)]
     for problem in problems:

@@ -22,8 +22,9 @@ from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, gpu_backend, refusal, unusable
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
-from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, relative_error, routed, slotted_layer
+from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
 
 FLOATS = (Type.F16, Type.BF16)
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
@@ -85,11 +86,12 @@ def test_mixtures(mixture: tuple[Type, Type, Type], num_tokens: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17])
-@pytest.mark.parametrize("down", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("num_tokens", [2, 17])
 @pytest.mark.parametrize("up", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("gate", [Type.Q4_K, Type.Q6_K, Type.Q5_0, Type.BF16], ids=lambda kind: kind.name)
-def test_every_mixture(gate: Type, up: Type, down: Type, num_tokens: int) -> None:
+@pytest.mark.parametrize("gate", KINDS, ids=lambda kind: kind.name)
+def test_every_gate_with_every_up(gate: Type, up: Type, num_tokens: int) -> None:
+    """Down is a program of its own, so one type each suffices; they go round."""
+    down = KINDS[(KINDS.index(gate) + KINDS.index(up)) % len(KINDS)]
     layer = slotted_layer(gate, up, down)
     inputs = routed(layer, num_tokens)
     exact = num_tokens > workspace.DECODE_TOKENS or all(kind in FLOATS for kind in (gate, up, down))
@@ -123,9 +125,9 @@ def test_groups_add_up(num_tokens: int) -> None:
     torch.testing.assert_close(out - before, launched(layer, inputs), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_tokens", [7, 17])
+@pytest.mark.parametrize("num_tokens", [3, 17])
 def test_the_same_call_gives_the_same_bits(num_tokens: int) -> None:
-    layer = slotted_layer(Type.Q6_K)
+    layer = slotted_layer(Type.Q8_0)
     inputs = routed(layer, num_tokens)
     first = launched(layer, inputs, backend_for(layer, poison=0))
     assert torch.equal(first, launched(layer, inputs, backend_for(layer, poison=0x7F)))
@@ -319,9 +321,6 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 @pytest.mark.slow
 def test_a_layer_of_the_embedded_model(embedded_model: Path) -> None:
     """A trained layer: 32 experts of 256x256 in Q4_K, all in slots, its routing imitated; decode and prefill."""
-    from hybrimoe_kt.device.layout import SlotLayout
-    from tests.kernels.layers import experts_of
-
     experts = experts_of(embedded_model, layer=0)
     layout = SlotLayout(experts)
     memory = torch.zeros(experts.num_experts, layout.slot_bytes, dtype=torch.uint8)

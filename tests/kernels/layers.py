@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,3 +107,19 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     found, wanted = found.float().cpu(), wanted.float().cpu()
     assert found.isfinite().all(), "NaN or infinity in the result"
     return float((found - wanted).norm() / wanted.norm())
+
+
+def experts_of(model: Path, layer: int) -> LayerExperts:
+    """Return one layer's experts of a GGUF file, views of the mapping."""
+    from hybrimoe_kt.host.hf.gguf_file import GgufFile
+
+    file = GgufFile(model)
+    matrices = []
+    for role in ("gate", "up", "down"):
+        tensor = file.tensor(f"blk.{layer}.ffn_{role}_exps.weight")
+        num_experts, rows, columns = tensor.shape
+        data = torch.from_numpy(tensor.data).view(num_experts, -1)
+        matrices.append(ExpertMatrix(data, tensor.ggml_type, rows, columns))
+    gate, up, down = matrices
+    top_k = int(file.metadata[f"{file.architecture}.expert_used_count"])
+    return LayerExperts(layer, num_experts, top_k, gate.columns, gate.rows, gate, up, down)
