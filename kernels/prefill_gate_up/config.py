@@ -20,14 +20,16 @@ class PrefillConfig:
 
 
 _SHAPES: dict[str, tuple[PrefillConfig, ...]] = {
-    "sm_90": (PrefillConfig(64, 32, 4, 2), PrefillConfig(64, 64, 8, 2)),
-    "sm_100": (PrefillConfig(64, 32, 4, 2), PrefillConfig(64, 64, 8, 2)),
+    "sm_80": (PrefillConfig(64, 32, 4, 2), PrefillConfig(128, 64, 8, 2)),
+    "sm_90": (PrefillConfig(64, 32, 4, 2), PrefillConfig(128, 64, 8, 2)),
+    "sm_100": (PrefillConfig(64, 32, 4, 2), PrefillConfig(128, 64, 8, 2)),
     "gfx942": (PrefillConfig(128, 32, 4, 2), PrefillConfig(128, 64, 4, 2)),
     "gfx1100": (PrefillConfig(64, 16, 4, 2),),
     "interpreter": (PrefillConfig(512, 16, 1, 1),),
 }
-"""What differs from `_COMMON`, smaller block first. Found by compiling, not by running: 64 pairs take 200 registers
-and more a thread on sm_80 to sm_120, 32 spill on gfx1100, and 64 rows are 8 bytes a thread of gfx942's wide warps."""
+"""What differs from `_COMMON`, smaller block first. Found by compiling, not by running (docs/kernels-table.md): where
+tensor cores are fast, 64 pairs halve the dequantising that keeps them waiting; 32 pairs spill on gfx1100; 64 rows
+would be 8 bytes a thread of gfx942's wide warps."""
 _COMMON = (PrefillConfig(rows=64, pairs=32, num_warps=4, num_stages=2),)
 
 
@@ -37,6 +39,6 @@ def configs(target: Target) -> tuple[PrefillConfig, ...]:
 
 
 def choose(target: Target, pairs_per_expert: float) -> PrefillConfig:
-    """Blocks of 64 pairs where the registers allow it and experts have enough tokens to fill them."""
+    """The larger block where experts have the tokens to fill it."""
     shapes = configs(target)
     return shapes[-1] if pairs_per_expert >= 48 else shapes[0]

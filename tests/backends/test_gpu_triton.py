@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends import gpu_triton
+from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, gpu_backend, refusal, unusable
 from hybrimoe_kt.device.backend import GpuBackend
@@ -286,6 +287,15 @@ def test_the_torch_fallback_is_exact(kind: Type) -> None:
     assert relative_error(out - 1, layer.answer(*inputs)) < 1e-5
     with pytest.raises(KernelError, match="slot 5 of 5"):
         backend.launch(0, [(0, 5)], layer.slot_of, *inputs, out)
+
+
+def test_q5_0_is_dequantised_where_it_lies_as_gguf_does() -> None:
+    """Of the types here only Q5_0 is ours; on a GPU it would otherwise pass through the CPU."""
+    layer = slotted_layer(Type.Q5_0)
+    gate = layer.experts.gate
+    ours = dequantize(gate.data[3].to(DEVICE), gate.ggml_type, (gate.rows, gate.columns))
+    assert ours.device.type == DEVICE.type
+    assert torch.equal(ours.cpu(), layer.matrices(3)[0])
 
 
 def test_without_triton_torch_takes_over_with_one_warning() -> None:

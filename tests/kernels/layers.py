@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf.quants import dequantize
 
 from benchmarks.random_blocks import Type, random_blocks
-from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
@@ -41,8 +41,13 @@ class SlottedLayer:
         return [(expert, slot) for expert, slot in enumerate(self.slot_of.tolist()) if slot >= 0]
 
     def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate, up `[inter, hidden]` and down `[hidden, inter]` in float32, dequantised from the file's order."""
-        gate, up, down = (dequantize(m.data[expert], m.ggml_type, (m.rows, m.columns)) for m in self.experts.matrices)
+        """Gate, up `[inter, hidden]` and down `[hidden, inter]` in float32, dequantised by gguf-py."""
+        gate, up, down = (
+            torch.from_numpy(np.array(dequantize(m.data[expert].numpy(), Type(m.ggml_type)), dtype=np.float32)).view(
+                m.rows, m.columns
+            )
+            for m in self.experts.matrices
+        )
         return gate, up, down
 
     def answer(
