@@ -21,7 +21,7 @@ from .slots import MatrixInSlot
 from .sort_pairs import config as sort_config
 from .sort_pairs.kernel import sort_pairs
 from .targets import Target
-from .workspace import DECODE_TOKENS, LayerShape, Workspace, decode_parts, prefill_parts
+from .workspace import DECODE_TOKENS, LayerShape, Workspace, prefill_parts
 
 __all__ = ["LayerKernels"]
 
@@ -66,7 +66,7 @@ class LayerKernels:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        part = space.carve(decode_parts(self.shape, hidden.shape[0]))
+        part = space.decode(self.shape, hidden.shape[0])
         config, quantize = decode_config.choose(self.target), quantize_config.choose(self.target)
         rows = part["xq"], part["xs"], part["xm"]
         if not (FORMATS[self.gate.kind].is_float and FORMATS[self.up.kind].is_float):

@@ -29,14 +29,14 @@ class LayerShape:
 
 
 def decode_parts(shape: LayerShape, num_tokens: int) -> Parts:
-    """What a decode step writes between its kernels: shape and dtype by name."""
+    """What a decode step writes between its kernels: shape and dtype by name; int8 activations are words of four."""
     num_pairs = num_tokens * shape.top_k
     return {
-        "xq": ((num_tokens, shape.hidden), torch.int8),
+        "xq": ((num_tokens, shape.hidden // 4), torch.int32),
         "xs": ((num_tokens, shape.hidden // 32), torch.float32),
         "xm": ((num_tokens, shape.hidden // 32), torch.float32),
         "act": ((num_pairs, shape.inter), torch.float32),
-        "aq": ((num_pairs, shape.inter), torch.int8),
+        "aq": ((num_pairs, shape.inter // 4), torch.int32),
         "as": ((num_pairs, shape.inter // 32), torch.float32),
         "am": ((num_pairs, shape.inter // 32), torch.float32),
         "pair_slot": ((num_pairs,), torch.int32),
@@ -61,6 +61,14 @@ class Workspace:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._decode: dict[tuple[LayerShape, int], dict[str, torch.Tensor]] = {}
+
+    def decode(self, shape: LayerShape, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Carve a decode step's parts, once for each shape and number of tokens: views cost microseconds."""
+        key = shape, num_tokens
+        if key not in self._decode:
+            self._decode[key] = self.carve(decode_parts(shape, num_tokens))
+        return self._decode[key]
 
     @staticmethod
     def bytes_for(parts: Parts) -> int:

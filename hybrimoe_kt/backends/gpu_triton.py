@@ -57,6 +57,9 @@ def unusable(device: torch.device) -> str | None:
         return "on the CPU Triton only runs in its interpreter (set TRITON_INTERPRET=1 before starting)"
     if device.type not in ("cpu", "cuda"):
         return f"no kernel was built for {device.type} devices"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU's compute capability is {major}.{minor}, the kernels want 8.0 or newer"
     return None
 
 
@@ -156,6 +159,9 @@ class TritonGpu:
             return
         assert self._space is not None, "launch before prepare"
         with _current(kernels.memory.device):
+            if hidden.shape[0] <= CHUNK_TOKENS:
+                kernels.add(self._space, len(slots), slot_of, hidden, ids, weights, out)
+                return
             for first in range(0, hidden.shape[0], CHUNK_TOKENS):
                 part = slice(first, first + CHUNK_TOKENS)
                 kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
@@ -195,6 +201,8 @@ class TritonGpu:
                     f"{name} of layer {layer} is {tensor.dtype} {list(tensor.shape)}, "
                     f"wanted contiguous {' or '.join(map(str, dtypes))} {list(sizes)}"
                 )
+        if hidden.data_ptr() % 16 or out.data_ptr() % 16:
+            raise KernelError(f"hidden and out of layer {layer} must begin at a multiple of 16 bytes")
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -87,7 +87,7 @@ def decode_down(
         weights,
         top_k,
         act,
-        xq.view(torch.int32),
+        xq,
         xs,
         xm,
         down.columns,

@@ -98,8 +98,8 @@ def decode_gate_up(
 ) -> None:
     """Write `act` float32 `[T * K, inter]` and `pair_slot` int32 `[T * K]`; zeros and -1 for pairs without a slot.
 
-    `memory` uint8 `[num_slots, slot_bytes]`, `ids` int64 `[T, K]`, `x [T, H]`, `quantized` = int8 `[T, H]`, float32
-    scales and sums `[T, H / 32]` (unused, of any size, where gate and up are F16 or BF16).
+    `memory` uint8 `[num_slots, slot_bytes]`, `ids` int64 `[T, K]`, `x [T, H]`, `quantized` = int8 as words
+    int32 `[T, H / 4]`, float32 scales and sums `[T, H / 32]` (unused, of any size, where gate and up are F16 or BF16).
     """
     xq, xs, xm = quantized
     grid = (ids.numel(), triton.cdiv(gate.rows, config.rows))
@@ -111,7 +111,7 @@ def decode_gate_up(
         slot_of.shape[0],
         ids.shape[1],
         x,
-        xq.view(torch.int32),
+        xq,
         xs,
         xm,
         gate.columns,

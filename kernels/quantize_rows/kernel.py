@@ -14,6 +14,7 @@ __all__ = ["quantize_rows", "quantize_rows_kernel"]
 @triton.jit
 def quantize_rows_kernel(x, xq, xs, xm, num_blocks, BLOCKS: tl.constexpr):
     """Quantise blocks of 32 consecutive values; rows need no attention, as each is a whole number of blocks."""
+    xq = xq.to(tl.pointer_type(tl.int8))
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     live = block < num_blocks
     at = block[:, None] * 32 + tl.arange(0, 32)[None, :]  # [BLOCKS, 32]
@@ -29,7 +30,10 @@ def quantize_rows_kernel(x, xq, xs, xm, num_blocks, BLOCKS: tl.constexpr):
 def quantize_rows(
     x: torch.Tensor, xq: torch.Tensor, xs: torch.Tensor, xm: torch.Tensor, config: QuantizeConfig
 ) -> None:
-    """Write int8 `xq [T, W]`, float32 `xs` and `xm [T, W / 32]` for `x [T, W]`; all contiguous, W a multiple of 32."""
+    """Write `xq` int32 `[T, W / 4]`, four int8 a word, float32 `xs` and `xm [T, W / 32]` for `x [T, W]`.
+
+    All contiguous, W a multiple of 32.
+    """
     num_blocks = x.numel() // 32
     grid = (triton.cdiv(num_blocks, config.blocks),)
     quantize_rows_kernel[grid](x, xq, xs, xm, num_blocks, BLOCKS=config.blocks, num_warps=config.num_warps)

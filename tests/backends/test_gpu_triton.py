@@ -219,9 +219,11 @@ def test_inputs_it_would_get_wrong_are_refused() -> None:
     backend = backend_for(layer, max_tokens=4)
     hidden, ids, weights = routed(layer, 3)
     out = torch.zeros(3, layer.experts.hidden, device=DEVICE)
+    shifted = torch.zeros(hidden.numel() + 1, device=DEVICE)[1:].view(hidden.shape)
     wrong = [
         ("hidden", (hidden.double(), ids, weights, out)),
         ("hidden", (hidden[:, ::2], ids, weights, out)),
+        ("a multiple of 16 bytes", (shifted, ids, weights, out)),
         ("ids", (hidden, ids.int(), weights, out)),
         ("weights", (hidden, ids, weights[:, :1], out)),
         ("out", (hidden, ids, weights, out.half())),
@@ -326,6 +328,8 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         assert gpu_backend(torch.device("cpu")).name == "torch"
     assert "TRITON_INTERPRET=1" in caplog.text
     assert unusable(torch.device("xpu")) == "no kernel was built for xpu devices"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert unusable(torch.device("cuda")) == "the GPU's compute capability is 7.5, the kernels want 8.0 or newer"
 
 
 @pytest.mark.slow
