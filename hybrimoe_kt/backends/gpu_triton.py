@@ -127,16 +127,22 @@ class TritonGpu:
         matrices = (_in_slot(matrix, layout, number) for number, matrix in enumerate(experts.matrices))
         shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
         self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *matrices)
+        if self._max_tokens:
+            self._make_room()
 
     def _target_of(self, device: torch.device) -> Target:
         return self._target or _target_of(device)
 
     def prepare(self, max_tokens: int) -> None:
-        """Allocate the workspace: `workspace_bytes(max_tokens)`."""
+        """Allocate the workspace, `workspace_bytes(max_tokens)`; it grows only for a larger layer added later."""
         self._max_tokens = max_tokens
-        if self._layers:
+        self._make_room()
+
+    def _make_room(self) -> None:
+        needed = self.workspace_bytes(self._max_tokens)
+        if needed and (self._space is None or self._space.memory.numel() < needed):
             device = next(iter(self._layers.values())).memory.device
-            self._space = Workspace(self.workspace_bytes(max_tokens), device)
+            self._space = Workspace(needed, device)
 
     def workspace_bytes(self, max_tokens: int) -> int:
         """Bytes of device memory `prepare` takes, for the layers added so far."""
@@ -194,7 +200,7 @@ class TritonGpu:
             ("ids", ids, routing, (torch.int64,)),
             ("weights", weights, routing, (torch.float32,)),
             ("out", out, (num_tokens, shape.hidden), (torch.float32,)),
-            ("slot_of", slot_of, (shape.num_experts,), (torch.int32,)),
+            ("slot_of", slot_of[: shape.num_experts], (shape.num_experts,), (torch.int32,)),
         ):
             if tuple(tensor.shape) != sizes or tensor.dtype not in dtypes or not tensor.is_contiguous():
                 raise KernelError(

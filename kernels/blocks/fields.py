@@ -22,7 +22,7 @@ def half(bits):
 
 @triton.jit
 def exact(quants, ZERO: tl.constexpr):
-    """Return int32 quants (0 to 255) minus ZERO as float32, by placing them in the last bits of 2 ** 23.
+    """Return int32 quants (0 to 2 ** 23) minus ZERO as float32, by placing them in the last bits of 2 ** 23.
 
     Conversions run at a quarter or an eighth of the speed of the OR and the subtraction that replace them.
     """

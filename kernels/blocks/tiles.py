@@ -1,7 +1,8 @@
 """What matrix-matrix kernels do with a step of 64 columns, one format after the other.
 
 A step is two tiles of 32 columns, "low" and "high": for 4 to 6 bits the values in the low and the high nibbles of the
-same 32 bytes, so that neither tile waits for a shuffle. Which columns they are, `step_columns` says. Tiles are
+same 32 bytes, so that neither tile waits for a shuffle. High nibbles stay where they are, 16 times as large, and
+their scales are a sixteenth: exact, and a shift less. Which columns they are, `step_columns` says. Tiles are
 float32 `[N, 32]`, dequantised in registers; the caller rounds them to what its tensor cores take.
 """
 
@@ -43,7 +44,10 @@ def _flat(tile):
 
 @triton.jit
 def _k_scales(base, start, chunk):
-    """Read a Q4_K or Q5_K header: scales and minima of the chunk's two sub-blocks, float32 of `start`'s shape."""
+    """Read a Q4_K or Q5_K header: scales and minima of the chunk's two sub-blocks, float32 of `start`'s shape.
+
+    The second scale is a sixteenth.
+    """
     d = tl.load(base + start)
     first, second, third = tl.load(base + start + 1), tl.load(base + start + 2), tl.load(base + start + 3)
     scale, minimum = scales_and_minima(first, second, third, chunk)
@@ -51,7 +55,7 @@ def _k_scales(base, start, chunk):
     return (
         delta * exact(scale & 0xFF, 0),
         delta_min * exact(minimum & 0xFF, 0),
-        delta * exact(scale >> 8, 0),
+        0.0625 * delta * exact(scale >> 8, 0),
         delta_min * exact(minimum >> 8, 0),
     )
 
@@ -62,7 +66,7 @@ def _q4_k(mem, o0, row, half, lane, step, columns):
     start = row * (columns // 256) + block
     low_scale, low_min, high_scale, high_min = _k_scales(words_at(mem, o0), start * 36, chunk)
     quants = _bytes(mem, o0, start * 144 + (16 + 32 * chunk) + 16 * half + lane)
-    return exact(quants & 0xF, 0) * low_scale - low_min, exact(quants >> 4, 0) * high_scale - high_min
+    return exact(quants & 0xF, 0) * low_scale - low_min, exact(quants & 0xF0, 0) * high_scale - high_min
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def _q5_k(mem, o0, row, half, lane, step, columns):
     low_scale, low_min, high_scale, high_min = _k_scales(words_at(mem, o0), start * 44, chunk)
     fifth = _bytes(mem, o0, start * 176 + 16 + 16 * half + lane) >> (2 * chunk)
     quants = _bytes(mem, o0, start * 176 + (48 + 32 * chunk) + 16 * half + lane)
-    low, high = (quants & 0xF) | ((fifth & 1) << 4), (quants >> 4) | ((fifth & 2) << 3)
+    low, high = (quants & 0xF) | ((fifth & 1) << 4), (quants & 0xF0) | ((fifth & 2) << 7)
     return exact(low, 0) * low_scale - low_min, exact(high, 0) * high_scale - high_min
 
 
@@ -85,10 +89,10 @@ def _q6_k(mem, o0, o1, o2, o3, row, half, lane, step, columns):
     scales = mem + o2 + 16 * number + (8 * run + 2 * group) + half
     delta = plane_scale(mem, o3, number)
     low_scale = delta * exact(tl.load(scales).to(tl.int32) ^ 0x80, 128)
-    high_scale = delta * exact(tl.load(scales + 4).to(tl.int32) ^ 0x80, 128)
+    high_scale = 0.0625 * delta * exact(tl.load(scales + 4).to(tl.int32) ^ 0x80, 128)
     low = (low_bits & 0xF) | ((high_bits & 0x03) << 4)
-    high = (low_bits >> 4) | (high_bits & 0x30)
-    return exact(low, 32) * low_scale, exact(high, 32) * high_scale
+    high = (low_bits & 0xF0) | ((high_bits & 0x30) << 4)
+    return exact(low, 32) * low_scale, exact(high, 512) * high_scale
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def _q4_0(mem, o0, o1, row, half, lane, step, columns):
     number = row * blocks + tl.minimum(2 * step + half, blocks - 1)
     quants = _bytes(mem, o0, number * 16 + lane)
     scale = plane_scale(mem, o1, number)
-    return exact(quants & 0xF, 8) * scale, exact(quants >> 4, 8) * scale
+    return exact(quants & 0xF, 8) * scale, exact(quants & 0xF0, 128) * (0.0625 * scale)
 
 
 @triton.jit
@@ -118,8 +122,8 @@ def _q5_0(mem, o0, o1, o2, row, half, lane, step, columns):
     fifth = tl.load(words_at(mem, o1) + number)
     scale = plane_scale(mem, o2, number)
     low = (quants & 0xF) | (((fifth >> lane) & 1) << 4)
-    high = (quants >> 4) | (((fifth >> (lane + 16)) & 1) << 4)
-    return exact(low, 16) * scale, exact(high, 16) * scale
+    high = (quants & 0xF0) | (((fifth >> (lane + 16)) & 1) << 8)
+    return exact(low, 16) * scale, exact(high, 256) * (0.0625 * scale)
 
 
 @triton.jit

@@ -4,7 +4,8 @@ A *unit* is what one thread loads at once: 16 bytes of quants, 32 weights of 4 t
 returns the float32 dot products `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations,
 which are int8 in blocks of 32: words `xq`, scales `xs`, and block sums `xm` (scale times the sum of the quants, for
 the formats that subtract a minimum). Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is
-`q - 32` as a signed byte, without a carry between bytes.
+`q - 32` as a signed byte, without a carry between bytes. Indices are never
+negative, which the compiler cannot see: shifts and masks save it the care that division takes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _affine(d, scale, minimum, low, high, xs, xm, at):
 def _q4_k(mem, o0, row, unit, columns, xq, xs, xm, FORM: tl.constexpr):
     """Block of 144 bytes: d, dmin, 12 bytes of scales, then 4 chunks of 32 bytes: 64 values, low nibbles first."""
     base = words_at(mem, o0)
-    block, chunk, half = unit // 8, unit % 8 // 2, unit % 2
+    block, chunk, half = unit >> 3, (unit >> 1) & 3, unit & 1
     start = (row * (columns // 256) + block) * 36
     d, first, second, third = _pick(_words(base, start))
     scale, minimum = scales_and_minima(first, second, third, chunk)
@@ -68,14 +69,14 @@ def _q4_k(mem, o0, row, unit, columns, xq, xs, xm, FORM: tl.constexpr):
     x_at = tl.broadcast_to(64 * block + 16 * chunk + 4 * half, start.shape)
     low = _dot16(quants & 0x0F0F0F0F, _words(xq, x_at), FORM)
     high = _dot16((quants >> 4) & 0x0F0F0F0F, _words(xq, x_at + 8), FORM)
-    return _affine(d, scale, minimum, low, high, xs, xm, x_at // 8)
+    return _affine(d, scale, minimum, low, high, xs, xm, x_at >> 3)
 
 
 @triton.jit
 def _q5_k(mem, o0, row, unit, columns, xq, xs, xm, FORM: tl.constexpr):
     """Block of 176 bytes: as Q4_K, with 32 bytes of fifth bits before the quants: bit i for the i-th 32 values."""
     base = words_at(mem, o0)
-    block, chunk, half = unit // 8, unit % 8 // 2, unit % 2
+    block, chunk, half = unit >> 3, (unit >> 1) & 3, unit & 1
     start = (row * (columns // 256) + block) * 44
     d, first, second, third = _pick(_words(base, start))
     scale, minimum = scales_and_minima(first, second, third, chunk)
@@ -84,16 +85,16 @@ def _q5_k(mem, o0, row, unit, columns, xq, xs, xm, FORM: tl.constexpr):
     x_at = tl.broadcast_to(64 * block + 16 * chunk + 4 * half, start.shape)
     low = _dot16((quants & 0x0F0F0F0F) | ((fifth & 0x01010101) << 4), _words(xq, x_at), FORM)
     high = _dot16(((quants >> 4) & 0x0F0F0F0F) | ((fifth & 0x02020202) << 3), _words(xq, x_at + 8), FORM)
-    return _affine(d, scale, minimum, low, high, xs, xm, x_at // 8)
+    return _affine(d, scale, minimum, low, high, xs, xm, x_at >> 3)
 
 
 @triton.jit
 def _q6_k(mem, o0, o1, o2, o3, row, unit, columns, xq, xs, FORM: tl.constexpr):
     """Planes ql (128 bytes a block), qh (64), scales (16 int8), d. A block is two runs of 128 values; byte l of a
     run's 64 in ql holds value l and, above it, value l + 64."""
-    block, run, group, half = unit // 8, unit % 8 // 4, unit % 4 // 2, unit % 2
+    block, run, group, half = unit >> 3, (unit >> 2) & 1, (unit >> 1) & 1, unit & 1
     number = row * (columns // 256) + block
-    low_bits = _words(words_at(mem, o0), 32 * number + 4 * (unit % 8))
+    low_bits = _words(words_at(mem, o0), 32 * number + 4 * (unit & 7))
     high_bits = _words(words_at(mem, o1), 16 * number + 8 * run + 4 * half) >> (2 * group)[:, :, None]
     low = (low_bits & 0x0F0F0F0F) | ((high_bits & 0x03030303) << 4)
     high = ((low_bits >> 4) & 0x0F0F0F0F) | (high_bits & 0x30303030)
@@ -103,19 +104,19 @@ def _q6_k(mem, o0, o1, o2, o3, row, unit, columns, xq, xs, FORM: tl.constexpr):
     scales = (mem + o2).to(tl.pointer_type(tl.int8)) + 16 * number + 8 * run + 2 * group + half
     low_sum *= tl.load(scales).to(tl.int32)
     high_sum *= tl.load(scales + 4).to(tl.int32)
-    low_part = low_sum.to(tl.float32) * tl.load(xs + x_at // 8)
-    high_part = high_sum.to(tl.float32) * tl.load(xs + x_at // 8 + 2)
+    low_part = low_sum.to(tl.float32) * tl.load(xs + (x_at >> 3))
+    high_part = high_sum.to(tl.float32) * tl.load(xs + (x_at >> 3) + 2)
     return plane_scale(mem, o3, number) * (low_part + high_part)
 
 
 @triton.jit
 def _q8_0(mem, o0, o1, row, unit, columns, xq, xs, FORM: tl.constexpr):
     """Planes qs (32 int8 a block), d. Two units a block."""
-    number = row * (columns // 32) + unit // 2
-    quants = _words(words_at(mem, o0), 8 * number + 4 * (unit % 2))
+    number = row * (columns // 32) + (unit >> 1)
+    quants = _words(words_at(mem, o0), 8 * number + 4 * (unit & 1))
     x_at = tl.broadcast_to(4 * unit, number.shape)
     total = _dot16(quants, _words(xq, x_at), FORM).to(tl.float32)
-    return total * plane_scale(mem, o1, number) * tl.load(xs + x_at // 8)
+    return total * plane_scale(mem, o1, number) * tl.load(xs + (x_at >> 3))
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _q4_0(mem, o0, o1, row, unit, columns, xq, xs, FORM: tl.constexpr):
     low = ((quants & 0x0F0F0F0F) + 0x78787878) ^ -0x7F7F7F80
     high = (((quants >> 4) & 0x0F0F0F0F) + 0x78787878) ^ -0x7F7F7F80
     total = _dot16(low, _words(xq, x_at), FORM) + _dot16(high, _words(xq, x_at + 4), FORM)
-    return total.to(tl.float32) * plane_scale(mem, o1, number) * tl.load(xs + x_at // 8)
+    return total.to(tl.float32) * plane_scale(mem, o1, number) * tl.load(xs + (x_at >> 3))
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _q5_0(mem, o0, o1, o2, row, unit, columns, xq, xs, FORM: tl.constexpr):
     low = (((quants & 0x0F0F0F0F) | _spread(fifth)) + 0x70707070) ^ -0x7F7F7F80
     high = ((((quants >> 4) & 0x0F0F0F0F) | _spread(fifth >> 16)) + 0x70707070) ^ -0x7F7F7F80
     total = _dot16(low, _words(xq, x_at), FORM) + _dot16(high, _words(xq, x_at + 4), FORM)
-    return total.to(tl.float32) * plane_scale(mem, o2, number) * tl.load(xs + x_at // 8)
+    return total.to(tl.float32) * plane_scale(mem, o2, number) * tl.load(xs + (x_at >> 3))
 
 
 @triton.jit

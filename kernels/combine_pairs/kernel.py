@@ -32,17 +32,22 @@ def combine_pairs_kernel(
     width = hidden // 8 * 8
     live = inside[:, None] & (column < width)[None, :]
     at = token.to(tl.int64)[:, None] * width + column[None, :]
-    total = tl.load(tl.multiple_of(out, 16) + at, mask=live, other=0.0)
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    num_present = tl.zeros([TOKENS], tl.int32)
     for place in range(0, top_k):
         pair = token.to(tl.int64) * top_k + place
         expert = tl.load(ids + pair, mask=inside, other=-1).to(tl.int32)
         known = (expert >= 0) & (expert < num_experts)
         present = tl.load(slot_of + expert, mask=known, other=-1) >= 0  # [TOKENS]
+        num_present += present.to(tl.int32)
         weight = tl.load(weights + pair, mask=present, other=0.0)
         answer_at = pair[:, None] * width + column[None, :]
         answer = tl.load(tl.multiple_of(answers, 16) + answer_at, mask=live & present[:, None], other=0.0)
         total += weight[:, None] * answer
-    tl.store(out + at, total, mask=live)
+    # After a single late expert most tokens have nothing to add; their outputs are neither read nor written.
+    changed = live & (num_present > 0)[:, None]
+    out_at = tl.multiple_of(out, 16) + at
+    tl.store(out_at, total + tl.load(out_at, mask=changed, other=0.0), mask=changed)
 
 
 def combine_pairs(

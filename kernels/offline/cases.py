@@ -93,8 +93,8 @@ def _quantize(target: Target) -> Iterator[Case]:
 def _decode(target: Target) -> Iterator[Case]:
     for form in FORMATS.values():
         yield _gate_up(target, form, form, "fp32")
-        if form.is_float:
-            yield _gate_up(target, form, form, "bf16")
+        for x in ("fp16", "bf16") if form.is_float else ():
+            yield _gate_up(target, form, form, x)
     yield _gate_up(target, FORMATS[12], FORMATS[14], "fp32")
     for form in FORMATS.values():
         yield _down(target, form)

@@ -26,6 +26,9 @@ def sort_pairs_kernel(
 ):
     """Program (expert): counts every expert's pairs to know where its own begin, then writes those."""
     mine = tl.program_id(0)
+    slot = tl.load(slot_of + mine)
+    if (slot < 0) & (mine > 0):  # the first program also marks the blocks that nobody needs
+        return
     expert = tl.arange(0, EXPERTS)  # [EXPERTS]
     present = tl.load(slot_of + expert, mask=expert < num_experts, other=-1) >= 0
     counts = tl.zeros([EXPERTS], tl.int32)
@@ -42,7 +45,6 @@ def sort_pairs_kernel(
             tl.store(slots + unused, tl.full([CHUNK], -1, tl.int32), mask=unused < num_blocks)
     start = tl.sum(tl.where(expert < mine, blocks, 0))
     num_mine = tl.sum(tl.where(expert == mine, blocks, 0))
-    slot = tl.load(slot_of + mine)
     for first in range(0, num_mine, CHUNK):
         block = first + tl.arange(0, CHUNK)
         tl.store(slots + start + block, tl.zeros([CHUNK], tl.int32) + slot, mask=block < num_mine)

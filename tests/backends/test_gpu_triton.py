@@ -189,6 +189,30 @@ def test_the_workspace_is_allocated_once_and_launches_allocate_nothing(monkeypat
     assert calls == [*decode, "sort_pairs", "prefill_gate_up", "prefill_down", "combine_pairs"]
 
 
+def test_a_layer_that_gets_slots_later_finds_room() -> None:
+    small, large = slotted_layer(Type.F16), slotted_layer(Type.Q4_K, number=1)
+    backend = backend_for(small)
+    backend.add_layer(small.experts, small.layout, small.memory.clone())
+    kept = backend._space
+    assert kept is not None
+    backend.add_layer(large.experts, large.layout, large.memory)
+    assert backend._space is not None and backend._space.memory.numel() == backend.workspace_bytes(32)
+    assert backend._space is not kept
+    for layer in (small, large):
+        inputs = routed(layer, 9)
+        assert relative_error(launched(layer, inputs, backend), layer.answer(*inputs)) < HALF_ERROR
+
+
+def test_a_slot_table_for_the_largest_layer_serves_all() -> None:
+    layer = slotted_layer(Type.Q8_0)
+    longer = torch.cat((layer.slot_of, torch.full((3,), -1, dtype=torch.int32, device=DEVICE)))
+    for num_tokens in (3, 17):
+        inputs = routed(layer, num_tokens)
+        out = torch.zeros(num_tokens, layer.experts.hidden, device=DEVICE)
+        backend_for(layer).launch(0, layer.slots, longer, *inputs, out)
+        assert torch.equal(out, launched(layer, inputs))
+
+
 def test_a_slot_or_expert_out_of_range_is_caught_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = slotted_layer(Type.Q8_0)
     backend, inputs = backend_for(layer), routed(layer, 1)
