@@ -174,3 +174,25 @@ def test_amd_assembly_is_read() -> None:
     resources, loop = read_amdgcn(AMD)
     assert resources == Resources(48, 24)
     assert (loop.all, loop.wide_loads, loop.dot) == (4, 1, 1)
+
+
+def test_the_document_quotes_the_table() -> None:
+    """docs/kernels.md shows four rows of it; here they are looked up again."""
+    parts = re.split(r"^## \w+: ([^,]+),.*$", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tables = dict(zip(parts[::2], parts[1::2], strict=True))
+
+    def found(product: str, kernel: str, place: int) -> str:
+        cells = re.findall(rf"^\| {kernel} \|.*\| ([^|]*) \|$", tables[product], flags=re.MULTILINE)
+        return cells[place].strip() if place < len(cells) else ""
+
+    lines = TABLE.with_name("kernels.md").read_text(encoding="utf-8").splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("| read from the table"))
+    assert lines[at].strip("| ").split(" | ")[1:] == list(tables)
+    for offset, kernel, place in (
+        (2, "decode_gate_up Q4_K", 0),
+        (3, "decode_down Q6_K", 0),
+        (4, r"prefill_gate_up Q4_K fp16 x\d+", 0),
+        (5, r"prefill_gate_up Q4_K fp16 x\d+", 1),
+    ):
+        quoted = [cell.strip() for cell in lines[at + offset].split("|")[2:-1]]
+        assert quoted == [found(product, kernel, place) for product in tables], lines[at + offset]
