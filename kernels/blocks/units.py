@@ -4,8 +4,8 @@ A *unit* is what one thread loads at once: 16 bytes of quants, 32 weights of 4 t
 returns the float32 dot products `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations,
 which are int8 in blocks of 32: words `xq`, scales `xs`, and block sums `xm` (scale times the sum of the quants, for
 the formats that subtract a minimum). Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is
-`q - 32` as a signed byte, without a carry between bytes. Indices are never
-negative, which the compiler cannot see: shifts and masks save it the care that division takes.
+`q - 32` as a signed byte, without a carry between bytes. Indices are never negative, which the compiler cannot see:
+shifts and masks save it the care that division takes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def _dot16(words, x_words, FORM: tl.constexpr):
 
 @triton.jit
 def _affine(d, scale, minimum, low, high, xs, xm, at):
-    """Combine a Q4_K or Q5_K unit; `at` is the first of its two activation blocks. Two units share each block,
-    so each subtracts half of the minimum's part."""
+    """Combine a Q4_K or Q5_K unit; `at` is the first of its two activation blocks.
+
+    Two units share each block, so each subtracts half of the minimum's part.
+    """
     xs_low = tl.load(xs + at)
     xs_high = tl.load(xs + at + 1)
     xm_low = tl.load(xm + at)

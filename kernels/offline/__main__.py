@@ -25,7 +25,10 @@ REDUCED_CASES = re.compile(r"Q[46]_K|Q4_K fp16 x\d+|Q6_K bf16 x\d+")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.write and (options.reduced or options.target):
+        parser.error("--write wants every kernel of every target; leave out --reduced and --target")
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     started = time.monotonic()
     jobs = [(case, name) for name in options.target or _targets(options.reduced) for case in cases_for(TARGETS[name])]
