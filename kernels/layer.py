@@ -88,7 +88,8 @@ class LayerKernels:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        config = prefill_config.choose(self.target, ids.numel() / max(num_present, 1))
+        one_type = self.gate.kind == self.up.kind
+        config = prefill_config.choose(self.target, ids.numel() / max(num_present, 1), one_type=one_type)
         dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float16
         part = space.carve(prefill_parts(self.shape, hidden.shape[0], config.pairs, dtype))
         pairs, slots, act, answers = part["pairs"], part["slots"], part["act"], part["answers"]

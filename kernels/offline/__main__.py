@@ -15,7 +15,7 @@ from pathlib import Path
 from hybrimoe_kt.kernels.targets import TARGETS
 
 from .build import Measurement, measure
-from .cases import Case, cases_for
+from .cases import Case, cases_for, mixtures_for
 from .checks import rejections
 from .table import markdown
 
@@ -27,11 +27,12 @@ REDUCED_CASES = re.compile(r"Q[46]_K|Q4_K fp16 x\d+|Q6_K bf16 x\d+")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.write and (options.reduced or options.target):
-        parser.error("--write wants every kernel of every target; leave out --reduced and --target")
+    if options.write and (options.reduced or options.target or options.mixtures):
+        parser.error("--write wants every kernel of every target; leave out --reduced, --target and --mixtures")
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     started = time.monotonic()
-    jobs = [(case, name) for name in options.target or _targets(options.reduced) for case in cases_for(TARGETS[name])]
+    cases = mixtures_for if options.mixtures else cases_for
+    jobs = [(case, name) for name in options.target or _targets(options.reduced) for case in cases(TARGETS[name])]
     if options.reduced:
         jobs = [(case, name) for case, name in jobs if REDUCED_CASES.fullmatch(case.variant)]
     findings = _measure_all(jobs, Path(options.cache), options.jobs)
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reduced", action="store_true", help="a few kernels on three targets, for every test run")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target; may be repeated")
+    parser.add_argument("--mixtures", action="store_true", help="gate and up in two types, instead of in one")
     parser.add_argument("--write", metavar="FILE", help="write the table there when nothing is rejected")
     parser.add_argument("--cache", metavar="DIR", default=".cache/kernels", help="measurements of earlier runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compile so many at once")

@@ -16,7 +16,7 @@ from hybrimoe_kt.kernels.quantize_rows import config as quantize_config
 from hybrimoe_kt.kernels.sort_pairs import config as sort_config
 from hybrimoe_kt.kernels.targets import Target
 
-__all__ = ["Case", "Claims", "Work", "cases_for"]
+__all__ = ["Case", "Claims", "Work", "cases_for", "mixtures_for"]
 
 _TYPES = MappingProxyType(
     {
@@ -83,6 +83,14 @@ def cases_for(target: Target) -> list[Case]:
     return [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
 
 
+def mixtures_for(target: Target) -> list[Case]:
+    """Return the cases of gate and up in two types, which no file at hand has: too many for the table."""
+    config = prefill_config.configs(target)[0]
+    pairs = [(gate, up) for gate in FORMATS.values() for up in FORMATS.values() if gate is not up]
+    decode = [_gate_up(target, gate, up, "fp32") for gate, up in pairs]
+    return decode + [_grouped(config, gate, up, x) for x in ("fp16", "bf16") for gate, up in pairs]
+
+
 def _quantize(target: Target) -> Iterator[Case]:
     config = quantize_config.choose(target)
     for kind in ("fp32", "fp16", "bf16"):
@@ -95,7 +103,6 @@ def _decode(target: Target) -> Iterator[Case]:
         yield _gate_up(target, form, form, "fp32")
         for x in ("fp16", "bf16") if form.is_float else ():
             yield _gate_up(target, form, form, x)
-    yield _gate_up(target, FORMATS[12], FORMATS[14], "fp32")
     for form in FORMATS.values():
         yield _down(target, form)
 
@@ -104,20 +111,23 @@ def _gate_up(target: Target, gate: Format, up: Format, x: str) -> Case:
     config = decode_config.choose(target)
     constants = (("GATE", gate.kind), ("UP", up.kind), ("FORM", config.form))
     shape = (("ROWS", config.rows), ("UNITS", config.units))
-    pointers = (("x", f"*{x}"), ("act", "*fp32"))
-    together = 2 if gate is up else 1  # of two types, the loop with more instructions is looked at: up's here
-    variant = gate.name if gate is up else f"{gate.name}+{up.name}"
-    x_loads = 0 if up.is_float and x != "fp32" else up.x_loads
-    return Case(
-        "decode_gate_up",
-        variant if x == "fp32" else f"{variant} {x}",
-        constants + shape,
-        pointers,
-        config.num_warps,
-        3,
-        Claims(together * up.unit_loads + x_loads, dot=not up.is_float, max_conversions=_conversions(up) * together),
-        _unit_work(config, up, together),
+    together = 2 if gate is up else 1  # two types have a loop each; either may be the one that is looked at
+    wide = min(
+        together * form.unit_loads + (0 if form.is_float and x != "fp32" else form.x_loads) for form in (gate, up)
     )
+    claims = Claims(
+        wide,
+        dot=not (gate.is_float or up.is_float),
+        max_conversions=together * max(_conversions(gate), _conversions(up)),
+    )
+    variant = _variant(gate, up) if x == "fp32" else f"{_variant(gate, up)} {x}"
+    pointers = (("x", f"*{x}"), ("act", "*fp32"))
+    work = _unit_work(config, up, together) if gate is up else Work()
+    return Case("decode_gate_up", variant, constants + shape, pointers, config.num_warps, 3, claims, work)
+
+
+def _variant(gate: Format, up: Format) -> str:
+    return gate.name if gate is up else f"{gate.name}+{up.name}"
 
 
 def _down(target: Target, form: Format) -> Case:
@@ -143,7 +153,6 @@ def _prefill(target: Target) -> Iterator[Case]:
         for x in ("fp16", "bf16"):
             for form in FORMATS.values():
                 yield _grouped(config, form, form, x)
-            yield _grouped(config, FORMATS[12], FORMATS[14], x)
             for form in FORMATS.values():
                 yield _grouped_down(config, form, x)
 
@@ -153,7 +162,7 @@ _LIMITS = MappingProxyType({"fp16": 65504.0, "bf16": math.ldexp(255, 120)})
 
 def _grouped(config: PrefillConfig, gate: Format, up: Format, x: str) -> Case:
     constants = (("GATE", gate.kind), ("UP", up.kind), ("ROWS", config.rows), ("PAIRS", config.pairs))
-    variant = f"{gate.name if gate is up else gate.name + '+' + up.name} {x} x{config.pairs}"
+    variant = f"{_variant(gate, up)} {x} x{config.pairs}"
     return Case(
         "prefill_gate_up",
         variant,
@@ -162,7 +171,7 @@ def _grouped(config: PrefillConfig, gate: Format, up: Format, x: str) -> Case:
         config.num_warps,
         config.num_stages,
         Claims(wide_loads=1, tensor=True),
-        _step_work(config, up, 2 if gate is up else 1),
+        _step_work(config, up, 2) if gate is up else Work(),
     )
 
 

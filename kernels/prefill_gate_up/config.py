@@ -38,7 +38,7 @@ def configs(target: Target) -> tuple[PrefillConfig, ...]:
     return _SHAPES.get(target.name, _COMMON)
 
 
-def choose(target: Target, pairs_per_expert: float) -> PrefillConfig:
-    """The larger block where experts have the tokens to fill it."""
+def choose(target: Target, pairs_per_expert: float, *, one_type: bool = True) -> PrefillConfig:
+    """The larger block where experts have the tokens to fill it; gate and up of two types would spill in it."""
     shapes = configs(target)
-    return shapes[-1] if pairs_per_expert >= 48 else shapes[0]
+    return shapes[-1] if one_type and pairs_per_expert >= 48 else shapes[0]

@@ -43,7 +43,7 @@ def test_the_reduced_gate_is_green() -> None:
 def test_half_a_table_is_never_written() -> None:
     done = gate("--reduced", "--write", "table.md")
     assert done.returncode == 2
-    assert "leave out --reduced and --target" in done.stderr
+    assert "leave out --reduced, --target and --mixtures" in done.stderr
 
 
 @compiles

@@ -26,6 +26,7 @@ from hybrimoe_kt.kernels.quantize_rows.kernel import quantize_rows
 from hybrimoe_kt.kernels.sort_pairs import config as sort_config
 from hybrimoe_kt.kernels.sort_pairs import naive as sort_naive
 from hybrimoe_kt.kernels.sort_pairs.kernel import sort_pairs
+from hybrimoe_kt.kernels.targets import TARGETS
 
 from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends.gpu_triton import _in_slot, _target_of
@@ -215,3 +216,13 @@ def test_the_oddest_shapes_are_no_multiples() -> None:
     """The tests above would pass more easily on multiples of 64."""
     shapes = {(slotted_layer(kind).experts.hidden, slotted_layer(kind).experts.inter) for kind in BLOCKS_OF_32}
     assert shapes == {(352, 96)}
+
+
+def test_the_larger_block_is_for_many_tokens_of_one_type() -> None:
+    target = TARGETS["sm_90"]
+    small, large = prefill_config.configs(target)
+    assert small.pairs < large.pairs
+    assert prefill_config.choose(target, 47.9) == prefill_config.choose(target, 500, one_type=False) == small
+    assert prefill_config.choose(target, 48) == large
+    only = prefill_config.configs(TARGETS["sm_86"])
+    assert [prefill_config.choose(TARGETS["sm_86"], 500)] == list(only)
