@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from hybrimoe_kt.kernels.formats import FORMATS
 from hybrimoe_kt.kernels.targets import TARGETS, Target
-
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
 Q4_K, Q5_0, Q6_K, Q8_0 = 12, 6, 14, 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from hybrimoe_kt.kernels.blocks.units import unit_dots, values_per_unit
 from hybrimoe_kt.kernels.decode_gate_up.config import DecodeConfig
 from hybrimoe_kt.kernels.slots import MatrixInSlot

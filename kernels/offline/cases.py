@@ -85,7 +85,7 @@ def cases_for(target: Target) -> list[Case]:
 
 def mixtures_for(target: Target) -> list[Case]:
     """Return the cases of gate and up in two types, which no file at hand has: too many for the table."""
-    config = prefill_config.configs(target)[0]
+    config = prefill_config.mixture_config(target)
     pairs = [(gate, up) for gate in FORMATS.values() for up in FORMATS.values() if gate is not up]
     decode = [_gate_up(target, gate, up, "fp32") for gate, up in pairs]
     return decode + [_grouped(config, gate, up, x) for x in ("fp16", "bf16") for gate, up in pairs]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrimoe_kt.kernels.targets import Target
 
-__all__ = ["PrefillConfig", "choose", "configs"]
+__all__ = ["PrefillConfig", "choose", "configs", "mixture_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,17 @@ _COMMON = (PrefillConfig(rows=64, pairs=32, num_warps=4, num_stages=2),)
 
 
 def configs(target: Target) -> tuple[PrefillConfig, ...]:
-    """Every shape that `choose` can return for a target."""
+    """Every shape for gate and up of one type, and for down, smaller block first."""
     return _SHAPES.get(target.name, _COMMON)
 
 
+def mixture_config(target: Target) -> PrefillConfig:
+    """For gate and up of two types, two loops after each other: with two stages, or more pairs, some of them spill."""
+    return replace(configs(target)[0], num_stages=1)
+
+
 def choose(target: Target, pairs_per_expert: float, *, one_type: bool = True) -> PrefillConfig:
-    """The larger block where experts have the tokens to fill it; gate and up of two types would spill in it."""
-    shapes = configs(target)
-    return shapes[-1] if one_type and pairs_per_expert >= 48 else shapes[0]
+    """The larger block where experts have the tokens to fill it."""
+    if not one_type:
+        return mixture_config(target)
+    return configs(target)[-1 if pairs_per_expert >= 48 else 0]

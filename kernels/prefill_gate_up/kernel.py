@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from hybrimoe_kt.kernels.blocks.tiles import step_columns, step_tiles
 from hybrimoe_kt.kernels.slots import MatrixInSlot
 

@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybrimoe_kt.kernels import workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.random_blocks import Type
@@ -25,6 +24,7 @@ from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
+from hybrimoe_kt.kernels import workspace
 from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
 
 FLOATS = (Type.F16, Type.BF16)

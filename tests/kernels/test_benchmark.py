@@ -9,10 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybrimoe_kt.kernels.targets import TARGETS
-
 from benchmarks import gpu_kernels
 from benchmarks.gpu_roofline import expert_bytes, experts_used, mean_roofline, mixes_of, roofline, table
+from hybrimoe_kt.kernels.targets import TARGETS
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"

@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.random_blocks import Type
+from hybrimoe_kt.backends.gpu_triton import _in_slot, _target_of
 from hybrimoe_kt.kernels.combine_pairs import config as combine_config
 from hybrimoe_kt.kernels.combine_pairs import naive as combine_naive
 from hybrimoe_kt.kernels.combine_pairs.kernel import combine_pairs
@@ -27,9 +29,6 @@ from hybrimoe_kt.kernels.sort_pairs import config as sort_config
 from hybrimoe_kt.kernels.sort_pairs import naive as sort_naive
 from hybrimoe_kt.kernels.sort_pairs.kernel import sort_pairs
 from hybrimoe_kt.kernels.targets import TARGETS
-
-from benchmarks.random_blocks import Type
-from hybrimoe_kt.backends.gpu_triton import _in_slot, _target_of
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
 
 TARGET = _target_of(DEVICE)
@@ -222,7 +221,8 @@ def test_the_larger_block_is_for_many_tokens_of_one_type() -> None:
     target = TARGETS["sm_90"]
     small, large = prefill_config.configs(target)
     assert small.pairs < large.pairs
-    assert prefill_config.choose(target, 47.9) == prefill_config.choose(target, 500, one_type=False) == small
-    assert prefill_config.choose(target, 48) == large
+    assert (prefill_config.choose(target, 47.9), prefill_config.choose(target, 48)) == (small, large)
+    mixed = prefill_config.choose(target, 500, one_type=False)
+    assert (mixed.pairs, mixed.num_stages) == (small.pairs, 1)
     only = prefill_config.configs(TARGETS["sm_86"])
     assert [prefill_config.choose(TARGETS["sm_86"], 500)] == list(only)
