@@ -39,8 +39,9 @@ def configs(target: Target) -> tuple[PrefillConfig, ...]:
 
 
 def mixture_config(target: Target) -> PrefillConfig:
-    """For gate and up of two types, two loops after each other: with two stages, or more pairs, some of them spill."""
-    return replace(configs(target)[0], num_stages=1)
+    """For gate and up of two types, a loop each: in one stage, or on sm_80 in two, none of them spills."""
+    small = configs(target)[0]
+    return small if target.name == "sm_80" else replace(small, num_stages=1)
 
 
 def choose(target: Target, pairs_per_expert: float, *, one_type: bool = True) -> PrefillConfig:
