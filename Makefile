@@ -10,10 +10,12 @@ BIN    := $(VENV)/bin
 # A machine with an NVIDIA driver gets PyTorch as kt-kernel wants it (CUDA, gigabytes); any other the CPU build.
 CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
+# What that torch's CUDA build pins; a CUDA torch brings its own.
+TRITON ?= 3.7.1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat venv test test-slow test-gpu check format bench bench-core reproduce wheel clean
+.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu reproduce wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -21,6 +23,8 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
+	@echo "make bench-gpu  GPU kernels against the roofline and against dequantise-then-multiply"
+	@echo "make kernels    compile every GPU kernel for every GPU, judge it, write docs/kernels-table.md; needs no GPU"
 	@echo "make reproduce  docs/reproduction.md: the paper's tables beside ours"
 	@echo "make wheel      dist/*.whl"
 
@@ -48,11 +52,17 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+kernels: $(VENV)/.ready-dev
+	$(BIN)/python -m hybrimoe_kt.kernels.offline --write docs/kernels-table.md $(ARGS)
+
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 bench-core: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest benchmarks/bench_core.py --benchmark-only --benchmark-disable-gc $(ARGS)
+
+bench-gpu: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)
 
 reproduce: $(VENV)/.ready-dev
 	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)
@@ -81,6 +91,8 @@ endif
 
 $(VENV)/.ready-dev: $(VENV)/.ready-run
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev,plot]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON) || \
+	  echo "Triton $(TRITON) has no build for this machine (it has for Linux): the tests of GPU kernels will skip"
 	touch $@
 
 # kTransformers' own rule engine, an oracle of the tests, which skip without it; fetched once, kept outside git.

@@ -1,12 +1,16 @@
-"""What every test shares: one torch thread, and generated models written once per session."""
+"""What every test shares: one torch thread, generated models written once per session, Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any of ours is imported
 
 from benchmarks.generated_model import GeneratedModel, Shape, generate
 

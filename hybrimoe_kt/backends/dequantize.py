@@ -19,16 +19,28 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     """Return the float32 values of `data` (uint8 `[num_bytes]`, any device), shaped `shape`.
 
     Transformers' torch routines where they know the type (2-10x gguf-py's, and they run on the data's own
-    device); gguf-py's NumPy ones for the few they lack (Q5_0, Q5_1, MXFP4).
+    device), one of ours for Q5_0, which experts of odd widths have; gguf-py's NumPy ones, on the CPU, for the few
+    that are left (Q5_1, MXFP4).
     """
     from transformers.integrations.gguf.dequant import GGML_BLOCK
     from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
 
     if ggml_type in _PLAIN:
         return data.view(_PLAIN[ggml_type]).to(torch.float32).reshape(shape)
+    if ggml_type == GGMLQuantizationType.Q5_0:
+        return _dequantize_q5_0(data).reshape(shape)
     if ggml_type in GGML_BLOCK:
         return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
+
+
+def _dequantize_q5_0(data: torch.Tensor) -> torch.Tensor:
+    """Blocks of 22 bytes: a half `d`, 32 fifth bits, 16 low then 16 high nibbles; a value is `d * (q - 16)`."""
+    blocks = data.reshape(-1, 22)
+    scale = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)  # [num_blocks, 1]
+    fifth = blocks[:, 2:6].contiguous().view(torch.int32) >> torch.arange(32, dtype=torch.int32, device=data.device)
+    nibbles = torch.cat((blocks[:, 6:] & 0xF, blocks[:, 6:] >> 4), dim=1).to(torch.int32)
+    return scale * ((nibbles | (fifth & 1) << 4) - 16)
 
 
 def _dequantize_numpy(data: torch.Tensor, ggml_type: int) -> torch.Tensor:

@@ -1,0 +1,272 @@
+"""GPU experts on this package's Triton kernels, straight from their slots.
+
+Triton is optional: this module imports without it, and `gpu_backend` then answers with the torch fallback. On the
+CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.errors import KernelError
+from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
+from hybrimoe_kt.kernels.formats import FORMATS
+from hybrimoe_kt.kernels.prefill_gate_up import config as prefill_config
+from hybrimoe_kt.kernels.slots import MatrixInSlot
+from hybrimoe_kt.kernels.targets import INTERPRETER, Target, of_capability
+from hybrimoe_kt.kernels.workspace import (
+    CHUNK_TOKENS,
+    DECODE_TOKENS,
+    LayerShape,
+    Workspace,
+    decode_parts,
+    prefill_parts,
+)
+
+from .gpu_torch import TorchGpu
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.kernels.layer import LayerKernels
+
+__all__ = ["KernelRow", "TritonGpu", "describe_kernels", "gpu_backend", "refusal", "unusable"]
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("gate", "up", "down")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_WIDTH_STEP = 8
+_MAX_SLOT_BYTES = 1 << 31
+
+
+def unusable(device: torch.device) -> str | None:
+    """Return why the Triton kernels cannot run on `device`, None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton only runs in its interpreter (set TRITON_INTERPRET=1 before starting)"
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel was built for {device.type} devices"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU's compute capability is {major}.{minor}, the kernels want 8.0 or newer"
+    return None
+
+
+def gpu_backend(device: torch.device) -> GpuBackend:
+    """Return the Triton backend, or the torch one with a warning, once a reason, where Triton cannot run."""
+    reason = unusable(device)
+    if reason is None:
+        return TritonGpu()
+    _warn_once(reason)
+    return TorchGpu()
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("GPU experts are dequantised and multiplied by torch, several times slower: %s", reason)
+
+
+def refusal(experts: LayerExperts) -> str | None:
+    """Return why the kernels do not read a layer's experts, None when they do."""
+    for role, matrix in zip(_ROLES, experts.matrices, strict=True):
+        form = FORMATS.get(matrix.ggml_type)
+        if form is None:
+            return f"{role} experts are {matrix.type_name}, which no GPU kernel reads"
+        if matrix.columns % form.column_step or matrix.rows % _WIDTH_STEP:
+            wanted = f"multiples of {form.column_step} columns and {_WIDTH_STEP} rows"
+            return f"{role} experts are {matrix.rows}x{matrix.columns} {matrix.type_name}; GPU kernels want {wanted}"
+    if SlotLayout(experts).slot_bytes >= _MAX_SLOT_BYTES:
+        return f"an expert takes {experts.expert_bytes} bytes; GPU kernels address up to {_MAX_SLOT_BYTES}"
+    return None
+
+
+class TritonGpu:
+    """Adds weighted sums; up to 8 tokens on matrix-vector kernels with int8 activations, more on tensor cores.
+
+    A launch decides nothing from tensor values, so it can be captured in a CUDA graph. Calls must be on one stream.
+    """
+
+    name = "triton"
+    answers_pairs = False
+
+    def __init__(self, target: Target | None = None) -> None:
+        """`target` overrides what the slots' device says."""
+        self._target = target
+        self._layers: dict[int, LayerKernels] = {}
+        self._space: Workspace | None = None
+        self._max_tokens = 0
+
+    def refuses(self, experts: LayerExperts) -> str | None:
+        return refusal(experts)
+
+    def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
+        """Take note of a layer; KernelError for experts that `refuses` names, or a device without Triton."""
+        reason = refusal(experts) or unusable(memory.device)
+        if reason:
+            raise KernelError(f"layer {experts.layer}: {reason}")
+        if memory.dtype != torch.uint8 or memory.dim() != 2 or memory.shape[1] != layout.slot_bytes:
+            raise KernelError(
+                f"slots of layer {experts.layer} are {memory.dtype} {list(memory.shape)}, "
+                f"wanted uint8 [num_slots, {layout.slot_bytes}]"
+            )
+        if not memory.is_contiguous() or memory.data_ptr() % 16:
+            raise KernelError(f"slots of layer {experts.layer} must be contiguous from a multiple of 16 bytes")
+        from hybrimoe_kt.kernels.layer import LayerKernels
+
+        matrices = (_in_slot(matrix, layout, number) for number, matrix in enumerate(experts.matrices))
+        shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
+        self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *matrices)
+        if self._max_tokens:
+            self._make_room()
+
+    def _target_of(self, device: torch.device) -> Target:
+        return self._target or _target_of(device)
+
+    def prepare(self, max_tokens: int) -> None:
+        """Allocate the workspace, `workspace_bytes(max_tokens)`; it grows only for a larger layer added later."""
+        self._max_tokens = max_tokens
+        self._make_room()
+
+    def _make_room(self) -> None:
+        needed = self.workspace_bytes(self._max_tokens)
+        if needed and (self._space is None or self._space.memory.numel() < needed):
+            device = next(iter(self._layers.values())).memory.device
+            self._space = Workspace(needed, device)
+
+    def workspace_bytes(self, max_tokens: int) -> int:
+        """Bytes of device memory `prepare` takes, for the layers added so far."""
+        return max((_bytes_for(layer, max_tokens) for layer in self._layers.values()), default=0)
+
+    def launch(
+        self,
+        layer: int,
+        slots: Sequence[tuple[int, int]],
+        slot_of: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Enqueue the experts of `slots` on the current stream; see `GpuBackend.launch`."""
+        kernels = self._layers[layer]
+        self._check(layer, kernels, slots, slot_of, hidden, ids, weights, out)
+        if not slots:
+            return
+        assert self._space is not None, "launch before prepare"
+        with _current(kernels.memory.device):
+            if hidden.shape[0] <= CHUNK_TOKENS:
+                kernels.add(self._space, len(slots), slot_of, hidden, ids, weights, out)
+                return
+            for first in range(0, hidden.shape[0], CHUNK_TOKENS):
+                part = slice(first, first + CHUNK_TOKENS)
+                kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
+
+    def _check(
+        self,
+        layer: int,
+        kernels: LayerKernels,
+        slots: Sequence[tuple[int, int]],
+        slot_of: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        num_slots, shape = kernels.memory.shape[0], kernels.shape
+        for expert, slot in slots:
+            if not 0 <= slot < num_slots:
+                raise KernelError(f"expert {expert} of layer {layer} is said to be in slot {slot} of {num_slots}")
+            if not 0 <= expert < shape.num_experts:
+                raise KernelError(f"expert {expert} launched in layer {layer}, which has {shape.num_experts}")
+        num_tokens = hidden.shape[0]
+        if num_tokens > self._max_tokens:
+            raise KernelError(f"{num_tokens} tokens in one call, prepared for up to {self._max_tokens}")
+        routing = (num_tokens, ids.shape[-1])
+        if ids.shape[-1] > shape.top_k:
+            raise KernelError(f"{ids.shape[-1]} experts a token in layer {layer}, prepared for {shape.top_k}")
+        for name, tensor, sizes, dtypes in (
+            ("hidden", hidden, (num_tokens, shape.hidden), _FLOATS),
+            ("ids", ids, routing, (torch.int64,)),
+            ("weights", weights, routing, (torch.float32,)),
+            ("out", out, (num_tokens, shape.hidden), (torch.float32,)),
+            ("slot_of", slot_of[: shape.num_experts], (shape.num_experts,), (torch.int32,)),
+        ):
+            if tuple(tensor.shape) != sizes or tensor.dtype not in dtypes or not tensor.is_contiguous():
+                raise KernelError(
+                    f"{name} of layer {layer} is {tensor.dtype} {list(tensor.shape)}, "
+                    f"wanted contiguous {' or '.join(map(str, dtypes))} {list(sizes)}"
+                )
+        if hidden.data_ptr() % 16 or out.data_ptr() % 16:
+            raise KernelError(f"hidden and out of layer {layer} must begin at a multiple of 16 bytes")
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _target_of(device: torch.device) -> Target:
+    if device.type == "cpu":
+        return INTERPRETER
+    if torch.version.hip:
+        return of_capability("hip", torch.cuda.get_device_properties(device).gcnArchName)
+    major, minor = torch.cuda.get_device_capability(device)
+    return of_capability("cuda", 10 * major + minor)
+
+
+def _in_slot(matrix: ExpertMatrix, layout: SlotLayout, number: int) -> MatrixInSlot:
+    starts = {segment.plane.name: segment.start_bytes for segment in layout.segments_of(number)}
+    first, second, third, fourth = ([starts[name] for name in FORMATS[matrix.ggml_type].planes] + [0] * 3)[:4]
+    return MatrixInSlot(matrix.ggml_type, matrix.rows, matrix.columns, (first, second, third, fourth))
+
+
+def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
+    sizes = [Workspace.bytes_for(decode_parts(layer.shape, min(max_tokens, DECODE_TOKENS)))]
+    if max_tokens > DECODE_TOKENS:
+        for config in prefill_config.configs(layer.target):
+            parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
+            sizes.append(Workspace.bytes_for(parts))
+    return max(sizes)
+
+
+class KernelRow(NamedTuple):
+    """Which kernels read one tensor."""
+
+    tensor: str
+    type_name: str
+    decode: str
+    prefill: str
+
+
+def describe_kernels(experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
+    """Say which kernel serves gate, up and down experts on a GPU: (8, 6) for CUDA, "gfx1100" for HIP."""
+    reason = refusal(experts)
+    if reason:
+        place = f"on the CPU: {reason}"
+        return [KernelRow(role, m.type_name, place, place) for role, m in zip(_ROLES, experts.matrices, strict=True)]
+    if isinstance(capability, str):
+        target = of_capability("hip", capability)
+    else:
+        target = of_capability("cuda", 10 * capability[0] + capability[1])
+    decode = decode_config.choose(target)
+    pairs = " or ".join(str(config.pairs) for config in prefill_config.configs(target))
+    rows = []
+    for role, matrix in zip(_ROLES, experts.matrices, strict=True):
+        op = "down" if role == "down" else "gate_up"
+        inner = "float activations" if FORMATS[matrix.ggml_type].is_float else _DOT_NAMES[decode.form]
+        large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
+        rows.append(KernelRow(role, matrix.type_name, f"decode_{op} ({target.name}, {inner})", large))
+    return rows
+
+
+_DOT_NAMES = ("plain int8", "int8 dp4a", "int8 v_dot4", "int8 v_dot4")

@@ -1,0 +1,1 @@
+"""Weighted sum of every token's answers."""

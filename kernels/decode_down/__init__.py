@@ -1,0 +1,1 @@
+"""Down projection and weighted sum of a few tokens' experts."""

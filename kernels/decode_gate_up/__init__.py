@@ -1,0 +1,1 @@
+"""Gate and up projections and SiLU of a few tokens' experts."""

@@ -1,0 +1,100 @@
+"""The launches of one MoE layer's experts, in order; nothing here waits, allocates or looks at a tensor's values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .combine_pairs import config as combine_config
+from .combine_pairs.kernel import combine_pairs
+from .decode_down.kernel import decode_down
+from .decode_gate_up import config as decode_config
+from .decode_gate_up.kernel import decode_gate_up
+from .formats import FORMATS
+from .prefill_down.kernel import prefill_down
+from .prefill_gate_up import config as prefill_config
+from .prefill_gate_up.kernel import prefill_gate_up
+from .quantize_rows import config as quantize_config
+from .quantize_rows.kernel import quantize_rows
+from .slots import MatrixInSlot
+from .sort_pairs import config as sort_config
+from .sort_pairs.kernel import sort_pairs
+from .targets import Target
+from .workspace import DECODE_TOKENS, LayerShape, Workspace, prefill_parts
+
+__all__ = ["LayerKernels"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """One layer's matrices in its slots `memory`, uint8 `[num_slots, slot_bytes]`, and the GPU to launch for."""
+
+    target: Target
+    shape: LayerShape
+    memory: torch.Tensor
+    gate: MatrixInSlot
+    up: MatrixInSlot
+    down: MatrixInSlot
+
+    def add(
+        self,
+        space: Workspace,
+        num_present: int,
+        slot_of: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Add the weighted answers of experts with a slot to `out` float32 `[T, H]`.
+
+        `num_present` of them have one: it decides a launch shape, never the result. `slot_of` int32 `[num_experts]`,
+        `hidden [T, H]` float, `ids` int64 and `weights` float32 `[T, K]`; all contiguous, on the slots' device.
+        """
+        if hidden.shape[0] <= DECODE_TOKENS:
+            self._decode(space, slot_of, hidden, ids, weights, out)
+        else:
+            self._prefill(space, num_present, slot_of, hidden, ids, weights, out)
+
+    def _decode(
+        self,
+        space: Workspace,
+        slot_of: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        part = space.decode(self.shape, hidden.shape[0])
+        config, quantize = decode_config.choose(self.target), quantize_config.choose(self.target)
+        rows = part["xq"], part["xs"], part["xm"]
+        if not (FORMATS[self.gate.kind].is_float and FORMATS[self.up.kind].is_float):
+            quantize_rows(hidden, *rows, quantize)
+        act, pair_slot = part["act"], part["pair_slot"]
+        decode_gate_up(self.memory, self.gate, self.up, slot_of, ids, hidden, rows, act, pair_slot, config)
+        rows = part["aq"], part["as"], part["am"]
+        if not FORMATS[self.down.kind].is_float:
+            quantize_rows(act, *rows, quantize)
+        decode_down(self.memory, self.down, pair_slot, weights, act, rows, out, config)
+
+    def _prefill(
+        self,
+        space: Workspace,
+        num_present: int,
+        slot_of: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        one_type = self.gate.kind == self.up.kind
+        config = prefill_config.choose(self.target, ids.numel() / max(num_present, 1), one_type=one_type)
+        dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float16
+        part = space.carve(prefill_parts(self.shape, hidden.shape[0], config.pairs, dtype))
+        pairs, slots, act, answers = part["pairs"], part["slots"], part["act"], part["answers"]
+        x = hidden if hidden.dtype == dtype else part["x"].copy_(hidden)
+        sort_pairs(ids, slot_of, pairs, slots, config.pairs, sort_config.choose(self.target))
+        prefill_gate_up(self.memory, self.gate, self.up, pairs, slots, ids.shape[1], x, act, config)
+        prefill_down(self.memory, self.down, pairs, slots, act, answers, config)
+        combine_pairs(answers, ids, weights, slot_of, out, combine_config.choose(self.target))

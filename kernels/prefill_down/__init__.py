@@ -1,0 +1,1 @@
+"""Down projection of many tokens' experts."""

@@ -1,0 +1,117 @@
+"""Prefill, first half: gate and up of a block of one expert's tokens on tensor cores, SiLU and product."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hybrimoe_kt.kernels.blocks.tiles import step_columns, step_tiles
+from hybrimoe_kt.kernels.slots import MatrixInSlot
+
+from .config import PrefillConfig
+
+__all__ = ["prefill_gate_up", "prefill_gate_up_kernel"]
+
+
+@triton.jit
+def prefill_gate_up_kernel(
+    memory,
+    slot_bytes,
+    pairs,
+    slots,
+    top_k,
+    x,
+    hidden,
+    inter,
+    g0,
+    g1,
+    g2,
+    g3,
+    u0,
+    u1,
+    u2,
+    u3,
+    act,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Program (block of pairs, row block). Weights are the left operand: Hopper reads only that from registers."""
+    slot = tl.load(slots + tl.program_id(0))
+    if slot < 0:
+        return
+    mem = memory + slot.to(tl.int64) * slot_bytes
+    pair = tl.load(pairs + tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))  # [PAIRS]
+    token = tl.maximum(pair, 0) // top_k
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    rows = tl.minimum(row, inter - 1)
+    width = hidden // 8 * 8  # the compiler sees that rows begin on 16 bytes
+    x_row = tl.multiple_of(x, 16) + (token.to(tl.int64) * width)[None, :]  # [1, PAIRS]
+    gate = tl.zeros([ROWS, PAIRS], tl.float32)
+    up = tl.zeros([ROWS, PAIRS], tl.float32)
+    for step in range(0, tl.cdiv(hidden, 64)):
+        low, high = step_columns(GATE, step)
+        x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, PAIRS]
+        x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
+        w_low, w_high = step_tiles(GATE, mem, g0, g1, g2, g3, rows, step, hidden)
+        gate = tl.dot(w_low.to(x_low.dtype), x_low, gate)
+        gate = tl.dot(w_high.to(x_low.dtype), x_high, gate)
+        if GATE == UP:
+            w_low, w_high = step_tiles(UP, mem, u0, u1, u2, u3, rows, step, hidden)
+            up = tl.dot(w_low.to(x_low.dtype), x_low, up)
+            up = tl.dot(w_high.to(x_low.dtype), x_high, up)
+    if GATE != UP:
+        for step in range(0, tl.cdiv(hidden, 64)):
+            low, high = step_columns(UP, step)
+            x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)
+            x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
+            w_low, w_high = step_tiles(UP, mem, u0, u1, u2, u3, rows, step, hidden)
+            up = tl.dot(w_low.to(x_low.dtype), x_low, up)
+            up = tl.dot(w_high.to(x_low.dtype), x_high, up)
+    values = gate * tl.sigmoid(gate) * up
+    values = tl.minimum(tl.maximum(values, -LIMIT), LIMIT).to(act.dtype.element_ty)
+    features = inter // 8 * 8
+    at = (tl.maximum(pair, 0).to(tl.int64) * features)[:, None] + row[None, :]  # [PAIRS, ROWS]
+    tl.store(act + at, tl.trans(values), mask=(pair >= 0)[:, None] & (row < features)[None, :])
+
+
+def prefill_gate_up(
+    memory: torch.Tensor,
+    gate: MatrixInSlot,
+    up: MatrixInSlot,
+    pairs: torch.Tensor,
+    slots: torch.Tensor,
+    top_k: int,
+    x: torch.Tensor,
+    act: torch.Tensor,
+    config: PrefillConfig,
+) -> None:
+    """Write `silu(gate x) * up x` to the rows of `act [T * K, inter]` that `pairs` names; others are left alone.
+
+    `memory` uint8 `[num_slots, slot_bytes]`, `pairs` and `slots` from `sort_pairs` with `config.pairs` a block,
+    `x [T, H]` and `act` float16 or bfloat16. Values beyond the dtype's range are cut to it.
+    """
+    grid = (slots.shape[0], triton.cdiv(gate.rows, config.rows))
+    prefill_gate_up_kernel[grid](
+        memory,
+        memory.shape[1],
+        pairs,
+        slots,
+        top_k,
+        x,
+        gate.columns,
+        gate.rows,
+        *gate.offsets,
+        *up.offsets,
+        act,
+        GATE=gate.kind,
+        UP=up.kind,
+        ROWS=config.rows,
+        PAIRS=config.pairs,
+        LIMIT=torch.finfo(act.dtype).max,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,1 @@
+"""(token, expert) pairs grouped by expert, in blocks for a grouped matrix product."""

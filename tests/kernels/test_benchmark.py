@@ -1,0 +1,64 @@
+"""The GPU benchmark without a GPU: its arithmetic, the tables made of it, and that it runs at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_kernels
+from benchmarks.gpu_roofline import expert_bytes, experts_used, mean_roofline, mixes_of, roofline, table
+from hybrimoe_kt.kernels.targets import TARGETS
+from hybrimoe_kt.sim.models import MODELS, ModelSpec
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+def test_roofline_by_hand() -> None:
+    """Mixtral, 2 of 8 experts of 4096 x 14336, 3 matrices of 4.5 bits: 198 MB, 258 us at 768 GB/s."""
+    spec = MODELS["mixtral-8x7b"]
+    bound = roofline(spec, mixes_of(spec.name)[0], TARGETS["sm_86"], 1)
+    assert bound.memory_s == pytest.approx(2 * 3 * 4096 * 14336 * 4.5 / 8 / 768e9)
+    # 512 tokens x 2 experts x 3 matrices, 512 multiply-adds a clock on each of 84 cores at 1.8 GHz
+    bound = roofline(spec, mixes_of(spec.name)[0], TARGETS["sm_86"], 512)
+    assert bound.tensor_s == pytest.approx(512 * 2 * 3 * 4096 * 14336 / (512 * 84 * 1.8e9))
+    assert bound.seconds == bound.tensor_s > bound.memory_s
+
+
+def test_mixes_are_averaged() -> None:
+    spec = MODELS["deepseek-v2-lite"]
+    light, heavy = (expert_bytes(spec, kinds) for kinds in mixes_of(spec.name))
+    assert (light + heavy) / 2 == pytest.approx(5.77e6, rel=1e-3)
+    mean = mean_roofline(spec, TARGETS["sm_90"], 1).memory_s
+    assert mean == pytest.approx(spec.top_k * (light + heavy) / 2 / 3350e9)
+
+
+def test_experts_used() -> None:
+    spec = MODELS["qwen3-30b-a3b"]
+    assert experts_used(spec, 1) == pytest.approx(8)
+    assert experts_used(spec, 2) == pytest.approx(8 + 8 * (1 - 8 / 128))
+    assert experts_used(spec, 10_000) == pytest.approx(128)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 512])
+def test_the_document_shows_these_tables(num_tokens: int) -> None:
+    assert table(num_tokens) in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_it_measures_something_even_in_the_interpreter() -> None:
+    """Figures mean nothing here; that every part of the benchmark runs does."""
+    spec = ModelSpec("tiny", (0,), 1, num_experts=4, top_k=2, hidden=256, expert_width=256, attention=0)
+    found = gpu_kernels.measure(spec, (12, 12, 14), 1, gpu_kernels.torch.device("cpu"), rounds=1)
+    assert found.kernels_s > 0 < found.torch_s
+    assert found.of_roofline == found.roofline_s / found.kernels_s
+    text = gpu_kernels.row(spec, (12, 12, 14), 1, found)
+    assert "Q4_K/Q4_K/Q6_K" in text and "1 tokens" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_kernels.main([]) == 1
+    assert "needs a CUDA or HIP device, torch finds none" in capsys.readouterr().out

@@ -1,0 +1,207 @@
+"""The offline gate: green on what is committed, in its reduced form; red on what would run badly, each reason once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hybrimoe_kt.kernels.offline.build import Measurement
+from hybrimoe_kt.kernels.offline.cases import Case, cases_for
+from hybrimoe_kt.kernels.offline.checks import rejections
+from hybrimoe_kt.kernels.offline.headroom import headroom, tensor_share
+from hybrimoe_kt.kernels.offline.machine_code import _SASS, Counts, Resources, _parse_sass, main_loop, read_amdgcn
+from hybrimoe_kt.kernels.targets import TARGETS
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "kernels-table.md"
+# kernels are compiled in processes of their own: here the interpreter is on
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+compiles = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers run on Linux")
+
+
+def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hybrimoe_kt.kernels.offline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=COMPILING)
+
+
+@compiles
+def test_the_reduced_gate_is_green() -> None:
+    done = gate("--reduced")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^28 kernels, 0 rejections", done.stdout)
+
+
+def test_half_a_table_is_never_written() -> None:
+    done = gate("--reduced", "--write", "table.md")
+    assert done.returncode == 2
+    assert "leave out --reduced, --target and --mixtures" in done.stderr
+
+
+@compiles
+@pytest.mark.slow
+def test_the_committed_table_is_what_the_kernels_compile_to(tmp_path: Path) -> None:
+    if f"Triton {version('triton')}," not in TABLE.read_text(encoding="utf-8"):
+        pytest.skip(f"the table was written with another Triton than {version('triton')}")
+    done = gate("--write", str(tmp_path / "table.md"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == TABLE.read_text(encoding="utf-8")
+
+
+def test_the_committed_table_has_every_case_of_every_target() -> None:
+    parts = re.split(r"^## (\w+):.*$", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tables = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(tables) == list(TARGETS)
+    for name, text in tables.items():
+        rows = re.findall(r"^\| (\w+ [^|]+?) \|", text, flags=re.MULTILINE)
+        assert [f"{case.op} {case.variant}" for case in cases_for(TARGETS[name])] == rows
+
+
+BAD = """
+import sys
+from hybrimoe_kt.kernels.formats import FORMATS
+from hybrimoe_kt.kernels.offline import cases
+from hybrimoe_kt.kernels.offline.build import measure
+from hybrimoe_kt.kernels.offline.checks import rejections
+from hybrimoe_kt.kernels.prefill_gate_up.config import PrefillConfig
+case = cases._grouped(PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2), FORMATS[12], FORMATS[12], "fp16")
+print(*rejections(case, measure(case, sys.argv[1])), sep="\\n")
+"""
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_86", "gfx1100"])
+def test_a_bad_configuration_is_rejected(target: str) -> None:
+    """128 x 128 sums for gate and up in four warps: 256 registers a thread before anything else."""
+    command = [sys.executable, "-c", BAD, target]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=COMPILING)
+    assert re.search(r"spills \d+ bytes of registers; use fewer rows, pairs or stages", done.stdout)
+
+
+def case_of(op: str, variant: str) -> Case:
+    return next(case for case in cases_for(TARGETS["sm_86"]) if (case.op, case.variant) == (op, variant))
+
+
+def fine(case: Case) -> Measurement:
+    """A measurement that `case` passes with."""
+    loop = Counts(200, 100, case.claims.wide_loads, 4, case.claims.max_conversions, 16, 16)
+    return Measurement("sm_86", case.name, 1024, Resources(64, 0), loop)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (("decode_down", "Q4_K"), {"resources": Resources(64, 8)}, "spills 8 bytes"),
+        (("decode_down", "Q4_K"), {"shared_bytes": 100 << 10}, "needs 102400 bytes of shared memory, 101376 are there"),
+        (("decode_down", "Q4_K"), {"wide_loads": 3}, "has 3 16-byte loads in its main loop, 4 are claimed"),
+        (("decode_down", "Q4_K"), {"dot": 0}, "has no dot-product instruction"),
+        (("decode_down", "Q4_K"), {"conversions": 3}, "converts between int and float 3 times in its main loop, 2 are"),
+        (("prefill_down", "Q4_K fp16 x32"), {"tensor": 0}, "has no tensor-core instruction"),
+        (("prefill_down", "Q4_K fp16 x32"), {"conversions": 1}, "1 times in its main loop, 0 are allowed"),
+        (("combine_pairs", "fp32"), {"wide_loads": 0}, "has 0 16-byte loads"),
+    ],
+)
+def test_each_reason(case: tuple[str, str], change: dict[str, object], message: str) -> None:
+    judged = case_of(*case)
+    good = fine(judged)
+    assert rejections(judged, good) == []
+    if set(change) <= {"resources", "shared_bytes"}:
+        bad = replace(good, **change)  # type: ignore[arg-type]
+    else:
+        bad = replace(good, loop=replace(good.loop, **change))  # type: ignore[arg-type]
+    (reason,) = rejections(judged, bad)
+    assert reason.startswith(f"sm_86 {judged.name}: ")
+    assert message in reason
+
+
+def test_an_unrolled_loop_may_convert_as_often_as_it_repeats() -> None:
+    case = case_of("decode_down", "Q4_K")
+    good = fine(case)
+    twice = replace(good.loop, wide_loads=8, conversions=4)
+    assert rejections(case, replace(good, loop=twice)) == []
+
+
+def test_headroom_by_hand() -> None:
+    """4 rows x 32 units x 32 values of 4.5 bits: 2304 bytes, of which an A6000 core gets 5.08 a clock: 453.6 clocks.
+    Four warps issue 200 instructions each, four a clock, 100 of them integer, two a clock: 200 clocks."""
+    case = case_of("decode_down", "Q4_K")
+    assert headroom(case, fine(case)) == pytest.approx(453.6 / 200, rel=1e-3)
+    assert tensor_share(case, fine(case)) is None
+
+
+def test_tensor_share_by_hand() -> None:
+    """64 rows x 32 pairs x 64 columns: 131072 multiply-adds, 512 a clock: 256 clocks, more than the 200 of issuing."""
+    case = case_of("prefill_down", "Q4_K fp16 x32")
+    assert tensor_share(case, fine(case)) == 1.0
+    slow = replace(fine(case), loop=replace(fine(case).loop, all=512))
+    assert tensor_share(case, slow) == 0.5
+    assert headroom(case, slow) is None
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+        /*0010*/              @!P0 BRA 0x60 ;
+        /*0020*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0030*/                   IDP.4A.S8.S8 R0, R4, R8, R0 ;
+        /*0040*/                   I2FP.F32.S32 R0, R0 ;
+        /*0050*/               @P1 BRA 0x20 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_only_the_loop_is_counted() -> None:
+    code = _parse_sass(SASS)
+    assert [step.opcode for step in code][:2] == ["LDG.E.128", "BRA"]
+    assert main_loop(code, _SASS) == Counts(4, 1, 1, 0, 1, 0, 1)
+
+
+AMD = """kernel:
+\tv_mov_b32_e32 v0, 0
+.LBB0_1:
+\tglobal_load_b128 v[0:3], v[8:9], off
+\ts_cbranch_execz .LBB0_1
+\tv_dot4_i32_iu8 v0, v1, v2, v0 neg_lo:[1,1,0]
+\ts_branch .LBB0_1
+\ts_endpgm
+    .private_segment_fixed_size: 16
+    .vgpr_count:     48
+    .vgpr_spill_count: 2
+"""
+
+
+def test_amd_assembly_is_read() -> None:
+    """A loop with two ways back is one loop; scratch memory and spilled registers both count."""
+    resources, loop = read_amdgcn(AMD)
+    assert resources == Resources(48, 24)
+    assert (loop.all, loop.wide_loads, loop.dot) == (4, 1, 1)
+
+
+def test_the_document_quotes_the_table() -> None:
+    """docs/kernels.md shows four rows of it; here they are looked up again."""
+    parts = re.split(r"^## \w+: ([^,]+),.*$", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tables = dict(zip(parts[::2], parts[1::2], strict=True))
+
+    def found(product: str, kernel: str, place: int) -> str:
+        cells = re.findall(rf"^\| {kernel} \|.*\| ([^|]*) \|$", tables[product], flags=re.MULTILINE)
+        return cells[place].strip() if place < len(cells) else ""
+
+    lines = TABLE.with_name("kernels.md").read_text(encoding="utf-8").splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("| read from the table"))
+    assert lines[at].strip("| ").split(" | ")[1:] == list(tables)
+    for offset, kernel, place in (
+        (2, "decode_gate_up Q4_K", 0),
+        (3, "decode_down Q6_K", 0),
+        (4, r"prefill_gate_up Q4_K fp16 x\d+", 0),
+        (5, r"prefill_gate_up Q4_K fp16 x\d+", 1),
+    ):
+        quoted = [cell.strip() for cell in lines[at + offset].split("|")[2:-1]]
+        assert quoted == [found(product, kernel, place) for product in tables], lines[at + offset]
