@@ -25,7 +25,7 @@ ACCELERATORS = (
     "xpu[:N]",
 )
 CPU_BACKENDS = ("llamafile", "torch_reference")
-GPU_BACKENDS = ("auto", "torch_reference")
+GPU_BACKENDS = ("auto", "triton", "torch", "torch_reference")
 
 HOST_STORES = ("auto", "mapped", "page_locked")
 
@@ -108,7 +108,10 @@ class ExpertOptions:
     """
     cpu_backend: str = "llamafile"
     gpu_backend: str = "auto"
-    """Who computes experts on the accelerator; torch_reference is the only one so far."""
+    """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch.
+
+    On an emulated accelerator auto is torch_reference, slow and exact; triton runs there in Triton's interpreter.
+    """
     cpu_threads: int = 0
     """Threads computing CPU experts; 0 chooses from the machine's cores."""
     cache_size: CacheSize = field(default_factory=CacheSize)

@@ -107,8 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
     answer.add_argument("--seed", type=_whole(0, 2**63 - 1), metavar="N", help="the same seed draws the same tokens")
     experts = parser.add_argument_group("experts (these win over the rule file)")
-    experts.add_argument("--accelerator", metavar="NAME", help="auto, none, emulated, cuda[:N], xpu[:N]")
+    experts.add_argument("--accelerator", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], emulated")
     experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")
+    experts.add_argument("--gpu_backend", metavar="NAME", help="auto, triton, torch or torch_reference")
     experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for CPU experts")
     experts.add_argument(
         "--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto"
@@ -155,6 +156,7 @@ def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the `ExpertOptions` that the command line sets."""
     names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
     flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "policy", "scheduler", "prefetch_size",
-             "prefetch_depth", "profile", "chunk_size", "host_store")  # fmt: skip
+             "prefetch_depth", "profile", "chunk_size", "host_store",
+             "gpu_backend")  # fmt: skip
     fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}
     return fallback | {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
+from hybrimoe_kt.backends.gpu_torch import TorchGpu
+from hybrimoe_kt.backends.gpu_triton import gpu_backend, unusable
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
@@ -155,7 +157,15 @@ def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: Ho
     """Who computes experts on `accelerator`."""
     if isinstance(accelerator, TimedAccelerator):
         return SleepingGpu(accelerator, {layer: cost_of(accelerator.profile, store, layer) for layer in store.layers})
-    return TorchReferenceGpu()
+    name = options.gpu_backend
+    if name == "torch_reference" or (name == "auto" and accelerator.device.type == "cpu"):
+        return TorchReferenceGpu()
+    if name == "torch":
+        return TorchGpu()
+    reason = unusable(accelerator.device)
+    if name == "triton" and reason is not None:
+        raise ConfigError(f"gpu_backend is 'triton', but {reason}; or give auto")
+    return gpu_backend(accelerator.device)
 
 
 def _profile(

@@ -1,0 +1,35 @@
+"""A whole model through the Triton kernels, in Triton's interpreter: the same greedy tokens as without them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.host.hf.engine import Sampling
+from hybrimoe_kt.host.hf.tokenizer import chat_prompt
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here"),
+]
+
+
+@pytest.mark.parametrize("cache", ["all", "25%"])
+def test_same_tokens_with_and_without_the_kernels(embedded_model: Path, cache: str) -> None:
+    """All experts on the "GPU", and a quarter: then the CPU, transfers and slots take part."""
+    answers, on_gpu = [], 0
+    for accelerator, backend in (("none", "auto"), ("emulated", "triton")):
+        overrides = {
+            "accelerator": accelerator, "gpu_backend": backend, "cache_size": cache, "cpu_backend": "torch_reference",
+        }  # fmt: skip
+        engine = build_engine(embedded_model, progress=False, option_overrides=overrides)
+        prompt = chat_prompt(engine.tokenizer, [{"role": "user", "content": "Hello! How are you today?"}])
+        answers.append(list(engine.tokens(prompt, Sampling(max_new_tokens=6, temperature=0))))
+        on_gpu = engine.last_run()["experts_on_gpu"]
+        assert engine.runtime._recovery.num_failures == 0, "the CPU answered in the kernels' place"
+    assert answers[0] == answers[1]
+    assert on_gpu > 0
