@@ -282,7 +282,8 @@ class Coordinator:
         num_hits = len(task.held) - len(task.arrival_s)
         state.num_tokens = routing.num_tokens
         self._count(state, task, assignment, num_hits)
-        return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, assignment.makespan_s, num_hits)
+        makespan_s = assignment.makespan_s + state.cost.step_overhead_s
+        return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, makespan_s, num_hits)
 
     def _book_evictions(self, state: LayerState, transfers: Sequence[Transfer]) -> None:
         """Stop crediting prefetched experts that lost their slots; those never used were wasted."""
@@ -304,7 +305,7 @@ class Coordinator:
         stats.cpu_busy_s += assignment.cpu_s
         stats.gpu_busy_s += assignment.gpu_s
         stats.link_busy_s += assignment.link_s
-        stats.makespan_s += assignment.makespan_s
+        stats.makespan_s += assignment.makespan_s + state.cost.step_overhead_s
         num_transfers = len(assignment.transfers)
         if num_transfers:
             stats.num_transfers += num_transfers

@@ -33,7 +33,8 @@ class CostModel:
     The time of a set of experts on the CPU is `cpu_call_s` once plus the sum over the experts, stretched by
     `cpu_slowdown` while the link is busy. `dense_s` is the time between two MoE layers at one token
     (attention, norms, router): the link's idle time that prefetching may fill. With `transfer_parts` = 3
-    gate, up and down travel separately, and the GPU starts on the first when it lands.
+    gate, up and down travel separately, and the GPU starts on the first when it lands. `step_overhead_s` is added to
+    every plan's makespan: host time that no assignment changes.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class CostModel:
         "link_latency_s",
         "shared_expert_s",
         "shared_token_s",
+        "step_overhead_s",
         "transfer_parts",
     )
 
@@ -68,6 +70,7 @@ class CostModel:
         dense_s: float = 0.0,
         dense_token_s: float = 0.0,
         transfer_parts: int = 1,
+        step_overhead_s: float = 0.0,
     ) -> None:
         """`cpu` and `gpu` give the seconds of one expert at a load; no `gpu` means a machine without one."""
         self.has_gpu = gpu is not None
@@ -84,6 +87,7 @@ class CostModel:
         self.dense_s = dense_s
         self.dense_token_s = dense_token_s
         self.transfer_parts = transfer_parts
+        self.step_overhead_s = step_overhead_s
 
     @classmethod
     def from_profile(
@@ -124,6 +128,7 @@ class CostModel:
             dense_s=dense_s + overhead_s,
             dense_token_s=dense_token_s,
             transfer_parts=transfer_parts,
+            step_overhead_s=profile.step_overhead_s,
         )
 
     def cpu_s(self, loads: Iterable[int]) -> float:

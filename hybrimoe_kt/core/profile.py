@@ -17,7 +17,9 @@ from typing import Any
 from hybrimoe_kt.errors import ConfigError, nearest, unknown_name
 
 _TEXT_KEYS = ("hardware", "date", "measured")
-_MAY_BE_ZERO = frozenset({"cpu_call_s", "cpu_expert_s", "gpu_call_s", "gpu_layer_s", "cpu_layer_s", "link_latency_s"})
+_MAY_BE_ZERO = frozenset(
+    {"cpu_call_s", "cpu_expert_s", "gpu_call_s", "gpu_layer_s", "cpu_layer_s", "link_latency_s", "step_overhead_s"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Profile:
     link_bytes_per_s: float | None = None
     link_chunk_bytes: float | None = None
     """Smallest copy that still uses the link well; how finely prefetches are cut."""
+    step_overhead_s: float = 0.0
+    """Host time of a layer step before its work is under way and after it has ended."""
     source: Mapping[str, str] = field(default_factory=dict)
     machine: str = ""
     """What it was measured on, as `hybrimoe calibrate` names machines; empty for profiles that fit any."""
@@ -66,7 +70,7 @@ _OPTIONAL_TEXT_KEYS = ("machine",)
 _NUMBER_KEYS = tuple(
     f.name for f in fields(Profile) if f.name not in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "name", "source")
 )
-_OPTIONAL_NUMBER_KEYS = ("cpu_slowdown_while_link_busy", "link_chunk_bytes")
+_OPTIONAL_NUMBER_KEYS = ("cpu_slowdown_while_link_busy", "link_chunk_bytes", "step_overhead_s")
 _GPU_KEYS = tuple(key for key in _NUMBER_KEYS if key.startswith(("gpu_", "link_")) and key not in _OPTIONAL_NUMBER_KEYS)
 _REQUIRED = tuple(key for key in _NUMBER_KEYS if key not in (*_GPU_KEYS, *_OPTIONAL_NUMBER_KEYS))
 _ALL_KEYS = (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, *_NUMBER_KEYS, "source")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile, load_profile, parse_profile
 from hybrimoe_kt.errors import CalibrationError
 
@@ -19,6 +20,7 @@ from .backend import CpuBackend, GpuBackend
 from .cores import physical_cores
 from .host_store import HostStore
 from .measure import CpuMeter, GpuMeter, LinkMeter, Sample
+from .step_meter import StepMeter
 from .waiting import Patience
 
 __all__ = ["Calibration", "calibrate", "link_verdict", "machine_name", "profile_path", "trusted_profile"]
@@ -106,7 +108,8 @@ def calibrate(
     if accelerator is not None and gpu is not None:
         run.measure_link(accelerator)
         run.measure_gpu(accelerator, gpu)
-    return run.result(machine_name(accelerator, cpu), accelerator)
+        run.measure_overhead(accelerator, gpu)
+    return run.result(machine_name(accelerator, cpu))
 
 
 class _Run:
@@ -236,7 +239,26 @@ class _Run:
         self._set("gpu_macs_per_s", self._macs / token_s, f"one expert with {loads[-1]} tokens: {last_s * 1e3:.3f} ms")
         self._set("gpu_layer_s", _GUESSED_LAYER_S["gpu"], "not measured: as in the built-in profiles")
 
-    def result(self, machine: str, accelerator: Accelerator | None) -> Calibration:
+    def measure_overhead(self, accelerator: Accelerator, gpu: GpuBackend) -> None:
+        profile = self._profile("so far")
+        num_slots = max(1, min(self._experts.top_k, self._experts.num_experts) // 2)
+        cost = CostModel.from_profile(profile, expert_bytes=self._experts.expert_bytes, expert_macs=self._macs)
+        meter = StepMeter(
+            accelerator, gpu, self._store, self._layer, cost,
+            num_slots=num_slots, pause_s=_GUESSED_LAYER_S["gpu"], patience=self._patience,
+        )  # fmt: skip
+        seconds = self._sample("a step without experts", lambda: meter.overhead(3 * self._repeats))
+        self._set("step_overhead_s", seconds, f"reading, planning, enqueuing: {self.samples['a step without experts']}")
+
+    def _profile(self, machine: str) -> Profile:
+        return parse_profile(self._text(machine), name="measured", file="calibration")
+
+    def result(self, machine: str) -> Calibration:
+        profile = self._profile(machine)
+        verdict = link_verdict(profile.link_bytes_per_s) if profile.link_bytes_per_s else ""
+        return Calibration(profile, self._text(machine), self.samples, verdict)
+
+    def _text(self, machine: str) -> str:
         matrices = "/".join(matrix.type_name for matrix in self._experts.matrices)
         data = {
             "hardware": machine,
@@ -249,10 +271,7 @@ class _Run:
             **self.numbers,
             "source": self.sources,
         }
-        text = json.dumps(data, indent=2) + "\n"
-        profile = parse_profile(text, name="measured", file="calibration")
-        verdict = link_verdict(profile.link_bytes_per_s) if profile.link_bytes_per_s else ""
-        return Calibration(profile, text, self.samples, verdict)
+        return json.dumps(data, indent=2) + "\n"
 
 
 def link_verdict(bytes_per_s: float) -> str:

@@ -111,6 +111,8 @@ class Lane:
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         direct = self.queue.is_direct(plan.layer)
+        if direct and self.queue.num_waiting:
+            self._hasten(plan)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (group, pairs, table) in enumerate(zip(groups, places, tables, strict=True)):
             # A direct transfer is only enqueued, so the link starts first. Staging one takes the host's time: what can
@@ -124,6 +126,13 @@ class Lane:
                 if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
             self._launch_experts(slots, pairs, table, step)
+
+    def _hasten(self, plan: Plan) -> None:
+        """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
+        arriving = {transfer.slot for transfer in plan.transfers}
+        for slot in plan.slots.values():
+            if slot not in arriving:
+                self.queue.hasten(plan.layer, slot)
 
     def _launch_experts(
         self, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step

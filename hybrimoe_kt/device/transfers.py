@@ -112,13 +112,17 @@ class TransferQueue:
             if pending.next_chunk == len(pending.chunks):
                 self._waiting.pop(0)
 
-    def settle(self, layer: int, slot: int) -> None:
-        """Let `compute` read `slot` once what is under way into it has arrived; sends the rest of it now."""
+    def hasten(self, layer: int, slot: int) -> None:
+        """Send what waits for `slot`, if anything does, before all others."""
         for pending in self._waiting:
             if pending.is_for(layer, slot):
                 self._send_all(pending)
                 self._waiting.remove(pending)
                 break
+
+    def settle(self, layer: int, slot: int) -> None:
+        """Let `compute` read `slot` once what is under way into it has arrived; sends the rest of it now."""
+        self.hasten(layer, slot)
         slots, place = self._pool.locate(layer, slot)
         if place in slots.unsettled:
             self._accelerator.compute.wait(slots.written[place], "arrival before use")
