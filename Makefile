@@ -15,7 +15,7 @@ TRITON ?= 3.7.1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu reproduce wheel clean
+.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid reproduce wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -23,7 +23,8 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
-	@echo "make bench-gpu  GPU kernels against the roofline and against dequantise-then-multiply"
+	@echo "make bench-gpu  GPU kernels against the roofline; hybrid plans against one device alone"
+	@echo "make bench-hybrid  the same hybrid plans with GPU and link emulated, and our own time per layer"
 	@echo "make kernels    compile every GPU kernel for every GPU, judge it, write docs/kernels-table.md; needs no GPU"
 	@echo "make reproduce  docs/reproduction.md: the paper's tables beside ours"
 	@echo "make wheel      dist/*.whl"
@@ -63,6 +64,11 @@ bench-core: $(VENV)/.ready-dev
 
 bench-gpu: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)
+	$(BIN)/python -m benchmarks.hybrid --accelerator cuda
+
+bench-hybrid: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.hybrid $(ARGS)
 
 reproduce: $(VENV)/.ready-dev
 	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)
