@@ -7,6 +7,7 @@ computed on the CPU alone, from what was read.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from .lane import Lane
 from .waiting import Patience
 
 __all__ = ["AcceleratorFailed", "Executor"]
+
+_SHARE_SLEPT = 0.7
+"""Of the wait expected for the CPU, before polling: every poll takes a core from somebody on a small machine."""
 
 
 class AcceleratorFailed(Exception):
@@ -37,6 +41,8 @@ class Executor:
         self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
         self._lane_of = {layer: lane for lane in lanes for layer in lane.layers}
         self._cpu_busy = self._cpu_is_dead = False
+        self._cpu_pace = 0.0
+        """Seconds waited for the CPU per second predicted, a moving average: how long to sleep before polling."""
         self._mine = torch.empty(1, 0, dtype=torch.int64)
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
 
@@ -115,7 +121,7 @@ class Executor:
     def join(self, plan: Plan, step: Step) -> torch.Tensor:
         """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place."""
         self.feed_links()
-        answer = self._wait_cpu(self.feed_links) if plan.cpu else None
+        answer = self._wait_cpu(self.feed_links, plan.makespan_s) if plan.cpu else None
         lane = self._lane_of.get(plan.layer)
         if lane is None:
             assert answer is not None, "a plan computes at least one expert"
@@ -142,15 +148,19 @@ class Executor:
         if self._cpu_busy:
             self._wait_cpu(None)
 
-    def _wait_cpu(self, meanwhile: Callable[[], object] | None) -> torch.Tensor:
-        self._cpu_busy = False
+    def _wait_cpu(self, meanwhile: Callable[[], object] | None, predicted_s: float = 0.0) -> torch.Tensor:
+        began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
+        rest_s = _SHARE_SLEPT * self._cpu_pace * predicted_s
         try:
-            self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile)
+            self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile, rest_s)
         except DeadlineError:
             self._cpu_is_dead = True
             raise
         except RuntimeError as error:
             raise KernelError(f"{self._cpu_name} failed: {error}") from error
+        finally:
+            self._cpu_busy = False
+        self._cpu_pace += 0.2 * ((time.perf_counter() - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
     def _check_cpu(self) -> None:

@@ -15,6 +15,7 @@ __all__ = ["Patience"]
 _POLLS_WITHOUT_SLEEP = 8
 _SHARE_OF_ELAPSED = 0.02
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 10e-6, 1e-3
+_WORTH_RESTING_S = 2e-4
 _PR_SET_TIMERSLACK = 29
 _sharpened = threading.local()
 
@@ -25,15 +26,23 @@ class Patience:
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
 
-    def wait(self, is_done: Callable[[], bool], what: str, meanwhile: Callable[[], object] | None = None) -> None:
+    def wait(
+        self,
+        is_done: Callable[[], bool],
+        what: str,
+        meanwhile: Callable[[], object] | None = None,
+        rest_s: float = 0.0,
+    ) -> None:
         """Return once `is_done()`; DeadlineError naming `what` after the deadline. `meanwhile` runs between polls.
 
-        Sleeps 2 % of the time waited so far between polls, so a wait is late by that at most.
+        Sleeps 2 % of the time waited so far between polls, so a wait is late by that at most; in the first `rest_s`
+        seconds, when it is not expected to end, a quarter of those at a time.
         """
         if is_done():
             return
         _sharpen_sleep()
         began = time.perf_counter()
+        rest_s = min(rest_s, self.deadline_s / 10)
         polls = 0
         while True:
             if meanwhile is not None:
@@ -44,7 +53,9 @@ class Patience:
             if waited > self.deadline_s:
                 raise DeadlineError(f"{what} did not end within {self.deadline_s:g} s")
             polls += 1
-            if polls > _POLLS_WITHOUT_SLEEP:
+            if waited < rest_s and rest_s > _WORTH_RESTING_S:
+                time.sleep(min(rest_s / 4, rest_s - waited))
+            elif polls > _POLLS_WITHOUT_SLEEP:
                 time.sleep(min(max(waited * _SHARE_OF_ELAPSED, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))
 
 
