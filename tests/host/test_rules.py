@@ -444,8 +444,9 @@ def test_packaged_rules_match_experts_and_latent_attention(skeletons, name):
         cls: [path for path, item in found.items() if item.cls == cls] for cls in (aliases.EXPERTS, aliases.MLA)
     }
     num_layers = model.config.num_hidden_layers
-    first = {"deepseek2": 1, "deepseek3": 3, "glm4moe": 1}.get(name, 0)
-    assert by_class[aliases.EXPERTS] == [f"model.layers.{i}.mlp.experts" for i in range(first, num_layers)]
+    first = {"deepseek2": 1, "deepseek3": 3, "glm4moe": 1, "ernie4_5-moe": 1}.get(name, 0)
+    block = "block_sparse_moe" if name == "granitemoe" else "mlp"
+    assert by_class[aliases.EXPERTS] == [f"model.layers.{i}.{block}.experts" for i in range(first, num_layers)]
     latent = range(num_layers if name.startswith("deepseek") else 0)
     assert by_class[aliases.MLA] == [f"model.layers.{i}.self_attn" for i in latent]
 

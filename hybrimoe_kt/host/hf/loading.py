@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host import rules as rule_engine
+from hybrimoe_kt.host.config_file import read_config
 from hybrimoe_kt.operators.runtime import Runtime
 
 from .architectures import Architecture, architecture_of
@@ -143,7 +144,7 @@ def load_model(
             attn_implementation="sdpa",
         )
     loaded.runtime.start()
-    attach_look_ahead(loaded.model, loaded.runtime)
+    attach_look_ahead(loaded.model, loaded.runtime, architecture)
     file.release_pages()
     for warning in loaded.warnings:
         logger.warning("%s", warning)
@@ -170,7 +171,7 @@ def _config(file: GgufFile, architecture: Architecture, model_path: str | Path |
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = read_config(path)
     except Exception as error:  # whatever a file may hold that is no configuration
         raise ModelError(f"{path}/config.json cannot be used: {_first_line(error)}") from None
     if config.model_type != architecture.model_type:
