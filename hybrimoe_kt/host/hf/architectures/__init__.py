@@ -11,7 +11,16 @@ from hybrimoe_kt.host.hf.gguf_file import GgufFile
 from . import deepseek, others, qwen
 from .base import Architecture, Composed, Key, Transform
 
-__all__ = ["ARCHITECTURES", "REFUSED", "Architecture", "Composed", "Key", "Transform", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "REFUSED",
+    "Architecture",
+    "Composed",
+    "Key",
+    "Transform",
+    "architecture_of",
+    "architecture_of_type",
+]
 
 ARCHITECTURES: dict[str, Architecture] = {
     family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES)
@@ -38,3 +47,16 @@ def architecture_of(file: GgufFile) -> Architecture:
         )
     family = ARCHITECTURES[name]
     return family.variants.get(family.key(file)(family.variant_key), family)
+
+
+def architecture_of_type(path: str, model_type: str) -> Architecture:
+    """Return the family of a Transformers model type; an unsupported one is a ModelError."""
+    types = {family.model_type: family for each in ARCHITECTURES.values() for family in (each, *each.variants.values())}
+    refused = next((name for name in REFUSED if model_type.replace("_", "-").startswith(name)), None)
+    if refused is not None:
+        raise ModelError(
+            f"{path}: model type {model_type!r} is not supported: {REFUSED[refused]}; use llama.cpp for it"
+        )
+    if model_type not in types:
+        raise ModelError(f"{path}: {unknown_name('model type', model_type, types)}")
+    return types[model_type]
