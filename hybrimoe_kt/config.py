@@ -16,7 +16,7 @@ from .errors import ConfigError, nearest, unknown_name
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
 
 ACCELERATORS = ("auto", "none", "emulated", "cuda", "xpu")
-CPU_BACKENDS = ("llamafile", "torch_reference")
+CPU_BACKENDS = ("llamafile", "cpuinfer", "torch_reference")
 GPU_BACKENDS = ("auto", "torch_reference")
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

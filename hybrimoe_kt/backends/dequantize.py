@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Container
+
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
@@ -21,14 +24,23 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     Transformers' torch routines where they know the type (2-10x gguf-py's, and they run on the data's own
     device); gguf-py's NumPy ones for the few they lack (Q5_0, Q5_1, MXFP4).
     """
-    from transformers.integrations.gguf.dequant import GGML_BLOCK
-    from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
-
     if ggml_type in _PLAIN:
         return data.view(_PLAIN[ggml_type]).to(torch.float32).reshape(shape)
-    if ggml_type in GGML_BLOCK:
+    known, torch_dequantize = _torch_routines()
+    if ggml_type in known:
         return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
+
+
+@functools.cache
+def _torch_routines() -> tuple[Container[int], Callable[..., torch.Tensor]]:
+    """The types that Transformers dequantises, and its function; none in versions before 5, which lack it."""
+    try:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK
+        from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
+    except ImportError:
+        return (), _dequantize_numpy
+    return GGML_BLOCK, torch_dequantize
 
 
 def _dequantize_numpy(data: torch.Tensor, ggml_type: int) -> torch.Tensor:

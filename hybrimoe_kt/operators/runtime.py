@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hybrimoe_kt.backends.cpu_cpuinfer import CpuInferBackend
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
 from hybrimoe_kt.config import ExpertOptions
@@ -130,7 +131,8 @@ class Runtime:
         if self.options.cpu_backend == "torch_reference":
             return TorchReferenceCpu()
         threads = self.options.cpu_threads or default_expert_threads()
-        return LlamafileBackend(threads, self.options.max_chunk_tokens)
+        backend = CpuInferBackend if self.options.cpu_backend == "cpuinfer" else LlamafileBackend
+        return backend(threads, self.options.max_chunk_tokens)
 
     def layer_specs(self) -> list[LayerSpec]:
         """What the coordinator knows of each MoE layer, in order."""
