@@ -82,7 +82,7 @@ def load_rules(path: str | Path) -> RuleSet:
 def list_packaged_rules() -> dict[str, Path]:
     """Return the packaged rule files by architecture."""
     folder = Path(str(resources.files("hybrimoe_kt.optimize_rules")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def packaged_rules(architecture: str) -> Path:
