@@ -24,7 +24,8 @@ def convert(folder: Path) -> None:
     cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
     cls.set_vocab = write_vocabulary
     with torch.inference_mode():
-        cls(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf").write()
+        fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
+        cls(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf", fuse_gate_up_exps=fused).write()
 
 
 def write_vocabulary(model: Any) -> None:

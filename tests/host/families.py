@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2moe": _family("qwen2_moe", _NUM_EXPERTS, _SHARED, norm_topk_prob=False),
     "qwen3next": _family("qwen3_next", _NUM_EXPERTS, _SHARED, _HYBRID, norm_topk_prob=True),
     "qwen35moe": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID),
+    "qwen35moe-fused": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID, written={"fuse_gate_up": True}),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
     "granitemoe": _family(

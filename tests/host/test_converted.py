@@ -16,6 +16,7 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, REFUSED
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Sampling
+from hybrimoe_kt.host.hf.gguf_file import GgufFile
 from hybrimoe_kt.host.hf.loading import load_model
 
 from . import llama_cpp_converter
@@ -52,7 +53,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 
 def test_every_architecture_is_converted_here() -> None:
     """A family added to the package without a row in the table would go untested."""
-    covered = {"mixtral": "llama", "deepseek2-groups": "deepseek2", "deepseek3": "deepseek2", "kimi-k2": "deepseek2"}
+    covered = {"qwen35moe-fused": "qwen35moe", "mixtral": "llama"}
+    covered |= dict.fromkeys(("deepseek2-groups", "deepseek3", "kimi-k2"), "deepseek2")
     assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
 
 
@@ -91,6 +93,17 @@ def test_llama_cpp_reads_the_same_model_in_the_file(converted: Callable[[str], P
             assert abs(float(expected[token]) - logarithm) < 0.02, (start, token)
             compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("name", ["qwen35moe-fused"])
+def test_fused_experts_are_held_once(converted: Callable[[str], Path], name: str) -> None:
+    file = GgufFile(converted(name))
+    fused = file.tensor("blk.0.ffn_gate_up_exps.weight")
+    ours = load_model(file.path, option_overrides={"accelerator": "none"}, progress=False)
+    gate, up, down = ours.runtime.store.layers[0].matrices
+    assert gate.data.numel() + up.data.numel() == fused.data.size
+    assert gate.data.is_contiguous() and up.data.is_contiguous()
+    assert down.data.data_ptr() == ours.loader.file.tensor("blk.0.ffn_down_exps.weight").data.ctypes.data
 
 
 @pytest.mark.parametrize("name", ["kimi-k2"])
