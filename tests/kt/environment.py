@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +21,8 @@ from tests.conformance.legacy_ktransformers import BUILD_STAND_INS, RELEASE
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "legacy"
 PYTHON = CACHE / "venv" / "bin" / "python"
-READY = CACHE / f"ready-{RELEASE}"
 STAND_INS = Path(__file__).with_name("stand_ins")
-# What the framework needs of its dependencies to load a model and chat, in versions that it runs with.
+# What the framework needs of its dependencies to load a model, chat and serve, in versions that it runs with.
 PACKAGES = (
     "transformers==4.43.2",
     "numpy<2",
@@ -35,8 +35,12 @@ PACKAGES = (
     "pyyaml",
     "colorlog",
     "blessed",
+    "sqlalchemy",
+    "python-multipart",
+    "httpx",
     "gguf==0.19.0",
 )
+READY = CACHE / f"ready-{RELEASE}-{zlib.crc32(' '.join(PACKAGES).encode()):08x}"
 MISSING = "no legacy environment: run python -m tests.kt.environment"
 
 
@@ -54,8 +58,9 @@ def prepare() -> Path:
                 sys.exit(f"the framework's C++ part needs CMake, Ninja and the CUDA toolkit's headers in {toolkit}")
         CACHE.mkdir(parents=True, exist_ok=True)
         _packages()
-        with TemporaryDirectory() as folder:
-            _framework(Path(folder), toolkit)
+        if not any(CACHE.glob("venv/lib/python*/site-packages/cpuinfer_ext*.so")):
+            with TemporaryDirectory() as folder:
+                _framework(Path(folder), toolkit)
         READY.touch()
     pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     return PYTHON

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -190,3 +194,63 @@ def test_local_chat_answers_with_our_rule_file(
         answers.append(chat(python, folder, model, rules, "--use_cuda_graph", "False"))
     assert answers[0] == answers[1]
     assert len(answers[0].split()) > 3, answers[0]
+
+
+SETTINGS = """\
+log: {dir: logs, file: server.log, level: info, backup_count: -1}
+server: {ip: 127.0.0.1, port: 10002}
+db: {type: sqllite, database: server.db, host: ./, pool_size: 10}
+user: {secret_key: test, algorithm: HS256}
+model: {type: ktransformers, name: tiny, path: none, gguf_path: none, device: cpu, cache_lens: 256,
+        use_cuda_graph: false}
+web: {mount: false, open_cross_domain: true}
+ext: {cpu_infer: 2}
+long_context: {}
+"""
+"""The framework's settings file, the one place where its server learns not to use a GPU or a CUDA graph."""
+
+
+def serve_and_ask(python: Path, folder: Path, model: Path, rules: Path) -> str:
+    """The answer of `python -m ktransformers.server.main` to one request."""
+    (folder / ".ktransformers").mkdir(exist_ok=True)
+    (folder / ".ktransformers" / "config.yaml").write_text(SETTINGS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(python), "-m", "ktransformers.server.main", "--model_path", str(folder), "--gguf_path", str(model.parent),
+        "--optimize_config_path", str(rules), "--host", "127.0.0.1", "--port", str(port), "--cpu_infer", "2",
+        "--max_new_tokens", "8",
+    ]  # fmt: skip
+    question = {"model": "tiny", "stream": False, "messages": [{"role": "user", "content": "Hello there"}]}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(question).encode(),
+        {"content-type": "application/json"},
+    )
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment.variables(folder), cwd=folder, stdout=log, stderr=log)
+        try:
+            for _ in range(120):
+                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        return str(json.load(answer)["choices"][0]["message"]["content"])
+                except urllib.error.URLError:
+                    time.sleep(0.5)
+        finally:
+            server.kill()
+            server.wait()
+    raise AssertionError((folder / "server.log").read_text()[-2000:])
+
+
+def test_the_frameworks_server_answers_with_our_rule_file(
+    python: Path, their_rules: Path, generated: Callable[[Shape], GeneratedModel], tmp_path: Path
+) -> None:
+    family: Family = FAMILIES["deepseek2"]
+    folder, model = model_directory(tmp_path, family), generated(family.shape).path
+    (tmp_path / "theirs.yaml").write_text(on_cpu((their_rules / f"{family.theirs}.yaml").read_text()))
+    (tmp_path / "ours.yaml").write_text(ours("deepseek2"))
+    answers = [serve_and_ask(python, folder, model, tmp_path / f"{name}.yaml") for name in ("theirs", "ours")]
+    assert answers[0] == answers[1]
+    assert len(answers[0].split()) == 8
