@@ -50,6 +50,25 @@ def their_rules(python: Path) -> Path:
     return next(environment.CACHE.glob("venv/lib/python*/site-packages/ktransformers/optimize/optimize_rules"))
 
 
+def patiently(command: list[str], home: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the framework, again where it hangs: 3 of some 150 processes did, two of them with its own operators only."""
+    for last in (False, False, True):
+        try:
+            return subprocess.run(
+                command,
+                env=environment.variables(home),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+                **options,
+            )
+        except subprocess.TimeoutExpired:
+            if last:
+                raise
+    raise AssertionError("returned or raised above")
+
+
 Run = Callable[..., Mapping[str, Any]]
 
 
@@ -75,10 +94,7 @@ def run(python: Path, generated: Callable[[Shape], GeneratedModel], tmp_path_fac
         }
         (folder / "job.json").write_text(json.dumps(job))
         script = Path(__file__).with_name("run_legacy.py")
-        command = [str(python), str(script), str(folder / "job.json")]
-        done = subprocess.run(
-            command, env=environment.variables(folder), capture_output=True, text=True, check=False, timeout=120
-        )
+        done = patiently([str(python), str(script), str(folder / "job.json")], folder)
         assert done.returncode == expect, (done.stdout + done.stderr)[-2000:]
         if expect:
             return {"error": done.stderr.strip().splitlines()[-1]}
@@ -122,11 +138,12 @@ def test_tokens_equal_the_unmodified_framework(run: Run, theirs: Callable[[str],
 @pytest.mark.parametrize("name", FAMILIES)
 def test_experts_run_from_slots_too(run: Run, theirs: Callable[[str], Any], name: str) -> None:
     """With an emulated accelerator experts move and are computed in another arithmetic: the same answer, nearly."""
-    options = {"accelerator": "emulated", "cache_size": 3, "scheduler": "balanced"}
+    options = {"accelerator": "emulated", "cache_size": 3, "prefetch_size": 2}
     found, wanted = run(name, ours(name, **options), cached=True), theirs(name)
     counted = json.loads(str(found["counted"]))
     assert counted["experts_on_gpu"] > 0
     assert counted["hits"] > 0
+    assert counted["num_prefetches"] > 0, "a block asks the routers of the next"
     first = np.abs(found["logits"] - wanted["logits"])[:, 0]
     assert first.max() < 0.25 * wanted["logits"].std()
     assert first.mean() < 0.05 * wanted["logits"].std()
@@ -160,6 +177,12 @@ def test_our_block_needs_our_experts(run: Run) -> None:
     assert "works with HybriMoEExperts, found KTransformersExperts; add a rule" in found["error"], found
 
 
+def test_an_expert_option_on_a_block_is_refused(run: Run) -> None:
+    rules = ours("mixtral").replace("kwargs: {prefill", "kwargs: {cache_size: 3, prefill", 1)
+    found = run("mixtral", rules, cached=True, expect=1)
+    assert "HybriMoEMixtralBlock has no option 'cache_size'; expert options belong to the rule" in found["error"]
+
+
 def test_a_mistaken_option_names_the_right_one(run: Run) -> None:
     found = run("deepseek2", ours("deepseek2", cache_sise=3), cached=True, expect=1)
     assert "unknown option 'cache_sise', did you mean 'cache_size'" in found["error"]
@@ -171,10 +194,7 @@ def chat(python: Path, folder: Path, model: Path, rules: Path, *more: str) -> st
         str(python), "-m", "ktransformers.local_chat", "--model_path", str(folder), "--gguf_path", str(model.parent),
         "--optimize_rule_path", str(rules), "--cpu_infer", "2", "--max_new_tokens", "12", *more,
     ]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment.variables(folder), input="Hello there\n", capture_output=True, text=True, check=False,
-        timeout=120, cwd=folder,
-    )  # fmt: skip
+    done = patiently(command, folder, input="Hello there\n", cwd=folder)
     assert "EOFError" in done.stderr, (done.stdout + done.stderr)[-2000:]
     answer = done.stdout.partition("Chat: ")[2]
     assert "eval count:           12 token(s)" in answer, answer[-1000:]

@@ -5,10 +5,8 @@ changed: queries about one answer as if there were none in use, moves to one sta
 kernel that decoding calls is computed in torch. Besides, the likeliest token is taken instead of a drawn one.
 """
 
-import ctypes
 import sys
 
-import cpuinfer_ext
 import paged_attention
 import torch
 
@@ -35,23 +33,3 @@ def _likeliest(probabilities, num_samples):
 
 
 torch.multinomial = _likeliest
-
-
-def _cpu_infer(num_threads, construct=cpuinfer_ext.CPUInfer):
-    """Construct the pool in memory that was cleared.
-
-    Its queue's thread may look at the flag that ends it before the constructor has written the flag; left over bytes
-    then end the thread at once, and the process waits for it for ever. Seen in 2 of some 60 runs.
-    """
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-    for size in range(32, 1024, 16):
-        pieces = [libc.malloc(size) for _ in range(8)]
-        for piece in pieces:
-            ctypes.memset(piece, 0, size)
-        for piece in pieces:
-            libc.free(piece)
-    return construct(num_threads)
-
-
-cpuinfer_ext.CPUInfer = _cpu_infer
