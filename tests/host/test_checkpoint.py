@@ -93,6 +93,19 @@ def test_a_checkpoint_in_several_files(saved: Callable[[str], Path], tmp_path: P
         load_model(tmp_path, progress=False)
 
 
+def test_the_language_part_of_a_model_that_also_sees(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """Released Qwen3.5 checkpoints have vision tensors beside, and the text model's configuration inside another."""
+    name = "qwen35moe"
+    tensors = load_file(saved(name) / "model.safetensors")
+    inner = {key.replace("model.", "model.language_model.", 1): value for key, value in tensors.items()}
+    vision = {"model.visual.blocks.0.attn.qkv.weight": torch.zeros(8, 8)}
+    save_file(inner | vision, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((saved(name) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe", "text_config": config}))
+    ours = load_model(tmp_path, option_overrides=EXACT, progress=False)
+    torch.testing.assert_close(logits_of(ours.model, PROMPT), logits_of(random_model(name), PROMPT), rtol=0, atol=1e-4)
+
+
 def test_the_command_line_takes_the_directory(saved: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("qwen3moe")
     options = ("--prompt", "Hello", "--temperature", "0", "--max_new_tokens", "5", "--cpu_backend", "torch_reference")

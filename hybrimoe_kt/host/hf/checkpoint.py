@@ -78,7 +78,9 @@ class Checkpoint:
                 reason = (str(error).splitlines() or ["unreadable"])[0]
                 raise ModelError(f"{file}: damaged safetensors file ({reason}); download it again") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
-        self._prefix = next((p for p in ("model.language_model.", "model.") if f"{p}norm.weight" in self._files), "")
+        # a model that also sees has its language model one level deeper
+        prefixes = ("model.language_model.", "language_model.model.", "model.")
+        self._prefix = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in self._files), "model.")
 
     def names(self) -> Iterator[str]:
         return iter(self._files)
@@ -106,13 +108,14 @@ class Checkpoint:
         return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
 
     def dense_state(self, dtype: torch.dtype, float32: tuple[str, ...]) -> dict[str, LazyTensor]:
-        """Every tensor but the routed experts, under the checkpoint's names, read when asked for."""
+        """The language model's tensors but the routed experts, under the checkpoint's names, read when asked for."""
         state = {}
         for name in self.names():
-            if not _EXPERT.search(name):
+            if name.startswith((self._prefix, "lm_head.")) and not _EXPERT.search(name):
                 _, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
-                state[name] = LazyTensor(shape, kept, lambda name=name: self.read(name))
+                plain = f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else name
+                state[plain] = LazyTensor(shape, kept, lambda name=name: self.read(name))
         return state
 
     def release_pages(self) -> None:
