@@ -51,7 +51,7 @@ def their_rules(python: Path) -> Path:
 
 
 def patiently(command: list[str], home: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the framework, again where it hangs: 3 of some 150 processes did, two of them with its own operators only."""
+    """Run the framework, again where it hangs: 3 of some 250 processes did, two or more with none of our operators."""
     for last in (False, False, True):
         try:
             return subprocess.run(
