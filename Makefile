@@ -35,10 +35,10 @@ override export PROMPT := $(value PROMPT)
 
 venv: $(VENV)/.ready-dev
 
-test: $(VENV)/.ready-dev | .cache/ktransformers
+test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(VENV)/.ready-dev
+test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev
@@ -104,3 +104,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 # kTransformers' own rule engine, an oracle of the tests, which skip without it; fetched once, kept outside git.
 .cache/ktransformers: $(VENV)/.ready-dev
 	-@$(BIN)/python tests/conformance/legacy_ktransformers.py
+
+# llama.cpp's converter, another oracle: what GGUF files look like that we did not write ourselves.
+.cache/llama.cpp: $(VENV)/.ready-dev
+	-@$(BIN)/python tests/host/llama_cpp_converter.py

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
 
-__all__ = ["Shape", "write_metadata"]
+__all__ = ["GRANITE", "LINEAR_KERNEL", "Shape", "write_metadata"]
 
 Type = GGMLQuantizationType
 _SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 _MERGED = ["th"]
+LINEAR_KERNEL = 4
+"""Tokens that the convolution in front of linear attention sees."""
+GRANITE = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -49,6 +57,9 @@ class Shape:
     """Of glm4moe alone, whose members differ in it."""
     expert_tensors: bool = False
     """One tensor per expert, as Mixtral files had before April 2024."""
+    linear_heads: tuple[int, int] = (2, 4)
+    """Of the hybrids alone: key heads and value heads of linear attention, `head_dim // 2` wide each."""
+    full_attention_interval: int = 4
     seed: int = 0
 
     @property
@@ -145,6 +156,45 @@ def _deepseek_metadata(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_rope_scaling_yarn_log_mul(0.0707)
 
 
+def _hybrid_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    _qwen3moe_metadata(writer, shape)
+    writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
+    writer.add_rope_dimension_count(shape.rope_dim)
+    key_heads, value_heads = shape.linear_heads
+    writer.add_ssm_conv_kernel(LINEAR_KERNEL)
+    writer.add_ssm_state_size(shape.head_dim // 2)
+    writer.add_ssm_group_count(key_heads)
+    writer.add_ssm_time_step_rank(value_heads)
+    writer.add_ssm_inner_size(value_heads * shape.head_dim // 2)
+    writer.add_full_attention_interval(shape.full_attention_interval)
+    if shape.architecture == "qwen35moe":
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+
+
+def _granitemoe_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    _mixtral_metadata(writer, shape)
+    writer.add_attention_scale(GRANITE["attention_multiplier"])
+    writer.add_embedding_scale(GRANITE["embedding_multiplier"])
+    writer.add_residual_scale(GRANITE["residual_multiplier"])
+    writer.add_logit_scale(GRANITE["logits_scaling"])
+
+
+def _minimax_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    _qwen3moe_metadata(writer, shape)
+    writer.add_rope_dimension_count(shape.rope_dim)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+
+
+def _ernie_metadata(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_feed_forward_length(shape.dense_inter)
+    writer.add_expert_feed_forward_length(shape.inter)
+    writer.add_expert_shared_feed_forward_length(shape.inter * shape.shared_experts)
+    writer.add_expert_shared_count(shape.shared_experts)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_leading_dense_block_count(shape.dense_layers)
+    writer.add_interleave_moe_layer_step(1)
+
+
 def _tokenizer(writer: GGUFWriter) -> None:
     """Every byte, four control tokens and one merge: the smallest vocabulary that can spell any text."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -169,4 +219,9 @@ _FAMILIES = {
     "olmoe": _olmoe_metadata,
     "glm4moe": _glm4moe_metadata,
     "deepseek2": _deepseek_metadata,
+    "qwen3next": _hybrid_metadata,
+    "qwen35moe": _hybrid_metadata,
+    "granitemoe": _granitemoe_metadata,
+    "minimax-m2": _minimax_metadata,
+    "ernie4_5-moe": _ernie_metadata,
 }

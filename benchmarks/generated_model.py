@@ -16,6 +16,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
+from benchmarks.generated_hybrid import full_attention, linear_attention, plus_one_norm
 from benchmarks.generated_metadata import Shape, write_metadata
 from benchmarks.random_blocks import random_blocks
 
@@ -46,7 +47,7 @@ def _as_it_is(value: np.ndarray) -> np.ndarray:
     return value
 
 
-class _Builder:
+class Builder:
     def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
         self.shape, self.random = shape, np.random.default_rng(shape.seed)
         self.writer = GGUFWriter(str(path), shape.architecture)
@@ -78,6 +79,15 @@ class _Builder:
         self.remember(hf_name, value)
         return value
 
+    def draw(self, *size: int, scale: float | None = None) -> np.ndarray:
+        """Draw a float32 matrix that is neither written nor remembered yet."""
+        scale = scale if scale is not None else size[-1] ** -0.5
+        return (scale * self.random.standard_normal(size)).astype(np.float32)
+
+    def write(self, gguf_name: str, value: np.ndarray) -> None:
+        """Write a float32 tensor as it is."""
+        self.writer.add_tensor(gguf_name, np.ascontiguousarray(value))
+
     def norm(self, hf_name: str, gguf_name: str, size: int) -> None:
         self.dense(hf_name, gguf_name, size, scale=0.1, centre=1.0)
 
@@ -99,7 +109,8 @@ class _Builder:
             if self.keep_state:
                 values[role] = dequantize(raw, kind).reshape(shape.experts, rows, columns)
         if self.keep_state:
-            prefix = f"model.layers.{layer}.mlp.experts"
+            block = "block_sparse_moe" if shape.architecture == "granitemoe" else "mlp"
+            prefix = f"model.layers.{layer}.{block}.experts"
             self.remember(f"{prefix}.gate_up_proj", np.concatenate((values["gate"], values["up"]), axis=1))
             self.remember(f"{prefix}.down_proj", values["down"])
 
@@ -120,18 +131,19 @@ class _Builder:
 
 def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedModel:
     """Write a random model of `shape` to `path`; the same shape gives the same bytes."""
-    build = _Builder(shape, path, keep_state)
+    build = Builder(shape, path, keep_state)
     write_metadata(build.writer, shape)
     build.dense("model.embed_tokens.weight", "token_embd.weight", shape.vocab, shape.hidden, scale=1.0)
     for layer in range(shape.layers):
         _LAYERS[shape.architecture](build, layer)
-    build.norm("model.norm.weight", "output_norm.weight", shape.hidden)
+    norm = plus_one_norm if shape.architecture in ("qwen3next", "qwen35moe") else Builder.norm
+    norm(build, "model.norm.weight", "output_norm.weight", shape.hidden)
     build.dense("lm_head.weight", "output.weight", shape.vocab, shape.hidden)
     return build.finish()
 
 
 def _attention(
-    build: _Builder,
+    build: Builder,
     layer: int,
     *,
     bias: bool = False,
@@ -168,7 +180,7 @@ def _rotary_pairs(value: np.ndarray, heads: int) -> np.ndarray:
     return value[rows]
 
 
-def _router(build: _Builder, layer: int) -> None:
+def _router(build: Builder, layer: int) -> None:
     build.dense(
         f"model.layers.{layer}.mlp.gate.weight",
         f"blk.{layer}.ffn_gate_inp.weight",
@@ -177,41 +189,45 @@ def _router(build: _Builder, layer: int) -> None:
     )
 
 
-def _qwen3moe_layer(build: _Builder, layer: int) -> None:
+def _qwen3moe_layer(build: Builder, layer: int) -> None:
     _attention(build, layer, qk_norm="per head")
     _router(build, layer)
     build.experts(layer)
 
 
-def _qwen2moe_layer(build: _Builder, layer: int) -> None:
-    shape, mlp, gguf = build.shape, f"model.layers.{layer}.mlp", f"blk.{layer}"
+def _qwen2moe_layer(build: Builder, layer: int) -> None:
     _attention(build, layer, bias=True)
     _router(build, layer)
-    _ffn(build, f"{mlp}.shared_expert", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
-    gate = f"{gguf}.ffn_gate_inp_shexp.weight"  # converters drop its leading dimension of one
-    build.dense(f"{mlp}.shared_expert_gate.weight", gate, 1, shape.hidden, stored=lambda value: value[0])
+    _gated_shared_expert(build, layer)
     build.experts(layer)
 
 
-def _mixtral_layer(build: _Builder, layer: int) -> None:
+def _gated_shared_expert(build: Builder, layer: int) -> None:
+    shape, mlp, gguf = build.shape, f"model.layers.{layer}.mlp", f"blk.{layer}"
+    _ffn(build, f"{mlp}.shared_expert", f"{gguf}.ffn_{{}}_shexp", shape.inter * shape.shared_experts)
+    gate = f"{gguf}.ffn_gate_inp_shexp.weight"  # some converters drop its leading dimension of one
+    build.dense(f"{mlp}.shared_expert_gate.weight", gate, 1, shape.hidden, stored=lambda value: value[0])
+
+
+def _mixtral_layer(build: Builder, layer: int) -> None:
     _attention(build, layer, pair_rotary=True)
     _router(build, layer)
     build.experts(layer)
 
 
-def _olmoe_layer(build: _Builder, layer: int) -> None:
+def _olmoe_layer(build: Builder, layer: int) -> None:
     _attention(build, layer, qk_norm="across heads")
     _router(build, layer)
     build.experts(layer)
 
 
-def _glm4moe_layer(build: _Builder, layer: int) -> None:
+def _glm4moe_layer(build: Builder, layer: int) -> None:
     after = "post_attention_norm"  # what every other family calls ffn_norm
     _attention(build, layer, bias=True, qk_norm="per head" if build.shape.qk_norm else "", after=after)
     _dense_or_experts(build, layer, correction=True)
 
 
-def _dense_or_experts(build: _Builder, layer: int, *, correction: bool) -> None:
+def _dense_or_experts(build: Builder, layer: int, *, correction: bool) -> None:
     """A layer of the families that begin with dense layers and have shared experts without a gate."""
     shape, mlp, gguf = build.shape, f"model.layers.{layer}.mlp", f"blk.{layer}"
     if layer < shape.dense_layers:
@@ -224,7 +240,39 @@ def _dense_or_experts(build: _Builder, layer: int, *, correction: bool) -> None:
     build.experts(layer)
 
 
-def _deepseek2_layer(build: _Builder, layer: int) -> None:
+def _hybrid_layer(build: Builder, layer: int) -> None:
+    full = (layer + 1) % build.shape.full_attention_interval == 0
+    (full_attention if full else linear_attention)(build, layer)
+    _router(build, layer)
+    _gated_shared_expert(build, layer)
+    build.experts(layer)
+
+
+def _granitemoe_layer(build: Builder, layer: int) -> None:
+    shape = build.shape
+    _attention(build, layer, pair_rotary=True)
+    router = f"model.layers.{layer}.block_sparse_moe.router.weight"
+    build.dense(router, f"blk.{layer}.ffn_gate_inp.weight", shape.experts, shape.hidden)
+    build.experts(layer)
+
+
+def _minimax_layer(build: Builder, layer: int) -> None:
+    _attention(build, layer, qk_norm="across heads")
+    _router(build, layer)
+    bias = f"model.layers.{layer}.mlp.e_score_correction_bias"
+    build.dense(bias, f"blk.{layer}.exp_probs_b.bias", build.shape.experts, scale=0.2)
+    build.experts(layer)
+
+
+def _ernie_layer(build: Builder, layer: int) -> None:
+    _attention(build, layer)
+    bias = f"model.layers.{layer}.mlp.gate.moe_statics.e_score_correction_bias"
+    _dense_or_experts(build, layer, correction=False)
+    if layer >= build.shape.dense_layers:
+        build.dense(bias, f"blk.{layer}.exp_probs_b.bias", 1, build.shape.experts, scale=0.05)
+
+
+def _deepseek2_layer(build: Builder, layer: int) -> None:
     shape, hf, gguf = build.shape, f"model.layers.{layer}", f"blk.{layer}"
     query = shape.heads * (shape.head_dim + shape.rope_dim)
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
@@ -249,7 +297,7 @@ def _deepseek2_layer(build: _Builder, layer: int) -> None:
     _dense_or_experts(build, layer, correction=shape.sigmoid)
 
 
-def _kv_b(build: _Builder, hf: str, gguf: str) -> None:
+def _kv_b(build: Builder, hf: str, gguf: str) -> None:
     shape = build.shape
     name, per_head = f"{hf}.self_attn.kv_b_proj.weight", 2 * shape.head_dim
     if not shape.split_kv_b:
@@ -264,17 +312,22 @@ def _kv_b(build: _Builder, hf: str, gguf: str) -> None:
     build.remember(name, whole.reshape(shape.heads * per_head, shape.kv_lora_rank))
 
 
-def _ffn(build: _Builder, hf: str, gguf: str, inter: int) -> None:
+def _ffn(build: Builder, hf: str, gguf: str, inter: int) -> None:
     for name in ("gate", "up"):
         build.dense(f"{hf}.{name}_proj.weight", gguf.format(name) + ".weight", inter, build.shape.hidden)
     build.dense(f"{hf}.down_proj.weight", gguf.format("down") + ".weight", build.shape.hidden, inter)
 
 
-_LAYERS: dict[str, Callable[[_Builder, int], None]] = {
+_LAYERS: dict[str, Callable[[Builder, int], None]] = {
     "qwen3moe": _qwen3moe_layer,
     "qwen2moe": _qwen2moe_layer,
     "llama": _mixtral_layer,
     "olmoe": _olmoe_layer,
     "glm4moe": _glm4moe_layer,
     "deepseek2": _deepseek2_layer,
+    "qwen3next": _hybrid_layer,
+    "qwen35moe": _hybrid_layer,
+    "granitemoe": _granitemoe_layer,
+    "minimax-m2": _minimax_layer,
+    "ernie4_5-moe": _ernie_layer,
 }

@@ -24,7 +24,7 @@ ACCELERATORS = (
     "cuda[:N]",
     "xpu[:N]",
 )
-CPU_BACKENDS = ("llamafile", "torch_reference")
+CPU_BACKENDS = ("llamafile", "cpuinfer", "torch_reference")
 GPU_BACKENDS = ("auto", "triton", "torch", "torch_reference")
 
 HOST_STORES = ("auto", "mapped", "page_locked")

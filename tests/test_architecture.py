@@ -26,7 +26,8 @@ ALLOWED = {
 # Foreign packages and the only files that may import them.
 OWNED = {
     "kt_kernel": {"backends/cpu_llamafile.py"},
-    "ktransformers": set(),
+    "ktransformers": {"host/kt/framework.py"},
+    "cpuinfer_ext": {"backends/cpu_cpuinfer.py"},
     "triton": set(),
     "transformers.integrations": {"backends/dequantize.py", "host/hf/tokenizer.py"},
     "transformers.quantizers": {"host/hf/loading.py"},

@@ -119,7 +119,7 @@ class LlamafileBackend:
 
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts in place; ModelError for a type or shape the kernel gets wrong."""
-        _check_layer(experts)
+        self.check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
         self._buffers = self._buffers.at_least(self._num_rows(experts), experts.top_k, experts.hidden)
@@ -134,7 +134,7 @@ class LlamafileBackend:
         return self.max_tokens + min(self.max_tokens, experts.num_experts)
 
     def _kernel(self, experts: LayerExperts) -> Any:
-        width = math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
+        width = self.padded_width(experts)
         gate, up, down = (self._in_place_or_padded(experts, matrix, width) for matrix in experts.matrices)
         config = self._extension.moe.MOEConfig(experts.num_experts, experts.top_k, experts.hidden, width)
         config.pool = self._pool.backend_
@@ -149,6 +149,16 @@ class LlamafileBackend:
             self._pool.submit(kernel.load_weights_task())
             self._pool.sync()
         return kernel
+
+    @staticmethod
+    def check_layer(experts: LayerExperts) -> None:
+        """Raise ModelError for experts whose types or shapes the kernel gets wrong."""
+        _check_layer(experts)
+
+    @staticmethod
+    def padded_width(experts: LayerExperts) -> int:
+        """The experts' width as the kernel needs it, a multiple of 256."""
+        return math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
 
     def _in_place_or_padded(self, experts: LayerExperts, matrix: ExpertMatrix, width: int) -> torch.Tensor:
         if width == experts.inter:

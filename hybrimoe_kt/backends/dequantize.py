@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Container
+
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
@@ -22,14 +25,12 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     device), one of ours for Q5_0, which experts of odd widths have; gguf-py's NumPy ones, on the CPU, for the few
     that are left (Q5_1, MXFP4).
     """
-    from transformers.integrations.gguf.dequant import GGML_BLOCK
-    from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
-
     if ggml_type in _PLAIN:
         return data.view(_PLAIN[ggml_type]).to(torch.float32).reshape(shape)
     if ggml_type == GGMLQuantizationType.Q5_0:
         return _dequantize_q5_0(data).reshape(shape)
-    if ggml_type in GGML_BLOCK:
+    known, torch_dequantize = _torch_routines()
+    if ggml_type in known:
         return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
 
@@ -41,6 +42,17 @@ def _dequantize_q5_0(data: torch.Tensor) -> torch.Tensor:
     fifth = blocks[:, 2:6].contiguous().view(torch.int32) >> torch.arange(32, dtype=torch.int32, device=data.device)
     nibbles = torch.cat((blocks[:, 6:] & 0xF, blocks[:, 6:] >> 4), dim=1).to(torch.int32)
     return scale * ((nibbles | (fifth & 1) << 4) - 16)
+
+
+@functools.cache
+def _torch_routines() -> tuple[Container[int], Callable[..., torch.Tensor]]:
+    """The types that Transformers dequantises, and its function; none in versions before 5, which lack it."""
+    try:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK
+        from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
+    except ImportError:
+        return (), _dequantize_numpy
+    return GGML_BLOCK, torch_dequantize
 
 
 def _dequantize_numpy(data: torch.Tensor, ggml_type: int) -> torch.Tensor:

@@ -92,11 +92,25 @@ def _print_report(report: dict[str, Any], console: Console) -> None:
         prefill, generate = (group[key] or "not named" for key in ("prefill_device", "generate_device"))
         label = f"{prefill}:" if prefill == generate else f"prefill {prefill}, decode {generate}:"
         _print_modules(label, group["modules"], console)
+    _print_placement(report["placement"], console)
     for note in report["notes"]:
         console.print(f"note: {note}", style="dim", markup=False)
     for number in report["unused"]:
         line = report["rules"][number - 1]["line"]
         console.print(f"warning: rule {number} (line {line}) decides nothing on this model", style="yellow")
+
+
+def _print_placement(placement: dict[str, Any], console: Console) -> None:
+    """The device map: which parts of the way through the model lie where, and where the hidden states cross."""
+    from hybrimoe_kt.host.rule_report import path_patterns
+
+    console.print("\na token passes (experts choose their place themselves)", style="bold")
+    for stage in placement["route"]:
+        console.print(f"   {stage['device']}: {', '.join(path_patterns(stage['parts']))}", markup=False)
+    for before, after in placement["crossings"]:
+        console.print(f"   crosses between {before} and {after}", style="dim", markup=False)
+    for part in placement["divided"]:
+        console.print(f"warning: {part} has modules on several devices: states cross inside it", style="yellow")
 
 
 def _print_modules(label: str, paths: list[str], console: Console) -> None:

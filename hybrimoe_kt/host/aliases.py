@@ -5,8 +5,9 @@ of names differ:
 
 - `match.class`: `ktransformers.models.modeling_X.Y` is a class of Transformers now, sometimes spelled differently.
 - `match.name`: Mixtral's MoE block was `block_sparse_moe` and is `mlp` in Transformers 5.
-- `replace.class`: the experts and MLA operators have successors here; linear, RoPE, norm, MLP, gate, block and model
-  operators only made the stock module faster, so the stock module stays ("default").
+- `replace.class`: the experts and MLA operators have successors here, and so have our own operators for that framework;
+  linear, RoPE, norm, MLP, gate, block and model operators only made the stock module faster, so the stock module stays
+  ("default").
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ STOCK = "default"
 # Legacy options that keep their meaning; the others choose among legacy kernels.
 DEVICE_KWARGS = ("generate_device", "prefill_device")
 KEPT_KWARGS = {MLA: (*DEVICE_KWARGS, "absorb_for_prefill")}
+# Operators of hybrimoe_kt.host.kt in files of optimize_rules/legacy; their options are this host's too.
+LEGACY_EXPERTS = "hybrimoe_kt.host.kt.experts.HybriMoEExperts"
+LEGACY_BLOCKS = "hybrimoe_kt.host.kt.blocks."
 
 _MODELS = "ktransformers.models."
 _OPERATORS = "ktransformers.operators."
@@ -119,11 +123,15 @@ def match_class(name: str) -> tuple[str, ...]:
 
 def operator_class(name: str) -> str:
     """Return the class that a `replace.class` stands for: itself unless it is a known legacy operator."""
-    return OPERATOR_CLASSES.get(name, name)
+    if name.startswith(LEGACY_BLOCKS):
+        return STOCK
+    return EXPERTS if name == LEGACY_EXPERTS else OPERATOR_CLASSES.get(name, name)
 
 
-def operator_kwargs(successor: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split a legacy operator's kwargs into those that its successor takes too, and the names of the rest."""
+def operator_kwargs(name: str, successor: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Split the kwargs of operator `name` into those that its successor takes too, and the names of the rest."""
+    if name == LEGACY_EXPERTS:
+        return dict(kwargs), []
     valid = KEPT_KWARGS.get(successor, DEVICE_KWARGS)
     kept = {name: value for name, value in kwargs.items() if name in valid}
     return kept, [name for name in kwargs if name not in kept]

@@ -33,7 +33,7 @@ def replacement(rule: Rule) -> tuple[str, dict[str, Any], str]:
     cls = aliases.operator_class(rule.replace_class)
     if cls == rule.replace_class:
         return cls, rule.kwargs, ""
-    kwargs, dropped = aliases.operator_kwargs(cls, rule.kwargs)
+    kwargs, dropped = aliases.operator_kwargs(rule.replace_class, cls, rule.kwargs)
     meaning = "the stock module" if cls == DEFAULT else cls
     without = f", without {', '.join(dropped)}" if dropped else ""
     return cls, kwargs, f"{rule.replace_class} stands for {meaning}{without}"

@@ -30,7 +30,12 @@ RULE_KEYS = ("match", "replace", "recursive")
 MATCH_KEYS = ("name", "class")
 REPLACE_KEYS = ("class", "kwargs")
 # Names other than a file's own stem under which an architecture is known, without "_", "-" and capitals.
-ARCHITECTURE_NAMES = {"deepseekv2": "deepseek2", "deepseekv3": "deepseek2"}
+ARCHITECTURE_NAMES = {
+    "deepseekv2": "deepseek2",
+    "deepseekv3": "deepseek2",
+    "kimik2": "deepseek2",
+    "qwen35moetext": "qwen35moe",
+}
 
 
 @dataclass(frozen=True)
@@ -77,18 +82,22 @@ def load_rules(path: str | Path) -> RuleSet:
 def list_packaged_rules() -> dict[str, Path]:
     """Return the packaged rule files by architecture."""
     folder = Path(str(resources.files("hybrimoe_kt.optimize_rules")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def packaged_rules(architecture: str) -> Path:
     """Return the packaged rule file for a Hugging Face model type (`qwen3_moe`) or a GGUF architecture (`qwen3moe`)."""
     files = list_packaged_rules()
-    plain = re.sub(r"[_-]", "", architecture).lower()
-    found = files.get(ARCHITECTURE_NAMES.get(plain, plain))
+    plain = _plain(architecture)
+    found = {_plain(name): file for name, file in files.items()}.get(ARCHITECTURE_NAMES.get(plain, plain))
     if found is None:
         sentence = unknown_name("architecture", architecture, files)
         raise RuleError(f"no packaged rule file: {sentence}; name one of your own with --optimize_rule_path")
     return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_-]", "", name).lower()
 
 
 def _compose(file: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from .skeletons import SKELETONS, build_skeleton
 
 __all__ = ["best_skeleton", "path_patterns", "report_rules"]
 
+# What a token passes one after the other.
+_PART = re.compile(r"model\.embed_tokens(?=$)|model\.layers\.\d+(?=\.|$)|model\.norm(?=$)|lm_head(?=$)")
 _FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -30,6 +33,7 @@ def report_rules(rules: RuleSet, model: nn.Module, *, default_device: str) -> di
         "unused": [rule.number for rule in unused_rules(rules, found)],
         "unmatched": [path for path, item in found.items() if item.rule is None],
         "devices": _devices(found.values()),
+        "placement": _placement(found),
         "notes": [note for note in reversed(notes.values()) if note],
     }
 
@@ -61,9 +65,40 @@ def _devices(injections: Iterable[Injection]) -> list[dict[str, Any]]:
     ]
 
 
+def _placement(found: Mapping[str, Injection]) -> dict[str, Any]:
+    """Where a token passes: parts in order by device, the layers after which it crosses, and layers on several devices.
+
+    The routed experts do not count: they choose their places themselves.
+    """
+    homes: dict[str, set[str]] = {}
+    for path, item in found.items():
+        part = _PART.match(path)
+        device = item.kwargs.get("generate_device")
+        if part is not None and device is not None and not path.endswith(".experts"):
+            homes.setdefault(part[0], set()).add(str(device))
+    route: list[tuple[str, list[str]]] = []
+    for part, devices in sorted(homes.items(), key=lambda home: _along_the_way(home[0])):
+        home = "+".join(sorted(devices))
+        if not route or route[-1][0] != home:
+            route.append((home, []))
+        route[-1][1].append(part)
+    return {
+        "route": [{"device": device, "parts": parts} for device, parts in route],
+        "crossings": [[left[1][-1], right[1][0]] for left, right in itertools.pairwise(route)],
+        "divided": [part for part, devices in homes.items() if len(devices) > 1],
+    }
+
+
+def _along_the_way(part: str) -> tuple[int, int]:
+    """Sorting key: embedding, layers by number, norm, head."""
+    if number := _FIRST_NUMBER.search(part):
+        return 1, int(number[0])
+    return {"model.embed_tokens": 0, "model.norm": 2}.get(part, 3), 0
+
+
 def best_skeleton(rules: RuleSet) -> str:
     """Return the known architecture on which the fewest rules stay unused; a file named after one wins."""
-    stem = Path(rules.file).stem
+    stem = Path(rules.file).stem.removesuffix("-multi-gpu")
     if stem in SKELETONS:
         return stem
     unused = {name: _num_unused(rules, build_skeleton(name)) for name in SKELETONS}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from hybrimoe_kt.backends.cpu_cpuinfer import CpuInferBackend
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.gpu_triton import gpu_backend, unusable
@@ -150,7 +151,8 @@ def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
     """The CPU backend that the options name."""
     if options.cpu_backend == "torch_reference":
         return TorchReferenceCpu()
-    return LlamafileBackend(options.cpu_threads or default_expert_threads(), options.max_chunk_tokens)
+    backend = CpuInferBackend if options.cpu_backend == "cpuinfer" else LlamafileBackend
+    return backend(options.cpu_threads or default_expert_threads(), options.max_chunk_tokens)
 
 
 def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: HostStore) -> GpuBackend:

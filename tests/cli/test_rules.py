@@ -55,6 +55,19 @@ def test_text_folds_layers_and_warns(file, capsys):
     assert "KTransformersExperts stands for hybrimoe_kt.operators.experts.HybriMoEExperts, without prefill_op" in shown
 
 
+def test_the_device_map_follows_a_token(capsys):
+    assert main(["check", "mixtral-multi-gpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "on mixtral (" in shown, "a split is tried on the model it is named after"
+    assert "   cuda:0: model.embed_tokens, model.layers.{0..15}\n" in shown
+    assert "   cuda:1: model.layers.{16..31}, model.norm, lm_head\n" in shown
+    assert "   crosses between model.layers.15 and model.layers.16\n" in shown
+    assert main(["check", "mixtral-multi-gpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["placement"]["crossings"] == [["model.layers.15", "model.layers.16"]]
+    assert report["unused"] == []
+
+
 def test_the_architecture_that_fits_is_found(tmp_path, capsys):
     file = tmp_path / "x.yaml"
     file.write_text("- match: {class: ktransformers.models.modeling_deepseek_v3.MoEGate}\n  replace: {}\n")

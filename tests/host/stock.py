@@ -10,8 +10,14 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -20,8 +26,12 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
+from benchmarks.generated_metadata import GRANITE
 from benchmarks.generated_model import GeneratedModel, Shape
 
 __all__ = ["greedy", "logits_of", "stock_model"]
@@ -133,6 +143,62 @@ def _deepseek2(shape: Shape) -> torch.nn.Module:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**common, **routing, routed_scaling_factor=1.5))
 
 
+def _linear(shape: Shape) -> dict[str, Any]:
+    """The hybrids' linear attention, their shared expert, and how often full attention comes."""
+    return {
+        "head_dim": shape.head_dim,
+        "partial_rotary_factor": shape.rope_dim / shape.head_dim,
+        "moe_intermediate_size": shape.inter,
+        "shared_expert_intermediate_size": shape.inter * shape.shared_experts,
+        "num_experts": shape.experts,
+        "linear_key_head_dim": shape.head_dim // 2,
+        "linear_value_head_dim": shape.head_dim // 2,
+        "linear_num_key_heads": shape.linear_heads[0],
+        "linear_num_value_heads": shape.linear_heads[1],
+        "full_attention_interval": shape.full_attention_interval,
+    }
+
+
+def _qwen3next(shape: Shape) -> torch.nn.Module:
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**_decoder(shape), **_linear(shape), norm_topk_prob=True))
+
+
+def _qwen35moe(shape: Shape) -> torch.nn.Module:
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_decoder(shape), **_linear(shape)))
+
+
+def _granitemoe(shape: Shape) -> torch.nn.Module:
+    return GraniteMoeForCausalLM(
+        GraniteMoeConfig(**_decoder(shape), **GRANITE, intermediate_size=shape.inter, num_local_experts=shape.experts)
+    )
+
+
+def _minimax(shape: Shape) -> torch.nn.Module:
+    config = MiniMaxM2Config(
+        **_decoder(shape),
+        head_dim=shape.head_dim,
+        partial_rotary_factor=shape.rope_dim / shape.head_dim,
+        intermediate_size=shape.inter,
+        num_local_experts=shape.experts,
+    )
+    return MiniMaxM2ForCausalLM(config)
+
+
+def _ernie(shape: Shape) -> torch.nn.Module:
+    values = _decoder(shape)
+    config = Ernie4_5_MoeConfig(
+        **{name: value for name, value in values.items() if name != "num_experts_per_tok"},
+        moe_k=shape.top_k,
+        moe_num_experts=shape.experts,
+        moe_intermediate_size=shape.inter,
+        moe_num_shared_experts=shape.shared_experts,
+        moe_layer_start_index=shape.dense_layers,
+        intermediate_size=shape.dense_inter,
+        tie_word_embeddings=False,
+    )
+    return Ernie4_5_MoeForCausalLM(config)
+
+
 _BUILD = {
     "qwen3moe": _qwen3moe,
     "qwen2moe": _qwen2moe,
@@ -140,6 +206,11 @@ _BUILD = {
     "olmoe": _olmoe,
     "glm4moe": _glm4moe,
     "deepseek2": _deepseek2,
+    "qwen3next": _qwen3next,
+    "qwen35moe": _qwen35moe,
+    "granitemoe": _granitemoe,
+    "minimax-m2": _minimax,
+    "ernie4_5-moe": _ernie,
 }
 
 

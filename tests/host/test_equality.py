@@ -29,6 +29,11 @@ SHAPES = {
     "mixtral-old-experts": Shape(architecture="llama", head_dim=64, expert_tensors=True),
     "olmoe": Shape(architecture="olmoe", head_dim=64),
     "glm4moe": Shape(architecture="glm4moe", layers=3, qk_norm=True),
+    "qwen3next": Shape(architecture="qwen3next", layers=4),
+    "qwen35moe": Shape(architecture="qwen35moe", layers=4),
+    "granitemoe": Shape(architecture="granitemoe", head_dim=64),
+    "minimax-m2": Shape(architecture="minimax-m2"),
+    "ernie4_5-moe": Shape(architecture="ernie4_5-moe", head_dim=64),
     "deepseek2": Shape(architecture="deepseek2", layers=3),
     "deepseek3": Shape(architecture="deepseek2", layers=3, q_lora_rank=64, yarn_factor=4.0, sigmoid=True),
     "deepseek2-old-kv_b-q_lora-yarn": Shape(

@@ -10,7 +10,7 @@ import pytest
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
 from hybrimoe_kt.host.hf.gguf_file import GgufFile
-from hybrimoe_kt.host.hf.loading import _config
+from hybrimoe_kt.host.hf.sources import _config
 
 
 def test_flipped_bytes_in_the_header_never_crash(embedded_model: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Hugging Face Transformers as the host: GGUF in, model out."""
+"""Hugging Face Transformers as the host: a GGUF file or a checkpoint in, a model out."""

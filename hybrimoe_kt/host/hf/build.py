@@ -10,6 +10,7 @@ import torch
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import dense_threads
 
+from .checkpoint import Checkpoint
 from .engine import Engine
 from .loading import load_model
 from .profiler import TimeShares
@@ -45,7 +46,8 @@ def build_engine(
     expert_threads = loaded.runtime.num_expert_threads
     if expert_threads:  # kt-kernel's spin between calls: torch takes the other cores
         torch.set_num_threads(dense_threads(expert_threads))
-    tokenizer = load_tokenizer(loaded.loader.file, model_path)
+    file = loaded.loader.file
+    tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
     shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
     return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
 

@@ -98,7 +98,8 @@ def _composed(
         raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
     parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
     _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
-    return LazyTensor(shape, dtype, lambda: recipe.build(*(_values(part) for part in parts)))
+    key = architecture.key(file)
+    return LazyTensor(shape, dtype, lambda: recipe.build(*(_values(part) for part in parts), key))
 
 
 def _recipe(recipes: Mapping[str, _T], name: str) -> _T | None:

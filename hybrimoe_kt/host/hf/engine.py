@@ -172,10 +172,11 @@ class Engine:
             if cached != wanted:
                 break
             common += 1
-        if common == 0 or self._cache.get_seq_length() < common:
+        surplus = self._cache.get_seq_length() - common
+        # linear attention keeps one state, not one a token: it goes on from the end or starts anew
+        if common == 0 or surplus < 0 or (surplus > 0 and not self._cache.is_croppable):
             self.reset()
             return 0
-        surplus = self._cache.get_seq_length() - common
         if surplus > 0:
             self._cache.crop(-surplus)  # this version of Transformers counts from the end only
         self._cached_ids = self._cached_ids[:common]

@@ -19,7 +19,8 @@ __all__ = ["GgufLoader"]
 class GgufLoader:
     """Hands out expert weights as views of the mapped file; owns the mapping for as long as the model lives.
 
-    Files with a tensor per expert (Mixtral, before April 2024) are the exception: see `_gather`.
+    Files with a tensor per expert (Mixtral, before April 2024), or with gate and up in one tensor (an option of
+    llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
     """
 
     def __init__(self, file: GgufFile, option_overrides: dict[str, Any] | None = None) -> None:
@@ -48,13 +49,25 @@ class GgufLoader:
 
     def _stacked(self, layer: int, role: str, num_experts: int) -> GgufTensor:
         """One role's matrices of all experts `[num_experts, rows, columns]`, in place where the file has them so."""
-        name = f"blk.{layer}.ffn_{role}_exps.weight"
-        if name in self.file.tensors or f"blk.{layer}.ffn_{role}.0.weight" not in self.file.tensors:
+        name, fused = f"blk.{layer}.ffn_{role}_exps.weight", f"blk.{layer}.ffn_gate_up_exps.weight"
+        halved = role != "down" and fused in self.file.tensors
+        if name in self.file.tensors or not (halved or f"blk.{layer}.ffn_{role}.0.weight" in self.file.tensors):
             return self.file.tensor(name)
         if (layer, role) not in self._gathered:
-            self._gathered[layer, role] = self._gather(layer, role, num_experts)
+            copy = self._half(fused, role) if halved else self._gather(layer, role, num_experts)
+            self._gathered[layer, role] = copy
             self.file.release_pages()
         return self._gathered[layer, role]
+
+    def _half(self, fused: str, role: str) -> GgufTensor:
+        """Copy the gates, or the ups, out of a tensor `[num_experts, 2 * rows, columns]` that has both in turn."""
+        tensor = self.file.tensor(fused)
+        if len(tensor.shape) != 3 or tensor.shape[1] % 2:
+            raise ModelError(f"{self.file.path}: {fused} has shape {list(tensor.shape)}, which is not gate above up")
+        num_experts, rows, columns = tensor.shape
+        half = tensor.data.reshape(num_experts, 2, -1)[:, 0 if role == "gate" else 1]
+        shape = (num_experts, rows // 2, columns)
+        return GgufTensor(fused, shape, tensor.ggml_type, np.ascontiguousarray(half).reshape(-1))
 
     def _gather(self, layer: int, role: str, num_experts: int) -> GgufTensor:
         """Copy an old file's tensor per expert next to each other.

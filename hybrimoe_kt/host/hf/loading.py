@@ -1,4 +1,4 @@
-"""GGUF in, model out: Transformers builds and loads the model, our rules choose its operators in between.
+"""Weights in, model out: Transformers builds and loads the model, our rules choose its operators in between.
 
 The hook is a custom quantizer: it sees the model while it is still on the meta device, so that replaced modules
 never own weights. Dense weights arrive lazily through `from_pretrained`, which brings tying, buffers kept in
@@ -8,16 +8,14 @@ float32, progress bar and load report. Transformers' internals are touched here 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -27,18 +25,17 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host import rules as rule_engine
 from hybrimoe_kt.operators.runtime import Runtime
 
-from .architectures import Architecture, architecture_of
-from .dense_weights import dense_state_dict
-from .gguf_file import GgufFile
+from .architectures import Architecture
+from .checkpoint import CheckpointLoader
 from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
+from .sources import Source, first_line, open_source
 
 __all__ = ["LoadedModel", "load_model"]
 
 logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass
@@ -46,7 +43,7 @@ class LoadedModel:
     """A model ready to generate, with what was decided on the way."""
 
     model: PreTrainedModel
-    loader: GgufLoader
+    loader: GgufLoader | CheckpointLoader
     architecture: Architecture
     rules_file: Path
     warnings: list[str] = field(default_factory=list)
@@ -101,19 +98,17 @@ def load_model(
     option_overrides: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> LoadedModel:
-    """Load a GGUF model with its experts under the runtime; raises HybriMoEError subclasses on anything unusable.
+    """Load a model with its experts under the runtime; raises HybriMoEError subclasses on anything unusable.
 
-    The configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF
-    metadata. Without `rules_path` the packaged rules of the architecture apply. `option_overrides` are
-    `ExpertOptions` keys that win over the rules. `device` holds the dense weights.
+    `gguf_path` names a GGUF file, a directory of them, or a Hugging Face directory with safetensors. The
+    configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
+    Without `rules_path` the packaged rules of the architecture apply. `option_overrides` are `ExpertOptions` keys
+    that win over the rules. `device` holds the dense weights.
     """
-    file = GgufFile(gguf_path)
-    architecture = architecture_of(file)
-    config = _config(file, architecture, model_path)
-    _check_consistent(file, architecture, config)
+    source = open_source(gguf_path, model_path, option_overrides)
+    architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.model_type)
     rules = rule_engine.load_rules(rules_file)
-    loader = GgufLoader(file, option_overrides)
     loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
 
     def inject(model: nn.Module) -> None:
@@ -130,24 +125,45 @@ def load_model(
             f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights"
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
-    state = dense_state_dict(file, architecture, parameters, dtype)
+    state = source.state(parameters, dtype)
     loader.runtime, loaded.warnings = None, []
     with _progress(progress):
-        loaded.model = type(skeleton).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            quantization_config=_Config(inject),
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation="sdpa",
-        )
+        loaded.model = _build(type(skeleton), config, state, inject, dtype, device, source)
     loaded.runtime.start()
-    attach_look_ahead(loaded.model, loaded.runtime)
-    file.release_pages()
+    attach_look_ahead(loaded.model, loaded.runtime, architecture)
+    source.file.release_pages()
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def _build(
+    cls: type[PreTrainedModel],
+    config: Any,
+    state: Mapping[str, Any],
+    inject: Callable[[nn.Module], None],
+    dtype: torch.dtype,
+    device: str,
+    source: Source,
+) -> PreTrainedModel:
+    different = "the weights and the configuration belong to different models"
+    model, report = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        quantization_config=_Config(inject),
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, in one sentence
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{source.file.path}: no tensor for {missing[0]}; {different}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise ModelError(f"{source.file.path}: {name} is {list(found)}, expected {list(wanted)}; {different}")
+    return model
 
 
 def _ignored_devices(injections: Mapping[str, rule_engine.Injection], device: str) -> list[str]:
@@ -163,52 +179,6 @@ def _ignored_devices(injections: Mapping[str, rule_engine.Injection], device: st
     return []
 
 
-def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:
-    if model_path is None:
-        return _config_from_metadata(file, architecture)
-    path = Path(model_path)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever a file may hold that is no configuration
-        raise ModelError(f"{path}/config.json cannot be used: {_first_line(error)}") from None
-    if config.model_type != architecture.model_type:
-        raise ModelError(
-            f"{path} describes a {config.model_type} model, {file.path} holds {architecture.gguf} "
-            f"({architecture.model_type}); they belong to different models"
-        )
-    config.__dict__.pop("quantization_config", None)  # it describes other files than the GGUF
-    return config
-
-
-def _check_consistent(file: GgufFile, architecture: Architecture, config: Any) -> None:
-    """Refuse a configuration that would silently run another model than the file holds, or build one without end."""
-    blocks = {int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))}
-    ahead = architecture.key(file)("nextn_predict_layers", 0)
-    found = 1 + max(blocks, default=-1) - (ahead if isinstance(ahead, int) else 0)
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    stated = architecture.key(file)("expert_used_count")
-    if config.num_hidden_layers != found:
-        raise ModelError(f"{file.path}: holds {found} layers, its configuration says {config.num_hidden_layers}")
-    if config.num_experts_per_tok != stated or not (isinstance(stated, int) and 1 <= stated <= (experts or stated)):
-        raise ModelError(
-            f"{file.path}: routes each token to {stated} of {experts} experts, "
-            f"its configuration says {config.num_experts_per_tok}"
-        )
-    groups, used = (getattr(config, name, None) or 1 for name in ("n_group", "topk_group"))
-    if experts and (experts % groups or not 1 <= used <= groups):
-        raise ModelError(f"{file.path}: {experts} experts cannot be routed by {used} of {groups} groups")
-
-
-def _config_from_metadata(file: GgufFile, architecture: Architecture) -> Any:
-    try:
-        values = architecture.config(file)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
-        raise ModelError(f"{file.path}: its metadata describes no usable model: {_first_line(error)}") from None
-
-
 def _skeleton(config: Any) -> PreTrainedModel:
     """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
     try:
@@ -216,12 +186,8 @@ def _skeleton(config: Any) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever Transformers or torch make of dimensions that cannot be
         raise ModelError(
-            f"no {config.model_type} model can be built from this configuration: {_first_line(error)}"
+            f"no {config.model_type} model can be built from this configuration: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:

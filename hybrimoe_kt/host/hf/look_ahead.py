@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +12,35 @@ from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.runtime import Runtime
 
+from .architectures import Architecture
+
 __all__ = ["attach_look_ahead"]
 
 
-def attach_look_ahead(model: nn.Module, runtime: Runtime) -> None:
+def attach_look_ahead(model: nn.Module, runtime: Runtime, family: Architecture) -> None:
     """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it.
 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
-    norms divide by the same root mean square, so multiplying by the ratio of their weights corrects it.
+    norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
     """
-    blocks = _moe_blocks(model)
-    for layer, (gate, _) in blocks.items():
-        gate.register_forward_hook(_noting(runtime, layer))
+    blocks = _moe_blocks(model, family)
+    for layer, block in blocks.items():
+        block.gate.register_forward_hook(_noting(runtime, layer))
     layers = sorted(blocks)
     depth = runtime.options.prefetch_depth
     for place, layer in enumerate(layers):
-        ahead = [(later, *blocks[later]) for later in layers[place + 1 : place + 1 + depth]]
+        ahead = [(later, blocks[later]) for later in layers[place + 1 : place + 1 + depth]]
         if ahead:
-            runtime.look_ahead(layer, _Gates(blocks[layer][1], ahead))
+            runtime.look_ahead(layer, _Gates(blocks[layer].norm, ahead))
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A MoE layer's gate, the factor of the norm in front of it, and the gate's further arguments."""
+
+    gate: nn.Module
+    norm: torch.Tensor | None
+    inputs: tuple[torch.Tensor, ...]
 
 
 def _noting(runtime: Runtime, layer: int) -> Any:
@@ -39,34 +51,41 @@ def _noting(runtime: Runtime, layer: int) -> Any:
     return note
 
 
-def _moe_blocks(model: nn.Module) -> dict[int, tuple[nn.Module, torch.Tensor | None]]:
-    """MoE layer -> (its gate, the weight of the norm in front of it)."""
+def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, _Block]:
+    """Return the MoE layers by number."""
     recorder = getattr(model.model, "_can_record_outputs", {}).get("router_logits")
     router = getattr(recorder, "target_class", None)
-    found: dict[int, tuple[nn.Module, torch.Tensor | None]] = {}
+    found: dict[int, _Block] = {}
     for number, layer in enumerate(model.model.layers):
         experts = next((module for module in layer.modules() if isinstance(module, HybriMoEExperts)), None)
         gate = next((module for module in layer.modules() if router and isinstance(module, router)), None)
         if experts is not None and gate is not None:
             norm = getattr(layer, "post_attention_layernorm", None)
-            found[number] = (gate, getattr(norm, "weight", None))
+            owner = next(module for module in layer.modules() if gate in module.children())
+            inputs = tuple(getattr(owner, name) for name in family.router_inputs)
+            found[number] = _Block(gate, _factor(norm, family.norm_offset), inputs)
     return found
+
+
+def _factor(norm: nn.Module | None, offset: float) -> torch.Tensor | None:
+    weight: torch.Tensor | None = getattr(norm, "weight", None)
+    return None if weight is None else weight + offset
 
 
 class _Gates:
     """Predicts the routing of the following layers from the hidden states entering this one."""
 
-    def __init__(self, norm: torch.Tensor | None, ahead: list[tuple[int, nn.Module, torch.Tensor | None]]) -> None:
-        self._ahead = [(layer, gate, _ratio(norm, later)) for layer, gate, later in ahead]
+    def __init__(self, norm: torch.Tensor | None, ahead: list[tuple[int, _Block]]) -> None:
+        self._ahead = [(layer, block, _ratio(norm, block.norm)) for layer, block in ahead]
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> Guesses:
         chosen, scored = [], []
-        for _, gate, ratio in self._ahead:
-            weight = gate.weight
+        for _, block, ratio in self._ahead:
+            weight = block.gate.weight
             corrected = hidden.to(device=weight.device, dtype=weight.dtype)
             # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
-            logits, _, ids = gate.forward(corrected if ratio is None else corrected * ratio)
+            logits, _, ids = block.gate.forward(corrected if ratio is None else corrected * ratio, *block.inputs)
             chosen.append(ids)
             scored.append(logits)
         scores = torch.softmax(torch.stack(scored).float(), dim=-1).mean(dim=1)

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hybrimoe_kt.errors import ModelError
 
+from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 
 __all__ = ["chat_prompt", "load_tokenizer"]
@@ -26,7 +27,7 @@ _FAITHFUL_PRE_TOKENIZERS = frozenset(
 )
 
 
-def load_tokenizer(file: GgufFile, model_path: str | Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(file: GgufFile | Checkpoint, model_path: str | Path | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer; ModelError when neither source has one. Warns where a rebuilt one may split differently."""
     if model_path is not None and any((Path(model_path) / name).is_file() for name in _TOKENIZER_FILES):
         return _or_model_error(f"{model_path}: its tokenizer cannot be used", _from_directory, Path(model_path))

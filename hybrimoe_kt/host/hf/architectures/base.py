@@ -1,0 +1,128 @@
+"""What a family's entry can say, and how a file's metadata becomes a configuration with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf.tensor_mapping import TensorNameMap
+
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host.hf.gguf_file import GgufFile
+
+__all__ = ["Architecture", "Composed", "Key", "Transform"]
+
+Key = Callable[..., Any]
+"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A parameter assembled from several GGUF tensors (each given dequantised) where its own is absent."""
+
+    parts: tuple[str, ...]
+    """GGUF names, `{layer}` standing for the block number."""
+    build: Callable[..., torch.Tensor]
+    """From the parts, in order, and the reader of the metadata."""
+    shape: Callable[..., tuple[int, ...]]
+    """Result shape from the parts' shapes, to check a file before anything is dequantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """A parameter that its own GGUF tensor holds in another arrangement."""
+
+    build: Callable[[torch.Tensor, Key], torch.Tensor]
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    """Result shape from the tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One model family: `keys` maps configuration key -> GGUF key (without the architecture prefix)."""
+
+    gguf: str
+    model_type: str
+    keys: Mapping[str, str]
+    optional_keys: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    """Configuration switches that no key holds -> the tensor whose presence in the file means true."""
+    derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
+    """Configuration entries that one key cannot give."""
+    composed: Mapping[str, Composed] = field(default_factory=dict)
+    """Ending of a parameter's name -> how to assemble it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Ending of a parameter's name -> GGUF name, where gguf-py's table has none; `{layer}` as above."""
+    variant_key: str = ""
+    """GGUF key whose value may choose another entry from `variants`."""
+    variants: Mapping[Any, Architecture] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
+    """Endings of the parameters that stay float32 whatever the model's dtype."""
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    """Ending of a parameter's name -> how to rearrange its tensor."""
+    router_inputs: tuple[str, ...] = ()
+    """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
+    norm_offset: float = 0.0
+    """Added to a norm's weight before it multiplies."""
+
+    def config(self, file: GgufFile) -> dict[str, Any]:
+        """Return the Transformers configuration that the file's metadata describes."""
+        key = self.key(file)
+        missing = [name for name in ("block_count", *self.keys.values()) if key(name) is None]
+        if missing:
+            raise ModelError(
+                f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead"
+            )
+        config = {ours: key(theirs) for ours, theirs in self.keys.items()}
+        config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
+        config |= {ours: name in file.tensors for ours, name in self.present.items()}
+        config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
+        return config | {"model_type": self.model_type}
+
+    def key(self, file: GgufFile) -> Key:
+        """Return the reader of this family's metadata in `file`."""
+        return lambda name, default=None: file.metadata.get(f"{self.gguf}.{name}", default)
+
+    def name_map(self, num_blocks: int) -> TensorNameMap:
+        """gguf-py's table of parameter name -> GGUF name for this family."""
+        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.gguf)
+        return get_tensor_name_map(arch, num_blocks)
+
+
+def _common(file: GgufFile, key: Key) -> dict[str, Any]:
+    token = "tokenizer.ggml.{}_token_id".format
+    ends = {file.metadata.get(token("eos")), file.metadata.get(token("eot"))} - {None}
+    return {
+        "vocab_size": file.tensor("token_embd.weight").shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "num_hidden_layers": key("block_count") - key("nextn_predict_layers", 0),
+        "bos_token_id": file.metadata.get(token("bos")),
+        "eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": file.metadata.get(token("padding")),
+        "rope_parameters": _rope(file, key),
+    }
+
+
+def _rope(file: GgufFile, key: Key) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
+    kind = key("rope.scaling.type", "none")
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise ModelError(f"{file.path}: position scaling {kind!r} is not supported; valid: none, linear, yarn")
+    rope |= {"rope_type": kind, "factor": key("rope.scaling.factor", 1.0)}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
+        rope |= {
+            "beta_fast": key("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0),
+        }
+        multiplier = key("rope.scaling.yarn_log_multiplier")
+        if multiplier:  # the file stores 0.1 * mscale_all_dim; every released model has mscale equal to it
+            mscale = round(multiplier / 0.1, 6)
+            rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+    return rope

@@ -1,0 +1,51 @@
+"""Keys, names and transforms that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .base import Key, Transform
+
+__all__ = ["CORRECTION", "DECODER_KEYS", "GQA_KEYS", "ROW", "SIGMOID", "SOFTMAX", "scale", "unpermuted", "without"]
+
+SOFTMAX, SIGMOID = 1, 2  # values of the GGUF key expert_gating_func
+
+DECODER_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+GQA_KEYS = DECODER_KEYS | {"num_key_value_heads": "attention.head_count_kv", "num_experts": "expert_count"}
+
+CORRECTION = "blk.{layer}.exp_probs_b.bias"
+
+ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
+"""A matrix of one row, which some converters store as a vector."""
+
+
+def without(keys: Mapping[str, str], *names: str) -> dict[str, str]:
+    """Return the keys but those named."""
+    return {ours: theirs for ours, theirs in keys.items() if ours not in names}
+
+
+def scale(key: Key) -> float:
+    """Factor on the routing weights; as in llama.cpp, an absent one and zero mean none."""
+    return float(key("expert_weights_scale", 0.0) or 1.0)
+
+
+def unpermuted(heads: str) -> Transform:
+    """Undo the converter's pairing of rotary dimensions; `heads` is the GGUF key of the head count.
+
+    Some files hold the rows of a head as x0, x64, x1, x65, ... for llama.cpp's rotation of neighbours;
+    Transformers rotates the halves x0, x1, ... and x64, x65, ...
+    """
+
+    def build(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+        return tensor.view(key(heads), -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+    return Transform(build)

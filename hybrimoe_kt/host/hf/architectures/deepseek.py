@@ -1,0 +1,106 @@
+"""DeepSeek-V2, V2-Lite, V3, R1 and Kimi-K2, which share the GGUF architecture deepseek2; GLM-4.5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hybrimoe_kt.errors import ModelError
+
+from .base import Architecture, Composed, Key
+from .common import CORRECTION, DECODER_KEYS, SIGMOID, SOFTMAX, scale
+
+__all__ = ["FAMILIES"]
+
+_BIAS = "mlp.gate.e_score_correction_bias"
+_SHARED_EXPERT_KEYS = {
+    "n_routed_experts": "expert_count",
+    "intermediate_size": "feed_forward_length",
+    "first_k_dense_replace": "leading_dense_block_count",
+}
+
+
+def _glm4moe(key: Key) -> Mapping[str, Any]:
+    if key("expert_gating_func", SIGMOID) != SIGMOID:
+        raise ModelError("glm4moe with softmax routing is not supported; every released model routes by sigmoid")
+    return {
+        "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"),
+        "routed_scaling_factor": scale(key),
+        "norm_topk_prob": key("expert_weights_norm", True),
+    }
+
+
+def _deepseek2(key: Key) -> Mapping[str, Any]:
+    if key("expert_gating_func", SOFTMAX) != SOFTMAX:
+        raise ModelError(f"deepseek2 with expert_gating_func {key('expert_gating_func')} is not supported; 1 and 2 are")
+    if key("expert_weights_norm", False):
+        raise ModelError("deepseek2 with normalised softmax routing weights is not supported by the host's DeepSeek-V2")
+    method = "group_limited_greedy" if key("expert_group_count", 1) > 1 else "greedy"
+    return _latent(key) | {"topk_method": method}
+
+
+def _deepseek3(key: Key) -> Mapping[str, Any]:
+    return _latent(key) | {"norm_topk_prob": key("expert_weights_norm", False), "rope_interleave": True}
+
+
+def _latent(key: Key) -> dict[str, Any]:
+    """Dimensions of latent attention, and the groups of experts."""
+    rope_dim = key("rope.dimension_count")
+    query_dim = key("attention.key_length_mla") or key("attention.key_length")
+    return {
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": query_dim - rope_dim,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "num_key_value_heads": key("attention.head_count"),
+        "n_group": key("expert_group_count", 1),
+        "topk_group": key("expert_group_used_count", 1),
+        "routed_scaling_factor": scale(key),
+    }
+
+
+def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor, key: Key) -> torch.Tensor:
+    """`attn_k_b [heads, rank, nope]` and `attn_v_b [heads, v, rank]` -> `[heads * (nope + v), rank]`."""
+    return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
+
+
+def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
+
+
+_DEEPSEEK2 = Architecture(
+    gguf="deepseek2",
+    model_type="deepseek_v2",
+    keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
+    optional_keys={"n_shared_experts": "expert_shared_count"},
+    derive=_deepseek2,
+    composed={
+        "self_attn.kv_b_proj.weight": Composed(
+            ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+        )
+    },
+)
+_DEEPSEEK3 = replace(
+    _DEEPSEEK2, model_type="deepseek_v3", derive=_deepseek3, names={_BIAS: CORRECTION}, float32=(_BIAS,)
+)
+
+FAMILIES = (
+    replace(_DEEPSEEK2, variant_key="expert_gating_func", variants={SIGMOID: _DEEPSEEK3}),
+    Architecture(
+        gguf="glm4moe",
+        model_type="glm4_moe",
+        keys=DECODER_KEYS
+        | _SHARED_EXPERT_KEYS
+        | {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"},
+        optional_keys={"n_shared_experts": "expert_shared_count"},
+        present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
+        constants={"n_group": 1, "topk_group": 1},  # llama.cpp knows no groups in this family, nor has any model
+        derive=_glm4moe,
+        names={_BIAS: CORRECTION},
+        float32=(_BIAS,),
+    ),
+)

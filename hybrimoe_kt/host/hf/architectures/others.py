@@ -1,0 +1,104 @@
+"""Families with grouped-query attention and one kind of layer: Mixtral, OLMoE, Granite, MiniMax-M2, ERNIE 4.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybrimoe_kt.errors import ModelError
+
+from .base import Architecture, Key
+from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, SIGMOID, SOFTMAX, unpermuted, without
+
+__all__ = ["FAMILIES"]
+
+_PAIRED_ROTARY = {
+    "self_attn.q_proj.weight": unpermuted("attention.head_count"),
+    "self_attn.k_proj.weight": unpermuted("attention.head_count_kv"),
+}
+# Families whose experts take the width that others give to their dense layers.
+_PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
+    "num_key_value_heads": "attention.head_count_kv",
+    "num_local_experts": "expert_count",
+}
+_MINIMAX_BIAS = "mlp.e_score_correction_bias"
+_ERNIE_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"
+
+
+def _granitemoe(key: Key) -> Mapping[str, Any]:
+    if key("expert_shared_feed_forward_length", 0):
+        raise ModelError("granitemoe with shared experts (GraniteMoeShared) is not supported; models without are")
+    return {}
+
+
+def _minimax(key: Key) -> Mapping[str, Any]:
+    if key("expert_gating_func", SIGMOID) != SIGMOID:
+        raise ModelError("minimax-m2 with softmax routing is not supported; every released model routes by sigmoid")
+    return {
+        "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length")
+    }
+
+
+def _ernie(key: Key) -> Mapping[str, Any]:
+    if key("expert_gating_func", SOFTMAX) != SOFTMAX:
+        raise ModelError("ernie4_5-moe with sigmoid routing is not supported; every released model routes by softmax")
+    return {}
+
+
+FAMILIES = (
+    Architecture(  # with experts: Mixtral, whose routing weights are always normalised
+        gguf="llama",
+        model_type="mixtral",
+        keys=_PLAIN_WIDTH | {"intermediate_size": "feed_forward_length"},
+        optional_keys={"head_dim": "attention.key_length"},
+        transforms=_PAIRED_ROTARY,
+    ),
+    Architecture(
+        gguf="olmoe",
+        model_type="olmoe",
+        keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
+        constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
+    ),
+    Architecture(
+        gguf="granitemoe",
+        model_type="granitemoe",
+        keys=_PLAIN_WIDTH
+        | {
+            "intermediate_size": "feed_forward_length",
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+        derive=_granitemoe,
+        names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
+        transforms=_PAIRED_ROTARY,
+    ),
+    Architecture(
+        gguf="minimax-m2",
+        model_type="minimax_m2",
+        keys=_PLAIN_WIDTH | {"intermediate_size": "expert_feed_forward_length", "head_dim": "attention.key_length"},
+        derive=_minimax,
+        names={_MINIMAX_BIAS: CORRECTION},
+        float32=(_MINIMAX_BIAS,),
+        router_inputs=("e_score_correction_bias",),
+    ),
+    Architecture(
+        gguf="ernie4_5-moe",
+        model_type="ernie4_5_moe",
+        keys=without(DECODER_KEYS, "num_experts_per_tok")
+        | {
+            "num_key_value_heads": "attention.head_count_kv",
+            "intermediate_size": "feed_forward_length",
+            "moe_k": "expert_used_count",
+            "moe_num_experts": "expert_count",
+            "moe_layer_start_index": "leading_dense_block_count",
+            "moe_layer_interval": "interleave_moe_layer_step",
+        },
+        optional_keys={"moe_num_shared_experts": "expert_shared_count", "head_dim": "attention.key_length"},
+        present={"use_bias": "blk.0.attn_q.bias"},
+        derive=_ernie,
+        names={_ERNIE_BIAS: CORRECTION},
+        float32=(_ERNIE_BIAS, "mlp.gate.weight"),
+    ),
+)

@@ -1,0 +1,154 @@
+"""Qwen2-MoE, Qwen3-MoE, and the hybrids Qwen3-Next and Qwen3.5-MoE with their gated linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .base import Architecture, Composed, Key, Transform
+from .common import GQA_KEYS, ROW
+
+__all__ = ["FAMILIES"]
+
+_KEY_HEADS, _VALUE_HEADS, _KEY_DIM = "ssm.group_count", "ssm.time_step_rank", "ssm.state_size"
+
+_HYBRID_KEYS = GQA_KEYS | {
+    "head_dim": "attention.key_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": _KEY_DIM,
+    "linear_num_key_heads": _KEY_HEADS,
+    "linear_num_value_heads": _VALUE_HEADS,
+}
+
+
+def _hybrid(key: Key) -> Mapping[str, Any]:
+    interval, num_layers = key("full_attention_interval", 4), key("block_count") - key("nextn_predict_layers", 0)
+    return {
+        "linear_value_head_dim": key("ssm.inner_size") // key(_VALUE_HEADS),
+        "layer_types": [
+            "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
+        ],
+        "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
+    }
+
+
+# Norms are stored as the factor they multiply by; Transformers keeps its distance from one.
+_NORM = Transform(lambda tensor, key: tensor - 1)
+_HYBRID_TRANSFORMS = {
+    "mlp.shared_expert_gate.weight": ROW,
+    "input_layernorm.weight": _NORM,
+    "post_attention_layernorm.weight": _NORM,
+    "q_norm.weight": _NORM,
+    "k_norm.weight": _NORM,
+    "model.norm.weight": _NORM,
+}
+_CHANNELS = Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
+"""A depthwise kernel, stored without its dimension of one."""
+
+
+def _qkvz(qkv: torch.Tensor, gate: torch.Tensor, key: Key) -> torch.Tensor:
+    """Rows of all queries, keys and values, and the gate's -> the same by key head, as Transformers has them."""
+    heads, width = key(_KEY_HEADS), key(_KEY_DIM) * key(_KEY_HEADS)
+    parts = (*qkv.split((width, width, qkv.shape[0] - 2 * width)), gate)
+    return torch.cat([part.view(heads, -1, part.shape[1]) for part in parts], dim=1).flatten(0, 1)
+
+
+def _grouped(head_dim: Callable[[Key], int], dim: int = 0, after: Callable[[Key], int] = lambda key: 0) -> Transform:
+    """Sort value heads by key head again: the file has the first of every key head, then the second of each, ...
+
+    `head_dim` entries along `dim` belong to one head; entries before `after` are not value heads.
+    """
+
+    def build(tensor: torch.Tensor, key: Key) -> torch.Tensor:
+        key_heads, start = key(_KEY_HEADS), after(key)
+        fixed, tiled = tensor.split((start, tensor.shape[dim] - start), dim)
+        shape = (*tiled.shape[:dim], -1, key_heads, head_dim(key), *tiled.shape[dim + 1 :])
+        return torch.cat((fixed, tiled.reshape(shape).transpose(dim, dim + 1).reshape(tiled.shape)), dim)
+
+    return Transform(build)
+
+
+def _value_dim(key: Key) -> int:
+    return int(key("ssm.inner_size")) // int(key(_VALUE_HEADS))
+
+
+def _after_keys(key: Key) -> int:
+    return 2 * int(key(_KEY_DIM)) * int(key(_KEY_HEADS))
+
+
+def _one(key: Key) -> int:
+    return 1
+
+
+def _then(first: Transform, second: Transform) -> Transform:
+    return Transform(
+        lambda tensor, key: second.build(first.build(tensor, key), key),
+        lambda shape: second.shape(first.shape(shape)),
+    )
+
+
+_LOG = Transform(lambda tensor, key: torch.log(-tensor))
+"""The decay is stored as -exp(A_log)."""
+
+_LINEAR = "linear_attn."
+_HYBRID_NAMES = {_LINEAR + "A_log": "blk.{layer}.ssm_a", _LINEAR + "dt_bias": "blk.{layer}.ssm_dt.bias"}
+
+FAMILIES = (
+    Architecture(
+        gguf="qwen3moe",
+        model_type="qwen3_moe",
+        keys=GQA_KEYS | {"head_dim": "attention.key_length"},
+        optional_keys={"intermediate_size": "feed_forward_length"},
+        # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
+        constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    Architecture(
+        gguf="qwen2moe",
+        model_type="qwen2_moe",
+        keys=GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        optional_keys={"intermediate_size": "feed_forward_length"},
+        # As in llama.cpp and in the released models: routing weights keep their softmax values.
+        constants={"norm_topk_prob": False, "qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        transforms={"mlp.shared_expert_gate.weight": ROW},
+    ),
+    Architecture(
+        gguf="qwen3next",
+        model_type="qwen3_next",
+        keys=_HYBRID_KEYS,
+        optional_keys={"intermediate_size": "feed_forward_length"},
+        constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        derive=_hybrid,
+        names=_HYBRID_NAMES,
+        composed={
+            _LINEAR + "in_proj_qkvz.weight": Composed(
+                ("blk.{layer}.attn_qkv.weight", "blk.{layer}.attn_gate.weight"),
+                _qkvz,
+                lambda qkv, gate: (qkv[0] + gate[0], qkv[1]),
+            )
+        },
+        transforms=_HYBRID_TRANSFORMS | {_LINEAR + "A_log": _LOG, _LINEAR + "conv1d.weight": _CHANNELS},
+        norm_offset=1.0,
+    ),
+    Architecture(
+        gguf="qwen35moe",
+        model_type="qwen3_5_moe_text",
+        keys=_HYBRID_KEYS,
+        derive=_hybrid,
+        names=_HYBRID_NAMES,
+        transforms=_HYBRID_TRANSFORMS
+        | {
+            _LINEAR + "A_log": _then(_LOG, _grouped(_one)),
+            _LINEAR + "dt_bias": _grouped(_one),
+            _LINEAR + "conv1d.weight": _then(_CHANNELS, _grouped(_value_dim, after=_after_keys)),
+            _LINEAR + "in_proj_qkv.weight": _grouped(_value_dim, after=_after_keys),
+            _LINEAR + "in_proj_z.weight": _grouped(_value_dim),
+            _LINEAR + "in_proj_a.weight": _grouped(_one),
+            _LINEAR + "in_proj_b.weight": _grouped(_one),
+            _LINEAR + "out_proj.weight": _grouped(_value_dim, dim=1),
+        },
+        norm_offset=1.0,
+    ),
+)

@@ -1,0 +1,120 @@
+"""Where a model comes from, a GGUF file or a Hugging Face checkpoint, brought to one shape for loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host.config_file import read_config
+
+from .architectures import Architecture, architecture_of, architecture_of_type
+from .checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from .dense_weights import LazyTensor, dense_state_dict
+from .gguf_file import GgufFile
+from .gguf_loader import GgufLoader
+
+__all__ = ["Source", "first_line", "open_source"]
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+State = Callable[[Mapping[str, tuple[int, ...]], torch.dtype], dict[str, LazyTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model before it is built; `state(parameters, dtype)` gives its dense weights, lazily."""
+
+    file: GgufFile | Checkpoint
+    architecture: Architecture
+    config: Any
+    loader: GgufLoader | CheckpointLoader
+    state: State
+
+
+def open_source(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+    """Open a GGUF model, or a directory of safetensors; `model_path` is where its configuration is read from."""
+    return _checkpoint(path, model_path, overrides) if is_checkpoint(path) else _gguf(path, model_path, overrides)
+
+
+def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+    file = GgufFile(path)
+    architecture = architecture_of(file)
+    config = _config(file, architecture, model_path)
+    _check_consistent(file, architecture, config)
+
+    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, LazyTensor]:
+        return dense_state_dict(file, architecture, parameters, dtype)
+
+    return Source(file, architecture, config, GgufLoader(file, overrides), state)
+
+
+def _checkpoint(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+    config = _directory_config(Path(model_path or path))
+    architecture = architecture_of_type(str(path), config.model_type)
+    file = Checkpoint(path)
+
+    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, LazyTensor]:
+        return file.dense_state(dtype, architecture.float32)
+
+    return Source(file, architecture, config, CheckpointLoader(file, overrides), state)
+
+
+def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:
+    if model_path is None:
+        return _config_from_metadata(file, architecture)
+    config = _directory_config(Path(model_path))
+    if config.model_type != architecture.model_type:
+        raise ModelError(
+            f"{model_path} describes a {config.model_type} model, {file.path} holds {architecture.gguf} "
+            f"({architecture.model_type}); they belong to different models"
+        )
+    config.__dict__.pop("quantization_config", None)  # it describes other files than the GGUF
+    return config
+
+
+def _directory_config(path: Path) -> Any:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json there; --model_path takes a local model directory, or leave it out")
+    try:
+        return read_config(path)
+    except Exception as error:  # whatever a file may hold that is no configuration
+        raise ModelError(f"{path}/config.json cannot be used: {first_line(error)}") from None
+
+
+def _check_consistent(file: GgufFile, architecture: Architecture, config: Any) -> None:
+    """Refuse a configuration that would silently run another model than the file holds, or build one without end."""
+    blocks = {int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))}
+    ahead = architecture.key(file)("nextn_predict_layers", 0)
+    found = 1 + max(blocks, default=-1) - (ahead if isinstance(ahead, int) else 0)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    stated = architecture.key(file)("expert_used_count")
+    if config.num_hidden_layers != found:
+        raise ModelError(f"{file.path}: holds {found} layers, its configuration says {config.num_hidden_layers}")
+    if config.num_experts_per_tok != stated or not (isinstance(stated, int) and 1 <= stated <= (experts or stated)):
+        raise ModelError(
+            f"{file.path}: routes each token to {stated} of {experts} experts, "
+            f"its configuration says {config.num_experts_per_tok}"
+        )
+    groups, used = (getattr(config, name, None) or 1 for name in ("n_group", "topk_group"))
+    if experts and (experts % groups or not 1 <= used <= groups):
+        raise ModelError(f"{file.path}: {experts} experts cannot be routed by {used} of {groups} groups")
+
+
+def _config_from_metadata(file: GgufFile, architecture: Architecture) -> Any:
+    try:
+        values = architecture.config(file)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(f"{file.path}: its metadata describes no usable model: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

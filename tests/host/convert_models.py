@@ -1,0 +1,50 @@
+"""Converts Hugging Face directories with llama.cpp's published converter: `convert_models.py LLAMA_CPP FOLDER...`.
+
+Runs in a process of its own, because the converter brings its own `gguf`. The generated models' vocabulary is none
+that it knows, so only the vocabulary is written here; every tensor and every other key is the converter's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def convert(folder: Path) -> None:
+    """Write `folder`'s model to `folder/model.gguf`, in F32."""
+    import gguf
+    import torch
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+    hparams = ModelBase.load_hparams(folder, False)
+    cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+    cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
+    cls.set_vocab = write_vocabulary
+    with torch.inference_mode():
+        fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
+        cls(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf", fuse_gate_up_exps=fused).write()
+
+
+def write_vocabulary(model: Any) -> None:
+    """Stand in for the converter's `set_vocab`, which only knows released vocabularies."""
+    tokenizer = json.loads((model.dir_model / "tokenizer.json").read_text())
+    special = [token["content"] for token in tokenizer["added_tokens"]]
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__) + special
+    writer = model.gguf_writer
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - len(special)) + [3] * len(special))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(model.hparams["eos_token_id"])
+    writer.add_pad_token_id(model.hparams["pad_token_id"])
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py"]
+    for name in sys.argv[2:]:
+        convert(Path(name))

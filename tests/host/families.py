@@ -1,0 +1,176 @@
+"""Every model family once: a small configuration in Transformers' own words, and the random model made from it.
+
+No mapping of the package takes part: the models are saved as Hugging Face checkpoints and converted by
+llama.cpp's published converter.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+__all__ = ["FAMILIES", "Family", "random_model", "save_checkpoint"]
+
+SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+MERGED = ("t", "h")
+VOCAB = 257 + len(SPECIALS)
+
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 260,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_NUM_EXPERTS = {"num_experts": 8, "moe_intermediate_size": 256, "intermediate_size": 512}
+_LOCAL_EXPERTS = {"num_local_experts": 8, "intermediate_size": 256}
+_SHARED = {"shared_expert_intermediate_size": 512}
+_ROUTED = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 256,
+    "intermediate_size": 512,
+    "first_k_dense_replace": 1,
+}
+_LATENT = _ROUTED | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "full_attention_interval": 4,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write."""
+
+    model_type: str
+    values: dict[str, Any]
+    written: dict[str, Any]
+
+
+def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, **values: Any) -> Family:
+    merged: dict[str, Any] = dict(_DECODER)
+    for part in parts:
+        merged |= part
+    return Family(model_type, merged | values, written or {})
+
+
+_SIGMOID = {"scoring_func": "sigmoid"}
+FAMILIES: dict[str, Family] = {
+    "qwen3moe": _family("qwen3_moe", _NUM_EXPERTS, head_dim=64, norm_topk_prob=True),
+    "qwen2moe": _family("qwen2_moe", _NUM_EXPERTS, _SHARED, norm_topk_prob=False),
+    "qwen3next": _family("qwen3_next", _NUM_EXPERTS, _SHARED, _HYBRID, norm_topk_prob=True),
+    "qwen35moe": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID),
+    "qwen35moe-fused": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID, written={"fuse_gate_up": True}),
+    "mixtral": _family("mixtral", _LOCAL_EXPERTS),
+    "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
+    "granitemoe": _family(
+        "granitemoe",
+        _LOCAL_EXPERTS,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        logits_scaling=2.0,
+    ),
+    "minimax-m2": _family("minimax_m2", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5,
+                          written={"rotary_dim": 32} | _SIGMOID),
+    "ernie4_5-moe": _family(
+        "ernie4_5_moe",
+        moe_num_experts=8,
+        moe_k=2,
+        moe_intermediate_size=256,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+        intermediate_size=512,
+    ),
+    "glm4moe": _family(
+        "glm4_moe", _ROUTED, head_dim=64, partial_rotary_factor=0.5, routed_scaling_factor=1.5, norm_topk_prob=True,
+        attention_bias=True, use_qk_norm=True,
+    ),
+    "deepseek2": _family("deepseek_v2", _LATENT, q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.0,
+                         norm_topk_prob=False),
+    "deepseek2-groups": _family(
+        "deepseek_v2", _LATENT, q_lora_rank=64, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=2.0, norm_topk_prob=False,
+        rope_parameters=_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "deepseek3": _family(
+        "deepseek_v3", _LATENT, q_lora_rank=64, n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=True,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,
+    ),
+    "kimi-k2": _family(  # DeepSeek-V3 without groups
+        "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+        norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,
+    ),
+}  # fmt: skip
+
+
+def random_model(name: str) -> torch.nn.Module:
+    """Return the family's stock model in float32, every parameter random enough to matter."""
+    family = FAMILIES[name]
+    config = AutoConfig.for_model(family.model_type, **copy.deepcopy(family.values))  # it writes into nested ones
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    generator = torch.Generator().manual_seed(1)
+    for key, value in (*model.named_parameters(), *model.named_buffers()):
+        noise = torch.randn(value.shape, generator=generator)
+        if "embed_tokens" in key:
+            value.data = noise
+        elif value.ndim >= 2 and "e_score" not in key:
+            value.data = noise * value.shape[-1] ** -0.5
+        elif "inv_freq" not in key:
+            value.data = value.data + 0.15 * noise
+    return model.eval()
+
+
+def save_checkpoint(name: str, model: torch.nn.Module, folder: Path) -> Path:
+    """Write the model as a Hugging Face directory (safetensors, config, tokenizer) and return it."""
+    model.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | FAMILIES[name].written))
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(MERGED)]
+    backend = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=[MERGED]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIALS[0], pad_token=SPECIALS[3])
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+    assert len(tokenizer) == VOCAB
+    return tokenizer

@@ -1,0 +1,150 @@
+"""Every family: a random stock model, llama.cpp's published converter, our host: the same logits and tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, REFUSED
+from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.host.hf.engine import Sampling
+from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.host.hf.loading import load_model
+
+from . import llama_cpp_converter
+from .families import FAMILIES, random_model, save_checkpoint
+from .llama_cpp import LlamaCpp
+from .stock import greedy, logits_of
+
+PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PLACES: dict[str, dict[str, Any]] = {
+    "none": {"accelerator": "none"},
+    "emulated": {"accelerator": "emulated", "cache_size": 3, "prefetch_size": 2},
+}
+
+LLAMA_CPP_DIFFERS = {
+    "deepseek2": "decides by the number of layers whether queries are low-rank",
+    "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Return a function from a family to its converted file; those that this run needs are converted together."""
+    root = llama_cpp_converter.find()
+    if root is None:
+        pytest.skip(llama_cpp_converter.MISSING)
+    ours = [item for item in request.session.items if "converted" in item.fixturenames]
+    wanted = {item.callspec.params["name"] for item in ours}
+    folders = {name: tmp_path_factory.mktemp(name) for name in sorted(wanted)}
+    for name, folder in folders.items():
+        save_checkpoint(name, random_model(name), folder)
+    llama_cpp_converter.convert(folders.values(), root)
+    return lambda name: folders[name] / "model.gguf"
+
+
+def test_every_architecture_is_converted_here() -> None:
+    """A family added to the package without a row in the table would go untested."""
+    covered = {"qwen35moe-fused": "qwen35moe", "mixtral": "llama"}
+    covered |= dict.fromkeys(("deepseek2-groups", "deepseek3", "kimi-k2"), "deepseek2")
+    assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_greedy_tokens_equal_the_stock_model(converted: Callable[[str], Path], name: str) -> None:
+    file, stock = converted(name), random_model(name)
+    wanted = logits_of(stock, PROMPT)
+    wanted_tokens, _ = greedy(stock, PROMPT, 12)
+    assert wanted.std() > 0.3, "a model whose logits are all alike would prove nothing"
+    for place, overrides in PLACES.items():
+        ours = load_model(file, option_overrides={"cpu_backend": "torch_reference", **overrides}, progress=False)
+        torch.testing.assert_close(logits_of(ours.model, PROMPT), wanted, rtol=0, atol=1e-4, msg=place)
+        assert greedy(ours.model, PROMPT, 12)[0] == wanted_tokens, place
+        assert not ours.warnings
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_configuration_of_the_directory_gives_the_same_model(converted: Callable[[str], Path], name: str) -> None:
+    """`--model_path` and the metadata alone describe one model."""
+    file = converted(name)
+    overrides = {"cpu_backend": "torch_reference", "accelerator": "none"}
+    alone = load_model(file, option_overrides=overrides, progress=False)
+    beside = load_model(file, model_path=file.parent, option_overrides=overrides, progress=False)
+    assert torch.equal(logits_of(alone.model, PROMPT), logits_of(beside.model, PROMPT))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LLAMA_CPP_DIFFERS])
+def test_llama_cpp_reads_the_same_model_in_the_file(converted: Callable[[str], Path], name: str) -> None:
+    """The likeliest next tokens have llama.cpp's probabilities: the file means the same there."""
+    ours = load_model(converted(name), option_overrides={"cpu_backend": "torch_reference"}, progress=False)
+    theirs, compared = LlamaCpp(converted(name)), 0
+    for start in range(6):
+        prompt = [random.Random(start).randrange(32, 127) for _ in range(9)]
+        expected = torch.log_softmax(logits_of(ours.model, prompt)[-1], dim=-1)
+        for token, logarithm in theirs.next_token(prompt).items():
+            assert abs(float(expected[token]) - logarithm) < 0.02, (start, token)
+            compared += 1
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("name", ["qwen35moe-fused"])
+def test_fused_experts_are_held_once(converted: Callable[[str], Path], name: str) -> None:
+    file = GgufFile(converted(name))
+    fused = file.tensor("blk.0.ffn_gate_up_exps.weight")
+    ours = load_model(file.path, option_overrides={"accelerator": "none"}, progress=False)
+    gate, up, down = ours.runtime.store.layers[0].matrices
+    assert gate.data.numel() + up.data.numel() == fused.data.size
+    assert gate.data.is_contiguous() and up.data.is_contiguous()
+    assert down.data.data_ptr() == ours.loader.file.tensor("blk.0.ffn_down_exps.weight").data.ctypes.data
+
+
+@pytest.mark.parametrize("name", ["kimi-k2"])
+def test_the_configuration_of_kimi_k2_is_read(converted: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    """Its files name a type of their own, which is DeepSeek-V3's."""
+    file = converted(name)
+    config = json.loads((file.parent / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": auto_map}))
+    overrides = {"cpu_backend": "torch_reference", "accelerator": "none"}
+    ours = load_model(file, model_path=tmp_path, option_overrides=overrides, progress=False)
+    torch.testing.assert_close(logits_of(ours.model, PROMPT), logits_of(random_model(name), PROMPT), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3next"])
+def test_a_state_that_cannot_go_back_is_not_reused(converted: Callable[[str], Path], name: str) -> None:
+    """Linear attention keeps one state: a prompt that leaves the last one's path is read from its beginning."""
+    engine = build_engine(
+        converted(name), option_overrides={"cpu_backend": "torch_reference", "accelerator": "none"}, progress=False
+    )
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    fresh = list(engine.tokens([*PROMPT[:9], 7, 8], sampling))
+    list(engine.tokens(PROMPT, sampling))
+    assert list(engine.tokens([*PROMPT[:9], 7, 8], sampling)) == fresh
+    assert engine.last_run()["reused_tokens"] == 0
+    answer = list(engine.tokens(PROMPT, sampling))
+    longer = [*PROMPT, *answer, 5]
+    continued = list(engine.tokens(longer, sampling))
+    assert engine.last_run()["reused_tokens"] >= len(PROMPT)
+    engine.reset()
+    assert list(engine.tokens(longer, sampling)) == continued
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
+    writer = GGUFWriter(str(tmp_path / "model.gguf"), name)
+    writer.add_expert_count(8)
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=f"architecture '{name}' is not supported: .*; use llama.cpp for it"):
+        load_model(tmp_path, progress=False)
