@@ -22,8 +22,8 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 class HybriMoEExperts(nn.Module):
     """Routed experts of one layer, handed step by step to the model's `Runtime`.
 
-    Constructor contract of kTransformers' operators. `kwargs` are the options of `ExpertOptions`; the device
-    names kTransformers passes to every operator are accepted, experts choose their place themselves. Holds no
+    Constructor contract of kTransformers' operators. `kwargs` are the options of `ExpertOptions`, alike for all
+    layers but for `accelerator`; where that is "auto", a `generate_device` such as cuda:1 names this layer's. Holds no
     parameters: the weights stay in the loader's mapping.
     """
 
@@ -53,7 +53,10 @@ class HybriMoEExperts(nn.Module):
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
-        self.runtime = Runtime.shared_by(gguf_loader, ExpertOptions.from_kwargs(kwargs), key)
+        options = ExpertOptions.from_kwargs(kwargs)
+        self.runtime = Runtime.shared_by(gguf_loader, options, key)
+        overrides = getattr(gguf_loader, "option_overrides", {})
+        accelerator = _accelerator(options.replace(overrides).accelerator, generate_device)
         self.runtime.add_layer(
             gguf_loader.layer_experts(
                 self.layer,
@@ -61,7 +64,8 @@ class HybriMoEExperts(nn.Module):
                 top_k=config.num_experts_per_tok,
                 hidden=orig_module.hidden_dim,
                 inter=orig_module.intermediate_dim,
-            )
+            ),
+            accelerator,
         )
 
     @classmethod
@@ -78,3 +82,13 @@ class HybriMoEExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
+
+
+def _accelerator(name: str, generate_device: str | None) -> str:
+    """Which accelerator serves the layer: the one named, or under "auto" the numbered device its rule gives it."""
+    if name != "auto" or generate_device is None:
+        return name
+    device = re.fullmatch(r"(cuda|xpu):\d+", generate_device)
+    if device is None or not getattr(torch, device[1]).is_available():
+        return name
+    return generate_device

@@ -202,6 +202,20 @@ class Runtime:
         if self._executor is None:
             self.start()
         logits = self._scores.pop(layer, None)
+        home, device = hidden.device, self._device_of(layer)
+        if device is not None and device != home:  # this layer's experts live on another accelerator than the model
+            hidden, ids, weights = hidden.to(device), ids.to(device), weights.to(device)
+            logits = None if logits is None else logits.to(device)
+            return self._run_chunks(layer, hidden, ids, weights, logits).to(home)
+        return self._run_chunks(layer, hidden, ids, weights, logits)
+
+    def _device_of(self, layer: int) -> torch.device | None:
+        lane = self._executor.lane(layer) if self._executor else None
+        return None if lane is None else lane.accelerator.device
+
+    def _run_chunks(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
+    ) -> torch.Tensor:
         size = self.options.max_chunk_tokens
         if hidden.shape[0] <= size:
             return self._run_chunk(layer, hidden, ids, weights, logits)
