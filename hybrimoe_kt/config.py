@@ -142,6 +142,11 @@ class ExpertOptions:
 
     0 takes what the profile says was measured, or 1 MiB.
     """
+    reserve_bytes: int = 2**30
+    """Accelerator memory that `cache_size: auto` leaves for KV cache, activations and the kernels' workspace.
+
+    1 GiB is an assumption, not measured; a long context wants more.
+    """
     prefill_streaming_bytes: int = 0
     """Accelerator memory, beside `cache_size`, for two whole layers of experts streamed ahead in prefill; 0: none."""
     deadline_s: float = 60.0
@@ -163,7 +168,7 @@ class ExpertOptions:
         _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
         _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
         _one_of("host_store", self.host_store, HOST_STORES)
-        for name in ("transfer_chunk_bytes", "prefill_streaming_bytes"):
+        for name in ("transfer_chunk_bytes", "prefill_streaming_bytes", "reserve_bytes"):
             object.__setattr__(self, name, _num_bytes(name, getattr(self, name)))
         if self.transfer_chunk_bytes:
             _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)

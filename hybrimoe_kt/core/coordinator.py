@@ -82,6 +82,8 @@ class Coordinator:
         self._uses_link = prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
         self._open: tuple[Routing, Plan] | None = None
         self._aborted: list[Transfer] = []
+        self._stream: tuple[int, int] | None = None  # a layer whose prefetch lent slots, and the layer that got them
+        self._closed: list[int] = []
         self.now_s = 0.0
 
     def use(self, scheduler: str | None) -> None:
@@ -113,6 +115,8 @@ class Coordinator:
         """Decide one layer step; pins what the plan uses until `finish`."""
         state = self._layers[routing.layer]
         loads = routing.loads
+        if self._stream is not None and routing.layer not in self._stream:
+            self._close_stream(self._layers[self._stream[1]])  # the prompt it was for has ended before its time
         if not state.uses_gpu:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
@@ -153,6 +157,8 @@ class Coordinator:
         streamed: list[Transfer] = []
         if routing.num_tokens > 1 and guesses and self._layers[guesses[0].layer].spec.num_stream_slots:
             streamed = self._prefetcher.stream(guesses[0], self.now_s, next_s)
+            if self._layers[guesses[0].layer].is_streaming:
+                self._stream = layer, guesses[0].layer
         return (*streamed, *self._prefetcher.choose(plan, guesses, self.now_s, next_s))
 
     def take_aborted(self) -> tuple[Transfer, ...]:
@@ -163,6 +169,14 @@ class Coordinator:
         """
         aborted, self._aborted = tuple(self._aborted), []
         return aborted
+
+    def take_closed(self) -> tuple[int, ...]:
+        """Return, once, the layers whose lent slots have been taken back. Ask after `plan` and after `finish`.
+
+        Nothing may be sent into those slots any more.
+        """
+        closed, self._closed = tuple(self._closed), []
+        return closed
 
     def finish(self, plan: Plan) -> None:
         """Unpin what `plan` used, complete its transfers and advance virtual time past it."""
@@ -193,7 +207,7 @@ class Coordinator:
     def drop(self, layer: int, slot: int) -> None:
         """Free `slot`, whatever it holds: its bytes cannot be trusted. Call it with no plan open that uses it."""
         cache = self._layers[layer].cache
-        expert = cache.occupant[slot]
+        expert = cache.occupant[slot] if slot < cache.num_slots else FREE  # lent slots may have been taken back
         if expert != FREE:
             self.fail(Transfer(ExpertId(layer, expert), slot, 0))
 
@@ -229,6 +243,9 @@ class Coordinator:
     def _close_stream(self, state: LayerState) -> None:
         """The layer is through: its streamed experts are gone, and those it had no use for were wasted."""
         layer = state.spec.layer
+        self._closed.append(layer)
+        if self._stream is not None and self._stream[1] == layer:
+            self._stream = None
         waiting = [
             e
             for e, slot in enumerate(state.cache.slot_of)

@@ -93,8 +93,11 @@ class Accelerator(Protocol):
     def free_bytes(self) -> int:
         """Device memory that could be allocated now."""
 
-    def auto_budget_bytes(self) -> int:
-        """What `cache_size: auto` may use, called once KV cache and dense weights are in place."""
+    def auto_budget_bytes(self, reserve_bytes: int) -> int:
+        """What `cache_size: auto` may use: what is free now, with the dense weights in place, less `reserve_bytes`.
+
+        Emulated: half of what is free.
+        """
 
     def describe(self) -> str:
         """A name a person recognises ("NVIDIA H100 80GB HBM3")."""

@@ -40,6 +40,7 @@ class Executor:
     def __init__(self, cpu: CpuBackend, lanes: Sequence[Lane], patience: Patience) -> None:
         self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
         self._lane_of = {layer: lane for lane in lanes for layer in lane.layers}
+        self._kept: list[Lane] = []
         self._cpu_busy = self._cpu_is_dead = False
         self._cpu_pace = 0.0
         """Seconds waited for the CPU per second predicted, a moving average: how long to sleep before polling."""
@@ -50,8 +51,13 @@ class Executor:
         """The accelerator that serves `layer`, if any."""
         return self._lane_of.get(layer)
 
-    def remove(self, lane: Lane) -> None:
-        """Never ask an accelerator again; its layers are computed on the CPU."""
+    def remove(self, lane: Lane, *, keep: bool) -> None:
+        """Never ask an accelerator again; its layers are computed on the CPU.
+
+        `keep` its memory where something may still write to it.
+        """
+        if keep:
+            self._kept.append(lane)
         self.lanes = tuple(other for other in self.lanes if other is not lane)
         self._lane_of = {layer: other for layer, other in self._lane_of.items() if other is not lane}
 
@@ -105,6 +111,13 @@ class Executor:
             with _failing(lane):
                 lane.queue.enqueue(transfer)
 
+    def end_streams(self, layers: Sequence[int]) -> None:
+        """Send nothing more into the lent slots of `layers`."""
+        for layer in layers:
+            lane = self._lane_of.get(layer)
+            if lane is not None:
+                lane.queue.end_stream(layer)
+
     def abort(self, transfers: Sequence[Transfer]) -> None:
         """Send no more of these prefetches."""
         if transfers:
@@ -129,7 +142,6 @@ class Executor:
         with _failing(lane):
             result = lane.finish(step, answer, has_gpu=bool(plan.gpu))
             lane.num_failures = 0
-            lane.queue.end_stream(plan.layer)
             return result
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:

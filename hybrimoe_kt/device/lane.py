@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from hybrimoe_kt.core.types import Plan, Transfer
+from hybrimoe_kt.errors import DeadlineError, KernelError
 
 from .accelerator import Accelerator
 from .backend import GpuBackend
@@ -22,6 +24,8 @@ from .transfers import TransferQueue
 from .waiting import Patience
 
 __all__ = ["Lane"]
+
+logger = logging.getLogger(__name__)
 
 
 class Lane:
@@ -173,7 +177,7 @@ class Lane:
         """Bring the CPU's answer to the device through the outbox."""
         self._turn ^= 1
         box = views.boxes[self._turn]
-        self.accelerator.on_host("fill outbox", writes=(box,))
+        self.accelerator.on_host("fill outbox", reads=(answer,), writes=(box,))
         box.copy_(answer)
         self.accelerator.copy(self.accelerator.compute, views.cpu, box, "CPU answer to device")
         return views.cpu
@@ -201,12 +205,21 @@ class Lane:
         self.queue.in_use = ()
         return self.queue.doubtful_slots()
 
+    def drain(self) -> None:
+        """Wait until nothing is under way; DeadlineError if that does not end. Failures met here are known already."""
+        for stream in (self.accelerator.compute, *self.queue.streams):
+            event = self.accelerator.event()
+            stream.record(event, "drained")
+            try:
+                self._patience.wait(event.is_done, f"what {self.accelerator.name} was still doing")
+            except DeadlineError:
+                raise
+            except (RuntimeError, KernelError):
+                logger.debug("found while draining", exc_info=True)
+
     def resize(self, layer: int, num_slots: int) -> None:
-        """Replace a layer's slots by `num_slots` empty ones; waits for what is under way on the old."""
-        slots = self.pool.layers[layer]
+        """Replace a layer's slots by `num_slots` empty ones; everything on the lane has been drained."""
         self.queue.drop_layer(layer)
-        for event in (slots.read_done, *slots.written):
-            self._patience.wait(event.is_done, f"work on the slots of layer {layer}")
         fresh = self.pool.resize(layer, num_slots)
         if fresh is not None:
             self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)
@@ -258,7 +271,7 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
     for expert in plan.gpu:
         slot = plan.slots[expert]
         slots, place = pool.locate(plan.layer, slot)
-        if slot in arriving or place in slots.unsettled:
+        if slot in arriving or (place in slots.unsettled and not slots.written[place].is_done()):
             late.append((expert,))
         else:
             ready.setdefault(slots.key, []).append(expert)

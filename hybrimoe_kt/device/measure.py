@@ -168,7 +168,8 @@ class LinkMeter:
         return feed
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Give the memory back once nothing copies into it."""
+        self._patience.wait(self._done.is_done, "measured copies")
         self._accelerator.release(self._target)
 
 

@@ -20,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 def slots_per_layer(
-    size: CacheSize, store: HostStore, accelerator: Accelerator, layers: Mapping[int, SlotLayout] | None = None
+    size: CacheSize,
+    store: HostStore,
+    accelerator: Accelerator,
+    layers: Mapping[int, SlotLayout] | None = None,
+    *,
+    reserve_bytes: int = 0,
 ) -> dict[int, int]:
     """Return layer -> number of slots for what the user asked; CapacityError when it exceeds the device's memory.
 
     Fractions and budgets are spread evenly over `layers` (default: all); a layer never gets more slots than experts.
-    A slot costs its `slot_bytes`, alignment included.
+    A slot costs its `slot_bytes`, alignment included. "auto" leaves `reserve_bytes` of the device's free memory.
     """
     layouts = store.layouts if layers is None else layers
     if size.per_layer is not None:
@@ -36,7 +41,7 @@ def slots_per_layer(
     elif size.fraction is not None:
         wanted = {layer: round(size.fraction * store.layers[layer].num_experts) for layer in layouts}
     else:
-        budget = size.num_bytes if size.num_bytes is not None else accelerator.auto_budget_bytes()
+        budget = size.num_bytes if size.num_bytes is not None else accelerator.auto_budget_bytes(reserve_bytes)
         _check_budget(budget, accelerator)
         one_each = sum(layout.slot_bytes for layout in layouts.values())
         wanted = dict.fromkeys(layouts, budget // one_each if one_each else 0)
@@ -72,6 +77,7 @@ class StreamBuffer:
     def __init__(self, accelerator: Accelerator, num_bytes: int) -> None:
         self.memory = accelerator.allocate(num_bytes)
         self.read_done: Event = accelerator.event()
+        accelerator.compute.record(self.read_done, "readers")  # an allocator may hand out what `compute` still uses
         self.written_by: dict[str, Event] = {}
         """Channel -> recorded after its last copy into the buffer."""
 
@@ -104,6 +110,8 @@ class LayerSlots:
         self.memory = memory.view(num_slots, layout.slot_bytes)
         self.views = list(self.memory)
         self.read_done: Event = accelerator.event() if buffer is None else buffer.read_done
+        if buffer is None:
+            accelerator.compute.record(self.read_done, "readers")  # as for a buffer
         self.written: list[Event] = [accelerator.event() for _ in range(num_slots)]
         self.unsettled: set[int] = set()
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrimoe_kt.errors import KernelError
+
 from .accelerator import Accelerator, Event, Stream
 from .layout import Segment, SlotLayout
 from .waiting import Patience
@@ -98,5 +100,5 @@ class Ring:
         for number, event in enumerate(self._events):
             try:
                 event.is_done()
-            except RuntimeError:
+            except (RuntimeError, KernelError):
                 self._events[number] = self._accelerator.event()

@@ -13,12 +13,11 @@ from hybrimoe_kt.errors import CapacityError
 
 from .accelerator import Event, Stream
 
-__all__ = ["RESERVE_BYTES", "TorchAccelerator"]
-
-RESERVE_BYTES = 2**30
-"""Left free by `auto`: activations, KV cache growth and the libraries' own buffers. An assumption, not measured."""
+__all__ = ["TorchAccelerator"]
 
 _HOST_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly: the mapping of a file that is not writable
+_PAGE = 4096
+_LARGE_BYTES = 2**26
 _LOW_PRIORITY, _HIGH_PRIORITY = 0, -1
 
 
@@ -72,6 +71,8 @@ class TorchAccelerator:
         self._module = getattr(torch, device.type)
         index = device.index if device.index is not None else self._module.current_device()
         self.device = torch.device(device.type, index)
+        self._registered: list[range] = []
+        """Pages of host memory that the driver has locked."""
         self.compute: Stream = _CurrentStream(self.device)
 
     def stream(self, name: str, *, low_priority: bool = False) -> Stream:
@@ -92,6 +93,10 @@ class TorchAccelerator:
         memory.untyped_storage().resize_(0)
 
     def page_locked(self, num_bytes: int) -> torch.Tensor:
+        if num_bytes >= _LARGE_BYTES:  # torch's allocator rounds up to a power of two
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            if self._register(memory, 0):
+                return memory
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         except (RuntimeError, MemoryError):
@@ -101,15 +106,29 @@ class TorchAccelerator:
             ) from None
 
     def register(self, memory: torch.Tensor) -> bool:
+        return self._register(memory, _HOST_REGISTER_READ_ONLY)
+
+    def _register(self, memory: torch.Tensor, flags: int) -> bool:
+        """Register the pages of `memory` that are not yet; neighbouring tensors of a file share pages."""
         if self.device.type != "cuda" or torch.version.hip is not None:
             return False
-        page = 4096
-        start = memory.data_ptr() // page * page
-        num_bytes = -(-(memory.data_ptr() + memory.numel() - start) // page) * page
+        first, last = memory.data_ptr() // _PAGE, (memory.data_ptr() + memory.numel() - 1) // _PAGE
+        missing = _without(range(first, last + 1), self._registered)
+        done: list[range] = []
         try:
-            return int(torch.cuda.cudart().cudaHostRegister(start, num_bytes, _HOST_REGISTER_READ_ONLY)) == 0
+            cudart = torch.cuda.cudart()
+            for pages in missing:
+                if int(cudart.cudaHostRegister(pages.start * _PAGE, len(pages) * _PAGE, flags)) != 0:
+                    raise RuntimeError("the driver refused")
+                done.append(pages)
         except (RuntimeError, AttributeError, ctypes.ArgumentError):
+            for pages in done:
+                torch.cuda.cudart().cudaHostUnregister(pages.start * _PAGE)
+            with contextlib.suppress(RuntimeError):  # the refusal stays pending until a launch reports it
+                torch.zeros(1, device=self.device)
             return False
+        self._registered += done
+        return True
 
     def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         with self._on(stream):
@@ -134,13 +153,27 @@ class TorchAccelerator:
         pass  # the model runs on `compute`
 
     def free_bytes(self) -> int:
-        return int(self._module.mem_get_info(self.device)[0])
+        cached = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
+        return int(self._module.mem_get_info(self.device)[0]) + int(cached)
 
-    def auto_budget_bytes(self) -> int:
-        return max(0, self.free_bytes() - RESERVE_BYTES)
+    def auto_budget_bytes(self, reserve_bytes: int) -> int:
+        return max(0, self.free_bytes() - reserve_bytes)
 
     def describe(self) -> str:
         return str(self._module.get_device_name(self.device))
 
     def _on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if stream is self.compute else stream.stream
+
+
+def _without(pages: range, taken: list[range]) -> list[range]:
+    """The parts of `pages` outside every range in `taken`."""
+    left = [pages]
+    for other in taken:
+        cut = []
+        for part in left:
+            before = range(part.start, min(part.stop, other.start))
+            after = range(max(part.start, other.stop), part.stop)
+            cut += [piece for piece in (before, after) if len(piece)]
+        left = cut
+    return left

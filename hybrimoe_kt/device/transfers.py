@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from hybrimoe_kt.core.types import Transfer
+from hybrimoe_kt.errors import KernelError
 
 from .accelerator import Accelerator, Stream
 from .host_store import HostStore
@@ -69,6 +70,10 @@ class TransferQueue:
         landing = 0 if all(layout.is_file_order for layout in layouts.values()) else largest
         self._on_demand = self._channel("on-demand copies", "on-demand copied", staged, landing, low_priority=False)
         self._prefetch = self._channel("prefetch copies", "prefetch copied", staged, landing, low_priority=True)
+        fresh = accelerator.event()
+        accelerator.compute.record(fresh, "last use of fresh memory")
+        for channel in (self._on_demand, self._prefetch):
+            channel.stream.wait(fresh, "fresh memory before landing")
         self._waiting: list[Pending] = []
         self.in_use: Collection[tuple[int, int]] = ()
         """Layer and slot of everything the open plan computes with; prefetches must leave it alone."""
@@ -78,6 +83,11 @@ class TransferQueue:
         stream = accelerator.stream(name, low_priority=low_priority)
         memory = accelerator.allocate(landing) if landing else torch.empty(0, dtype=torch.uint8)
         return Channel(name, stream, Ring(accelerator, NUM_RING_CHUNKS, staged, site), memory)
+
+    @property
+    def streams(self) -> tuple[Stream, Stream]:
+        """The two streams of copies."""
+        return self._on_demand.stream, self._prefetch.stream
 
     @property
     def num_waiting(self) -> int:
@@ -152,11 +162,13 @@ class TransferQueue:
             for place in slots.unsettled:
                 try:
                     arrived = slots.written[place].is_done()
-                except RuntimeError:  # the copy itself failed
+                except (RuntimeError, KernelError):  # the copy itself failed
                     slots.written[place] = self._accelerator.event()
                     arrived = False
                 if not arrived:
                     found.add((layer, slots.first + place))
+            if slots.buffer is not None:
+                slots.unsettled.clear()
         self._on_demand.ring.forget_failures()
         self._prefetch.ring.forget_failures()
         return found
@@ -187,17 +199,19 @@ class TransferQueue:
                     stream.wait(event, "another layer's copy before overwrite")
         chunk, slot = pending.chunks[pending.next_chunk], slots.views[pending.place]
         ready = self._store.page_locked(transfer.expert)
-        if ready is not None:
-            self._copy_ready(stream, chunk, ready, slot)
-        else:
-            self._copy_mapped(channel, chunk, transfer, slot, buffer)
-        if paced:
-            channel.ring.give(stream)
-        pending.next_chunk += 1
-        stream.record(slots.written[pending.place], "arrival")
-        if slots.buffer is not None:
-            event = slots.buffer.written_by.setdefault(channel.name, self._accelerator.event())
-            stream.record(event, "copied into the stream buffer")
+        try:
+            if ready is not None:
+                self._copy_ready(stream, chunk, ready, slot)
+            else:
+                self._copy_mapped(channel, chunk, transfer, slot, buffer)
+        finally:  # whatever was enqueued before one of them failed is under way
+            if paced:
+                channel.ring.give(stream)
+            pending.next_chunk += 1
+            stream.record(slots.written[pending.place], "arrival")
+            if slots.buffer is not None:
+                event = slots.buffer.written_by.setdefault(channel.name, self._accelerator.event())
+                stream.record(event, "copied into the stream buffer")
 
     def _copy_ready(self, stream: Stream, chunk: Chunk, ready: torch.Tensor, slot: torch.Tensor) -> None:
         """From a page-locked copy in slot layout: everything at once, or plane by plane."""

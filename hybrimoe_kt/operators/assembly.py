@@ -80,7 +80,8 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
             cpu = device.watch_cpu(cpu)
         usable = {layer: store.layouts[layer] for layer in served[name] if supported[layer]}
         if usable:
-            slots |= slots_per_layer(options.cache_size, store, device, usable)
+            reserve = options.reserve_bytes + options.prefill_streaming_bytes
+            slots |= slots_per_layer(options.cache_size, store, device, usable, reserve_bytes=reserve)
         _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
         streamed = _stream_slots(options, store, [layer for layer in usable if slots[layer]])
         num_streamed |= streamed

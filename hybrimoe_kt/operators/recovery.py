@@ -35,13 +35,14 @@ class Recovery:
         `plan` is the (finished) plan that failed, if any.
         """
         lane, cause = failure.lane, failure.cause
+        is_drained = self._drain(lane)
         self._drop_doubtful(lane, plan)
         self.num_failures += 1
         lane.num_failures += 1
-        if isinstance(cause, (torch.OutOfMemoryError, CapacityError)) and lane.pool.num_slots:
+        if not is_drained or isinstance(cause, DeadlineError) or lane.num_failures >= MAX_FAILURES_IN_A_ROW:
+            self._give_up(lane, failure, keep=not is_drained)
+        elif isinstance(cause, (torch.OutOfMemoryError, CapacityError)) and lane.pool.num_slots:
             self._shrink(lane, failure)
-        elif isinstance(cause, DeadlineError) or lane.num_failures >= MAX_FAILURES_IN_A_ROW:
-            self._give_up(lane, failure)
         else:
             self._tell(failure, "this step is computed on the CPU")
 
@@ -53,7 +54,16 @@ class Recovery:
             logger.debug("the CPU share of an abandoned step failed too", exc_info=True)
         lane = self._executor.lane(plan.layer)
         if lane is not None:
+            self._drain(lane)
             self._drop_doubtful(lane, plan)
+
+    @staticmethod
+    def _drain(lane: Lane) -> bool:
+        try:
+            lane.drain()
+        except DeadlineError:
+            return False
+        return True
 
     def _drop_doubtful(self, lane: Lane, plan: Plan | None) -> None:
         doubtful = lane.doubtful_slots()
@@ -62,6 +72,7 @@ class Recovery:
         for layer, slot in sorted(doubtful):
             self._coordinator.drop(layer, slot)
         self._executor.abort(self._coordinator.take_aborted())
+        self._executor.end_streams(self._coordinator.take_closed())
 
     def _shrink(self, lane: Lane, failure: AcceleratorFailed) -> None:
         sizes = {layer: int(len(slots.memory) * _SHARE_KEPT) for layer, slots in lane.pool.layers.items()}
@@ -71,14 +82,14 @@ class Recovery:
                 lane.resize(layer, num_slots)
                 self._coordinator.resize(layer, num_slots)
         except (KernelError, CapacityError, RuntimeError) as error:
-            self._give_up(lane, AcceleratorFailed(lane, error))
+            self._give_up(lane, AcceleratorFailed(lane, error), keep=False)
             return
         self._tell(failure, f"the expert cache shrinks to {lane.pool.num_slots} slots")
 
-    def _give_up(self, lane: Lane, failure: AcceleratorFailed) -> None:
+    def _give_up(self, lane: Lane, failure: AcceleratorFailed, *, keep: bool) -> None:
         for layer in lane.layers:
             self._coordinator.resize(layer, 0)
-        self._executor.remove(lane)
+        self._executor.remove(lane, keep=keep)
         self._tell(failure, "it is not used any more, its experts run on the CPU")
 
     def _tell(self, failure: AcceleratorFailed, consequence: str) -> None:

@@ -217,6 +217,11 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
     ) -> torch.Tensor:
         size = self.options.max_chunk_tokens
+        if self.recorder is not None and hidden.shape[0] > size:
+            raise ConfigError(
+                f"a recorded step has {hidden.shape[0]} tokens, one plan computes at most {size}; "
+                f"give max_chunk_tokens of at least that, or shorter steps"
+            )
         if hidden.shape[0] <= size:
             return self._run_chunk(layer, hidden, ids, weights, logits)
         result = torch.empty_like(hidden)
@@ -240,6 +245,7 @@ class Runtime:
         planned = now()
         try:
             self._executor.abort(self.coordinator.take_aborted())
+            self._executor.end_streams(self.coordinator.take_closed())
             self._executor.start(plan, step)
             started = now()
             self._prefetch(layer, step)
@@ -255,6 +261,7 @@ class Runtime:
             if self._fallback is not None:
                 self._watch(read, routing.num_tokens)
             self.coordinator.finish(plan)
+            self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
             self._record(routing, step)
         seconds.read += read - began
@@ -308,7 +315,6 @@ class Runtime:
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         assert self._recovery is not None, "a plan was made"
         self.coordinator.finish(plan)
-        self._executor.settle_cpu()
         self._recovery.recover(failure, plan)
         return self._executor.compute_on_cpu(plan.layer, step)
 

@@ -16,6 +16,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "two devices": {"tokens": (1, 1, 7, 1), "num_accelerators": 2},
     "aborts": {"tokens": (1,) * 5, "right_guesses": 0.1, "prefetch_size": 5, "profile": str(BUSY_LINK)},
     "streamed prompt": {"tokens": (6, 5, 1, 6, 6), "prefill_streaming_bytes": 2**20, "prefetch_size": 1},
+    "wrongly streamed": {
+        "tokens": (6,) * 4,
+        "prefill_streaming_bytes": 2**20,
+        "right_guesses": 0.0,
+        "scheduler": "gpu_only",
+        "cache_size": 1,
+    },
+    "sums in bfloat16": {"tokens": (1, 5, 1, 1), "sums": True},
     "pressure": {"tokens": (1, 6, 1, 1), "cache_size": 1, "scheduler": "gpu_only"},
 }
 QUICK_SEEDS, ALL_SEEDS = 40, 1000
@@ -53,8 +61,25 @@ def check(scenario: str, seeds: range) -> None:
         totals["aborted"] += stats.num_aborted
         totals["on both"] += min(stats.experts_on_cpu, stats.experts_on_gpu)
     assert totals["transfers"] > 0, "the scenario moved nothing"
-    if scenario != "pressure":
+    if scenario not in ("pressure", "wrongly streamed"):
         assert totals["prefetches"] > 0 and totals["on both"] > 0, totals
-    assert (totals["streamed"] > 0) == (scenario == "streamed prompt")
+    assert (totals["streamed"] > 0) == ("streamed" in scenario)
     if scenario == "aborts":
         assert totals["aborted"] > 0, totals
+
+
+@pytest.mark.parametrize("scheduler", ["gpu_only", "balanced"])
+def test_a_prompt_that_ends_before_its_time_leaves_nothing_behind(scheduler: str) -> None:
+    """What was streamed for its next layer must not be taken for what the next prompt streams there."""
+    for seed in range(20):
+        with pytest.MonkeyPatch.context() as patch:
+            machine = make(
+                patch, seed, prefill_streaming_bytes=2**20, prefetch_size=1, cache_size=1, scheduler=scheduler
+            )
+            for last in (0, 1, 0):
+                for layer in range(last + 1):
+                    machine.run(layer, 6)
+                machine.guessed.clear()
+                machine.play(6)
+            assert not machine.races and machine.num_failures == 0
+            assert machine.runtime.coordinator.stats.num_streamed > 0

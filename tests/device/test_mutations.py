@@ -28,12 +28,14 @@ SITES: dict[str, str] = {
     "result": "decode",
     "on-demand copied": "pressure",
     "prefetch copied": "aborts",
-    "copied into the stream buffer": "streamed prompt",
+    "last use of fresh memory": "decode",
+    "copied into the stream buffer": "wrongly streamed",
     # waits of one stream for another
     "arrival before use": "decode",
     "readers before overwrite": "pressure",
     "earlier copy before overwrite": "aborts",
-    "another layer's copy before overwrite": "streamed prompt",
+    "another layer's copy before overwrite": "wrongly streamed",
+    "fresh memory before landing": "decode",
     # waits of the host
     "host: routing read": "decode",
     "host: guesses read": "decode",
@@ -95,7 +97,7 @@ def test_the_list_is_complete() -> None:
             called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             texts = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             if called == "record":
-                recorded.update(texts)
+                recorded.update(set(texts) - {"drained"})  # after failures only, see test_faults.py
             elif called == "_channel":
                 recorded.add(texts[1])
             elif called == "wait" and "patience" not in ast.unparse(call.func):
@@ -103,6 +105,9 @@ def test_the_list_is_complete() -> None:
     assert named and recorded
     waited_by_host = {site.removeprefix("host: ") for site in SITES if site.startswith("host: ")} - {"CPU experts"}
     assert named | recorded == {site for site in SITES if not site.startswith("host: ")}
-    assert waited_by_host == recorded - {"arrival", "readers", "copied into the stream buffer"}, (
-        "which the host waits for only while recovering"
-    )
+    assert waited_by_host == recorded - {
+        "arrival",
+        "readers",
+        "copied into the stream buffer",
+        "last use of fresh memory",
+    }, "which the host waits for only while recovering"

@@ -80,7 +80,12 @@ class AdversarialAccelerator:
         if limit is not None and self._allocated_bytes + num_bytes > limit:
             raise CapacityError(f"{num_bytes} bytes do not fit on {self.name}; give a smaller cache_size")
         self._allocated_bytes += num_bytes
-        return self._memory(num_bytes)
+        memory = self._memory(num_bytes)
+        # An allocator may hand out memory that work already given to `compute` still uses.
+        queue = self.compute.queue
+        clock = self.adversary.submit(queue, [])
+        self.adversary.detector.access(queue.who, clock, "last use of fresh memory", (), (memory,))
+        return memory
 
     def release(self, memory: torch.Tensor) -> None:
         self._allocated_bytes -= memory.numel()
@@ -152,7 +157,7 @@ class AdversarialAccelerator:
             return host_available_bytes()
         return self._capacity_bytes - self._allocated_bytes
 
-    def auto_budget_bytes(self) -> int:
+    def auto_budget_bytes(self, reserve_bytes: int) -> int:
         return self.free_bytes() // 2
 
     def describe(self) -> str:
@@ -185,7 +190,9 @@ class WatchedCpu:
             self._answer = self.backend.wait()
 
         clock = self._adversary.submit(self._queue, [work])
-        self._adversary.detector.access(self._queue.who, clock, "CPU experts", (hidden, ids, weights), ())
+        answer = getattr(self.backend, "answer", None)  # backends that answer in a buffer they use again
+        writes = () if answer is None else (answer,)
+        self._adversary.detector.access(self._queue.who, clock, "CPU experts", (hidden, ids, weights), writes)
         self._queue.is_stalled = failure == "stall"
         self._mark = self._adversary.record(self._queue)
 

@@ -125,7 +125,8 @@ class Adversary:
         head = queue.pending[0]
         if isinstance(head, _Work):
             try:
-                head.steps.popleft()()
+                if head.steps:
+                    head.steps.popleft()()
             except Exception as error:  # reported as hardware does: to whoever waits for a later mark
                 queue.error = error
                 head.steps.clear()

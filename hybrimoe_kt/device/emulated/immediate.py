@@ -82,7 +82,7 @@ class ImmediateAccelerator:
     def free_bytes(self) -> int:
         return host_available_bytes()
 
-    def auto_budget_bytes(self) -> int:
+    def auto_budget_bytes(self, reserve_bytes: int) -> int:
         return self.free_bytes() // 2
 
     def describe(self) -> str:
