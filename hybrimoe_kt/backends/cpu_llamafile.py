@@ -25,7 +25,7 @@ from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.quant_types import row_bytes
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
 
-__all__ = ["GATE_TYPES", "LlamafileBackend"]
+__all__ = ["GATE_TYPES", "LlamafileBackend", "copied_bytes", "refusal", "unusable"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,15 @@ def _extension() -> Any:
             f"kt-kernel {getattr(kt_kernel, '__version__', '?')} has no llamafile MOE; version 0.7.2 has"
         )
     return extension
+
+
+def unusable() -> str | None:
+    """Return why this backend cannot run here, None when kt-kernel imports and has the kernels."""
+    try:
+        _extension()
+    except HostCompatibilityError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
@@ -314,6 +323,21 @@ def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
         raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
     if duplicated:
         raise KernelError(f"one token names the same expert twice in layer {experts.layer}")
+
+
+def refusal(experts: LayerExperts) -> str | None:
+    """Return why the kernels do not compute a layer's experts, None when they do."""
+    try:
+        _check_layer(experts)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def copied_bytes(experts: LayerExperts) -> int:
+    """Bytes of the copy this backend makes of a layer whose width it must pad, 0 where it reads the file in place."""
+    width = math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
+    return 0 if width == experts.inter else experts.num_experts * experts.expert_bytes * width // experts.inter
 
 
 def _check_layer(experts: LayerExperts) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hybrimoe_kt.errors import ConfigError, ModelError
+from hybrimoe_kt.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration
@@ -127,24 +127,12 @@ def _show(found: Calibration, console: Console) -> None:
 
 def _experts_of(path: Path) -> LayerExperts:
     """The first layer of routed experts in a file."""
+    from hybrimoe_kt.host.hf.expert_layers import expert_layers
     from hybrimoe_kt.host.hf.gguf_file import GgufFile
     from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
 
     file = GgufFile(path)
-    blocks = int(file.metadata.get(f"{file.architecture}.block_count", 0))
-    top_k = int(file.metadata.get(f"{file.architecture}.expert_used_count", 0))
-    for layer in range(blocks):
-        stacked = file.tensors.get(f"blk.{layer}.ffn_down_exps.weight")
-        single = file.tensors.get(f"blk.{layer}.ffn_down.0.weight")
-        if stacked is not None and top_k:
-            num_experts, hidden, inter = stacked.shape
-        elif single is not None and top_k:
-            num_experts = int(file.metadata[f"{file.architecture}.expert_count"])
-            hidden, inter = single.shape
-        else:
-            continue
-        return GgufLoader(file).layer_experts(layer, num_experts=num_experts, top_k=top_k, hidden=hidden, inter=inter)
-    raise ModelError(f"{path}: no layer of routed experts in it; give a Mixture-of-Experts model")
+    return GgufLoader(file).layer_experts(**expert_layers(file)[0]._asdict())
 
 
 def _random_experts() -> LayerExperts:

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, Command] = {
     "simulate": Command("hybrimoe_kt.cli.simulate", "replay routing on a simulated machine: times, hit rates"),
     "rules": Command("hybrimoe_kt.cli.rules", "see what a rule file does to a model"),
     "calibrate": Command("hybrimoe_kt.cli.calibrate", "measure CPU, GPU and link, and write this machine's profile"),
+    "doctor": Command("hybrimoe_kt.cli.doctor", "what this machine has, which kernels run, what to do next"),
     "plot": Command("hybrimoe_kt.cli.plot", "draw speed-ups, hit rates or a timeline as PNG or SVG"),
 }
 USAGE_ERROR = 2

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.quant_types import row_bytes
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.operators.runtime import Runtime
 
 from .gguf_file import GgufFile, GgufTensor
 
 __all__ = ["GgufLoader"]
+
+_ROLES = ("gate", "up", "down")
 
 
 class GgufLoader:
@@ -35,7 +38,19 @@ class GgufLoader:
 
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts in place; ModelError when the file lacks or contradicts them."""
-        tensors = {role: self._stacked(layer, role, num_experts) for role in ("gate", "up", "down")}
+        tensors = {role: self._stacked(layer, role, num_experts) for role in _ROLES}
+        self._check_shapes(tensors, num_experts, hidden, inter)
+        matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
+        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+
+    def layer_outline(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
+        """Return what `layer_experts` does but without weights: on the meta device, read from the header alone."""
+        tensors = {role: self._without_data(layer, role, num_experts) for role in _ROLES}
+        self._check_shapes(tensors, num_experts, hidden, inter)
+        matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
+        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+
+    def _check_shapes(self, tensors: dict[str, GgufTensor], num_experts: int, hidden: int, inter: int) -> None:
         shapes = {"gate": (num_experts, inter, hidden), "up": (num_experts, inter, hidden)}
         shapes["down"] = (num_experts, hidden, inter)
         for role, tensor in tensors.items():
@@ -44,8 +59,6 @@ class GgufLoader:
                     f"{self.file.path}: tensor {tensor.name} has shape {list(tensor.shape)}, the configuration wants "
                     f"{list(shapes[role])}; the GGUF file and the configuration belong to different models"
                 )
-        matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
-        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
 
     def _stacked(self, layer: int, role: str, num_experts: int) -> GgufTensor:
         """One role's matrices of all experts `[num_experts, rows, columns]`, in place where the file has them so."""
@@ -75,6 +88,19 @@ class GgufLoader:
         Such files interleave the three roles, so no view can stack them. The copy is then the one host copy:
         the mapping's pages are dropped after each, and nothing reads them again.
         """
+        parts = self._parts(layer, role, num_experts)
+        data = np.concatenate([part.data for part in parts])
+        return GgufTensor(f"{parts[0].name} and following", (num_experts, *parts[0].shape), parts[0].ggml_type, data)
+
+    def _without_data(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        name = f"blk.{layer}.ffn_{role}_exps.weight"
+        if name in self.file.tensors or f"blk.{layer}.ffn_{role}.0.weight" not in self.file.tensors:
+            return self.file.tensor(name)
+        first = self._parts(layer, role, num_experts)[0]
+        return GgufTensor(f"{first.name} and following", (num_experts, *first.shape), first.ggml_type, first.data)
+
+    def _parts(self, layer: int, role: str, num_experts: int) -> list[GgufTensor]:
+        """An old file's tensor per expert, checked to be alike."""
         parts = [self.file.tensor(f"blk.{layer}.ffn_{role}.{index}.weight") for index in range(num_experts)]
         first = parts[0]
         odd = next((part for part in parts if (part.shape, part.ggml_type) != (first.shape, first.ggml_type)), None)
@@ -83,10 +109,17 @@ class GgufLoader:
                 f"{self.file.path}: {odd.name} is {odd.type_name} {list(odd.shape)}, {first.name} is "
                 f"{first.type_name} {list(first.shape)}; the experts of a layer must be alike"
             )
-        data = np.concatenate([part.data for part in parts])
-        return GgufTensor(f"{first.name} and following", (num_experts, *first.shape), first.ggml_type, data)
+        return parts
 
 
 def _matrix(tensor: GgufTensor) -> ExpertMatrix:
     num_experts, rows, columns = tensor.shape
     return ExpertMatrix(torch.from_numpy(tensor.data).view(num_experts, -1), tensor.ggml_type, rows, columns)
+
+
+def _outline(tensor: GgufTensor) -> ExpertMatrix:
+    num_experts, rows, columns = tensor.shape
+    num_bytes = rows * row_bytes(tensor.ggml_type, columns)
+    return ExpertMatrix(
+        torch.empty(num_experts, num_bytes, dtype=torch.uint8, device="meta"), tensor.ggml_type, rows, columns
+    )

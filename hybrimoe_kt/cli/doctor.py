@@ -1,0 +1,196 @@
+"""`hybrimoe doctor`: what this machine has, which kernels run on it, and what to do next."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hybrimoe_kt.host.diagnosis import diagnose, size_text
+
+from .chat_output import visible
+
+__all__ = ["build_parser", "main"]
+
+EXAMPLES = """examples:
+  hybrimoe doctor                                    this machine and what is installed
+  hybrimoe doctor --model Qwen3-30B-A3B-Q4_K_M.gguf  and which kernels serve that model
+  hybrimoe doctor --json                             the same as data, for a bug report
+
+Nothing is computed, installed or written; of a model only the header is read. The exit code is 0 whatever is found
+(the JSON says ready: true or false) and 2 when the file is no model that could be run.
+"""
+_USES = {"flashinfer-python": "nothing uses it yet"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `hybrimoe doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="hybrimoe doctor",
+        description="Show what this machine has, which kernels run on it, and what to do next.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, metavar="GGUF", help="also say which kernels serve this file's experts")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hybrimoe doctor`; raises HybriMoEError, which the dispatcher prints with exit code 2."""
+    options = build_parser().parse_args(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported
+        report = examine(options.model)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    _show(report, Console(highlight=False))
+    return 0
+
+
+def examine(model: Path | None) -> dict[str, Any]:
+    """Return every fact and the verdict; ModelError for a file that is no model."""
+    from hybrimoe_kt.host.machine_report import report_machine
+
+    report = report_machine()
+    report["model"] = _judge(model, report) if model is not None else None
+    return report | {"verdict": diagnose(report)}
+
+
+def _judge(model: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        from hybrimoe_kt.host.hf.model_report import report_model
+    except (ImportError, OSError) as error:
+        return {"file": str(model), "problem": f"reading it needs more than is installed: {error}"}
+    return report_model(model, machine)
+
+
+def _show(report: Mapping[str, Any], console: Console) -> None:
+    table = Table("part", "found", title=f"hybrimoe_kt {report['hybrimoe_kt']}", title_justify="left")
+    for name, found in _rows(report):
+        table.add_row(name, Text(visible(found)))
+    console.print(table)
+    if report["model"] is not None and not report["model"]["problem"]:
+        _show_model(report["model"], console)
+    verdict = report["verdict"]
+    for finding in verdict["findings"][1:]:
+        console.print(Text(f"also: {visible(finding['text'])}", style="dim"))
+    style = "green" if not verdict["findings"] else "yellow" if verdict["ready"] else "red"
+    console.print(Text(visible(verdict["text"]), style=style))
+    console.print(Text(f"next: {visible(verdict['next'])}", style="bold"), soft_wrap=True)
+
+
+def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from _machine_rows(report)
+    for name, library in report["libraries"].items():
+        notes = library["version"], library["problem"], _USES.get(name)
+        yield name, ", ".join(filter(None, notes))
+    cpu, gpu = report["cpu_kernels"], report["gpu_kernels"]
+    types = f"run: {', '.join(cpu['types'])}"
+    yield "CPU experts", f"llamafile kernels {types}" if cpu["runs"] else f"torch_reference only: {cpu['problem']}"
+    there = "" if report["accelerators"]["devices"] else "no GPU here; "
+    types = f"{there}Triton kernels run on {gpu['device']}: {', '.join(gpu['types'])}"
+    yield "GPU experts", types if gpu["runs"] else f"{there}no Triton kernels: {gpu['problem']}"
+    yield "calibration", _profile_row(report)
+
+
+def _machine_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu, memory, found = report["cpu"], report["memory"], report["accelerators"]
+    yield "Python", report["python"]
+    if cpu["problem"]:
+        yield "processor", cpu["problem"]
+    else:
+        yield "processor", cpu["model"]
+        features = " ".join(cpu["features"]) or "none that expert kernels use"
+        yield "features", f"{features} ({cpu['features_from']})" if cpu["features_from"] else "not known"
+        nodes = cpu["numa_nodes"]
+        numa = "NUMA nodes not known" if nodes is None else f"{nodes} NUMA node{'s' * (nodes > 1)}"
+        yield "cores", f"{cpu['physical_cores']} physical, {cpu['logical_cores']} logical, {numa}"
+    yield "memory", memory["problem"] or _memory_row(memory)
+    yield "accelerators", "; ".join(map(_device_row, found["devices"])) or _no_device_row(found)
+
+
+def _memory_row(memory: Mapping[str, Any]) -> str:
+    parts = [f"{size_text(memory['total_bytes'])}, {size_text(memory['available_bytes'])} available"]
+    if memory["container_limit_bytes"] is not None:
+        parts.append(f"limited to {size_text(memory['container_limit_bytes'])} by the container")
+    limit = "no limit" if memory["page_lock_unlimited"] else size_text(memory["page_lock_limit_bytes"])
+    return "; ".join([*parts, f"page-locking (ulimit -l): {limit}"])
+
+
+def _device_row(device: Mapping[str, Any]) -> str:
+    if device["problem"]:
+        return f"{device['name']}: {device['problem']}"
+    capability = device["architecture"] or (
+        f"compute capability {device['compute_capability']}" if device["compute_capability"] else ""
+    )
+    memory = f"{size_text(device['memory_free_bytes'])} of {size_text(device['memory_total_bytes'])} free"
+    return ", ".join(filter(None, (f"{device['name']} {device['model']}", memory, capability)))
+
+
+def _no_device_row(found: Mapping[str, Any]) -> str:
+    if found["torch_built_for"] is None:
+        return f"not known: {found['problem']}"
+    driver = "; an NVIDIA driver is here" if found["nvidia_driver"] else ""
+    problem = f": {found['problem']}" if found["problem"] else ""
+    return f"none that torch (built for {found['torch_built_for']}) sees{problem}{driver}"
+
+
+def _profile_row(report: Mapping[str, Any]) -> str:
+    profile = report["profile"]
+    if profile["problem"]:
+        return str(profile["problem"])
+    if profile["measured"]:
+        return f"measured on {profile['date']}"
+    return "not measured" if report["accelerators"]["devices"] else "not measured, not needed without an accelerator"
+
+
+def _show_model(model: Mapping[str, Any], console: Console) -> None:
+    shape = f"{model['num_expert_layers']} layers of {model['num_experts']} experts, {model['top_k']} a token"
+    for number, kind in enumerate(model["kinds"]):
+        layers = f"layer{'s' * (len(kind['layers']) > 1)} {_ranges(kind['layers'])}"
+        title = f"{model['name']} ({model['architecture']}): {shape}\n{layers}" if number == 0 else layers
+        gpu = "on a GPU (none here; as on compute capability 8.0)" if kind["gpu_is_assumed"] else "on the GPU"
+        table = Table("experts", "on the CPU", gpu, title=Text(visible(title)), title_justify="left")
+        for row in kind["tensors"]:
+            kernels = row["gpu_decode_kernel"], row["gpu_prefill_kernel"]
+            table.add_row(f"{row['tensor']} {row['type']}", row["cpu_kernel"], _kernels(*kernels))
+        console.print(table)
+        for refusal in filter(None, (kind["cpu_refusal"], kind["gpu_refusal"])):
+            console.print(Text(f"because {visible(refusal)}", style="dim"))
+    console.print(Text(_memory_line(model)))
+
+
+def _kernels(decode: str | None, prefill: str | None) -> str:
+    if decode is None:
+        return "none, they stay on the CPU"
+    return "torch: dequantises and multiplies" if decode == "torch" else f"{decode}\n{prefill}"
+
+
+def _memory_line(model: Mapping[str, Any]) -> str:
+    dense = f"{size_text(model['dense_bytes'])} dense weights as {model['dense_dtype']} on {model['dense_on']}"
+    host = (
+        f"{size_text(model['host_bytes'])} of host memory wanted, {size_text(model['host_available_bytes'])} available"
+    )
+    line = f"memory: {size_text(model['expert_bytes'])} experts, {dense}; {host}"
+    share = model["accelerator_expert_share"]
+    return line if share is None else f"{line}; {share:.0%} of the experts fit on {model['dense_on']}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Write 0, 1, 2, 5 as "0-2, 5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -1,0 +1,165 @@
+"""From the facts about a machine and a model to a verdict: what is wrong, how bad, and what to run next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Finding", "diagnose", "size_text"]
+
+_NEEDED = ("torch", "transformers", "gguf")
+_KT_KERNEL = "kt-kernel==0.7.2"
+_KT_PYTHONS = ("3.11", "3.12")
+
+
+class Finding(NamedTuple):
+    """Something to mend; a `blocking` one keeps `ktransformers` with default options from running."""
+
+    text: str
+    command: str | None = None
+    blocking: bool = False
+
+
+def diagnose(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `ready`, `text` (one sentence), `next` (a command) and every finding, the worst first."""
+    findings = sorted(_findings(report), key=lambda finding: not finding.blocking)
+    ready = not any(finding.blocking for finding in findings)
+    if not findings:
+        text = f"ready: {_who_computes(report)}"
+    else:
+        text = f"{'ready, but' if ready else 'not ready:'} {findings[0].text}"
+    commands = [finding.command for finding in findings if finding.command]
+    return {
+        "ready": ready,
+        "text": text,
+        "next": commands[0] if commands else _run(report),
+        "findings": [finding._asdict() for finding in findings],
+    }
+
+
+def _findings(report: Mapping[str, Any]) -> Iterator[Finding]:
+    broken = list(_of_libraries(report))
+    yield from broken
+    if broken:
+        return  # whatever else fails may fail because of them
+    yield from _of_cpu_kernels(report)
+    if report["model"] is not None:
+        yield from _of_model(report["model"])
+    yield from _of_accelerators(report)
+    yield from _of_profile(report)
+
+
+def _of_libraries(report: Mapping[str, Any]) -> Iterator[Finding]:
+    for name in _NEEDED:
+        library = report["libraries"][name]
+        install = f"pip install {shlex.quote(name + (library['wanted'] or ''))}"
+        if library["version"] is None:
+            yield Finding(f"{name} is not installed", install, blocking=True)
+        elif library["problem"]:
+            yield Finding(f"{name} is {library['version']}, {library['problem']}", install, blocking=True)
+        elif name == "torch" and report["accelerators"]["torch_built_for"] is None:
+            yield Finding(
+                f"torch cannot be imported ({report['accelerators']['problem']})",
+                install.replace("install", "install --force-reinstall"),
+                blocking=True,
+            )
+
+
+def _of_cpu_kernels(report: Mapping[str, Any]) -> Iterator[Finding]:
+    library = report["libraries"]["kt-kernel"]
+    if report["cpu_kernels"]["runs"]:
+        if library["version"] and library["problem"]:
+            yield Finding(f"kt-kernel is {library['version']}, {library['problem']}", _install_kt_kernel())
+        return
+    has_build = report["cpu"].get("machine") == "x86_64" and report["python"].startswith(_KT_PYTHONS)
+    if library["version"] is not None:
+        yield Finding("kt-kernel is installed but its CPU kernels do not load", _reference(report), blocking=True)
+    elif has_build:
+        yield Finding("kt-kernel, which computes experts on the CPU, is missing", _install_kt_kernel(), blocking=True)
+    else:
+        text = "kt-kernel has no build for this machine or Python, only the slow torch_reference runs"
+        yield Finding(text, _reference(report), blocking=True)
+
+
+def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
+    if model["problem"]:
+        yield Finding(f"the model was not judged: {model['problem']}", blocking=True)
+        return
+    run = f"ktransformers --gguf_path {shlex.quote(model['file'])}"
+    for kind in model["kinds"]:
+        if kind["cpu_refusal"]:
+            yield Finding(kind["cpu_refusal"], f"{run} --cpu_backend torch_reference", blocking=True)
+    if model["fits_accelerator"] is False:
+        text = f"the dense weights take {size_text(model['dense_bytes'])}, more than {model['dense_on']} has free"
+        yield Finding(text, f"{run} --accelerator none", blocking=True)
+    if model["fits_host"] is False:
+        needed, there = size_text(model["host_bytes"]), size_text(model["host_available_bytes"])
+        if model["dense_on"] == "cpu" and model["dense_bytes"] > model["host_available_bytes"]:
+            yield Finding(f"the model takes {needed} of memory and {there} are available", blocking=True)
+        else:
+            yield Finding(f"the model takes {needed} of memory, {there} are available: the disk will be read again")
+    for kind in model["kinds"]:
+        if kind["gpu_refusal"] and not kind["gpu_is_assumed"]:
+            num = len(kind["layers"])
+            yield Finding(f"{num} layer{'s stay' if num > 1 else ' stays'} on the CPU: {kind['gpu_refusal']}")
+
+
+def _of_accelerators(report: Mapping[str, Any]) -> Iterator[Finding]:
+    found = report["accelerators"]
+    if found["torch_built_for"] is None:
+        return
+    if not found["devices"] and found["nvidia_driver"] and found["torch_built_for"] == "CPU":
+        yield Finding("an NVIDIA driver is here but torch was built for the CPU only", "pip install '.[cuda]'")
+    elif found["problem"]:
+        yield Finding(f"torch finds no GPU: {found['problem']}")
+    for device in found["devices"]:
+        if device["problem"]:
+            yield Finding(f"{device['name']} does not answer: {device['problem']}")
+    kernels = report["gpu_kernels"]
+    if found["devices"] and not kernels["runs"]:
+        missing = report["libraries"]["triton"]["version"] is None
+        yield Finding(
+            f"GPU experts would be computed by torch, several times slower: {kernels['problem']}",
+            "pip install triton" if missing else None,
+        )
+
+
+def _of_profile(report: Mapping[str, Any]) -> Iterator[Finding]:
+    """Only machines with an accelerator plan with a profile."""
+    profile = report["profile"]
+    if not report["accelerators"]["devices"]:
+        return
+    model = f" --model {shlex.quote(report['model']['file'])}" if report["model"] else ""
+    if profile["problem"] and profile["path"]:
+        yield Finding(f"the calibration cannot be used: {profile['problem']}", f"hybrimoe calibrate{model}")
+    elif not profile["measured"] and profile["path"]:
+        yield Finding("this machine has not been measured yet", f"hybrimoe calibrate{model}")
+
+
+def _who_computes(report: Mapping[str, Any]) -> str:
+    devices = report["accelerators"]["devices"]
+    return f"experts on {devices[0]['name']} and the CPU" if devices else "all experts on the CPU, no accelerator here"
+
+
+def _run(report: Mapping[str, Any]) -> str:
+    model = report["model"]
+    return f"ktransformers --gguf_path {shlex.quote(model['file'])}" if model else "ktransformers"
+
+
+def _reference(report: Mapping[str, Any]) -> str:
+    return f"{_run(report)} --cpu_backend torch_reference"
+
+
+def _install_kt_kernel() -> str:
+    return f"pip install --no-deps {_KT_KERNEL}"
+
+
+def size_text(num_bytes: int | None) -> str:
+    """Write 1610612736 as "1.5 GiB", and None as "unknown"."""
+    if num_bytes is None:
+        return "unknown"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,61 @@
+"""Which layers of a GGUF file have routed experts, and how many of what size, from the header alone."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from hybrimoe_kt.errors import ModelError
+
+from .gguf_file import GgufFile
+
+__all__ = ["ExpertLayer", "expert_layers", "is_expert_tensor"]
+
+_DOWN = re.compile(r"blk\.(\d+)\.ffn_down(?:_exps|\.0)\.weight")
+_EXPERT = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)(?:_exps|\.\d+)\.weight")
+
+
+class ExpertLayer(NamedTuple):
+    """One layer of routed experts, in the words of `GgufLoader.layer_experts`."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    inter: int
+
+
+def expert_layers(file: GgufFile) -> list[ExpertLayer]:
+    """Return every layer of routed experts, in order; ModelError when there is none.
+
+    Layers that only guess further tokens ahead are left out: they are not run.
+    """
+    ahead, top_k = _count(file, "nextn_predict_layers"), _count(file, "expert_used_count")
+    found = sorted(int(match[1]) for name in file.tensors if (match := _DOWN.fullmatch(name)))
+    end = _count(file, "block_count") - ahead
+    layers = [_layer(file, layer, top_k) for layer in found if layer < end and top_k]
+    if not layers:
+        raise ModelError(f"{file.path}: no layer of routed experts in it; give a Mixture-of-Experts model")
+    return layers
+
+
+def _layer(file: GgufFile, layer: int, top_k: int) -> ExpertLayer:
+    stacked = file.tensors.get(f"blk.{layer}.ffn_down_exps.weight")
+    tensor = stacked or file.tensor(f"blk.{layer}.ffn_down.0.weight")
+    shape = tensor.shape if stacked else (_count(file, "expert_count"), *tensor.shape)
+    if len(shape) != 3:
+        raise ModelError(f"{file.path}: damaged GGUF: {tensor.name} has shape {list(tensor.shape)}")
+    num_experts, hidden, inter = shape
+    return ExpertLayer(layer, num_experts, top_k, hidden, inter)
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a tensor belongs to routed experts; shared experts are dense."""
+    return _EXPERT.fullmatch(name) is not None
+
+
+def _count(file: GgufFile, key: str) -> int:
+    value = file.metadata.get(f"{file.architecture}.{key}", 0)
+    if not isinstance(value, int):
+        raise ModelError(f"{file.path}: damaged GGUF: {file.architecture}.{key} is {value!r}, not a number")
+    return value

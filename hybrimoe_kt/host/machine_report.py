@@ -1,0 +1,86 @@
+"""The machine and what of this package can run on it, as data ready for JSON."""
+
+from __future__ import annotations
+
+import platform
+from types import SimpleNamespace
+from typing import Any
+
+from hybrimoe_kt import __version__
+from hybrimoe_kt.device.cores import default_expert_threads
+from hybrimoe_kt.device.inspect_machine import (
+    attempt,
+    inspect_accelerators,
+    inspect_cpu,
+    inspect_library,
+    inspect_memory,
+)
+
+__all__ = ["report_machine"]
+
+_CPU = ("model", "machine", "features", "features_from", "physical_cores", "logical_cores", "numa_nodes")
+_MEMORY = (
+    "total_bytes", "available_bytes", "container_limit_bytes", "page_lock_limit_bytes", "page_lock_unlimited"
+)  # fmt: skip
+_LIBRARIES = (
+    ("torch", "torch"),
+    ("transformers", "transformers"),
+    ("gguf", "gguf"),
+    ("kt-kernel", "kt_kernel"),
+    ("triton", "triton"),
+    ("flashinfer-python", "flashinfer"),
+)
+
+
+def report_machine() -> dict[str, Any]:
+    """Gather everything; takes as long as importing torch and kt-kernel. Never raises for what is missing."""
+    accelerators = attempt(inspect_accelerators, torch_built_for=None, nvidia_driver=False, devices=[])
+    return {
+        "hybrimoe_kt": __version__,
+        "python": platform.python_version(),
+        "cpu": attempt(inspect_cpu, **dict.fromkeys(_CPU)),
+        "memory": attempt(inspect_memory, **dict.fromkeys(_MEMORY)),
+        "accelerators": accelerators,
+        "libraries": {distribution: inspect_library(distribution, module) for distribution, module in _LIBRARIES},
+        "cpu_kernels": attempt(_cpu_kernels, runs=False, types=[]),
+        "gpu_kernels": attempt(lambda: _gpu_kernels(accelerators["devices"]), runs=False, types=[], device=None),
+        "profile": attempt(_profile, machine=None, path=None, measured=False, date=None),
+    }
+
+
+def _cpu_kernels() -> dict[str, Any]:
+    """Whether kt-kernel's llamafile backend imports; its threads are not started."""
+    from hybrimoe_kt.backends.cpu_llamafile import GATE_TYPES, unusable
+    from hybrimoe_kt.device.quant_types import type_name
+
+    reason = unusable()
+    return {"runs": reason is None, "types": [type_name(kind) for kind in sorted(GATE_TYPES)], "problem": reason}
+
+
+def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the Triton kernels run on the first device; without one, why they do not run on the CPU."""
+    import torch
+
+    from hybrimoe_kt.backends.gpu_triton import unusable
+    from hybrimoe_kt.device.quant_types import type_name
+    from hybrimoe_kt.kernels.formats import FORMATS
+
+    device = devices[0]["name"] if devices else "cpu"
+    reason = unusable(torch.device(device))
+    types = [type_name(kind) for kind in sorted(FORMATS)]
+    return {"runs": reason is None, "types": types, "device": device, "problem": reason}
+
+
+def _profile() -> dict[str, Any]:
+    """This machine's calibration with the default accelerator, backend and number of threads, as a run looks it up."""
+    from hybrimoe_kt.core.profile import load_profile
+    from hybrimoe_kt.device.calibrate import machine_name, profile_path
+    from hybrimoe_kt.device.choose import choose_accelerator
+
+    cpu: Any = SimpleNamespace(name="llamafile", num_threads=default_expert_threads())
+    machine = machine_name(choose_accelerator("auto"), cpu)
+    path = profile_path(machine)
+    found = {"machine": machine, "path": str(path), "measured": path.is_file()}
+    if not found["measured"]:
+        return found
+    return attempt(lambda: found | {"date": load_profile(path).date}, **found, date=None)

@@ -1,0 +1,289 @@
+"""`hybrimoe doctor`: its facts, its verdict when something is missing, and how it looks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.cli import doctor, tools
+from hybrimoe_kt.device.calibrate import profile_path
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host import machine_report
+
+Type = GGMLQuantizationType
+GPU = {
+    "name": "cuda:0",
+    "model": "A [test] GPU",
+    "memory_free_bytes": 20 * 2**30,
+    "memory_total_bytes": 24 * 2**30,
+    "compute_capability": "8.6",
+    "architecture": None,
+    "problem": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_profile_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The machine under test has neither, whatever the tests run on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("hybrimoe_kt.device.choose.choose_accelerator", lambda name: None)
+    _devices(monkeypatch)
+
+
+def _devices(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, Any], driver: bool = False) -> None:
+    found = {"torch_built_for": "CPU", "nvidia_driver": driver, "devices": list(devices), "problem": None}
+    monkeypatch.setattr(machine_report, "inspect_accelerators", lambda: found)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _devices(monkeypatch, GPU)
+    monkeypatch.setattr(gpu_triton, "unusable", lambda device: None)
+
+
+@pytest.fixture
+def without_kt_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(sys.modules, "kt_kernel", None)
+    cpu_llamafile._extension.cache_clear()
+    yield
+    cpu_llamafile._extension.cache_clear()
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert doctor.main([*arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def write_model(path: Path, *layers: tuple[Type, Type, Type], hidden: int = 256, inter: int = 512) -> str:
+    """A header as of a Mixture-of-Experts model, its layers' gate, up and down experts of the given types."""
+    writer = GGUFWriter(str(path), "qwen3moe")
+    writer.add_block_count(len(layers))
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_tensor("token_embd.weight", np.zeros((16, hidden), np.float32))
+    for number, types in enumerate(layers):
+        sizes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
+        for (role, (rows, columns)), kind in zip(sizes.items(), types, strict=True):
+            block, num_bytes = GGML_QUANT_SIZES[kind]
+            data = np.zeros((4, rows, columns // block * num_bytes), np.uint8)
+            writer.add_tensor(f"blk.{number}.ffn_{role}_exps.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys)
+    assert found.keys() == {
+        "hybrimoe_kt", "python", "cpu", "memory", "accelerators", "libraries", "cpu_kernels", "gpu_kernels",
+        "profile", "model", "verdict",
+    }  # fmt: skip
+    assert found["cpu"]["model"] and found["cpu"]["physical_cores"] >= 1
+    assert set(machine_report._CPU) | {"problem"} == found["cpu"].keys()
+    assert set(machine_report._MEMORY) | {"problem"} == found["memory"].keys()
+    assert found["memory"]["total_bytes"] >= found["memory"]["available_bytes"] > 0
+    assert found["memory"]["page_lock_unlimited"] or found["memory"]["page_lock_limit_bytes"] >= 0
+    libraries = {"torch", "transformers", "gguf", "kt-kernel", "triton", "flashinfer-python"}
+    assert found["libraries"].keys() == libraries
+    assert all(found["libraries"][name]["version"] for name in ("torch", "transformers", "gguf"))
+    assert {"Q4_K", "Q8_0"} <= set(found["cpu_kernels"]["types"])
+    assert found["profile"]["path"].endswith(".json") and not found["profile"]["measured"]
+    assert found["model"] is None
+    assert found["verdict"].keys() == {"ready", "text", "next", "findings"}
+
+
+def test_a_machine_without_a_gpu_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kt_kernel")
+    verdict = report(capsys)["verdict"]
+    assert verdict == {
+        "ready": True,
+        "text": "ready: all experts on the CPU, no accelerator here",
+        "next": "ktransformers",
+        "findings": [],
+    }
+
+
+@pytest.mark.usefixtures("without_kt_kernel")
+def test_a_missing_kt_kernel(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    found = report(capsys, "--model", str(embedded_model))
+    assert not found["cpu_kernels"]["runs"] and "needs kt-kernel 0.7.2" in found["cpu_kernels"]["problem"]
+    assert found["libraries"]["kt-kernel"]["version"] is None
+    assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "torch_reference"
+    assert not found["verdict"]["ready"] and "kt-kernel" in found["verdict"]["text"]
+    assert "kt-kernel==0.7.2" in found["verdict"]["next"] or "torch_reference" in found["verdict"]["next"]
+
+
+def test_a_missing_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("kt_kernel")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert report(capsys)["verdict"]["findings"] == []  # nothing would use it
+    _devices(monkeypatch, GPU)
+    found = report(capsys)
+    assert found["libraries"]["triton"] == {"version": None, "wanted": None, "problem": "not installed"}
+    assert found["gpu_kernels"]["problem"] == "Triton is not installed (pip install triton)"
+    assert found["verdict"]["ready"] and "several times slower" in found["verdict"]["text"]
+    assert found["verdict"]["next"] == "pip install triton"
+
+
+@pytest.mark.parametrize("name", ["transformers", "gguf", "torch"])
+def test_a_missing_library_of_ours(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    found = report(capsys)
+    assert found["libraries"][name]["problem"] == "not installed"
+    assert found["verdict"]["text"] == f"not ready: {name} is not installed"
+    assert found["verdict"]["next"].startswith("pip install") and name in found["verdict"]["next"]
+
+
+def test_probes_that_break_are_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, Any]:
+        raise OSError("libcudart.so.12: cannot open shared object file\nmore")
+
+    for probe in ("inspect_cpu", "inspect_memory", "inspect_accelerators"):
+        monkeypatch.setattr(machine_report, probe, broken)
+    monkeypatch.setattr(cpu_llamafile, "unusable", broken)
+    assert doctor.main([]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert shown.count("OSError: libcudart.so.12: cannot open shared object file") == 5  # four rows and the verdict
+    assert "not ready: torch cannot be imported (OSError: libcudart.so.12" in shown
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_gpu_is_to_be_measured_first(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    pytest.importorskip("kt_kernel")
+    found = report(capsys, "--model", str(embedded_model))
+    assert found["verdict"]["text"] == "ready, but this machine has not been measured yet"
+    assert found["verdict"]["next"] == f"hybrimoe calibrate --model {embedded_model}"
+    gate = found["model"]["kinds"][0]["tensors"][0]
+    assert gate["gpu_decode_kernel"].startswith("decode_gate_up (sm_86")
+    assert found["model"]["dense_dtype"] == "bfloat16" and found["model"]["dense_on"] == "cuda:0"
+    assert found["model"]["fits_accelerator"] and found["model"]["accelerator_expert_share"] == 1.0
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_measured_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kt_kernel")
+    path = profile_path(report(capsys)["profile"]["machine"])
+    path.parent.mkdir(parents=True)
+    from importlib import resources
+
+    path.write_text(resources.files("hybrimoe_kt.core").joinpath("profiles/default.json").read_text())
+    found = report(capsys)
+    assert found["profile"]["measured"] and found["profile"]["date"].startswith("20")
+    assert found["verdict"]["text"] == "ready: experts on cuda:0 and the CPU"
+    path.write_text("{")
+    found = report(capsys)
+    assert "not JSON" in found["profile"]["problem"]
+    assert found["verdict"]["next"] == "hybrimoe calibrate"
+
+
+def test_a_driver_that_this_torch_cannot_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("kt_kernel")
+    _devices(monkeypatch, driver=True)
+    verdict = report(capsys)["verdict"]
+    assert verdict["ready"] and verdict["next"] == "pip install '.[cuda]'"
+
+
+def test_kernels_of_the_embedded_model(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    pytest.importorskip("kt_kernel")
+    found = report(capsys, "--model", str(embedded_model))
+    (kind,) = found["model"]["kinds"]
+    assert kind["layers"] == list(range(6)) and kind["gpu_is_assumed"]
+    rows = {row["tensor"]: row for row in kind["tensors"]}
+    assert rows.keys() == {"gate", "up", "down"}
+    assert {row["cpu_kernel"] for row in rows.values()} == {"llamafile"}
+    assert {row["type"] for row in rows.values()} == {"Q4_K"}
+    assert rows["up"]["gpu_decode_kernel"].startswith("decode_gate_up")
+    assert rows["down"]["gpu_prefill_kernel"].startswith("prefill_down")
+    assert found["model"]["expert_bytes"] == 6 * 32 * 3 * 256 * 144
+    assert found["model"]["fits_host"]
+    assert found["verdict"]["next"] == f"ktransformers --gguf_path {embedded_model}"
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_layers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("kt_kernel")
+    small, large = (Type.Q4_K,) * 3, (Type.Q4_K, Type.Q4_K, Type.Q6_K)
+    file = write_model(tmp_path / "my model.gguf", large, small, large, (Type.Q3_K,) * 3)
+    found = report(capsys, "--model", file)
+    kinds = found["model"]["kinds"]
+    assert [kind["layers"] for kind in kinds] == [[0, 2], [1], [3]]
+    assert [kind["tensors"][2]["type"] for kind in kinds] == ["Q6_K", "Q4_K", "Q3_K"]
+    assert kinds[2]["gpu_refusal"] == "gate experts are Q3_K, which no GPU kernel reads"
+    assert kinds[2]["tensors"][0]["gpu_decode_kernel"] is None
+    assert 0.7 < found["model"]["accelerator_expert_share"] < 0.9
+    assert "1 layer stays on the CPU: gate experts are Q3_K" in found["verdict"]["text"]
+    assert doctor.main(["--model", file]) == 0
+    shown = capsys.readouterr().out
+    assert "layers 0, 2 " in shown
+    assert "layer 1 " in shown and "none, they stay on the CPU" in shown and "because gate experts are Q3_K" in shown
+    assert f"next: hybrimoe calibrate --model '{file}'\n" in shown
+
+
+def test_types_the_cpu_kernels_refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("kt_kernel")
+    file = write_model(tmp_path / "iq4.gguf", (Type.IQ4_XS,) * 3)
+    found = report(capsys, "--model", file)
+    assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "torch_reference"
+    assert "gate experts are IQ4_XS, which the llamafile CPU backend cannot run" in found["verdict"]["text"]
+    assert found["verdict"]["next"] == f"ktransformers --gguf_path {file} --cpu_backend torch_reference"
+
+
+def test_memory_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, embedded_model: Path
+) -> None:
+    pytest.importorskip("kt_kernel")
+    memory = machine_report.inspect_memory()
+    monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 20_000_000})
+    found = report(capsys, "--model", str(embedded_model))
+    assert found["model"]["fits_host"] is False
+    assert "takes 29.0 MiB of memory" in found["verdict"]["text"] and found["verdict"]["ready"]
+    monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 1_000_000})
+    assert not report(capsys, "--model", str(embedded_model))["verdict"]["ready"]
+
+
+def test_a_file_that_is_no_model_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "notes.gguf"
+    file.write_text("not a model, but long enough to be read")
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        doctor.main(["--model", str(file)])
+    assert tools.main(["doctor", "--model", str(file)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "not a GGUF file" in said.err
+    assert tools.main(["doctor", "--model", str(tmp_path / "none.gguf")]) == 2
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_tables_fit_80_columns(
+    gpu: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, embedded_model: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    if gpu:
+        _devices(monkeypatch, GPU)
+        monkeypatch.setattr(gpu_triton, "unusable", lambda device: None)
+    assert doctor.main(["--model", str(embedded_model)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines if not line.startswith("next: "))
+    assert lines[-1].startswith("next: ")
+    assert ("A [test] GPU" in "".join(lines)) is gpu
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        doctor.main(["--help"])
+    assert exit_code.value.code == 0
+    assert "hybrimoe doctor --model" in capsys.readouterr().out
