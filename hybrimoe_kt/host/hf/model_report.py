@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-from hybrimoe_kt.device.torch_accelerator import RESERVE_BYTES
 
 from .architectures import architecture_of
 from .expert_layers import expert_layers, is_expert_tensor
@@ -122,7 +122,7 @@ def _room(
     free = None if device is None else device.get("memory_free_bytes")
     if free is None:
         return {"fits_accelerator": None, "accelerator_expert_share": None}
-    room = free - RESERVE_BYTES - dense_bytes
+    room = free - ExpertOptions().reserve_bytes - dense_bytes
     wanted = {experts.layer: SlotLayout(experts).slot_bytes * experts.num_experts for experts in outlines}
     served = sum(wanted[experts.layer] for experts in outlines if not triton or gpu_triton.refusal(experts) is None)
     share = min(max(0, room), served) / sum(wanted.values())
