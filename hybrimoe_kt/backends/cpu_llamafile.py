@@ -34,6 +34,7 @@ _F32 = 0
 GATE_TYPES = frozenset({0, 1, 2, 6, 8, 10, 11, 12, 13, 14})
 _WIDTH_STEP = 256
 _MAX_TOP_K = 64
+_NICE = 10
 
 
 @functools.cache
@@ -70,11 +71,32 @@ def _worker_pool(num_threads: int) -> Any:
     config.subpool_count = 1  # one subpool reads weights in place; two copy them
     config.subpool_numa_map = [0]
     config.subpool_thread_count = [num_threads]
+    before = _threads()
     with _stdout_silenced():
         pool = extension.CPUInfer(config)
+    _give_way(_threads() - before)
     # Never destroyed: its destructor prints to standard output when the interpreter exits.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
     return pool
+
+
+def _threads() -> set[int]:
+    """The ids of this process's threads; empty where the system does not list them."""
+    try:
+        return {int(name) for name in os.listdir("/proc/self/task")}
+    except OSError:
+        return set()
+
+
+def _give_way(threads: set[int]) -> None:
+    """Let the pool's threads yield their core to whoever hands them work.
+
+    They spin for 50 ms after each call. Where cores are few, a thread that had slept a moment and went on to plan the
+    next layer lost its core to a spinning one for 2.4 ms, in one layer out of three [m].
+    """
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, _NICE)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,9 @@ from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 from .backend import CpuBackend
 from .inbox import Guesses, Predict, Step
 from .lane import Lane
-from .waiting import Patience
+from .waiting import SHARE_SLEPT, Patience
 
 __all__ = ["AcceleratorFailed", "Executor"]
-
-_SHARE_SLEPT = 0.7
-"""Of the wait expected for the CPU, before polling: every poll takes a core from somebody on a small machine."""
 
 
 class AcceleratorFailed(Exception):
@@ -162,7 +159,7 @@ class Executor:
 
     def _wait_cpu(self, meanwhile: Callable[[], object] | None, predicted_s: float = 0.0) -> torch.Tensor:
         began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
-        rest_s = _SHARE_SLEPT * self._cpu_pace * predicted_s
+        rest_s = SHARE_SLEPT * self._cpu_pace * predicted_s
         try:
             self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile, rest_s)
         except DeadlineError:

@@ -15,7 +15,7 @@ from .accelerator import Accelerator, Stream
 from .backend import CpuBackend, GpuBackend
 from .host_store import HostStore, LayerExperts
 from .layout import SlotLayout
-from .waiting import Patience
+from .waiting import SHARE_SLEPT, Patience
 
 __all__ = ["CpuMeter", "GpuMeter", "LinkMeter", "Sample"]
 
@@ -56,16 +56,20 @@ class CpuMeter:
         """One call in which `num_experts` experts (at most top-k) get `load` tokens each."""
         hidden = torch.randn(load, self._experts.hidden)
         weights = torch.full((load, num_experts), 1.0 / num_experts)
+        usual_s = 0.0
 
         def once(number: int) -> float:
+            nonlocal usual_s
             chosen = [(self._next + place) % self._experts.num_experts for place in range(num_experts)]
             self._next += num_experts
             ids = torch.tensor([chosen]).repeat(load, 1)
             began = time.perf_counter()
             self._backend.submit(self._experts.layer, hidden, ids, weights)
-            self._patience.wait(self._backend.is_done, "a CPU expert")
+            self._patience.wait(self._backend.is_done, "a CPU expert", rest_s=SHARE_SLEPT * usual_s)
             self._backend.wait()
-            return time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            usual_s += (seconds - usual_s) * (0.2 if usual_s else 1.0)
+            return seconds
 
         return Sample.repeat(repeats, once)
 

@@ -67,7 +67,8 @@ class TransferQueue:
         self._whole = {layer: chunks_of(layout, 2**62) for layer, layout in layouts.items()}
         largest = max((sum(r.num_bytes for r in c) for cs in self._chunks.values() for c in cs), default=0)
         staged = 0 if all(store.is_direct(layer) for layer in layouts) else largest
-        landing = 0 if all(layout.is_file_order for layout in layouts.values()) else largest
+        whole = max((layout.slot_bytes for layer, layout in layouts.items() if store.is_registered(layer)), default=0)
+        landing = 0 if all(layout.is_file_order for layout in layouts.values()) else max(largest, whole)
         self._on_demand = self._channel("on-demand copies", "on-demand copied", staged, landing, low_priority=False)
         self._prefetch = self._channel("prefetch copies", "prefetch copied", staged, landing, low_priority=True)
         fresh = accelerator.event()
@@ -100,7 +101,7 @@ class TransferQueue:
         Only enqueues if `is_direct`; otherwise copies through staging, and waits for it.
         """
         layer = transfer.expert.layer
-        chunks = (self._whole if self._store.page_locked(transfer.expert) is not None else self._chunks)[layer]
+        chunks = (self._whole if self._store.is_direct(layer) else self._chunks)[layer]
         self._send_all(self._open(transfer, self._on_demand, chunks))
 
     def is_direct(self, layer: int) -> bool:

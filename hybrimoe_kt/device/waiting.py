@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 from hybrimoe_kt.errors import DeadlineError
 
-__all__ = ["Patience"]
+__all__ = ["SHARE_SLEPT", "Patience"]
+
+SHARE_SLEPT = 0.7
+"""Of a wait whose length is known about, before polling: every poll takes a core from somebody on a small machine."""
 
 _POLLS_WITHOUT_SLEEP = 8
 _SHARE_OF_ELAPSED = 0.02
