@@ -246,6 +246,7 @@ class _Run:
         meter = StepMeter(
             accelerator, gpu, self._store, self._layer, cost,
             num_slots=num_slots, pause_s=_GUESSED_LAYER_S["gpu"], patience=self._patience,
+            use_cpu=lambda: self._meter.call(1, 1, 1),
         )  # fmt: skip
         seconds = self._sample("a step without experts", lambda: meter.overhead(3 * self._repeats))
         self._set("step_overhead_s", seconds, f"reading, planning, enqueuing: {self.samples['a step without experts']}")

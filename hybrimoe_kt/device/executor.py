@@ -145,7 +145,7 @@ class Executor:
         """Compute a whole step on the CPU, with plain copies: what is left when an accelerator fails."""
         lane = self._lane_of.get(layer)
         if lane is not None:
-            lane.queue.in_use = ()
+            lane.queue.close_plan()
         self.settle_cpu()
         self._check_cpu()
         self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)

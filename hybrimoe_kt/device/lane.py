@@ -107,6 +107,8 @@ class Lane:
         pool = self.pool
         self.queue.in_use = {(plan.layer, slot) for slot in plan.slots.values()}
         through_slots = len(set(plan.slots.values())) < len(plan.gpu)
+        self.queue.open_layer = -1 if through_slots else plan.layer
+        pool.layers[plan.layer].begin_step()
         groups = _one_by_one(plan) if through_slots else _by_arrival(plan, pool)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         places = [[(e, pool.locate(plan.layer, plan.slots[e])[1]) for e in group] for group in groups]
@@ -119,9 +121,9 @@ class Lane:
             self._hasten(plan)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (group, pairs, table) in enumerate(zip(groups, places, tables, strict=True)):
-            # A direct transfer is only enqueued, so the link starts first. Staging one takes the host's time: what can
-            # be launched before is, and no more than this group needs is staged.
-            while waiting and (direct or any(t.expert.index in group for t in waiting)):
+            # The resident experts are launched first: that is quicker than giving the link its work. Direct transfers
+            # are then all enqueued; staging takes the host's time, so no more than this group needs is staged.
+            while waiting and ((direct and number > 0) or any(t.expert.index in group for t in waiting)):
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
@@ -158,7 +160,7 @@ class Lane:
         Waits only where the model does not run on this accelerator's stream (emulated devices).
         """
         accelerator, views = self.accelerator, self._views(step)
-        self.queue.in_use = ()
+        self.queue.close_plan()
         result = torch.empty_like(step.hidden)
         out = views.out if has_gpu else None
         cpu = self._send(views, cpu_answer) if cpu_answer is not None else None
@@ -202,7 +204,7 @@ class Lane:
 
     def doubtful_slots(self) -> set[tuple[int, int]]:
         """Layer and slot of everything that may not have arrived; what has not been sent is not sent any more."""
-        self.queue.in_use = ()
+        self.queue.close_plan()
         return self.queue.doubtful_slots()
 
     def drain(self) -> None:

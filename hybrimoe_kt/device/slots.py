@@ -85,12 +85,24 @@ class StreamBuffer:
 class LayerSlots:
     """One layer's slots, `memory` uint8 `[num_slots, slot_bytes]`, and what orders reading and writing them.
 
-    `read_done` is recorded after every launch that reads any of them; `written[slot]` after the last copy into it.
+    `read_done` is recorded after every launch that reads any of them, in two events that take turns by step:
+    `read_before` is the step before's. `written[slot]` is recorded after the last copy into it.
     `unsettled` holds the slots that `compute` has not waited for since they were last written. `key` is the layer's
     number for the GPU backend; slots in a `StreamBuffer` have one of their own.
     """
 
-    __slots__ = ("buffer", "first", "key", "layout", "memory", "read_done", "unsettled", "views", "written")
+    __slots__ = (
+        "buffer",
+        "first",
+        "key",
+        "layout",
+        "memory",
+        "read_before",
+        "read_done",
+        "unsettled",
+        "views",
+        "written",
+    )
 
     def __init__(
         self,
@@ -110,10 +122,16 @@ class LayerSlots:
         self.memory = memory.view(num_slots, layout.slot_bytes)
         self.views = list(self.memory)
         self.read_done: Event = accelerator.event() if buffer is None else buffer.read_done
+        self.read_before: Event = accelerator.event() if buffer is None else buffer.read_done
         if buffer is None:
-            accelerator.compute.record(self.read_done, "readers")  # as for a buffer
+            for event in (self.read_done, self.read_before):
+                accelerator.compute.record(event, "readers")  # as for a buffer
         self.written: list[Event] = [accelerator.event() for _ in range(num_slots)]
         self.unsettled: set[int] = set()
+
+    def begin_step(self) -> None:
+        """What this step reads is marked apart from what the step before has read."""
+        self.read_done, self.read_before = self.read_before, self.read_done
 
 
 class SlotPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -60,8 +61,10 @@ class StepMeter:
         num_slots: int,
         pause_s: float,
         patience: Patience,
+        use_cpu: Callable[[], object],
     ) -> None:
-        self._experts, self._pause_s = store.layers[layer], pause_s
+        """`use_cpu` is called before every step: a CPU backend whose threads spin after a call takes cores from it."""
+        self._experts, self._pause_s, self._use_cpu = store.layers[layer], pause_s, use_cpu
         self._device, self._random = accelerator.device, random.Random(0)
         experts = self._experts
         lane = Lane(
@@ -87,6 +90,7 @@ class StepMeter:
         ids = torch.tensor([chosen], device=self._device)
         weights = torch.full(ids.shape, 1.0 / experts.top_k, device=self._device)
         hidden = torch.zeros(1, experts.hidden, device=self._device)
+        self._use_cpu()
         time.sleep(self._pause_s)
         began = time.perf_counter()
         step = self._executor.read(experts.layer, hidden, ids, weights)

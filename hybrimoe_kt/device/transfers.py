@@ -78,6 +78,8 @@ class TransferQueue:
         self._waiting: list[Pending] = []
         self.in_use: Collection[tuple[int, int]] = ()
         """Layer and slot of everything the open plan computes with; prefetches must leave it alone."""
+        self.open_layer = -1
+        """The open plan's layer, while none of its slots is read and then overwritten by the plan itself; else -1."""
 
     def _channel(self, name: str, site: str, staged: int, landing: int, *, low_priority: bool) -> Channel:
         accelerator = self._accelerator
@@ -94,6 +96,10 @@ class TransferQueue:
     def num_waiting(self) -> int:
         """Prefetches not fully handed to the device."""
         return len(self._waiting)
+
+    def close_plan(self) -> None:
+        """No plan is open on this accelerator."""
+        self.in_use, self.open_layer = (), -1
 
     def start(self, transfer: Transfer) -> None:
         """Hand an on-demand transfer to the device, whole, before anything that waits here.
@@ -193,7 +199,9 @@ class TransferQueue:
         stream = channel.stream
         buffer = channel.ring.take(self._patience) if paced else channel.landing
         if pending.next_chunk == 0:
-            stream.wait(slots.read_done, "readers before overwrite")
+            # A slot that the open plan does not read was last read a step ago: no need to wait for this one's experts.
+            is_open = transfer.expert.layer == self.open_layer
+            stream.wait(slots.read_before if is_open else slots.read_done, "readers before overwrite")
             stream.wait(slots.written[pending.place], "earlier copy before overwrite")
             if slots.buffer is not None:
                 for event in slots.buffer.written_by.values():
