@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.device.cores import physical_cores
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.quant_types import row_bytes
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
@@ -34,7 +35,7 @@ _F32 = 0
 GATE_TYPES = frozenset({0, 1, 2, 6, 8, 10, 11, 12, 13, 14})
 _WIDTH_STEP = 256
 _MAX_TOP_K = 64
-_NICE = 10
+_NICE = 3
 
 
 @functools.cache
@@ -74,7 +75,8 @@ def _worker_pool(num_threads: int) -> Any:
     before = _threads()
     with _stdout_silenced():
         pool = extension.CPUInfer(config)
-    _give_way(_threads() - before)
+    if num_threads + 1 >= physical_cores():
+        _give_way(_threads() - before)
     # Never destroyed: its destructor prints to standard output when the interpreter exits.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
     return pool
@@ -91,8 +93,9 @@ def _threads() -> set[int]:
 def _give_way(threads: set[int]) -> None:
     """Let the pool's threads yield their core to whoever hands them work.
 
-    They spin for 50 ms after each call. Where cores are few, a thread that had slept a moment and went on to plan the
-    next layer lost its core to a spinning one for 2.4 ms, in one layer out of three [m].
+    They spin for 50 ms after each call. Where they and their queue's thread fill the machine, a thread that had slept
+    a moment and went on to plan the next layer lost its core to a spinning one for 2.4 ms, in one layer out of three
+    [m]. A little is enough; more would starve them beside other programs.
     """
     for thread in threads:
         with contextlib.suppress(OSError):

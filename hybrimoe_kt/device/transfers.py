@@ -201,7 +201,8 @@ class TransferQueue:
         if pending.next_chunk == 0:
             # A slot that the open plan does not read was last read a step ago: no need to wait for this one's experts.
             is_open = transfer.expert.layer == self.open_layer
-            stream.wait(slots.read_before if is_open else slots.read_done, "readers before overwrite")
+            for event in (slots.read_before,) if is_open else (slots.read_before, slots.read_done):
+                stream.wait(event, "readers before overwrite")
             stream.wait(slots.written[pending.place], "earlier copy before overwrite")
             if slots.buffer is not None:
                 for event in slots.buffer.written_by.values():
