@@ -30,6 +30,8 @@ GPU_LOADS = (1, 8, 64, 512)
 _LINK_BYTES = (2**16, 2**25)
 _CHUNK_BYTES = (2**18, 2**19, 2**20, 2**21, 2**22)
 _RATE_KEPT = 0.9
+_WORST_CROWDING = 2.0
+"""How much slower CPU experts are believed to be beside the host's work: one core instead of two."""
 _GUESSED_LAYER_S = {"cpu": 1.5e-3, "gpu": 2.5e-4}
 """Time per decoder layer outside the experts, which is not measured here: as in the built-in profiles."""
 _PCIE = tuple(
@@ -108,7 +110,7 @@ def calibrate(
     if accelerator is not None and gpu is not None:
         run.measure_link(accelerator)
         run.measure_gpu(accelerator, gpu)
-        run.measure_overhead(accelerator, gpu)
+        run.measure_steps(accelerator, gpu)
     return run.result(machine_name(accelerator, cpu))
 
 
@@ -127,7 +129,7 @@ class _Run:
     ) -> None:
         self._store, self._layer, self._repeats, self._progress = store, layer, repeats, progress
         self._experts, self._patience, self._max_tokens = store.layers[layer], patience, max_tokens
-        self._meter = CpuMeter(cpu, self._experts, patience)
+        self._cpu, self._meter = cpu, CpuMeter(cpu, self._experts, patience)
         self._macs = 3 * self._experts.hidden * self._experts.inter
         self.samples: dict[str, Sample] = {}
         self.numbers: dict[str, float] = {"num_cpu_cores": physical_cores(), "cpu_layer_s": _GUESSED_LAYER_S["cpu"]}
@@ -241,17 +243,31 @@ class _Run:
         self._set("gpu_macs_per_s", self._macs / token_s, f"one expert with {loads[-1]} tokens: {last_s * 1e3:.3f} ms")
         self._set("gpu_layer_s", _GUESSED_LAYER_S["gpu"], "not measured: as in the built-in profiles")
 
-    def measure_overhead(self, accelerator: Accelerator, gpu: GpuBackend) -> None:
-        profile = self._profile("so far")
-        num_slots = max(1, min(self._experts.top_k, self._experts.num_experts) // 2)
-        cost = CostModel.from_profile(profile, expert_bytes=self._experts.expert_bytes, expert_macs=self._macs)
+    def measure_steps(self, accelerator: Accelerator, gpu: GpuBackend) -> None:
+        """CPU experts beside the host's own work: plans are hybrid, so that is what they cost there."""
+        cost = CostModel.from_profile(
+            self._profile("so far"), expert_bytes=self._experts.expert_bytes, expert_macs=self._macs
+        )
         meter = StepMeter(
-            accelerator, gpu, self._store, self._layer, cost,
-            num_slots=num_slots, pause_s=_GUESSED_LAYER_S["gpu"], patience=self._patience,
-            use_cpu=lambda: self._meter.call(1, 1, 1),
+            accelerator, self._cpu, gpu, self._store, self._layer, cost,
+            pause_s=_GUESSED_LAYER_S["gpu"], patience=self._patience,
         )  # fmt: skip
-        seconds = self._sample("a step without experts", lambda: meter.overhead(3 * self._repeats))
-        self._set("step_overhead_s", seconds, f"reading, planning, enqueuing: {self.samples['a step without experts']}")
+        few, many = meter.least_on_cpu, max(self._experts.top_k - 1, meter.least_on_cpu)
+        times = {
+            num: self._sample(f"a hybrid step, {num} on the CPU", lambda num=num: meter.step(num, 3 * self._repeats))
+            for num in {few, many}
+        }
+        alone_s = cost.cpu_expert_s[1]
+        beside_s = (times[many] - times[few]) / (many - few) if many > few else alone_s
+        beside_s = min(max(beside_s, alone_s), _WORST_CROWDING * alone_s)
+        overhead_s = max(0.0, times[few] - cost.cpu_call_s - few * beside_s)
+        source = (
+            f"hybrid steps with {few} and {many} experts on the CPU: {self.samples[f'a hybrid step, {few} on the CPU']}"
+        )
+        self._set(
+            "cpu_single_bytes_per_s", self._experts.expert_bytes / beside_s, f"{source}; alone {alone_s * 1e3:.3f} ms"
+        )
+        self._set("step_overhead_s", overhead_s, f"what is left of {source}")
 
     def _profile(self, machine: str) -> Profile:
         return parse_profile(self._text(machine), name="measured", file="calibration")

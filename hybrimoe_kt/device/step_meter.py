@@ -1,10 +1,13 @@
-"""What a layer step costs beside its experts: reading the routing, planning, enqueuing, joining."""
+"""What a hybrid layer step really takes: CPU experts beside the host's own work, which both want the same cores.
+
+Steps are run as in a model, so that what is measured includes reading the routing, planning, enqueuing and joining,
+and, on a machine with few cores, what all that takes from the CPU experts.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -13,90 +16,77 @@ from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.types import LayerSpec, Routing
 
 from .accelerator import Accelerator
-from .backend import GpuBackend
+from .backend import CpuBackend, GpuBackend
 from .executor import Executor
-from .host_store import HostStore, LayerExperts
+from .host_store import HostStore
 from .lane import Lane
 from .measure import Sample
 from .waiting import Patience
 
 __all__ = ["StepMeter"]
 
-
-class _FreeCpu:
-    """Answers zeros at once."""
-
-    name, answers_pairs = "free", False
-
-    def __init__(self, hidden: int) -> None:
-        self._answer = torch.zeros(1, hidden)
-
-    def add_layer(self, experts: LayerExperts) -> None:
-        """Nothing to take."""
-
-    def copies(self, layer: int) -> bool:
-        return False
-
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Nothing to do."""
-
-    def is_done(self) -> bool:
-        return True
-
-    def wait(self) -> torch.Tensor:
-        return self._answer
+_CLEARLY = 1.3
+"""How much longer the CPU share must take than the GPU's, for the step to end with it."""
 
 
 class StepMeter:
-    """Decode steps of one layer whose CPU experts cost nothing, `pause_s` apart, as a model's layers are."""
+    """Decode steps of one layer, `pause_s` apart: half the experts in slots, enough of the others on the CPU."""
 
     def __init__(
         self,
         accelerator: Accelerator,
+        cpu: CpuBackend,
         gpu: GpuBackend,
         store: HostStore,
         layer: int,
         cost: CostModel,
         *,
-        num_slots: int,
         pause_s: float,
         patience: Patience,
-        use_cpu: Callable[[], object],
     ) -> None:
-        """`use_cpu` is called before every step: a CPU backend whose threads spin after a call takes cores from it."""
-        self._experts, self._pause_s, self._use_cpu = store.layers[layer], pause_s, use_cpu
+        """`cpu` has taken the layer already."""
+        experts = store.layers[layer]
+        self._experts, self._cost, self._pause_s = experts, cost, pause_s
         self._device, self._random = accelerator.device, random.Random(0)
-        experts = self._experts
+        self._num_slots = max(1, min(experts.top_k, experts.num_experts // 2))
         lane = Lane(
-            accelerator, gpu, store, {layer: num_slots},
-            max_tokens=1, cpu_answers_pairs=False, chunk_bytes=2**20, patience=patience,
+            accelerator, gpu, store, {layer: self._num_slots},
+            max_tokens=1, cpu_answers_pairs=cpu.answers_pairs, chunk_bytes=2**20, patience=patience,
         )  # fmt: skip
-        self._executor = Executor(_FreeCpu(experts.hidden), [lane], patience)
-        spec = LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, num_slots)
-        self._coordinators = {
-            name: Coordinator([spec], cost, scheduler=name, prefetch_size=0) for name in ("static", "cpu_only")
-        }
-        for transfer in self._coordinators["static"].initial_transfers():
+        self._executor = Executor(cpu, [lane], patience)
+        spec = LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, self._num_slots)
+        self._coordinator = Coordinator([spec], cost, scheduler="static", prefetch_size=0)
+        for transfer in self._coordinator.initial_transfers():
             self._executor.fill(transfer)
 
-    def overhead(self, repeats: int) -> Sample:
-        """Seconds until a hybrid step's work is under way, and from the end of the CPU share to the answer."""
-        return Sample.repeat(repeats, lambda number: self._step("static")[0] + self._step("cpu_only")[1])
+    @property
+    def least_on_cpu(self) -> int:
+        """The least number of CPU experts with which the CPU clearly ends last."""
+        top_k, cost = self._experts.top_k, self._cost
+        for num in range(1, top_k):
+            if cost.cpu_s([1] * num) > _CLEARLY * (top_k - num) * cost.gpu_s(1):
+                return num
+        return top_k
 
-    def _step(self, scheduler: str) -> tuple[float, float]:
-        """Run one step; return what passed until everything was enqueued, and from then on."""
-        experts, coordinator = self._experts, self._coordinators[scheduler]
-        chosen = self._random.sample(range(experts.num_experts), experts.top_k)
+    def step(self, num_on_cpu: int, repeats: int) -> Sample:
+        """Seconds of a step with so many experts on the CPU, the others of its top-k on the accelerator."""
+        return Sample.repeat(repeats, lambda number: self._step(num_on_cpu))
+
+    def _step(self, num_on_cpu: int) -> float:
+        experts, slots = self._experts, self._num_slots
+        chosen = self._random.sample(range(slots, experts.num_experts), num_on_cpu)
+        chosen += self._random.sample(range(slots), min(slots, experts.top_k - num_on_cpu))
         ids = torch.tensor([chosen], device=self._device)
-        weights = torch.full(ids.shape, 1.0 / experts.top_k, device=self._device)
+        weights = torch.full(ids.shape, 1.0 / len(chosen), device=self._device)
         hidden = torch.zeros(1, experts.hidden, device=self._device)
-        self._use_cpu()
         time.sleep(self._pause_s)
         began = time.perf_counter()
         step = self._executor.read(experts.layer, hidden, ids, weights)
-        plan = coordinator.plan(Routing(experts.layer, dict.fromkeys(step.host_ids[0].tolist(), 1)))
+        plan = self._coordinator.plan(Routing(experts.layer, dict.fromkeys(step.host_ids[0].tolist(), 1)))
         self._executor.start(plan, step)
-        started = time.perf_counter()
-        self._executor.join(plan, step)
-        coordinator.finish(plan)
-        return started - began, time.perf_counter() - started
+        result = self._executor.join(plan, step)
+        if result.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - began
+        self._coordinator.finish(plan)
+        return seconds
