@@ -30,7 +30,7 @@ from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.slots import slots_per_layer
 from hybrimoe_kt.device.waiting import Patience
-from hybrimoe_kt.errors import CapacityError, ConfigError
+from hybrimoe_kt.errors import CalibrationError, CapacityError, ConfigError
 
 __all__ = ["Assembly", "assemble", "cost_of", "make_coordinator", "make_cpu_backend", "make_gpu_backend"]
 
@@ -195,10 +195,14 @@ def _profile(
     if path.is_file():
         return trusted_profile(str(path), machine_name(device, cpu))
     logger.warning("no profile of this machine yet: measuring it briefly; `hybrimoe calibrate` does it thoroughly")
-    measured = calibrate(
-        store, layer, cpu, device, gpus[name], max_tokens=options.max_chunk_tokens, repeats=_HASTY_REPEATS,
-        patience=Patience(options.deadline_s),
-    )  # fmt: skip
+    try:
+        measured = calibrate(
+            store, layer, cpu, device, gpus[name], max_tokens=options.max_chunk_tokens, repeats=_HASTY_REPEATS,
+            patience=Patience(options.deadline_s),
+        )  # fmt: skip
+    except CalibrationError as error:
+        logger.warning("%s; plans are made with the built-in default profile", error)
+        return load_profile("default")
     logger.info("%s", measured.verdict)
     if not isinstance(device, TimedAccelerator):
         measured.save(path)
