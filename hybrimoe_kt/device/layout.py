@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .host_store import ExpertMatrix, LayerExperts
+from .host_store import LayerExperts
 
 __all__ = ["ALIGNMENT_BYTES", "PLANES", "Plane", "Segment", "SlotLayout"]
 
@@ -85,7 +85,6 @@ class SlotLayout:
         self.segments: tuple[Segment, ...] = tuple(self._lay_out(experts))
         last = self.segments[-1]
         self.slot_bytes = _aligned(last.start_bytes + last.num_bytes)
-        self._matrices = experts.matrices
 
     @staticmethod
     def _lay_out(experts: LayerExperts) -> list[Segment]:
@@ -120,10 +119,6 @@ class SlotLayout:
             return planes[0].flatten()
         in_file_order = sorted(range(len(planes)), key=lambda number: segments[number].plane.offset_bytes)
         return torch.cat([planes[number] for number in in_file_order], dim=1).flatten()
-
-    def matrix(self, number: int) -> ExpertMatrix:
-        """Type and shape of gate (0), up (1) or down (2)."""
-        return self._matrices[number]
 
 
 def _aligned(num_bytes: int) -> int:

@@ -209,12 +209,6 @@ class SlotPool:
         """Accelerator memory held by slots, without the streams'."""
         return sum(slots.memory.numel() for slots in self.layers.values())
 
-    @property
-    def stream_bytes(self) -> int:
-        """Accelerator memory held by the stream buffers."""
-        buffers = {id(slots.buffer): slots.buffer for slots in self.streams.values()}
-        return sum(buffer.memory.numel() for buffer in buffers.values() if buffer is not None)
-
 
 def stream_key(layer: int) -> int:
     """The number under which a GPU backend knows the stream slots of `layer`; its own inverse."""
