@@ -9,17 +9,30 @@ from typing import Any, NoReturn
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import nearest
 
-__all__ = ["build_parser", "expert_overrides", "parse"]
+__all__ = ["API_KEY_VARIABLE", "build_parser", "expert_overrides", "parse"]
+
+API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
 
 _EXAMPLES = """examples:
   ktransformers                                        chat with the small embedded model
   ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
   ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
       --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
+  ktransformers --gguf_path Qwen3-30B-A3B-Q4_K_M.gguf --port 10002      a server and its chat page
 """
 
 # Flags of kTransformers that a user's script may pass and that mean nothing here.
-_WITHOUT_EFFECT = ("use_cuda_graph", "mode", "force_think", "device", "tp")
+_WITHOUT_EFFECT = (
+    "use_cuda_graph", "mode", "force_think", "device", "tp", "web", "type", "backend_type", "max_batch_size",
+    "log_dir", "log_file", "log_level",
+)  # fmt: skip
+# What only the server does, and what only an answer in the terminal has.
+_SERVER_ONLY = (
+    "model_name", "api_key", "max_waiting", "max_request_size", "cors_origin", "shutdown_s", "ssl_certfile",
+    "ssl_keyfile",
+)  # fmt: skip
+_TERMINAL_ONLY = ("prompt", "prompt_file", "stats_json")
+_DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     answer = parser.add_argument_group("answer")
     answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
-    answer.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N")
+    answer.add_argument(
+        "--max_new_tokens",
+        type=_whole(1),
+        metavar="N",
+        help=f"longest answer; default {_DEFAULT_MAX_NEW_TOKENS}, as a server what the context holds",
+    )
     answer.add_argument(
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
@@ -128,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument(
         "--fallback", choices=("on", "off"), help="give up hybrid plans when they measure slower; default: on"
     )
+    _add_server_flags(parser.add_argument_group("server (--port or --host starts it)"))
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
@@ -136,10 +155,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_server_flags(server: argparse._ArgumentGroup) -> None:
+    server.add_argument("--port", type=_whole(0, 65535), metavar="N", help="default 10002; 0: any that is free")
+    server.add_argument("--host", metavar="ADDRESS", help="default 127.0.0.1: only this machine; 0.0.0.0: any")
+    server.add_argument("--model_name", metavar="NAME", help="what clients call the model; default: its own name")
+    server.add_argument(
+        "--api_key", metavar="KEY", help=f"what clients must send; better in {API_KEY_VARIABLE}, which no one else sees"
+    )
+    server.add_argument(
+        "--max_waiting", type=_whole(0), metavar="N", help="requests that may wait, default 64; others get 429"
+    )
+    server.add_argument(
+        "--max_request_size",
+        metavar="SIZE",
+        help="longest request (16MiB); default 1 MiB and 128 bytes a context token",
+    )
+    server.add_argument(
+        "--cors_origin", action="append", metavar="URL", help="web page that may use the server; repeatable"
+    )
+    server.add_argument(
+        "--shutdown_s", type=_number(0, 86400), metavar="S", help="how long answers may go on after SIGTERM, default 60"
+    )
+    server.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="serve https with this certificate")
+    server.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="and this key")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; exits with code 2 and one sentence when it cannot be used."""
     options = build_parser().parse_args([_underscored(word) for word in argv])
     options.without_effect = [flag for flag in _WITHOUT_EFFECT if getattr(options, flag) is not None]
+    options.is_server = options.port is not None or options.host is not None
+    if options.is_server:
+        if clash := [flag for flag in _TERMINAL_ONLY if getattr(options, flag) is not None]:
+            build_parser().error(f"--{clash[0]} is not for a server; leave out --port and --host, or it")
+        return options
+    options.without_effect += [flag for flag in _SERVER_ONLY if getattr(options, flag) is not None]
+    if options.max_new_tokens is None:
+        options.max_new_tokens = _DEFAULT_MAX_NEW_TOKENS
     if options.prompt is not None and options.prompt_file is not None:
         build_parser().error("give --prompt or --prompt_file, not both")
     return options
