@@ -17,7 +17,7 @@ from .app import make_app
 from .service import Service
 from .settings import Settings
 
-__all__ = ["bind", "serve"]
+__all__ = ["Server", "address_of", "bind", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +45,29 @@ def serve(
     The first signal lets what was accepted end, within `settings.shutdown_s`; the second cuts it short.
     `on_ready` gets the server's address once it answers.
     """
-    service = Service(engine, settings)
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=logger.isEnabledFor(logging.INFO),
-        server_header=False,
-        lifespan="off",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        ssl_certfile=settings.ssl_certfile,
-        ssl_keyfile=settings.ssl_keyfile,
-    )
-    server = _Server(config, service, lambda: on_ready(_url(settings, listener)))
+    server = Server(Service(engine, settings), lambda: on_ready(address_of(settings, listener)))
     server.run(sockets=[listener])
     return server.has_answered_all
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn's server, which on a signal refuses what is new, and ends when what was accepted has ended."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                log_config=None,
+                access_log=logger.isEnabledFor(logging.INFO),
+                server_header=False,
+                lifespan="off",
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+            )
+        )
         self._service, self._on_ready = service, on_ready
         self._num_signals = 0
         self.has_answered_all = True
@@ -80,18 +81,21 @@ class _Server(uvicorn.Server):
         self._num_signals += 1
         if self._num_signals == 1:
             self._service.is_shutting_down = True
-            threading.Thread(target=self._drain, name="shutdown", daemon=True).start()
+            threading.Thread(target=self.drain, name="shutdown", daemon=True).start()
         else:
             self.has_answered_all = False
             self.should_exit = self.force_exit = True
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Refuse what is new, wait for what was accepted, and end; blocks."""
+        self._service.is_shutting_down = True
         if not self._service.queue.close(self._service.settings.shutdown_s):
             self.has_answered_all = False
         self.should_exit = True
 
 
-def _url(settings: Settings, listener: socket.socket) -> str:
+def address_of(settings: Settings, listener: socket.socket) -> str:
+    """Return where the server is to be found."""
     scheme = "https" if settings.ssl_certfile else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}"

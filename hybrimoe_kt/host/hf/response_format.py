@@ -103,7 +103,7 @@ class ResponseParts:
             self._pending.append(event["text"])
         elif event["type"] == "region_close" and field == "tool_calls":
             values = event["value"] if isinstance(event["value"], list) else [event["value"]]
-            calls = [_call(value["function"]) for value in values]
+            calls = [_call(value) for value in values]
             for text in self._pending:
                 self._forget(text)
             self._pending.clear()
@@ -114,10 +114,13 @@ class ResponseParts:
         self._unsaid = self._unsaid[self._unsaid.index(text) + len(text) :]
 
 
-def _call(function: Mapping[str, Any]) -> Call:
+def _call(value: Any) -> Call:
+    function = value.get("function") if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call needs a name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
-    if not isinstance(function["name"], str) or not isinstance(arguments, Mapping):
-        raise ValueError("a tool call needs a name and an object of arguments")
+    if not isinstance(arguments, Mapping):
+        raise ValueError("a tool call's arguments are an object")
     return Call(function["name"], arguments)
