@@ -43,7 +43,7 @@ venv: $(VENV)/.ready-dev
 test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
+test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev
@@ -113,3 +113,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 # llama.cpp's converter, another oracle: what GGUF files look like that we did not write ourselves.
 .cache/llama.cpp: $(VENV)/.ready-dev
 	-@$(BIN)/python tests/host/llama_cpp_converter.py
+
+# The router of docs/replicas.md, in an environment of its own.
+.cache/smg: $(VENV)/.ready-dev
+	-@$(BIN)/python -m venv $@ && $@/bin/python -m pip install --quiet smg==1.13.0
