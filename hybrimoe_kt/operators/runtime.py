@@ -202,14 +202,15 @@ class Runtime:
         if self._executor is None:
             self.start()
         logits = self._scores.pop(layer, None)
-        home, device = hidden.device, self._device_of(layer)
+        home, device = hidden.device, self.device_of(layer)
         if device is not None and device != home:  # this layer's experts live on another accelerator than the model
             hidden, ids, weights = hidden.to(device), ids.to(device), weights.to(device)
             logits = None if logits is None else logits.to(device)
             return self._run_chunks(layer, hidden, ids, weights, logits).to(home)
         return self._run_chunks(layer, hidden, ids, weights, logits)
 
-    def _device_of(self, layer: int) -> torch.device | None:
+    def device_of(self, layer: int) -> torch.device | None:
+        """Where a layer's experts take their hidden states; None if they come from wherever the model is."""
         lane = self._executor.lane(layer) if self._executor else None
         return None if lane is None else lane.accelerator.device
 
