@@ -15,20 +15,24 @@ from hybrimoe_kt.operators.runtime import Runtime
 
 from .architectures import Architecture
 
-__all__ = ["attach_look_ahead"]
+__all__ = ["attach_look_ahead", "look_ahead"]
 
 
 def attach_look_ahead(model: nn.Module, runtime: Runtime, family: Architecture) -> None:
-    """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it.
+    """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it."""
+    for layer, block in _moe_blocks(model, family).items():
+        block.gate.register_forward_hook(_noting(runtime, layer))
+    look_ahead(model, runtime, family, runtime.options.prefetch_depth)
+
+
+def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: int) -> None:
+    """Ask the gates of `depth` layers after each MoE layer from now on.
 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
     norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
     """
     blocks = _moe_blocks(model, family)
-    for layer, block in blocks.items():
-        block.gate.register_forward_hook(_noting(runtime, layer))
     layers = sorted(blocks)
-    depth = runtime.options.prefetch_depth
     for place, layer in enumerate(layers):
         ahead = [(later, blocks[later]) for later in layers[place + 1 : place + 1 + depth]]
         if ahead:
