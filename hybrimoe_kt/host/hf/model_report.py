@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
@@ -59,7 +59,7 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
-    cpu_refusal = cpu_llamafile.refusal(experts)
+    cpu_refusal = llamafile_shapes.refusal(experts)
     cpu = "torch_reference" if cpu_refusal or not machine["cpu_kernels"]["runs"] else "llamafile"
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
@@ -99,7 +99,7 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
     last = outlines[-1].layer
     dense = [tensor for tensor in file.tensors.values() if _is_dense(tensor, last)]
     expert_bytes = sum(experts.num_experts * experts.expert_bytes for experts in outlines)
-    copied_bytes = sum(map(cpu_llamafile.copied_bytes, outlines))
+    copied_bytes = sum(map(llamafile_shapes.copied_bytes, outlines))
     dense_bytes = sum(math.prod(tensor.shape) for tensor in dense) * _DENSE_BYTES[dtype]
     host_bytes = expert_bytes + copied_bytes + (dense_bytes if device is None else 0)
     available = machine["memory"].get("available_bytes")
