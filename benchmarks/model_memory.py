@@ -266,9 +266,9 @@ _CARD_HEADS = [f"in {card} GiB" for card in CARDS_GIB]
 
 def _shares(m: Memory) -> list[str]:
     """Shares of the experts; "none" where a layer gets no slot, "-" where the card is too small for the rest."""
-    names = {None: "-", 0.0: "none", 1.0: "all"}
+    names = {0.0: "none", 1.0: "all"}
     shares = [m.share(card * GIB) for card in CARDS_GIB]
-    return [names[share] if share in names else f"{share:.0%}" for share in shares]
+    return ["-" if share is None else names.get(share, f"{share:.0%}") for share in shares]
 
 
 def _size(num_bytes: float) -> str:
@@ -283,7 +283,7 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 PLACES = {"README.md": short_table, "docs/models.md": long_table}
-_BEGIN, _END = "<!-- computed by python -m benchmarks.model_memory --write -->\n", "\n<!-- end -->"
+_BEGIN, _END = "<!-- computed by python -m benchmarks.model_memory --write -->\n", "<!-- end -->"
 
 
 def with_table(text: str, table: str) -> str:
@@ -291,7 +291,7 @@ def with_table(text: str, table: str) -> str:
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     assert begin and end, f"the marks {_BEGIN.strip()} and {_END.strip()} are both needed"
-    return before + begin + table + end + after
+    return f"{before}{begin}\n{table}\n\n{end}{after}"
 
 
 def main() -> None:
