@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .core.policies import POLICIES
+from .core.predictors import PREDICTORS
+from .core.schedulers import SCHEDULERS
 from .errors import ConfigError, nearest, unknown_name
 
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
@@ -163,6 +166,9 @@ class ExpertOptions:
         _check_accelerator(self.accelerator)
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
+        for kind, known in (("policy", POLICIES), ("scheduler", SCHEDULERS), ("predictor", PREDICTORS)):
+            if getattr(self, kind) not in known:
+                raise ConfigError(unknown_name(kind, getattr(self, kind), known))
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)
         _in_range("prefetch_size", self.prefetch_size, 0, 1024)
         _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
