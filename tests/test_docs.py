@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import importlib
+import io
 import os
 import re
 import shlex
@@ -17,8 +19,7 @@ import pytest
 import yaml
 
 from benchmarks.model_memory import CARDS_GIB, GIB, PLACES, RELEASES, Release, memory, with_table
-from hybrimoe_kt.cli.options import build_parser
-from hybrimoe_kt.cli.tools import COMMANDS
+from hybrimoe_kt.cli import main, options, tools
 from hybrimoe_kt.host.rule_file import load_rules
 from hybrimoe_kt.host.rules import check_operators, match_modules
 from hybrimoe_kt.host.skeletons import build_skeleton
@@ -37,28 +38,25 @@ def prose(text: str) -> str:
     return _FENCE.sub("", text)
 
 
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and those of its subcommands."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from parsers(child)
+@functools.cache
+def flags_of(command: str) -> set[str]:
+    """The options that a command's own help lists; each may be written with hyphens or with underscores."""
+    program, *words = command.split()
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        {"ktransformers": main.main, "hybrimoe": tools.main}[program]([*words, "--help"])
+    flags = set(_FLAG.findall(shown.getvalue()))
+    assert flags, f"{command} --help says nothing"
+    return flags | {"--" + flag[2:].replace("_", "-") for flag in flags}
 
 
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {flag for each in parsers(parser) for action in each._actions for flag in action.option_strings}
+def command_of(line: str) -> str | None:
+    """The command that a line calls, with its subcommand."""
+    match = re.match(r"(ktransformers|hybrimoe(?: [a-z]+){1,2})(?= |$)", line)
+    return match[1] if match else None
 
 
-def tool_parser(command: str) -> argparse.ArgumentParser:
-    module = importlib.import_module(COMMANDS[command].module)
-    parser: argparse.ArgumentParser = (getattr(module, "build_parser", None) or module.parser)()
-    return parser
-
-
-KNOWN = {f"hybrimoe {command}": flags_of(tool_parser(command)) for command in COMMANDS}
-# Every spelling with underscores may be written with hyphens.
-KNOWN["ktransformers"] = {flag for word in flags_of(build_parser()) for flag in (word, word.replace("_", "-"))}
+EVERY_COMMAND = ("ktransformers", *(f"hybrimoe {name}" for name in tools.COMMANDS), "hybrimoe rules check")
 
 
 def shell_lines(text: str) -> Iterator[str]:
@@ -72,21 +70,23 @@ def shell_lines(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_have_the_options_they_are_shown_with(page: Path) -> None:
     for line in shell_lines(page.read_text(encoding="utf-8")):
-        match = re.match(r"(ktransformers|hybrimoe \w+)\b(.*)", line)
-        if match is None:
+        command = command_of(line)
+        if command is None:
             continue
-        assert match[1] in KNOWN, f"{line}: there is no such command"
-        for flag in _FLAG.findall(match[2]):
-            assert flag in KNOWN[match[1]], f"{line}: no option {flag}"
+        name = " ".join(command.split()[1:2])
+        assert not name or name in tools.COMMANDS, f"{line}: there is no such command"
+        for flag in _FLAG.findall(line):
+            assert flag in flags_of(command), f"{line}: no option {flag}"
 
 
 # Options of other programs that pages mention.
 FOREIGN = {"--no-deps", "--index-url"}
+WITHOUT_EFFECT = {f"--{flag}" for flag in options._WITHOUT_EFFECT}  # taken, and left out of the help
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_options_in_the_text_exist(page: Path) -> None:
-    everything = FOREIGN.union(*KNOWN.values())
+    everything = FOREIGN.union(WITHOUT_EFFECT, *map(flags_of, EVERY_COMMAND))
     for quoted in re.findall(r"`([^`\n]+)`", prose(page.read_text(encoding="utf-8"))):
         if quoted.startswith(("python -m benchmarks", "make ")):
             continue
