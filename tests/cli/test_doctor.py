@@ -287,3 +287,16 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         doctor.main(["--help"])
     assert exit_code.value.code == 0
     assert "hybrimoe doctor --model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("inter", "copies"), [(512, 1), (384, 512 / 384)], ids=["in place", "padded"])
+def test_host_memory_of_experts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inter: int, copies: float
+) -> None:
+    """A CPU that reads a padded copy wants it instead of the file's pages; a GPU's transfers want those, too."""
+    file = write_model(tmp_path / "m.gguf", (Type.Q8_0, Type.Q8_0, Type.Q8_0), inter=inter)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == int(copies * model["expert_bytes"]) + model["dense_bytes"]
+    _devices(monkeypatch, GPU)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == model["expert_bytes"] + (int(copies * model["expert_bytes"]) if copies > 1 else 0)

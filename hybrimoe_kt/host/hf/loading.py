@@ -107,12 +107,13 @@ def load_model(
 
     `gguf_path` names a GGUF file, a directory of them, or a Hugging Face directory with safetensors. The
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
-    Without `rules_path` the packaged rules of the architecture apply. `option_overrides` are `ExpertOptions` keys
-    that win over the rules. `device` holds the dense weights that no rule places elsewhere.
+    Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
+    `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
+    elsewhere.
     """
     source = open_source(gguf_path, model_path, option_overrides)
     architecture, config, loader = source.architecture, source.config, source.loader
-    rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.model_type)
+    rules_file = _rules_file(rules_path, architecture)
     rules = rule_engine.load_rules(rules_file)
     loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
 
@@ -150,6 +151,13 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:
+    """The rule file that was named, by its path or as a packaged one, or the architecture's own."""
+    if path is None:
+        return rule_engine.packaged_rules(architecture.model_type)
+    return Path(rule_engine.list_packaged_rules().get(str(path), path))
 
 
 def _build(
