@@ -90,6 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
+    report.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
+    )
     for flag in _WITHOUT_EFFECT:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser

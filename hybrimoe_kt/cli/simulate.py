@@ -6,9 +6,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_kt.errors import ConfigError
+
+from .outputs import check_writable
 
 if TYPE_CHECKING:
     from hybrimoe_kt.sim.scenario import Method, Scenario
@@ -51,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, help="decode steps (default: 64, or all of the trace's)")
     add("--seed", type=int, default=0, help="seed of the synthetic trace and of the noise (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="standard deviation of log CPU time (default: %(default)s)")
-    add("--timeline", metavar="FILE", help="write CPU, GPU and link activity as a Chrome/Perfetto trace")
+    add("--timeline", type=Path, metavar="FILE", help="write CPU, GPU and link activity as a Chrome/Perfetto trace")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return result
 
@@ -59,27 +62,27 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the simulation and print its report."""
     options = parser().parse_args(arguments)
+    from hybrimoe_kt.core.timeline import Timeline
     from hybrimoe_kt.sim.compare import simulate
-    from hybrimoe_kt.sim.machine import Span
     from hybrimoe_kt.sim.timeline import write_timeline
 
     if options.noise < 0:
         raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
     method, scenario = _chosen(options)
     if options.timeline:
-        write_timeline([], options.timeline)  # a path that cannot be written is refused before the work
-    spans: list[Span] = []
+        check_writable(options.timeline, "--timeline")
+    timeline = Timeline(origin="a simulation, on its virtual clock", model=scenario.trace.model)
     with ProgressBar(3 * len(scenario.trace.steps), quiet=options.json) as advance:
         report = simulate(
             scenario,
             method,
             noise=options.noise,
             seed=options.seed,
-            on_span=spans.append if options.timeline else None,
+            on_span=timeline.add if options.timeline else None,
             progress=advance,
         )
     if options.timeline:
-        write_timeline(spans, options.timeline)
+        write_timeline(timeline, options.timeline)
     if options.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
@@ -88,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
             ours, theirs = (_text(counted["hit_rate"], "%") for counted in (report["statistics"], report["recorded"]))
             print(f"hit rate over prompts and answers: {ours} here, {theirs} in the recorded run")
         if options.timeline:
-            print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev)")
+            note = f"; {timeline.note}" if timeline.note else ""
+            print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev{note})")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.cli.tools import COMMANDS, main
+from tests.timelines import check, read
 
 SMALL = ["--model", "deepseek-v2-lite", "--hardware", "default", "--prompt-tokens", "8", "--tokens", "2"]
 TRACE = str(Path(__file__).parents[1] / "data" / "traces" / "gemma4-26b-a4b.npz")
@@ -63,8 +64,23 @@ def test_timeline_is_a_chrome_trace(capsys: pytest.CaptureFixture[str], tmp_path
     code, out, _ = run(capsys, "simulate", *SMALL, "--timeline", str(file))
     assert code == 0
     assert str(file) in out
-    events = json.loads(file.read_text())["traceEvents"]
-    assert {event["cat"] for event in events if event["ph"] == "X"} == {"cpu", "gpu", "link"}
+    lanes = check(file, {"steps", "scheduler", "GPU 0", "CPU", "link 0"})
+    assert [event["name"] for event in lanes["steps"]][-3:] == ["prefill 8", "decode 1", "decode 1"]
+
+
+def test_a_long_timeline_is_capped_and_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe_kt.core import timeline
+
+    monkeypatch.setattr(timeline.Timeline.__init__, "__defaults__", (50,))
+    file = tmp_path / "step.json"
+    code, out, _ = run(capsys, "simulate", *SMALL, "--timeline", str(file))
+    assert code == 0
+    assert "only the beginning is kept: 50 spans" in out
+    lanes, other = read(file)
+    assert sum(map(len, lanes.values())) == 50
+    assert "only the beginning" in other["note"]
 
 
 @pytest.mark.parametrize(
