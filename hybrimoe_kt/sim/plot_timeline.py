@@ -27,7 +27,8 @@ _LOOKS = {
     ("link", "on_demand"): ("transfer on demand", COLORS[3]),
     ("link", "prefetch"): ("prefetch", COLORS[4]),
 }
-_FEW = 200
+_WIDE = 0.006
+"""Share of the picture's width at which bars that touch are kept apart by a white edge; thinner ones would vanish."""
 _LABEL_SIZE = 7.5
 _NEARLY_ALL = 0.7
 _CHARACTER_PIXELS = 5.2
@@ -98,7 +99,8 @@ def step_timeline(title: str, spans: Iterable[Span], start_s: float, end_s: floa
         mine = [span for span in drawn if (span.kind, span.work) == (kind, work)]
         for lane in sorted({span.lane_name for span in mine}):
             bars = [((s.start_s - start_s) * 1e3, (s.end_s - s.start_s) * 1e3) for s in mine if s.lane_name == lane]
-            edge = 0.4 if kind == "link" and len(mine) < _FEW else 0.0  # neighbours touch there
+            touch = kind == "link" and sum(width for _, width in bars) / len(bars) > _WIDE * 1e3 * (end_s - start_s)
+            edge = 0.4 if touch else 0.0
             bar = axis.broken_barh(
                 bars, (row_of[lane] - 0.36, 0.72), facecolor=color, edgecolor="white", linewidth=edge, label=name
             )
