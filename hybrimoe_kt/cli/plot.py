@@ -11,23 +11,25 @@ from typing import Any
 from hybrimoe_kt.errors import ConfigError
 
 from .outputs import check_writable
+from .parsing import Parser
 
 EXAMPLE = """\
 examples:
-  hybrimoe plot heat-map --trace my.npz -o map.svg            which experts are used
-  hybrimoe plot over-time --trace my.npz -o time.png          hit rate as the session goes on
-  hybrimoe plot occupancy --trace my.npz --layer 3 -o c.png   who is in one layer's cache
-  hybrimoe plot hit-rate --trace my.npz -o hits.png           hit rate over cache size
-  hybrimoe plot timeline --timeline run.json -o step.png      one step of a recorded run
-  hybrimoe plot timeline --model qwen2-57b-a14b -o step.png   one simulated step
-  hybrimoe plot speedups --hardware a6000-xeon5220r -o s.svg  methods beside each other
+  hybrimoe plot heat-map --trace my.npz -o map.svg
+  hybrimoe plot over-time --trace my.npz -o time.png
+  hybrimoe plot occupancy --trace my.npz --layer 3 -o cache.png
+  hybrimoe plot hit-rate --trace my.npz -o hits.png
+  hybrimoe plot timeline --timeline run.json -o step.png
+  hybrimoe plot timeline --model qwen2-57b-a14b -o step.png
+  hybrimoe plot speedups --hardware a6000-xeon5220r -o speedups.svg
+
 Each picture explains its options: hybrimoe plot occupancy --help
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options, one subcommand per picture."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="hybrimoe plot",
         description="Draw routing, caches, timelines and speed-ups; --json prints the numbers drawn.",
         epilog=EXAMPLE,

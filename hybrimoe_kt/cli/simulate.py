@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe_kt.errors import ConfigError
 
 from .outputs import check_writable
+from .parsing import Parser
 
 if TYPE_CHECKING:
     from hybrimoe_kt.sim.scenario import Method, Scenario
 
 EXAMPLE = """\
-example:
-  hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r --cache 25%
-  hybrimoe simulate --trace my.npz --hardware default --cache 12GiB --method paper --timeline step.json --json
-  hybrimoe simulate --trace my.npz --method recorded    as the recorded run was configured, on its hardware profile
+examples:
+  hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r
+  hybrimoe simulate --trace my.npz --cache 12GiB --method paper --json
+  hybrimoe simulate --trace my.npz --timeline run.json
+  hybrimoe simulate --trace my.npz --method recorded   as the run itself was
 
-A method is a named bundle of scheduler, policy and prefetch; each of them given on its own replaces that part.
-Models without --trace run on a synthetic trace of the same locality as published measurements.
+A method is a named bundle of scheduler, policy and prefetch; each of them
+given on its own replaces that part. Models without --trace run on a synthetic
+trace of the same locality as published measurements.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options; values are validated where they are used, so every front end says the same."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="hybrimoe simulate",
         description="Replay expert routing through the scheduler on a simulated machine.",
         epilog=EXAMPLE,
@@ -169,11 +172,12 @@ def _render(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     kind = "synthetic trace" if report["synthetic"] else "recorded trace"
-    title = (
-        f"{report['model']} on {report['hardware']}, {report['cache_slots_per_layer']} slots a layer"
-        f" ({report['cache_ratio']:.0%}), {kind}"
+    title = f"{report['model']} on {report['hardware']}, {kind}"
+    caption = (
+        f"{report['cache_slots_per_layer']} slots a layer ({report['cache_ratio']:.0%}), "
+        f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}"
     )
-    table = Table(title=title, caption=f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("")
     for name in ("prefill", "decode"):
         table.add_column(name, justify="right")

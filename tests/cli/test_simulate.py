@@ -134,6 +134,46 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hybrimoe simulate --model qwen2-57b-a14b" in capsys.readouterr().out
 
 
+HELPS = ["simulate", "doctor", "calibrate", "trace", "rules", "rules check", "rules list", "plot", "plot timeline"]
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_every_help_has_an_example_and_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"hybrimoe {command} " in out[out.index("example") :]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("simulate --modle x", "unknown argument --modle, did you mean '--model'?"),
+        ("simulate --tokens many", "invalid int value: 'many'"),
+        ("doctor --josn", "did you mean '--json'?"),
+        ("calibrate --repeats", "expected one argument"),
+        ("trace --prompt Hi", "required: --out"),
+        ("rules chek", "invalid choice: 'chek'"),
+        ("rules check x.yaml --modle y", "did you mean '--model'?"),
+        ("plot heatmap", "invalid choice: 'heatmap'"),
+        ("plot occupancy --trace x --layr 2", "did you mean '--layer'?"),
+    ],
+)
+def test_wrong_options_are_one_sentence(capsys: pytest.CaptureFixture[str], command: str, words: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"hybrimoe {command.split()[0]}") and words in err
+    assert err.count("\n") == 1
+
+
 def test_dispatcher_lists_commands_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
