@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hybrimoe_kt import __version__
-from hybrimoe_kt.errors import nearest
 
-__all__ = ["API_KEY_VARIABLE", "build_parser", "expert_overrides", "parse"]
+from .parsing import Parser
+from .parsing import number as _number
+from .parsing import whole as _whole
+from .server_options import add_server_flags, settle_server
 
-API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
+__all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
 
 _EXAMPLES = """examples:
   ktransformers                                        chat with the small embedded model
   ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
   ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
       --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
-  ktransformers --gguf_path Qwen3-30B-A3B-Q4_K_M.gguf --port 10002      a server and its chat page
+  ktransformers --gguf_path model.gguf --port 10002    a server, and a page to chat in
+"""
+
+_TRACE_EXAMPLES = """examples:
+  hybrimoe trace --out run.npz --text book.txt --tokens 1000
+  hybrimoe trace --out run.npz --text book.txt --as prefill --chunk_size 128
+  hybrimoe trace --out run.npz --prompt "Hello!" --gguf_path model.gguf
+  hybrimoe trace --out chat.npz                 records a chat on the terminal
+
+Replay it, in general or, after a run with an accelerator, just as it was:
+  hybrimoe simulate --trace run.npz
+  hybrimoe simulate --trace run.npz --method recorded
 """
 
 # Flags of kTransformers that a user's script may pass and that mean nothing here.
@@ -26,60 +39,12 @@ _WITHOUT_EFFECT = (
     "use_cuda_graph", "mode", "force_think", "device", "tp", "web", "type", "backend_type", "max_batch_size",
     "log_dir", "log_file", "log_level",
 )  # fmt: skip
-# What only the server does, and what only an answer in the terminal has.
-_SERVER_ONLY = (
-    "model_name", "api_key", "max_waiting", "max_request_size", "cors_origin", "shutdown_s", "ssl_certfile",
-    "ssl_keyfile",
-)  # fmt: skip
-_TERMINAL_ONLY = ("prompt", "prompt_file", "stats_json")
-_DEFAULT_MAX_NEW_TOKENS = 256
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag when one is unknown."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags) or '; see --help'}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _whole(low: int, high: int | None = None) -> Any:
-    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {wanted}")
-        return value
-
-    return convert
-
-
-def _number(low: float, high: float) -> Any:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return value
-
-    return convert
+_MAX_NEW_TOKENS = 256
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every flag may be spelled with underscores or hyphens."""
-    parser = _Parser(
+    parser = Parser(
         prog="ktransformers",
         allow_abbrev=False,
         epilog=_EXAMPLES,
@@ -87,6 +52,22 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
     )
     parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
+    _add_model(parser)
+    _add_answer(parser)
+    _add_experts(parser)
+    add_server_flags(parser.add_argument_group("server (--port or --host starts it)"))
+    report = parser.add_argument_group("report")
+    report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
+    report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
+    report.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
+    )
+    for flag in _WITHOUT_EFFECT:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--gguf_path", type=Path, metavar="PATH", help=".gguf file, one of its splits, or a directory")
     model.add_argument(
@@ -101,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="YAML",
         dest="optimize_rule_path",
-        help="rule file; default: the packaged one for the architecture",
+        help="rule file, or the name of a packaged one; default: the architecture's",
     )
     model.add_argument(
         "--dtype",
@@ -110,20 +91,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU",
     )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
+
+
+def _add_answer(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group("answer")
     answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
     answer.add_argument(
-        "--max_new_tokens",
-        type=_whole(1),
-        metavar="N",
-        help=f"longest answer; default {_DEFAULT_MAX_NEW_TOKENS}, as a server what the context holds",
-    )
+        "--max_new_tokens", type=_whole(1), metavar="N",
+        help=f"longest answer; default {_MAX_NEW_TOKENS}, for a server what the context holds",
+    )  # fmt: skip
     answer.add_argument(
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
     answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
     answer.add_argument("--seed", type=_whole(0, 2**63 - 1), metavar="N", help="the same seed draws the same tokens")
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    """Add what `expert_overrides` returns."""
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], emulated")
     experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")
@@ -146,54 +132,61 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument(
         "--fallback", choices=("on", "off"), help="give up hybrid plans when they measure slower; default: on"
     )
-    _add_server_flags(parser.add_argument_group("server (--port or --host starts it)"))
-    report = parser.add_argument_group("report")
-    report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
-    report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
-    for flag in _WITHOUT_EFFECT:
-        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+
+
+def build_trace_parser() -> argparse.ArgumentParser:
+    """Return the parser of `hybrimoe trace`: what to load as in `ktransformers`, and what to record."""
+    parser = Parser(
+        prog="hybrimoe trace",
+        allow_abbrev=False,
+        epilog=_TRACE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Record which experts a model chooses, its router scores, and what gates predict.",
+    )
+    record = parser.add_argument_group("recording")
+    record.add_argument("--out", "-o", type=Path, metavar="FILE", required=True, help="trace to write (.npz)")
+    record.add_argument("--text", type=Path, metavar="FILE", help="run this UTF-8 text through the model")
+    record.add_argument(
+        "--as",
+        dest="phase",
+        choices=("decode", "prefill"),
+        default="decode",
+        help="the text token by token, or in chunks of --chunk_size; default: decode",
+    )
+    record.add_argument("--tokens", type=_whole(1), metavar="N", help="of the text at most; default: all")
+    record.add_argument(
+        "--depth", type=_whole(1, 3), default=3, metavar="N", help="layers whose gates predict, 1 to 3 (default: 3)"
+    )
+    record.add_argument("--json", action="store_true", help="print one JSON object instead of tables and text")
+    record.add_argument("--verbose", action="store_true", help="log decisions")
+    _add_model(parser)
+    _add_answer(parser)
+    _add_experts(parser)
     return parser
 
 
-def _add_server_flags(server: argparse._ArgumentGroup) -> None:
-    server.add_argument("--port", type=_whole(0, 65535), metavar="N", help="default 10002; 0: any that is free")
-    server.add_argument("--host", metavar="ADDRESS", help="default 127.0.0.1: only this machine; 0.0.0.0: any")
-    server.add_argument("--model_name", metavar="NAME", help="what clients call the model; default: its own name")
-    server.add_argument(
-        "--api_key", metavar="KEY", help=f"what clients must send; better in {API_KEY_VARIABLE}, which no one else sees"
-    )
-    server.add_argument(
-        "--max_waiting", type=_whole(0), metavar="N", help="requests that may wait, default 64; others get 429"
-    )
-    server.add_argument(
-        "--max_request_size",
-        metavar="SIZE",
-        help="longest request (16MiB); default 1 MiB and 128 bytes a context token",
-    )
-    server.add_argument(
-        "--cors_origin", action="append", metavar="URL", help="web page that may use the server; repeatable"
-    )
-    server.add_argument(
-        "--shutdown_s", type=_number(0, 86400), metavar="S", help="how long answers may go on after SIGTERM, default 60"
-    )
-    server.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="serve https with this certificate")
-    server.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="and this key")
+def parse_trace(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line of `hybrimoe trace`; exits with code 2 and one sentence when it cannot be used."""
+    parser = build_trace_parser()
+    options = parser.parse_args([_underscored(word) for word in argv])
+    given = [flag for flag in ("text", "prompt", "prompt_file") if getattr(options, flag) is not None]
+    if len(given) > 1:
+        parser.error(f"give --{given[0]} or --{given[1]}, not both")
+    if options.text is None and options.tokens is not None:
+        parser.error("--tokens shortens a --text; the answer to a prompt is as long as --max_new_tokens")
+    options.max_new_tokens = options.max_new_tokens or _MAX_NEW_TOKENS
+    return options
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; exits with code 2 and one sentence when it cannot be used."""
     options = build_parser().parse_args([_underscored(word) for word in argv])
     options.without_effect = [flag for flag in _WITHOUT_EFFECT if getattr(options, flag) is not None]
-    options.is_server = options.port is not None or options.host is not None
-    if options.is_server:
-        if clash := [flag for flag in _TERMINAL_ONLY if getattr(options, flag) is not None]:
-            build_parser().error(f"--{clash[0]} is not for a server; leave out --port and --host, or it")
-        return options
-    options.without_effect += [flag for flag in _SERVER_ONLY if getattr(options, flag) is not None]
-    if options.max_new_tokens is None:
-        options.max_new_tokens = _DEFAULT_MAX_NEW_TOKENS
     if options.prompt is not None and options.prompt_file is not None:
         build_parser().error("give --prompt or --prompt_file, not both")
+    settle_server(build_parser(), options)
+    if not options.is_server:
+        options.max_new_tokens = options.max_new_tokens or _MAX_NEW_TOKENS
     return options
 
 

@@ -14,7 +14,7 @@ from hybrimoe_kt.config import parse_bytes
 from hybrimoe_kt.errors import ConfigError
 
 from .chat_output import visible
-from .options import API_KEY_VARIABLE
+from .server_options import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from hybrimoe_kt.server.settings import Settings

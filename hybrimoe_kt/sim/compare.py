@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from hybrimoe_kt.sim.machine import Span
+from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.sim.replay import PhaseResult, Replay
 from hybrimoe_kt.sim.scenario import METHODS, STATIC, Method, Scenario
 
@@ -58,6 +58,7 @@ def simulate(
         "prefill": _phase(run.phases["prefill"]),
         "decode": _phase(run.phases["decode"]),
         "statistics": dict(run.stats),
+        "recorded": scenario.trace.run.get("counters"),
         "digest": run.digest,
     }
 
