@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.host.hf.pieces import TextPieces
 from hybrimoe_kt.host.hf.sampling import Drawn, Sampling
 from hybrimoe_kt.host.hf.tokenizer import chat_prompt
@@ -81,6 +81,8 @@ class ScriptedEngine:
     def check_length(self, prompt: list[int]) -> None:
         if not 0 < len(prompt) < self.context_tokens:
             raise CapacityError(f"{len(prompt)} tokens, the context holds {self.context_tokens}")
+        if max(prompt) >= len(self.tokenizer):
+            raise ModelError(f"token {max(prompt)} is not one of the model's")
 
     def pieces(self, *, keep_special: bool = False) -> TextPieces:
         return TextPieces(self.tokenizer.backend_tokenizer, keep_special=keep_special)

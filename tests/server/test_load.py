@@ -105,7 +105,7 @@ def test_two_hundred_at_once_from_another_process() -> None:
     with ServerProcess("--max_waiting", "220", "--accelerator", "none") as server:
         with httpx.Client(base_url=server.url, timeout=120) as http:
             alone = [ask(http, question(number)) for number in range(200)]
-        assert len(set(alone)) > 180
+        assert len(set(alone)) > 150
         resident = []
         for _ in range(3):
             code = (
