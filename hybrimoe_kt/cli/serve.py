@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def server_settings(options: argparse.Namespace) -> Settings:
         "api_key": options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE),
         "max_waiting": options.max_waiting,
         "max_request_bytes": _size(options.max_request_size),
-        "origins": tuple(options.cors_origin) if options.cors_origin else None,
+        "origins": tuple(map(_origin, options.cors_origin or ())),
         "shutdown_s": options.shutdown_s,
         "ssl_certfile": _readable("ssl_certfile", options.ssl_certfile),
         "ssl_keyfile": _readable("ssl_keyfile", options.ssl_keyfile),
@@ -88,6 +89,16 @@ def _size(text: str | None) -> int | None:
     if not num_bytes:
         raise ConfigError(f"--max_request_size {text!r} is not understood: give bytes, such as 500KiB or 16MiB")
     return num_bytes
+
+
+def _origin(text: str) -> str:
+    """A browser names an origin without a path."""
+    origin = text.rstrip("/")
+    if re.fullmatch(r"https?://[^/?#\s@]+", origin) is None:
+        raise ConfigError(
+            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example"
+        )
+    return origin
 
 
 def _readable(flag: str, file: Path | None) -> str | None:

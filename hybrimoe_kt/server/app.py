@@ -135,5 +135,5 @@ def _param(location: Sequence[Any], body: Any) -> str | None:
 
 
 async def _failed(request: Request, error: Any) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
     return error_response(request.url.path, as_api_error(error))

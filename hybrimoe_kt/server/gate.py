@@ -24,7 +24,8 @@ class Gate:
     - A key, when the server has one, on all paths but `open_paths`.
     - A request that a web page of another origin makes, unless the origin is allowed: a browser lets any page send
       one, and a server on this machine would work for whoever is visited.
-    - On a loopback address also a foreign host name, under which a page could pass for this server's own.
+    - On a loopback address also a foreign host name, under which a page could pass for this server's own; a reverse
+      proxy's name is that of an allowed origin.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Gate:
         self._app, self._service = app, service
         self._open_paths, self._known_paths = open_paths, known_paths
         self._key = (service.settings.api_key or "").encode()
-        self._names = _LOOPBACK_NAMES if _is_loopback(service.settings.host) else None
+        allowed = [urlsplit(origin).hostname for origin in service.settings.origins]
+        self._names = (*_LOOPBACK_NAMES, *allowed, "") if _is_loopback(service.settings.host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,8 +59,11 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
-        if self._names is not None and _host_name(headers.get(b"host", b"")) not in (*self._names, ""):
-            return ApiError(403, "this server is only for this machine, under its own name", code="foreign_host")
+        if self._names is not None and _host_name(headers.get(b"host", b"")) not in self._names:
+            return ApiError(
+                403, "this server is for its own machine; behind a proxy, --cors_origin names its address there",
+                code="foreign_host",
+            )  # fmt: skip
         if self._is_foreign(headers) and scope["method"] != "OPTIONS":
             return ApiError(
                 403, "a web page of another origin may not use this server; --cors_origin allows it",

@@ -24,6 +24,7 @@ class Metrics:
         self._service = service
         self.generated_tokens = 0
         """Of all answers that have ended."""
+        self.last_tokens_per_s = 0.0
         self._moved_bytes = 0
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -51,6 +52,7 @@ class Metrics:
         self._tokens.labels("reused").inc(run["reused_tokens"])
         self._tokens.labels("generated").inc(run["new_tokens"])
         self.generated_tokens += run["new_tokens"]
+        self.last_tokens_per_s = run["decode_tokens_per_s"] or self.last_tokens_per_s
         self._seconds.labels("prompt").inc(run["prefill_s"])
         self._seconds.labels("answer").inc(run["decode_s"])
 
@@ -61,7 +63,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What the model and the queue count themselves."""
         engine, queue = self._service.engine, self._service.queue
-        yield _gauge("tokens_per_second", "Of the answer being given, or the last one", tokens_per_s(engine))
+        yield _gauge("tokens_per_second", "Of the answer being given, or the last one", tokens_per_s(self._service))
         yield _gauge("queue_active", "Answers being given", queue.num_active)
         yield _gauge("queue_waiting", "Requests waiting", queue.num_waiting)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)

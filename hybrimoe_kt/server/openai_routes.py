@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +20,8 @@ from .service import Events, Service, unless_gone
 __all__ = ["openai_routes"]
 
 logger = logging.getLogger(__name__)
+
+PING_S = 15.0
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -86,10 +89,25 @@ class EventStream(StreamingResponse):
 
 async def _stream(events: Events, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
     try:
-        async for piece in reply.pieces(aiter(events), with_usage=with_usage):
+        async for piece in _kept_alive(reply.pieces(aiter(events), with_usage=with_usage)):
             yield piece
     except Exception as error:  # the status is sent already: say it in the stream
         shown = as_api_error(error)
         if not isinstance(error, ApiError):
             logger.warning("a stream was cut short: %s", error)
         yield f"data: {Json(error_body('/v1', shown)).body.decode()}\n\n"
+
+
+async def _kept_alive(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield `pieces`, and a comment whenever none came for a while: proxies close what is silent."""
+    while True:
+        coming = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait({coming}, timeout=PING_S))[0]:
+                yield ": waiting\n\n"
+            piece = await coming
+        finally:
+            coming.cancel()
+        if piece is None:
+            return
+        yield piece

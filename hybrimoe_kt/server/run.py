@@ -61,6 +61,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=logger.isEnabledFor(logging.INFO),
                 server_header=False,
+                proxy_headers=False,
                 lifespan="off",
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,

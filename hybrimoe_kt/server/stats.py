@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer import Engine
     from .service import Service
 
 __all__ = ["busy_shares", "moved_bytes", "page_stats", "tokens_per_s"]
 
 
-def tokens_per_s(engine: Engine) -> float:
-    """Decoding speed of the answer being given, or of the last one."""
-    return float(engine.last_run()["decode_tokens_per_s"])
+def tokens_per_s(service: Service) -> float:
+    """Decoding speed of the answer being given, or of the last one until there is anything to tell."""
+    current = float(service.engine.last_run()["decode_tokens_per_s"])
+    return current or service.metrics.last_tokens_per_s
 
 
 def moved_bytes(stats: Mapping[str, float]) -> int:
@@ -41,7 +41,7 @@ def page_stats(service: Service) -> dict[str, Any]:
         "accelerator": ", ".join(accelerator.name for accelerator in runtime.accelerators) or "none",
         "num_layers": len(heat["hits"]),
         "num_experts": max(map(len, heat["hits"]), default=0),
-        "tokens_per_s": tokens_per_s(engine),
+        "tokens_per_s": tokens_per_s(service),
         "hit_rate": stats.get("hit_rate", 0.0),
         "bytes_moved": moved_bytes(stats),
         "busy_share": busy_shares(stats) if coordinator else {},

@@ -127,6 +127,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--port", "0", "--api_key", " "], "the API key is empty"),
         (["--port", "0", "--model_name", ""], "--model_name is empty"),
         (["--port", "0", "--max_request_size", "lots"], "'lots' is not understood"),
+        (["--port", "0", "--cors_origin", "chat.example"], "give scheme and host"),
         (["--port", "0", "--ssl_keyfile", "/dev/null"], "--ssl_keyfile /dev/null"),
         (["--port", "0", "--ssl_certfile", "/no/such.pem"], "--ssl_certfile /no/such.pem: no such file"),
         (["--port", "0", "--gguf_path", "/no/such.gguf"], "/no/such.gguf: no such file"),

@@ -7,6 +7,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 
 from .scripted import ScriptedEngine
@@ -129,3 +130,22 @@ def test_past_the_deadline_answers_are_cut_short() -> None:
         assert "[DONE]" not in streamed.text
         assert whole.status_code == 503
         assert shape(whole)["code"] == "shutting_down"
+
+
+def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrimoe_kt.server.openai_routes.PING_S", 0.05)
+    held = Held()
+    with serving(ScriptedEngine(before_token=held)) as running:
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with running.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = []
+            for line in answer.iter_lines():
+                lines.append(line)
+                if lines.count(": waiting") == 3:
+                    held.go.set()
+        assert lines[-2] == "data: [DONE]"
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+            held.go.clear()
+            stream = client.chat.completions.create(model="scripted", messages=body["messages"], stream=True)
+            threading.Timer(0.3, held.go.set).start()
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "echo: hi"

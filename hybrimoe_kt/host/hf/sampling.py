@@ -66,6 +66,8 @@ class Draw:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._counts: Counter[int] = Counter()
         self._met = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else {}
         self._warpers = LogitsProcessorList([] if self._greedy else _warpers(sampling))
@@ -90,8 +92,7 @@ class Draw:
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
         sampling = self._sampling
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias))
-            logits = logits.index_add(0, ids, torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32))
+            logits = logits.index_add(0, self._biased, self._biases)
         if sampling.repetition_penalty != 1.0:
             self._met.update(dict.fromkeys(self._counts))
             penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
