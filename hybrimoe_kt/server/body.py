@@ -44,12 +44,16 @@ class BodyLimit:
         await self._app(scope | {"headers": [*headers, (b"content-type", b"application/json")]}, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the body, None when the client left."""
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        """Return the body, None when the client left.
+
+        What is too long is read to its end and dropped, unless it is far too long: a client that is cut off while it
+        sends never sees why.
+        """
         too_long = ApiError(
             413, f"the request is longer than {self._max_bytes} bytes", code="request_too_large", headers=_CLOSE
         )
-        if length.isdigit() and int(length[:20]) > self._max_bytes:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._max_bytes + _DROPPED_BYTES:
             raise too_long
         pieces, size = [], 0
         while True:
@@ -59,9 +63,15 @@ class BodyLimit:
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             if size > self._max_bytes:
+                pieces.clear()
+            if size > self._max_bytes + _DROPPED_BYTES:
                 raise too_long
             if not message.get("more_body", False):
-                return b"".join(pieces)
+                break
+        if size > self._max_bytes:
+            raise too_long
+        return b"".join(pieces)
 
 
+_DROPPED_BYTES = 64 * 2**20
 _CLOSE = {"Connection": "close"}  # what is left of the body is not read

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from hybrimoe_kt.errors import CapacityError, ConfigError, HybriMoEError, ModelError
+from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 
 __all__ = ["ApiError", "Json", "as_api_error", "error_body", "error_response"]
 
@@ -44,8 +44,6 @@ def as_api_error(error: Exception) -> ApiError:
     """Say what went wrong as a refusal; what is not the client's fault is a 500."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, CapacityError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, ModelError | ConfigError):
         return ApiError(400, str(error))
     reason = str(error) if isinstance(error, HybriMoEError) else "an error inside the server; its log has the details"

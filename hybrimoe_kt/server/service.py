@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.host.hf.response_format import ResponseParts, response_format
 from hybrimoe_kt.host.hf.sampling import Sampling
 from hybrimoe_kt.host.hf.tokenizer import template_takes
@@ -127,26 +128,29 @@ class Service:
         parts = None
         if template is not None:
             parts = ResponseParts(self.engine.tokenizer, template, prompt, given.tools)
-        return self._begin(
-            Ask(prompt=prompt, sampling=sampling, stops=tuple(stops), parts=parts, one_call=given.one_call)
-        )
+        ask = Ask(prompt=prompt, sampling=sampling, stops=tuple(stops), parts=parts, one_call=given.one_call)
+        return self._begin(ask, "messages")
 
     async def complete(self, prompt: str | list[int], sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to go on with a text, or with token ids."""
         _check_text(prompt)
         tokens = prompt if isinstance(prompt, list) else await self._tokens(lambda: self.engine.text_ids(prompt))
-        return self._begin(Ask(prompt=tokens, sampling=sampling, stops=tuple(stops)))
+        return self._begin(Ask(prompt=tokens, sampling=sampling, stops=tuple(stops)), "prompt")
 
-    def _begin(self, ask: Ask) -> Events:
+    def _begin(self, ask: Ask, param: str) -> Events:
         if self.is_shutting_down:
             raise shutting_down()
         vocabulary = self.engine.model.get_input_embeddings().num_embeddings
         if any(not 0 <= token < vocabulary for token in ask.sampling.logit_bias):
             raise ApiError(400, f"logit_bias names tokens from 0 to {vocabulary - 1}", param="logit_bias")
+        if not ask.prompt:
+            raise ApiError(400, "the prompt is empty", param=param)
         try:
             self.engine.check_length(ask.prompt)
-        except Exception as error:
-            raise as_api_error(error) from None
+        except CapacityError as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+        except ModelError as error:
+            raise ApiError(400, str(error), param=param) from None
         return Events(self.queue, ask)
 
     async def _tokens(self, tokenize: Callable[[], list[int]]) -> list[int]:

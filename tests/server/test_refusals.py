@@ -65,9 +65,12 @@ BAD = {
     "audio": (CHAT, {"messages": SAY, "modalities": ["audio"], "audio": {"voice": "x"}}, "audio"),
     "arguments not JSON": (CHAT, {"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
     "template option": (CHAT, {"messages": SAY, "chat_template_kwargs": {"wisdom": True}}, "chat_template_kwargs"),
+    "template option of ours": (CHAT, {"messages": SAY, "chat_template_kwargs": {"messages": []}}, None),
     "half a surrogate pair": (CHAT, {"messages": [{"role": "user", "content": "\ud83d"}]}, None),
     "no prompt": (PLAIN, {}, "prompt"),
-    "empty prompt": (PLAIN, {"prompt": ""}, "messages"),
+    "empty prompt": (PLAIN, {"prompt": ""}, "prompt"),
+    "no tokens": (PLAIN, {"prompt": []}, "prompt"),
+    "a token too large": (PLAIN, {"prompt": [10**30]}, "prompt"),
     "two prompts": (PLAIN, {"prompt": ["a", "b"]}, "prompt"),
     "negative token": (PLAIN, {"prompt": [-1, 1]}, "prompt[0]"),
     "echo": (PLAIN, {"prompt": "a", "echo": True}, "echo"),
@@ -152,12 +155,14 @@ def test_tools_that_the_template_would_drop_are_refused(embedded: Serving) -> No
     assert shape(answer)["param"] == "tools"
 
 
-def test_an_oversized_request_is_refused_before_it_is_read() -> None:
+def test_an_oversized_request_is_refused() -> None:
     with serving(ScriptedEngine(), max_request_bytes=2000) as running:
         assert running.ask("x" * 100).status_code == 200
         answer = running.ask("x" * 3000)
         assert answer.status_code == 413
         assert shape(answer)["code"] == "request_too_large"
+
+        assert running.ask("x" * 8_000_000).status_code == 413
 
         def without_a_length() -> Any:
             for _ in range(50):

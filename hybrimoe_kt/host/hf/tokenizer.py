@@ -22,8 +22,10 @@ __all__ = ["chat_prompt", "load_tokenizer", "template_takes"]
 
 logger = logging.getLogger(__name__)
 
-# Arguments of Transformers' own function, which the template never sees.
-_TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+# Arguments of Transformers' own function, which the template never sees or gets another way.
+_TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages"
+}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
