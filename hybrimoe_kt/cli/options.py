@@ -101,7 +101,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="YAML",
         dest="optimize_rule_path",
-        help="rule file; default: the packaged one for the architecture",
+        help="rule file, or the name of a packaged one; default: the architecture's",
     )
     model.add_argument(
         "--dtype",

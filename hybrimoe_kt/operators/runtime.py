@@ -18,6 +18,7 @@ import torch
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.fallback import Fallback
+from hybrimoe_kt.core.pace import Pace
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
@@ -98,6 +99,7 @@ class Runtime:
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
         self._fallback: Fallback | None = None
+        self._pace: Pace | None = None
         self._last_read_s = 0.0
 
     @classmethod
@@ -136,6 +138,8 @@ class Runtime:
         self._recovery = Recovery(self.coordinator, self._executor)
         if self.options.fallback and self._assembly.is_on_the_clock:
             self._fallback = Fallback()
+        if self.options.follow_pace and self._assembly.is_on_the_clock:
+            self._pace = Pace()
         while not self._fill_slots():
             pass
         logger.info("%s", self.describe())
@@ -264,14 +268,15 @@ class Runtime:
         if self._executor is None:
             self.start()
         logits = self._scores.pop(layer, None)
-        home, device = hidden.device, self._device_of(layer)
+        home, device = hidden.device, self.device_of(layer)
         if device is not None and device != home:  # this layer's experts live on another accelerator than the model
             hidden, ids, weights = hidden.to(device), ids.to(device), weights.to(device)
             logits = None if logits is None else logits.to(device)
             return self._run_chunks(layer, hidden, ids, weights, logits).to(home)
         return self._run_chunks(layer, hidden, ids, weights, logits)
 
-    def _device_of(self, layer: int) -> torch.device | None:
+    def device_of(self, layer: int) -> torch.device | None:
+        """Where a layer's experts take their hidden states; None if they come from wherever the model is."""
         lane = self._executor.lane(layer) if self._executor else None
         return None if lane is None else lane.accelerator.device
 
@@ -324,8 +329,13 @@ class Runtime:
             self._abandon(plan)
             raise
         else:
-            if self._fallback is not None:
-                self._watch(read, routing.num_tokens)
+            since_s, self._last_read_s = read - self._last_read_s, read
+            # Not while a recorder listens: a recording's decisions follow from its routing alone.
+            if routing.num_tokens == 1 and self.recorder is None:
+                if self._fallback is not None and not self._fallback.has_fallen:
+                    self._watch(since_s)
+                if self._pace is not None and plan.cpu:
+                    self._follow()
             self.coordinator.finish(plan)
             self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
@@ -363,15 +373,19 @@ class Runtime:
         """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
         return probabilities if self.recorder is None else probabilities.half().float()
 
-    def _watch(self, read_s: float, num_tokens: int) -> None:
-        """Tell the fallback what a decode step took, from one routing read to the next; obey it.
+    def _follow(self) -> None:
+        """Correct the predictions by what the CPU's share of a decode step took."""
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        assert self._pace is not None, "the caller looked"
+        executor = self._executor
+        is_bound = not executor.cpu_was_waited_for
+        if self._pace.observe(self.coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
+            self.coordinator.set_pace(self._pace.cpu)
+            logger.debug("CPU experts take %.2f times what the profile says", self._pace.cpu)
 
-        Not while a recorder listens: a recording's decisions follow from its routing alone.
-        """
+    def _watch(self, seconds: float) -> None:
+        """Tell the fallback what a decode step took, from one routing read to the next; obey it."""
         assert self.coordinator is not None and self._fallback is not None, "the caller looked"
-        seconds, self._last_read_s = read_s - self._last_read_s, read_s
-        if num_tokens > 1 or self.recorder is not None or self._fallback.has_fallen:
-            return
         if self._fallback.wants_prediction:
             self._fallback.predict(*self.coordinator.single_device_s())
         if self._fallback.observe(seconds):

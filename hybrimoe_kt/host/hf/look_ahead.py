@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
     for place, layer in enumerate(layers):
         ahead = [(later, blocks[later]) for later in layers[place + 1 : place + 1 + depth]]
         if ahead:
-            runtime.look_ahead(layer, _Gates(blocks[layer].norm, ahead))
+            device = runtime.device_of(layer) or blocks[layer].gate.weight.device
+            runtime.look_ahead(layer, _Gates(device, blocks[layer], ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class _Block:
 
     gate: nn.Module
     norm: torch.Tensor | None
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[Any, ...]
 
 
 def _noting(runtime: Runtime, layer: int) -> Any:
@@ -79,21 +81,32 @@ def _factor(norm: nn.Module | None, offset: float) -> torch.Tensor | None:
 class _Gates:
     """Predicts the routing of the following layers from the hidden states entering this one."""
 
-    def __init__(self, norm: torch.Tensor | None, ahead: list[tuple[int, _Block]]) -> None:
-        self._ahead = [(layer, block, _ratio(norm, block.norm)) for layer, block in ahead]
+    def __init__(self, device: torch.device, here: _Block, ahead: list[tuple[int, _Block]]) -> None:
+        near = [(layer, _brought(block, device)) for layer, block in ahead]
+        norm = _brought(here, device).norm
+        self._ahead = [(layer, block, _ratio(norm, block.norm)) for layer, block in near]
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> Guesses:
         chosen, scored = [], []
         for _, block, ratio in self._ahead:
             weight = block.gate.weight
-            corrected = hidden.to(device=weight.device, dtype=weight.dtype)
+            corrected = hidden.to(weight.dtype)
             # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
             logits, _, ids = block.gate.forward(corrected if ratio is None else corrected * ratio, *block.inputs)
             chosen.append(ids)
             scored.append(logits)
         scores = torch.softmax(torch.stack(scored).float(), dim=-1).mean(dim=1)
         return Guesses([layer for layer, _, _ in self._ahead], torch.stack(chosen), scores)
+
+
+def _brought(block: _Block, device: torch.device) -> _Block:
+    """The block itself, or a copy on `device` where its layer stands on another."""
+    if block.gate.weight.device == device:
+        return block
+    norm = None if block.norm is None else block.norm.to(device)
+    inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in block.inputs)
+    return _Block(copy.deepcopy(block.gate).to(device), norm, inputs)
 
 
 def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:
