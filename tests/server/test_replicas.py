@@ -39,7 +39,8 @@ def router(log: Path, *workers: str) -> Iterator[str]:
     command = [
         SMG, "launch", "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware", "--api-key", KEY,
         "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--health-check-interval-secs", "1",
-        "--worker-startup-check-interval", "1", "--worker-urls", *workers,
+        "--worker-startup-check-interval", "1",
+        "--balance-abs-threshold", "4", "--worker-urls", *workers,
     ]  # fmt: skip
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
