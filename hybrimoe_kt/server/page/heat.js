@@ -43,7 +43,7 @@ export class HeatMap {
     canvas.hidden = false;
     const ratio = window.devicePixelRatio || 1;
     const room = canvas.parentElement.clientWidth - 22;
-    const height = Math.max(3, Math.min(LARGEST_CELL, Math.floor(340 / rows)));
+    const height = Math.max(3, Math.min(LARGEST_CELL, Math.floor(Math.min(340, window.innerHeight / 4) / rows)));
     canvas.width = Math.max(columns, Math.round(room * ratio));
     canvas.height = Math.round(rows * height * ratio);
     canvas.style.height = `${rows * height}px`;

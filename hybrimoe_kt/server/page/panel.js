@@ -89,7 +89,7 @@ export class Panel {
   #show() {
     const {stats} = this;
     const device = stats.accelerator.replace(/^emulated.*/, "an emulated GPU");
-    const place = this.#hasSlots ? `experts on ${device} and the CPU` : "all experts on the CPU";
+    const place = this.#hasSlots ? `experts: ${device} + CPU` : "all experts on the CPU";
     document.title = `${stats.model} · hybrimoe_kt`;
     find("model").textContent = stats.model;
     const speed = `${stats.tokens_per_s.toFixed(1)} tokens/s`;
@@ -130,9 +130,11 @@ export class Panel {
   #read(point) {
     const uses = point && point.hits + point.misses;
     const split = this.#hasSlots ? `, ${point?.hits} times in a slot` : "";
+    const {hits, misses} = this.map.data;
+    const nothing = ![...hits, ...misses].flat().some(Boolean) && this.isOfAnswer ? "no expert used in this answer so far" : "";
     find("heat-read").textContent = point
       ? `layer ${point.layer}, expert ${point.id}: used ${uses} ${uses === 1 ? "time" : "times"}${uses ? split : ""}`
-      : "";
+      : nothing;
   }
 }
 
