@@ -156,6 +156,8 @@ class ExpertOptions:
     """How long anything may take before it counts as dead, seconds."""
     fallback: bool = True
     """Give up hybrid plans when they measure slower than one device alone, see `core.fallback`."""
+    follow_pace: bool = True
+    """Let predictions follow what the CPU's experts take in service, see `core.pace`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
@@ -180,8 +182,10 @@ class ExpertOptions:
             _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
         if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, (int, float)) or self.deadline_s <= 0:
             raise ConfigError(f"deadline_s is {self.deadline_s!r}, valid: seconds, more than 0")
-        if not isinstance(self.fallback, bool):
-            raise ConfigError(f"fallback is {self.fallback!r}, valid: true or false")
+        for name in ("fallback", "follow_pace"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}, valid: true or false")
         for name in ("policy_options", "scheduler_options", "predictor_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name} must be a mapping of option names to values")

@@ -15,6 +15,7 @@ import torch
 from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
+from .activity import ActivityLog
 from .backend import CpuBackend
 from .inbox import Guesses, Predict, Step
 from .lane import Lane
@@ -41,8 +42,21 @@ class Executor:
         self._cpu_busy = self._cpu_is_dead = False
         self._cpu_pace = 0.0
         """Seconds waited for the CPU per second predicted, a moving average: how long to sleep before polling."""
+        self._cpu_began_s = 0.0
+        self.cpu_share_s = 0.0
+        """From submitting the last CPU share to seeing it done, seconds; `cpu_was_waited_for` if not done at once."""
+        self.cpu_was_waited_for = False
         self._mine = torch.empty(1, 0, dtype=torch.int64)
+        self._log: ActivityLog | None = None
+        self._submitted: tuple[int, tuple[int, ...], float] = 0, (), 0.0
+        """Layer and experts of the CPU share under way, and when it was submitted; kept for the log only."""
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
+
+    def log_to(self, log: ActivityLog | None) -> None:
+        """Write down from now on what is done; None: stop."""
+        self._log = log
+        for number, lane in enumerate(self.lanes):
+            lane.log_to(log, number)
 
     def lane(self, layer: int) -> Lane | None:
         """The accelerator that serves `layer`, if any."""
@@ -87,8 +101,10 @@ class Executor:
         if plan.cpu:
             self._check_cpu()
             ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
+            if self._log is not None:
+                self._submitted = plan.layer, plan.cpu, time.perf_counter()
             self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
-            self._cpu_busy = True
+            self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
         if plan.gpu:
             lane = self._lane_of[plan.layer]
             with _failing(lane):
@@ -148,6 +164,8 @@ class Executor:
             lane.queue.close_plan()
         self.settle_cpu()
         self._check_cpu()
+        if self._log is not None:
+            self._submitted = layer, tuple(dict.fromkeys(step.host_ids.flatten().tolist())), time.perf_counter()
         self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)
         self._cpu_busy = True
         return _to_model(self._wait_cpu(None), step)
@@ -160,8 +178,15 @@ class Executor:
     def _wait_cpu(self, meanwhile: Callable[[], object] | None, predicted_s: float = 0.0) -> torch.Tensor:
         began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
         rest_s = SHARE_SLEPT * self._cpu_pace * predicted_s
+        self.cpu_was_waited_for = False
+
+        def between_polls() -> None:
+            self.cpu_was_waited_for = True
+            if meanwhile is not None:
+                meanwhile()
+
         try:
-            self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile, rest_s)
+            self._patience.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
         except DeadlineError:
             self._cpu_is_dead = True
             raise
@@ -169,7 +194,11 @@ class Executor:
             raise KernelError(f"{self._cpu_name} failed: {error}") from error
         finally:
             self._cpu_busy = False
-        self._cpu_pace += 0.2 * ((time.perf_counter() - began) / predicted_s - self._cpu_pace)
+        ended = time.perf_counter()
+        if self._log is not None:
+            self._log.computed(*self._submitted, ended)
+        self.cpu_share_s = ended - self._cpu_began_s
+        self._cpu_pace += 0.2 * ((ended - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
     def _check_cpu(self) -> None:

@@ -5,6 +5,7 @@ Operators add their layer and hand over every step; the host starts the runtime 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -17,12 +18,15 @@ import torch
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.fallback import Fallback
-from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
+from hybrimoe_kt.core.pace import Pace
+from hybrimoe_kt.core.timeline import Timeline
+from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
 from hybrimoe_kt.device.inbox import Predict, Step
-from hybrimoe_kt.errors import ConfigError, KernelError
+from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
 from .recovery import Recovery
@@ -87,6 +91,7 @@ class Runtime:
         self.seconds = Seconds()
         self.coordinator: Coordinator | None = None
         self.recorder: RoutingRecorder | None = None
+        self._log: ActivityLog | None = None
         self._accelerator_of: dict[int, str] = {}
         self._look_ahead: dict[int, Predict] = {}
         self._scores: dict[int, torch.Tensor] = {}
@@ -94,6 +99,7 @@ class Runtime:
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
         self._fallback: Fallback | None = None
+        self._pace: Pace | None = None
         self._last_read_s = 0.0
 
     @classmethod
@@ -132,6 +138,8 @@ class Runtime:
         self._recovery = Recovery(self.coordinator, self._executor)
         if self.options.fallback and self._assembly.is_on_the_clock:
             self._fallback = Fallback()
+        if self.options.follow_pace and self._assembly.is_on_the_clock:
+            self._pace = Pace()
         while not self._fill_slots():
             pass
         logger.info("%s", self.describe())
@@ -155,6 +163,33 @@ class Runtime:
         """What the coordinator knows of each MoE layer, in order."""
         assert self._assembly is not None, "the runtime has started"
         return list(self._assembly.specs)
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
+        assert self._executor is not None, "the runtime has started"
+        clocks = {
+            f"GPU {number}, link {number} ({lane.accelerator.name})": lane.accelerator.stamps_are
+            for number, lane in enumerate(self._executor.lanes)
+        }
+        timeline.info |= {
+            "origin": "a run, on the host's clock",
+            "scheduler": "host clock",
+            "CPU": "host clock, from submission to when the host saw it done",
+        } | clocks
+        self._log = ActivityLog(timeline, min(self.store.layers))
+        self._executor.log_to(self._log)
+
+    def finish_timeline(self) -> Timeline | None:
+        """Wait for what is under way and return the timeline; None if none was being recorded."""
+        assert self._executor is not None, "the runtime has started"
+        log, self._log = self._log, None
+        self._executor.log_to(None)
+        if log is None:
+            return None
+        for lane in self._executor.lanes:
+            with contextlib.suppress(DeadlineError):
+                lane.drain()
+        return log.close()
 
     def configuration(self) -> dict[str, Any]:
         """What decisions follow from, beside the routing, as plain data; layers in order."""
@@ -275,13 +310,17 @@ class Runtime:
         routing = routing_of(layer, step.host_ids, step.host_weights, step.scores)
         plan = self.coordinator.plan(routing)
         planned = now()
+        if self._log is not None:
+            self._log.planned(plan, routing.num_tokens, read, planned)
         try:
             self._executor.abort(self.coordinator.take_aborted())
             self._executor.end_streams(self.coordinator.take_closed())
             self._executor.start(plan, step)
             started = now()
-            self._prefetch(layer, step)
+            chosen = self._prefetch(layer, step)
             prefetched = now()
+            if self._log is not None and chosen is not None:
+                self._log.chose(layer, chosen, started, prefetched)
             out = self._executor.join(plan, step)
         except AcceleratorFailed as failure:
             out = self._recover(failure, plan, step)
@@ -290,8 +329,13 @@ class Runtime:
             self._abandon(plan)
             raise
         else:
-            if self._fallback is not None:
-                self._watch(read, routing.num_tokens)
+            since_s, self._last_read_s = read - self._last_read_s, read
+            # Not while a recorder listens: a recording's decisions follow from its routing alone.
+            if routing.num_tokens == 1 and self.recorder is None:
+                if self._fallback is not None and not self._fallback.has_fallen:
+                    self._watch(since_s)
+                if self._pace is not None and plan.cpu:
+                    self._follow()
             self.coordinator.finish(plan)
             self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
@@ -300,8 +344,11 @@ class Runtime:
         seconds.plan += planned - read
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += prefetched - started
-        seconds.wait += now() - prefetched
+        ended = now()
+        seconds.wait += ended - prefetched
         seconds.steps += 1
+        if self._log is not None:
+            self._log.finished(ended)
         return out
 
     def _read(
@@ -326,15 +373,19 @@ class Runtime:
         """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
         return probabilities if self.recorder is None else probabilities.half().float()
 
-    def _watch(self, read_s: float, num_tokens: int) -> None:
-        """Tell the fallback what a decode step took, from one routing read to the next; obey it.
+    def _follow(self) -> None:
+        """Correct the predictions by what the CPU's share of a decode step took."""
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        assert self._pace is not None, "the caller looked"
+        executor = self._executor
+        is_bound = not executor.cpu_was_waited_for
+        if self._pace.observe(self.coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
+            self.coordinator.set_pace(self._pace.cpu)
+            logger.debug("CPU experts take %.2f times what the profile says", self._pace.cpu)
 
-        Not while a recorder listens: a recording's decisions follow from its routing alone.
-        """
+    def _watch(self, seconds: float) -> None:
+        """Tell the fallback what a decode step took, from one routing read to the next; obey it."""
         assert self.coordinator is not None and self._fallback is not None, "the caller looked"
-        seconds, self._last_read_s = read_s - self._last_read_s, read_s
-        if num_tokens > 1 or self.recorder is not None or self._fallback.has_fallen:
-            return
         if self._fallback.wants_prediction:
             self._fallback.predict(*self.coordinator.single_device_s())
         if self._fallback.observe(seconds):
@@ -376,10 +427,10 @@ class Runtime:
             None if logits is None else torch.softmax(logits.float(), dim=-1).cpu().numpy(),
         )
 
-    def _prefetch(self, layer: int, step: Step) -> None:
-        """Start transfers for later layers, by what the gates guess of their routing."""
+    def _prefetch(self, layer: int, step: Step) -> tuple[Transfer, ...] | None:
+        """Start transfers for later layers, by what the gates guess of their routing; None where nothing may be."""
         if not self.options.prefetch_size or not self.num_slots:
-            return
+            return None
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         guesses = self._executor.guesses(layer, step)
         predictions: list[Routing] = []
@@ -390,6 +441,7 @@ class Runtime:
         transfers = self.coordinator.prefetch(layer, predictions)
         self._executor.abort(self.coordinator.take_aborted())
         self._executor.prefetch(transfers)
+        return transfers
 
 
 def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scores: Sequence[float] | None) -> Routing:

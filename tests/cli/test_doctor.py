@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.backends import gpu_triton, kt_kernel_pool
 from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.device.calibrate import profile_path
 from hybrimoe_kt.errors import ModelError
@@ -52,9 +52,9 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_kt_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "kt_kernel", None)
-    cpu_llamafile._extension.cache_clear()
+    kt_kernel_pool.extension.cache_clear()
     yield
-    cpu_llamafile._extension.cache_clear()
+    kt_kernel_pool.extension.cache_clear()
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def test_probes_that_break_are_rows(capsys: pytest.CaptureFixture[str], monkeypa
 
     for probe in ("inspect_cpu", "inspect_memory", "inspect_accelerators"):
         monkeypatch.setattr(machine_report, probe, broken)
-    monkeypatch.setattr(cpu_llamafile, "unusable", broken)
+    monkeypatch.setattr(kt_kernel_pool, "unusable", broken)
     assert doctor.main([]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert shown.count("OSError: libcudart.so.12: cannot open shared object file") == 5  # four rows and the verdict

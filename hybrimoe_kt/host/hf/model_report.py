@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
@@ -59,7 +59,7 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
-    cpu_refusal = cpu_llamafile.refusal(experts)
+    cpu_refusal = llamafile_shapes.refusal(experts)
     cpu = "torch_reference" if cpu_refusal or not machine["cpu_kernels"]["runs"] else "llamafile"
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
@@ -117,7 +117,7 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
 
 def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:
     """Host memory that a layer's experts want: twice where the CPU reads a padded copy and transfers the file."""
-    in_file, copied = experts.num_experts * experts.expert_bytes, cpu_llamafile.copied_bytes(experts)
+    in_file, copied = experts.num_experts * experts.expert_bytes, llamafile_shapes.copied_bytes(experts)
     return in_file + copied if transfers else copied or in_file
 
 
