@@ -11,7 +11,7 @@ const element = (name, className, text) => {
 
 export function userMessage(text) {
   const article = element("article", "said user");
-  article.append(element("h3", "unseen", "You"), element("div", "bubble", text));
+  article.append(element("h2", "unseen", "You"), element("div", "bubble", text));
   return article;
 }
 
@@ -24,7 +24,7 @@ export class Answer {
     this.element.setAttribute("aria-busy", "true");
     this.body = element("div", "text");
     this.dots = element("p", "dots", "waiting for the first word");
-    this.element.append(element("h3", "unseen", "Model"), this.dots, this.body);
+    this.element.append(element("h2", "unseen", "Model"), this.dots, this.body);
     this.view = new MarkdownView(this.body);
     this.frame = 0;
   }
