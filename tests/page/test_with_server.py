@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-for needed in ("httpx", "fastapi", "uvicorn", "hybrimoe_kt.server.run"):
-    pytest.importorskip(needed)
+pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("hybrimoe_kt.server.run")
 
 from hybrimoe_kt.host.hf.build import build_engine
-
-from ..server.serving import Serving, serving
+from tests.server.serving import Serving, serving
 
 SETTLE_S = 20
 
