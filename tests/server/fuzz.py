@@ -90,6 +90,15 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*path, key))
 
 
+def like(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of the same type: many of them are as good, so that something comes through."""
+    same: dict[type, st.SearchStrategy[Any]] = {
+        bool: st.booleans(), int: st.integers(0, 9), float: st.floats(0, 1), str: st.text(max_size=9),
+        list: st.just([]), dict: st.just({}),
+    }  # fmt: skip
+    return same.get(type(value), st.none())
+
+
 @st.composite
 def spoilt(draw: st.DrawFn, model: str) -> tuple[str, bytes]:
     """A whole request with one or two places replaced, and now and then a byte as well."""
@@ -101,7 +110,7 @@ def spoilt(draw: st.DrawFn, model: str) -> tuple[str, bytes]:
         for key in place[:-1]:
             inner = inner[key]
         if place:
-            inner[place[-1]] = draw(JSON)
+            inner[place[-1]] = draw(JSON | like(inner[place[-1]]))
         else:
             body = draw(JSON)
         if not isinstance(body, dict):
