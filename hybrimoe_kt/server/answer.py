@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Answer", "Ask", "Call", "End", "Engine", "Event", "Said", "answer"]
-
 from .stop_strings import StopStrings
+
+__all__ = ["Ask", "Call", "End", "Engine", "Event", "Said", "answer"]
 
 
 class Drawn(Protocol):
@@ -104,8 +104,13 @@ class End:
 Event = Said | Call | End
 
 
-class Answer:
-    """Gives one answer; `events` may be read once."""
+def answer(engine: Engine, ask: Ask, stop: threading.Event) -> Iterator[Event]:
+    """Answer one request: yield what is said until it ends or `stop` is set; `End` comes last."""
+    return _Answer(engine, ask).events(stop)
+
+
+class _Answer:
+    """What an answer remembers on its way."""
 
     def __init__(self, engine: Engine, ask: Ask) -> None:
         self._engine, self._ask = engine, ask
@@ -114,7 +119,6 @@ class Answer:
         self._num_calls = 0
 
     def events(self, stop: threading.Event) -> Iterator[Event]:
-        """Yield what is said until the answer ends or `stop` is set; `End` comes last."""
         ask = self._ask
         pieces = self._engine.pieces(keep_special=ask.parts is not None)
         with closing(self._engine.draws(ask.prompt, ask.sampling, stop)) as draws:  # type: ignore[type-var]
@@ -157,8 +161,3 @@ class Answer:
     def _take_drawn(self) -> tuple[Drawn, ...]:
         drawn, self._drawn = tuple(self._drawn), []
         return drawn
-
-
-def answer(engine: Engine, ask: Ask, stop: threading.Event) -> Iterator[Event]:
-    """Answer one request."""
-    return Answer(engine, ask).events(stop)
