@@ -61,7 +61,7 @@ def text_of(path: str, stream: bool, said: str) -> str:
     if not stream:
         choice = json.loads(said)["choices"][0]
         return str(choice["message"]["content"] if "message" in choice else choice["text"])
-    lines = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    lines = [line.removeprefix("data: ") for line in said.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1])
 
