@@ -194,11 +194,11 @@ class Executor:
             raise KernelError(f"{self._cpu_name} failed: {error}") from error
         finally:
             self._cpu_busy = False
-        now = time.perf_counter()
+        ended = time.perf_counter()
         if self._log is not None:
-            self._log.computed(*self._submitted, now)
-        self.cpu_share_s = now - self._cpu_began_s
-        self._cpu_pace += 0.2 * ((now - began) / predicted_s - self._cpu_pace)
+            self._log.computed(*self._submitted, ended)
+        self.cpu_share_s = ended - self._cpu_began_s
+        self._cpu_pace += 0.2 * ((ended - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
     def _check_cpu(self) -> None:
