@@ -16,6 +16,7 @@ from hybrimoe_kt.cli import chat_input, trace
 from hybrimoe_kt.cli.tools import main
 from hybrimoe_kt.sim.record import Recorder
 from hybrimoe_kt.sim.trace_file import read_trace
+from tests.timelines import check
 
 TEXT = "The river ran past the old mill, and the miller counted every stone that the water had moved. " * 3
 EMULATED = ["--accelerator", "emulated", "--cpu_backend", "torch_reference", "--cache-size", "8"]
@@ -40,7 +41,11 @@ def test_a_text_token_by_token_replays_with_the_run_s_own_counts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
     file = tmp_path / "run.npz"
-    report = record(capsys, "--out", file, "--text", text, "--tokens", "24", *EMULATED, "--prefetch_depth", "1")
+    timeline = tmp_path / "run.json"
+    arguments = ["--tokens", "24", *EMULATED, "--prefetch_depth", "1", "--timeline", timeline]
+    report = record(capsys, "--out", file, "--text", text, *arguments)
+    lanes = check(timeline, {"steps", "scheduler", "GPU 0", "CPU", "link 0"})
+    assert len(lanes["steps"]) == 24
     found = read_trace(file)
     assert [(step.phase, step.num_tokens) for step in found.steps] == [("decode", 1)] * 24
     assert report["locality"]["num_tokens"] == 24
