@@ -51,8 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with timeline_to(options.timeline, engine, console):
             code = session.run(text)
-    finally:  # whatever happens, what was recorded is kept
-        saved = _save(engine, recorder, out)
+    except BaseException:  # an error, or a reader of our output that has gone: what was recorded is kept
+        if _save(engine, recorder, out) is not None:
+            console.print(f"recorded until then: {out}", markup=False)
+        raise
+    saved = _save(engine, recorder, out)
     if saved is None:
         if code:
             return code

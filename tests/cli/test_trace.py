@@ -14,6 +14,7 @@ import pytest
 
 from hybrimoe_kt.cli import chat_input, trace
 from hybrimoe_kt.cli.tools import main
+from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.sim.record import Recorder
 from hybrimoe_kt.sim.trace_file import read_trace
 from tests.timelines import check
@@ -131,6 +132,25 @@ def test_ctrl_c_keeps_what_was_recorded(
     assert main(["trace", "--out", str(file), "--text", str(text), "--cpu_backend", "torch_reference"]) == 130
     assert len(read_trace(file).steps) == 5
     assert str(file) in capsys.readouterr().out
+
+
+def test_an_error_keeps_what_was_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, steps = Recorder.begin_step, []
+
+    def begin_step(self: Recorder, phase: Any) -> None:
+        steps.append(phase)
+        if len(steps) == 4:
+            raise KernelError("a kernel failed")
+        begin(self, phase)
+
+    monkeypatch.setattr(Recorder, "begin_step", begin_step)
+    file = tmp_path / "run.npz"
+    assert main(["trace", "--out", str(file), "--text", str(text), "--cpu_backend", "torch_reference"]) == 2
+    assert len(read_trace(file).steps) == 3
+    err = capsys.readouterr().err
+    assert f"recorded until then: {file}" in err and "hybrimoe trace: a kernel failed\n" in err
 
 
 @pytest.mark.parametrize(
