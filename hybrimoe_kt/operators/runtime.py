@@ -167,15 +167,11 @@ class Runtime:
     def record_timeline(self, timeline: Timeline) -> None:
         """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
         assert self._executor is not None, "the runtime has started"
-        clocks = {
-            f"GPU {number}, link {number} ({lane.accelerator.name})": lane.accelerator.stamps_are
-            for number, lane in enumerate(self._executor.lanes)
-        }
         timeline.info |= {
             "origin": "a run, on the host's clock",
             "scheduler": "host clock",
             "CPU": "host clock, from submission to when the host saw it done",
-        } | clocks
+        }
         self._log = ActivityLog(timeline, min(self.store.layers))
         self._executor.log_to(self._log)
 
@@ -183,9 +179,12 @@ class Runtime:
         """Wait for what is under way and return the timeline; None if none was being recorded."""
         assert self._executor is not None, "the runtime has started"
         log, self._log = self._log, None
-        self._executor.log_to(None)
         if log is None:
             return None
+        for lane in self._executor.lanes:
+            name = f"GPU {lane.number}, link {lane.number} ({lane.accelerator.name})"
+            log.timeline.info[name] = lane.accelerator.stamps_are  # known for certain after the first stamp only
+        self._executor.log_to(None)
         for lane in self._executor.lanes:
             with contextlib.suppress(DeadlineError):
                 lane.drain()
