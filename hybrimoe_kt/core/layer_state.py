@@ -77,7 +77,7 @@ class LayerState:
     def has_all(self, experts: Collection[int]) -> bool:
         """Whether all of these are in slots or on their way."""
         slot_of = self.cache.slot_of
-        return all(slot_of[expert] >= 0 for expert in experts)
+        return min(map(slot_of.__getitem__, experts), default=0) >= 0
 
     def count(self, task: Task, num_tokens: int) -> None:
         """Count a step's hits and misses by expert; one still on its way is a miss."""
