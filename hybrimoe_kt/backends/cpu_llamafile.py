@@ -55,6 +55,8 @@ class LlamafileBackend:
         self._layers: dict[int, LayerExperts] = {}
         self._padded_copies: dict[int, list[torch.Tensor]] = {}
         self._task: Any = None
+        # kt-kernel never frees a task: each is made once and submitted again, 160 bytes less a call [m].
+        self._tasks: dict[tuple[int, int], Any] = {}
         self._buffers = _Buffers(0, 0, 0)
         self._flag = _Flag(0)
 
@@ -65,6 +67,7 @@ class LlamafileBackend:
         self._kernels[experts.layer] = self._kernel(experts)
         self._buffers = self._buffers.at_least(self._num_rows(experts), experts.top_k, experts.hidden)
         self._flag = _Flag(self._buffers.width)
+        self._tasks.clear()  # they name the buffers by address
 
     def copies(self, layer: int) -> bool:
         """Whether this layer's width had to be padded: its experts then stand in memory of this backend's own."""
@@ -123,18 +126,20 @@ class LlamafileBackend:
         """Submit what stands in the first `num_rows` of the buffers, unchecked; `submit` is the safe way in."""
         buffers = self._buffers
         buffers.length[0] = num_rows
-        # The kernel reads every pointer, the length too, when the task runs: they all are this object's buffers.
-        self._task = self._kernels[layer].forward_task(
-            buffers.length.data_ptr(),
-            top_k,
-            buffers.ids.data_ptr(),
-            buffers.weights.data_ptr(),
-            buffers.hidden.data_ptr(),
-            buffers.out.data_ptr(),
-            False,
-        )
+        self._task = self._tasks.get((layer, top_k))
+        if self._task is None:
+            # The kernel reads every pointer, the length too, when the task runs: they all are this object's buffers.
+            self._task = self._tasks[layer, top_k] = self._kernels[layer].forward_task(
+                buffers.length.data_ptr(),
+                top_k,
+                buffers.ids.data_ptr(),
+                buffers.weights.data_ptr(),
+                buffers.hidden.data_ptr(),
+                buffers.out.data_ptr(),
+                False,
+            )
         self._pool.submit(self._task)
-        self._flag.submit(self._kernels[layer], self._pool)
+        self._flag.submit(layer, self._kernels[layer], self._pool)
 
     def is_done(self) -> bool:
         """Whether the call has ended; kt-kernel's own `sync` would keep the interpreter's lock until then."""
@@ -184,13 +189,15 @@ class _Flag:
         self._ids = torch.full((1,), -1, dtype=torch.int64)
         self._weights, self._hidden, self._out = torch.zeros(1), torch.zeros(width), torch.zeros(width)
         self._mark = self._out.numpy()
-        self._task: Any = None
+        self._tasks: dict[int, Any] = {}
 
-    def submit(self, kernel: Any, pool: Any) -> None:
+    def submit(self, layer: int, kernel: Any, pool: Any) -> None:
         self._mark[0] = 1.0
-        pointers = (self._ids, self._weights, self._hidden, self._out)
-        self._task = kernel.forward_task(self._length.data_ptr(), 1, *[tensor.data_ptr() for tensor in pointers], False)
-        pool.submit(self._task)
+        task = self._tasks.get(layer)
+        if task is None:
+            pointers = [tensor.data_ptr() for tensor in (self._ids, self._weights, self._hidden, self._out)]
+            task = self._tasks[layer] = kernel.forward_task(self._length.data_ptr(), 1, *pointers, False)
+        pool.submit(task)
 
     def is_up(self) -> bool:
         return bool(self._mark[0] == 0.0)

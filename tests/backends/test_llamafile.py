@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from typing import Any
 
 import numpy as np
@@ -165,3 +167,39 @@ def test_non_contiguous_input_is_read_as_it_looks() -> None:
 def test_layers_that_the_kernel_gets_wrong_are_refused(experts: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         LlamafileBackend(1, MAX_TOKENS).add_layer(experts())
+
+
+def test_calls_leave_no_memory_behind() -> None:
+    """A thousand calls, counted by the allocator itself: kt-kernel keeps what every new task takes."""
+
+    class Allocated(ctypes.Structure):
+        names = (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+        _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if tell is None:
+        pytest.skip("this C library does not tell what is allocated")
+    tell.restype = Allocated
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(layer())
+
+    def calls() -> int:
+        for number in range(1000):
+            backend.submit(0, *step(1 + number % 3, seed=number))
+            backend.wait()
+        gc.collect()
+        return int(tell().uordblks)
+
+    calls()
+    assert min(calls() - before for before in (calls(), calls())) < 40_000
