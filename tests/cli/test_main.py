@@ -269,3 +269,22 @@ def test_a_chat_reports_its_last_answer(
     assert report.keys() >= REQUIRED | {"model", "runtime", "per_token_ms"}
     assert report["text"] == "a\tb \x1b]0;title\x07 c"
     assert capsys.readouterr().out.count("a token took 0.50 ms") == 2
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "longest"), [(_Terminal(), 40), (io.StringIO(), 10**6)], ids=["terminal", "file"])
+def test_messages_break_between_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, longest: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream)
+    command.message_console().print("scheduler, policy, profile " * 9, markup=False)
+    lines = stream.getvalue().splitlines()
+    assert (len(lines) == 1) == (longest > 1000)
+    assert all(len(line) <= longest for line in lines)
+    assert {word for line in lines for word in line.split()} == {"scheduler,", "policy,", "profile"}
