@@ -78,12 +78,16 @@ def build_parser() -> argparse.ArgumentParser:
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
-    report.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
-    )
+    _add_timeline(report)
     for flag in _WITHOUT_EFFECT:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_timeline(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +177,7 @@ def build_trace_parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--depth", type=_whole(1, 3), default=3, metavar="N", help="layers whose gates predict, 1 to 3 (default: 3)"
     )
+    _add_timeline(record)
     record.add_argument("--json", action="store_true", help="print one JSON object instead of tables and text")
     record.add_argument("--verbose", action="store_true", help="log decisions")
     _add_model(parser)

@@ -135,7 +135,7 @@ class Coordinator:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
         else:
-            if self._uses_link:
+            if self._uses_link and state.prefetched:
                 self._abort(state, [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in loads])
             if state.spec.num_stream_slots and routing.num_tokens > 1:
                 state.open_stream()  # if the layer before has not: what arrives on demand may pass through them
@@ -165,8 +165,9 @@ class Coordinator:
         guesses = self.predictor.predict(routing, predictions, self.prefetch_depth)
         for guess in guesses:
             state = self._layers[guess.layer]
-            wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
-            self._abort(state, wrong)
+            if state.prefetched:
+                wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
+                self._abort(state, wrong)
         next_s = self.now_s + self._step_s(plan, routing.num_tokens)
         streamed: list[Transfer] = []
         if routing.num_tokens > 1 and guesses and self._layers[guesses[0].layer].spec.num_stream_slots:

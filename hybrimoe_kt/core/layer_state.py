@@ -69,7 +69,7 @@ class LayerState:
     def has_all(self, experts: Collection[int]) -> bool:
         """Whether all of these are in slots or on their way."""
         slot_of = self.cache.slot_of
-        return all(slot_of[expert] >= 0 for expert in experts)
+        return min(map(slot_of.__getitem__, experts), default=0) >= 0
 
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""

@@ -16,6 +16,7 @@ import pytest
 
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
+from tests.timelines import check
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
 REQUIRED |= {"transfers", "text"}
@@ -288,3 +289,20 @@ def test_messages_break_between_words_on_a_terminal_only(
     assert (len(lines) == 1) == (longest > 1000)
     assert all(len(line) <= longest for line in lines)
     assert {word for line in lines for word in line.split()} == {"scheduler,", "policy,", "profile"}
+
+
+def test_a_timeline_of_the_answer_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    asked = ["--prompt", "Good morning.", "--max_new_tokens", "4", "--temperature", "0", "--timeline", str(file)]
+    assert main([*asked, "--cpu_backend", "torch_reference"]) == 0
+    assert str(file) in capsys.readouterr().err
+    lanes = check(file, {"steps", "scheduler", "CPU"})
+    assert lanes["steps"][0]["name"].startswith("prefill ") and len(lanes["steps"]) >= 2
+
+
+def test_a_timeline_that_cannot_be_written_is_refused_before_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["--prompt", "Hi", "--timeline", "/nowhere/run.json"]) == 2
+    assert "--timeline /nowhere/run.json: cannot be written there" in capsys.readouterr().err
