@@ -1,4 +1,4 @@
-"""The `ktransformers` command: load a model, then chat or answer once."""
+"""The `ktransformers` command: load a model, then chat, answer once, or serve."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     for flag in options.without_effect:
         console.print(f"note: --{flag} has no effect here")
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
+    if options.is_server:
+        from .serve import run_server
+
+        return run_server(options, console)
     check_writable(options.stats_json, "--stats_json")
     check_writable(options.timeline, "--timeline")
     given = options.prompt is not None or options.prompt_file is not None
     interactive = not given and sys.stdin.isatty() and sys.stdout.isatty()
     prompt = None if interactive else _prompt(options, console)
-    began = time.perf_counter()
-    engine = load_engine(options, console)
-    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
-    console.print(visible(loaded), markup=False)
-    _note_unused(engine, options, console)
+    engine = open_engine(options, console)
     with timeline_to(options.timeline, engine, console):
         return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
 
@@ -105,6 +105,16 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
     code = run_chat(engine, options, screen, after_answer=after_answer)
     _write_report(engine, options.stats_json, *last)
     return code
+
+
+def open_engine(options: argparse.Namespace, console: Console) -> Engine:
+    """Load what the options name, and say what came of it."""
+    began = time.perf_counter()
+    engine = load_engine(options, console)
+    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
+    console.print(visible(loaded), markup=False)
+    _note_unused(engine, options, console)
+    return engine
 
 
 def load_engine(options: argparse.Namespace, console: Console) -> Engine:

@@ -249,6 +249,19 @@ class Coordinator:
             state.link.busy_s(self.now_s),
         )
 
+    def heat(self) -> dict[str, list[list[int]]]:
+        """Hits and misses of every expert since the start, `[num_layers, num_experts]`."""
+        layers = self._layers.values()
+        return {"hits": [list(state.hits) for state in layers], "misses": [list(state.misses) for state in layers]}
+
+    def last_token(self) -> dict[str, list[list[int]]]:
+        """The experts that the last token decoded on its own found ready, and did not, by layer."""
+        layers = self._layers.values()
+        return {
+            "hits": [list(state.last_hits) for state in layers],
+            "misses": [list(state.last_misses) for state in layers],
+        }
+
     def check_integrity(self) -> None:
         """Assert that every layer's cache is consistent and, with no plan open, that no pin has leaked."""
         for layer, state in self._layers.items():
@@ -333,6 +346,7 @@ class Coordinator:
         stats.hits += num_hits
         stats.pending += len(task.arrival_s)
         stats.misses += len(task.missing)
+        state.count(task, state.num_tokens)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)
         stats.cpu_busy_s += assignment.cpu_s
