@@ -306,3 +306,13 @@ def test_a_timeline_that_cannot_be_written_is_refused_before_loading(
     monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
     assert main(["--prompt", "Hi", "--timeline", "/nowhere/run.json"]) == 2
     assert "--timeline /nowhere/run.json: cannot be written there" in capsys.readouterr().err
+
+
+def test_the_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "examples:" in lines
+    assert [line for line in lines if len(line) > 80] == []
