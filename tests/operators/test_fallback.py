@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.fallback import Fallback
 from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.operators import watch
+from hybrimoe_kt.operators import assembly, watch
 from hybrimoe_kt.operators.runtime import Runtime
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
 
@@ -57,9 +59,20 @@ def test_hybrid_plans_give_way(
     assert (runtime.coordinator.stats.experts_on_gpu == on_gpu) == wanted, "the CPU alone from then on"
 
 
+class LateCpu(TorchReferenceCpu):
+    """Takes a millisecond for whatever it is given."""
+
+    def submit(self, *given: Any) -> None:
+        super().submit(*given)
+        self.ends_s = time.perf_counter() + 0.001
+
+    def is_done(self) -> bool:
+        return time.perf_counter() > self.ends_s
+
+
 @pytest.mark.parametrize("wanted", [True, False])
-def test_predictions_follow_the_cpu(tmp_path: Path, wanted: bool) -> None:
-    """The profile's CPU would take a nanosecond per expert; torch on small matrices takes a hundred microseconds."""
+def test_predictions_follow_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    monkeypatch.setattr(assembly, "make_cpu_backend", lambda options: LateCpu())
     quick = profile(tmp_path, "quick", cpu_call_s=1e-6, cpu_expert_s=1e-9)
     options = ExpertOptions(
         accelerator="emulated:timed:default", profile=str(quick), cpu_backend="torch_reference", cache_size="50%",
