@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     open_closed_streams()
     options = parse(sys.argv[1:] if argv is None else argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = message_console()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return _run(options, console)
@@ -51,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 0
+
+
+def message_console() -> Console:
+    """Where messages go: a terminal breaks their lines between words, a file gets them whole."""
+    console = Console(stderr=True, highlight=False)
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
@@ -85,6 +92,8 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
     from .chat import run_chat
 
     screen = Console(highlight=False)
+    if options.gguf_path is None and options.model_path is None:
+        screen.print("the small embedded model, which babbles: --gguf_path FILE.gguf runs a real one", style="dim")
     last = engine.last_run(), ""
 
     def after_answer(run: dict[str, Any], text: str) -> None:

@@ -16,11 +16,12 @@ from .server_options import add_server_flags, settle_server
 __all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
 
 _EXAMPLES = """examples:
-  ktransformers                                        chat with the small embedded model
-  ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
-  ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
-      --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
-  ktransformers --gguf_path model.gguf --port 10002    a server, and a page to chat in
+  ktransformers                                    chat with the embedded model
+  ktransformers --prompt "Hello!" --temperature 0  one answer, then exit
+  ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf \\
+      --model_path DeepSeek-V2-Lite --optimize_rule_path my-rules.yaml \\
+      --cache_size 12GiB --cpu_infer 8
+  ktransformers --gguf_path model.gguf --port 10002    a server and a page
 """
 
 _TRACE_EXAMPLES = """examples:
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
+        description="Run a Mixture-of-Experts model, its experts scheduled between CPU and GPU.",
     )
     parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
     _add_model(parser)
