@@ -144,7 +144,7 @@ def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, 
     tokens = engine.tokens(PROMPT, sampling)
     next(tokens)
     rate = _rate(lambda: next(tokens), num_tokens, warm_up)
-    more = min(grow, engine.context_tokens - len(PROMPT) - num_tokens - 16)
+    more = min(grow, 10 * num_tokens, engine.context_tokens - len(PROMPT) - num_tokens - 16)
     before = _rss_mib()
     for _ in range(more):
         next(tokens)
