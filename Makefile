@@ -15,7 +15,7 @@ TRITON ?= 3.7.1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid reproduce wheel clean
+.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-hybrid  the same hybrid plans with GPU and link emulated, and our own time per layer"
 	@echo "make kernels    compile every GPU kernel for every GPU, judge it, write docs/kernels-table.md; needs no GPU"
 	@echo "make reproduce  docs/reproduction.md: the paper's tables beside ours"
+	@echo "make docs       the documentation as a site, in .cache/docs"
 	@echo "make wheel      dist/*.whl"
 
 chat: $(VENV)/.ready-run
@@ -73,6 +74,10 @@ bench-hybrid: $(VENV)/.ready-dev
 reproduce: $(VENV)/.ready-dev
 	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)
 
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "open .cache/docs/index.html"
+
 wheel: $(VENV)/.ready-dev
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
@@ -96,7 +101,7 @@ endif
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-run
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev,plot]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev,plot,docs]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON) || \
 	  echo "Triton $(TRITON) has no build for this machine (it has for Linux): the tests of GPU kernels will skip"
 	touch $@

@@ -60,11 +60,13 @@ class Shape:
     linear_heads: tuple[int, int] = (2, 4)
     """Of the hybrids alone: key heads and value heads of linear attention, `head_dim // 2` wide each."""
     full_attention_interval: int = 4
+    unused_tokens: int = 0
+    """That no text is split into: how a vocabulary gets a released model's size."""
     seed: int = 0
 
     @property
     def vocab(self) -> int:
-        return 256 + len(_SPECIALS) + len(_MERGED)
+        return 256 + len(_SPECIALS) + len(_MERGED) + self.unused_tokens
 
 
 def write_metadata(writer: GGUFWriter, shape: Shape) -> None:
@@ -80,7 +82,7 @@ def write_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_expert_used_count(shape.top_k)
     writer.add_vocab_size(shape.vocab)
     _FAMILIES[shape.architecture](writer, shape)
-    _tokenizer(writer)
+    _tokenizer(writer, shape.unused_tokens)
 
 
 def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:
@@ -195,16 +197,17 @@ def _ernie_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_interleave_moe_layer_step(1)
 
 
-def _tokenizer(writer: GGUFWriter) -> None:
+def _tokenizer(writer: GGUFWriter, num_unused: int) -> None:
     """Every byte, four control tokens and one merge: the smallest vocabulary that can spell any text."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     spelling = bytes_to_unicode()
     tokens = [spelling[byte] for byte in range(256)] + _SPECIALS + _MERGED
+    tokens += [f"<|unused {number}|>" for number in range(num_unused)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * len(_SPECIALS) + [1] * len(_MERGED))
+    writer.add_token_types([1] * 256 + [3] * len(_SPECIALS) + [1] * len(_MERGED) + [5] * num_unused)
     writer.add_token_merges([" ".join(merged) for merged in _MERGED])
     writer.add_eos_token_id(256)
     writer.add_pad_token_id(259)

@@ -7,7 +7,7 @@ that a test can load the very same numbers into the stock model without using an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from benchmarks.generated_hybrid import full_attention, linear_attention, plus_o
 from benchmarks.generated_metadata import Shape, write_metadata
 from benchmarks.random_blocks import random_blocks
 
-__all__ = ["DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "Type", "generate", "random_blocks"]
+__all__ = ["DEEPSEEK_V2_LITE", "DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "Type", "generate", "random_blocks"]
 
 Type = GGMLQuantizationType
 DEEPSEEK_V2_LITE_LAYER = Shape(
@@ -32,6 +32,8 @@ DEEPSEEK_V2_LITE_LAYER = Shape(
 
 The query is low-rank as in the full DeepSeek-V2, because llama.cpp takes every other file for a 27-layer model.
 """
+DEEPSEEK_V2_LITE = replace(DEEPSEEK_V2_LITE_LAYER, layers=27, q_lora_rank=0, unused_tokens=102400 - 261)
+"""All of it: 15.7 billion random parameters."""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ def _as_it_is(value: np.ndarray) -> np.ndarray:
 class Builder:
     def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
         self.shape, self.random = shape, np.random.default_rng(shape.seed)
-        self.writer = GGUFWriter(str(path), shape.architecture)
+        self.writer = GGUFWriter(str(path), shape.architecture, use_temp_file=not keep_state)
         self.model = GeneratedModel(path, shape)
         self.keep_state = keep_state
 

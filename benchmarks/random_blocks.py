@@ -9,6 +9,8 @@ from gguf.quants import quantize
 __all__ = ["random_blocks"]
 
 Type = GGMLQuantizationType
+MOST_ROWS = 16384
+"""Quantised in Python, at some ten million values a second."""
 
 # Where a K-quant block keeps its half-precision scales, and how far its values spread at a scale of 1.
 _K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
@@ -21,15 +23,14 @@ _K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
 def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
     """Return `[rows, row_bytes]` of `kind` whose values are zero-centred with a spread of `columns ** -0.5`.
 
-    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals.
+    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals, in large
+    matrices each row one of `MOST_ROWS`.
     """
     spread = columns**-0.5
     if kind not in _K_QUANTS:
-        return (
-            np.ascontiguousarray(quantize((spread * random.standard_normal((rows, columns), dtype=np.float32)), kind))
-            .view(np.uint8)
-            .reshape(rows, -1)
-        )
+        drawn = spread * random.standard_normal((min(rows, MOST_ROWS), columns), dtype=np.float32)
+        raw = np.ascontiguousarray(quantize(drawn, kind)).view(np.uint8).reshape(len(drawn), -1)
+        return raw if rows <= MOST_ROWS else raw[random.integers(0, MOST_ROWS, rows)]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
     for offset, unit in _K_QUANTS[kind]:

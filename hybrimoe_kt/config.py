@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .core.policies import POLICIES
+from .core.predictors import PREDICTORS
+from .core.schedulers import SCHEDULERS
 from .errors import ConfigError, nearest, unknown_name
 
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
@@ -153,6 +156,8 @@ class ExpertOptions:
     """How long anything may take before it counts as dead, seconds."""
     fallback: bool = True
     """Give up hybrid plans when they measure slower than one device alone, see `core.fallback`."""
+    follow_pace: bool = True
+    """Let predictions follow what the CPU's experts take in service, see `core.pace`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
@@ -163,6 +168,9 @@ class ExpertOptions:
         _check_accelerator(self.accelerator)
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
+        for kind, known in (("policy", POLICIES), ("scheduler", SCHEDULERS), ("predictor", PREDICTORS)):
+            if getattr(self, kind) not in known:
+                raise ConfigError(unknown_name(kind, getattr(self, kind), known))
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)
         _in_range("prefetch_size", self.prefetch_size, 0, 1024)
         _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
@@ -174,8 +182,10 @@ class ExpertOptions:
             _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
         if isinstance(self.deadline_s, bool) or not isinstance(self.deadline_s, (int, float)) or self.deadline_s <= 0:
             raise ConfigError(f"deadline_s is {self.deadline_s!r}, valid: seconds, more than 0")
-        if not isinstance(self.fallback, bool):
-            raise ConfigError(f"fallback is {self.fallback!r}, valid: true or false")
+        for name in ("fallback", "follow_pace"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}, valid: true or false")
         for name in ("policy_options", "scheduler_options", "predictor_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"{name} must be a mapping of option names to values")

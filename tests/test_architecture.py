@@ -25,7 +25,7 @@ ALLOWED = {
 }
 # Foreign packages and the only files that may import them.
 OWNED = {
-    "kt_kernel": {"backends/cpu_llamafile.py"},
+    "kt_kernel": {"backends/kt_kernel_pool.py"},
     "ktransformers": {"host/kt/framework.py"},
     "cpuinfer_ext": {"backends/cpu_cpuinfer.py"},
     "triton": set(),

@@ -1,124 +1,31 @@
 """CPU experts on kTransformers' llamafile kernels, through kt-kernel's low-level extension.
 
-The extension trusts its caller: wrong dtypes, lengths or types crash the process or return wrong numbers. This
-module owns every check, and nothing else in the package imports kt_kernel. kt-kernel reads the mapped GGUF in
-place, so experts are not copied, except where an expert's width must be padded (see `_padded`).
+The extension trusts its caller: wrong dtypes, lengths or types crash the process or return wrong numbers. Every call
+is checked here, every layer in llamafile_shapes. kt-kernel reads the mapped GGUF in place, so experts are not copied,
+except where an expert's width must be padded.
 
 Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0.7.2.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import logging
 import math
-import os
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.cores import physical_cores
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.quant_types import row_bytes
-from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
+from hybrimoe_kt.errors import KernelError
 
-__all__ = ["GATE_TYPES", "LlamafileBackend", "copied_bytes", "refusal", "unusable"]
+from . import llamafile_shapes
+from .kt_kernel_pool import extension, stdout_silenced, worker_pool
+
+__all__ = ["LlamafileBackend"]
 
 logger = logging.getLogger(__name__)
 
 _F32 = 0
-# F32, F16, Q4_0, Q5_0, Q8_0, Q2_K ... Q6_K. The others abort the process or come back wrong [m].
-GATE_TYPES = frozenset({0, 1, 2, 6, 8, 10, 11, 12, 13, 14})
-_WIDTH_STEP = 256
-_MAX_TOP_K = 64
-_NICE = 3
-
-
-@functools.cache
-def _extension() -> Any:
-    try:
-        import kt_kernel
-    except ImportError as error:
-        raise HostCompatibilityError(
-            f"the llamafile CPU backend needs kt-kernel 0.7.2 ({error}); install it with "
-            f"`pip install --no-deps kt-kernel==0.7.2`, or use --cpu_backend torch_reference"
-        ) from None
-    extension = kt_kernel.kt_kernel_ext
-    if not hasattr(extension, "moe") or not hasattr(extension.moe, "MOE"):
-        raise HostCompatibilityError(
-            f"kt-kernel {getattr(kt_kernel, '__version__', '?')} has no llamafile MOE; version 0.7.2 has"
-        )
-    return extension
-
-
-def unusable() -> str | None:
-    """Return why this backend cannot run here, None when kt-kernel imports and has the kernels."""
-    try:
-        _extension()
-    except HostCompatibilityError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def _worker_pool(num_threads: int) -> Any:
-    """One pool a process: its threads are pinned and spin for 50 ms after a job, so two would fight."""
-    extension = _extension()
-    config = extension.WorkerPoolConfig()
-    config.subpool_count = 1  # one subpool reads weights in place; two copy them
-    config.subpool_numa_map = [0]
-    config.subpool_thread_count = [num_threads]
-    before = _threads()
-    with _stdout_silenced():
-        pool = extension.CPUInfer(config)
-    if num_threads + 1 >= physical_cores():
-        _give_way(_threads() - before)
-    # Never destroyed: its destructor prints to standard output when the interpreter exits.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
-    return pool
-
-
-def _threads() -> set[int]:
-    """The ids of this process's threads; empty where the system does not list them."""
-    try:
-        return {int(name) for name in os.listdir("/proc/self/task")}
-    except OSError:
-        return set()
-
-
-def _give_way(threads: set[int]) -> None:
-    """Let the pool's threads yield their core to whoever hands them work.
-
-    They spin for 50 ms after each call. Where they and their queue's thread fill the machine, a thread that had slept
-    a moment and went on to plan the next layer lost its core to a spinning one for 2.4 ms, in one layer out of three
-    [m]. A little is enough; more would starve them beside other programs.
-    """
-    for thread in threads:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, _NICE)
-
-
-@contextlib.contextmanager
-def _stdout_silenced() -> Iterator[None]:
-    """Hide what kt-kernel's C++ prints, at the level of the file descriptor: Python never sees it."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 1)
-        yield
-    finally:
-        _flush_c_streams()
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _flush_c_streams() -> None:
-    ctypes.CDLL(None).fflush(None)
 
 
 class LlamafileBackend:
@@ -133,7 +40,7 @@ class LlamafileBackend:
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         """`max_tokens` bounds one call; longer ones are refused, because the kernel would corrupt memory."""
-        self._extension = _extension()
+        self._extension = extension()
         if LlamafileBackend._pool_threads not in (0, num_threads):
             logger.warning(
                 "kt-kernel's pool already runs %d threads in this process; %d were asked for and ignored",
@@ -143,7 +50,7 @@ class LlamafileBackend:
             num_threads = LlamafileBackend._pool_threads
         LlamafileBackend._pool_threads = num_threads
         self.num_threads, self.max_tokens = num_threads, max_tokens
-        self._pool = _worker_pool(num_threads)
+        self._pool = worker_pool(num_threads)
         self._kernels: dict[int, Any] = {}
         self._layers: dict[int, LayerExperts] = {}
         self._padded_copies: dict[int, list[torch.Tensor]] = {}
@@ -178,7 +85,7 @@ class LlamafileBackend:
         config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in (gate, up, down))
         config.gate_type, config.up_type = experts.gate.ggml_type, experts.up.ggml_type
         config.down_type, config.hidden_type = experts.down.ggml_type, _F32
-        with _stdout_silenced():
+        with stdout_silenced():
             kernel = self._extension.moe.MOE(config)
             self._pool.submit(kernel.load_weights_task())
             self._pool.sync()
@@ -187,17 +94,17 @@ class LlamafileBackend:
     @staticmethod
     def check_layer(experts: LayerExperts) -> None:
         """Raise ModelError for experts whose types or shapes the kernel gets wrong."""
-        _check_layer(experts)
+        llamafile_shapes.check_layer(experts)
 
     @staticmethod
     def padded_width(experts: LayerExperts) -> int:
         """The experts' width as the kernel needs it, a multiple of 256."""
-        return math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
+        return llamafile_shapes.padded_width(experts)
 
     def _in_place_or_padded(self, experts: LayerExperts, matrix: ExpertMatrix, width: int) -> torch.Tensor:
         if width == experts.inter:
             return matrix.data
-        padded = _padded(matrix, experts, width)
+        padded = llamafile_shapes.padded(matrix, experts, width)
         self._padded_copies.setdefault(experts.layer, []).append(padded)
         return padded
 
@@ -348,60 +255,3 @@ def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
         raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
     if duplicated:
         raise KernelError(f"one token names the same expert twice in layer {experts.layer}")
-
-
-def refusal(experts: LayerExperts) -> str | None:
-    """Return why the kernels do not compute a layer's experts, None when they do."""
-    try:
-        _check_layer(experts)
-    except ModelError as error:
-        return str(error)
-    return None
-
-
-def copied_bytes(experts: LayerExperts) -> int:
-    """Bytes of the copy this backend makes of a layer whose width it must pad, 0 where it reads the file in place."""
-    width = math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
-    return 0 if width == experts.inter else experts.num_experts * experts.expert_bytes * width // experts.inter
-
-
-def _check_layer(experts: LayerExperts) -> None:
-    for role, matrix in zip(("gate", "up", "down"), experts.matrices, strict=True):
-        if matrix.ggml_type not in GATE_TYPES:
-            raise ModelError(
-                f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend "
-                f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
-                f"or --cpu_backend torch_reference"
-            )
-        if not matrix.data.is_contiguous():
-            raise ModelError(f"layer {experts.layer}: {role} experts are not contiguous in memory")
-    if experts.gate.ggml_type != experts.up.ggml_type:
-        raise ModelError(
-            f"layer {experts.layer}: gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
-            f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
-        )
-    if experts.hidden % _WIDTH_STEP:
-        raise ModelError(
-            f"layer {experts.layer}: hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
-            f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
-        )
-    if experts.top_k > _MAX_TOP_K:
-        raise ModelError(
-            f"layer {experts.layer}: top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"
-        )
-
-
-def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Tensor:
-    """Copy every expert's matrix with the expert width grown to `width` by zero bytes.
-
-    Zero bytes are zero weights in every block format here (their scales are zero), so results do not change.
-    """
-    extra = width - experts.inter
-    if matrix.rows == experts.inter:  # gate, up: more rows
-        return torch.nn.functional.pad(matrix.data, (0, extra * row_bytes(matrix.ggml_type, matrix.columns)))
-    try:
-        row = row_bytes(matrix.ggml_type, width)
-        rows = matrix.data.view(experts.num_experts, matrix.rows, -1)
-    except ValueError as error:  # pragma: no cover - a block larger than the padding step does not exist
-        raise ModelError(str(error)) from error
-    return torch.nn.functional.pad(rows, (0, row - rows.shape[2])).flatten(1).contiguous()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from rich.table import Table
 from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
 
 from .chat_output import StreamPrinter, flatten, summary_line, visible
+from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
 
 __all__ = ["ChatEngine", "ChatOptions", "run_chat"]
 
@@ -33,7 +32,6 @@ Several lines:  end a line with \\ to go on in the next, or put the text between
 Keys:           Up and Down for earlier messages. Ctrl-C stops an answer (what
                 was said stays in the conversation) or clears what is typed."""
 COMMANDS = ("/reset", "/stats", "/help", "/exit", "/quit")
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 class ChatOptions(Protocol):
@@ -97,13 +95,9 @@ def run_chat(
     try:
         while chat.handle(messages):
             pass
-    except _Abandoned:
+    except Abandoned:
         return INTERRUPTED
     return 0
-
-
-class _Abandoned(Exception):
-    """The user insisted on leaving in the middle of an answer."""
 
 
 class _Chat:
@@ -154,7 +148,7 @@ class _Chat:
         turn = [*self.conversation, {"role": "user", "content": message}]
         pieces: list[str] = []
         try:
-            with _interrupt_sets(stop):
+            with interrupt_sets(stop):
                 self.stream(turn, stop, pieces)
         except CapacityError as error:
             self.problem(_with_hint(str(error)))
@@ -218,31 +212,3 @@ def _statistics_table(engine: ChatEngine) -> Table:
         for name, value in flatten(values):
             table.add_row(f"  {name}", value)
     return table
-
-
-@contextlib.contextmanager
-def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C set `stop` instead of raising; the third press leaves the program.
-
-    The engine looks at `stop` between tokens, so nothing is torn apart in the middle of a step. Outside the main
-    thread, where no signal arrives, nothing changes.
-    """
-    presses = 0
-
-    def on_interrupt(signal_number: int, frame: Any) -> None:
-        nonlocal presses
-        presses += 1
-        if presses == 2:
-            os.write(2, b"\r\nfinishing the current step; Ctrl-C once more leaves the program\r\n")
-        if presses > 2:
-            raise _Abandoned
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -19,7 +19,9 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 
 from .chat_output import visible
+from .inputs import read_text
 from .options import expert_overrides, parse
+from .outputs import check_writable
 from .streams import discard_output, open_closed_streams
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     for flag in options.without_effect:
         console.print(f"note: --{flag} has no effect here")
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
-    _check_writable(options.stats_json)
+    check_writable(options.stats_json, "--stats_json")
     given = options.prompt is not None or options.prompt_file is not None
     interactive = not given and sys.stdin.isatty() and sys.stdout.isatty()
     prompt = None if interactive else _prompt(options, console)
@@ -126,24 +128,12 @@ def _model_file(options: argparse.Namespace) -> Path:
     return Path(options.model_path)
 
 
-def _check_writable(file: Path | None) -> None:
-    if file is None:
-        return
-    reason = "cannot be written there"
-    try:
-        writable = file.parent.is_dir() and os.access(file.parent, os.W_OK) and not file.is_dir()
-    except OSError as error:  # such as a name longer than the file system takes
-        writable, reason = False, str(error.strerror)
-    if not writable:
-        raise ConfigError(f"--stats_json {file}: {reason}")
-
-
 def _prompt(options: argparse.Namespace, console: Console) -> str:
     if options.prompt is not None:
         # Bytes that are not valid in the user's encoding arrive as surrogates, which no tokenizer takes.
         text, source = options.prompt.encode("utf-8", "replace").decode(), "--prompt"
     elif options.prompt_file is not None:
-        text, source = _read_prompt(options.prompt_file), str(options.prompt_file)
+        text, source = read_text(options.prompt_file, "--prompt_file"), str(options.prompt_file)
     else:
         text, source = _read_stdin(), "standard input"
         if not text.strip():
@@ -152,15 +142,6 @@ def _prompt(options: argparse.Namespace, console: Console) -> str:
     if not text.strip():
         raise ConfigError(f"{source} holds no text; give a prompt")
     return str(text)
-
-
-def _read_prompt(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; --prompt_file takes a text file") from None
 
 
 def _read_stdin() -> str:

@@ -9,13 +9,23 @@ from typing import Any, NoReturn
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import nearest
 
-__all__ = ["build_parser", "expert_overrides", "parse"]
+__all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
 
 _EXAMPLES = """examples:
   ktransformers                                        chat with the small embedded model
   ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
   ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
       --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
+"""
+
+_TRACE_EXAMPLES = """examples:
+  hybrimoe trace --out run.npz --text book.txt --tokens 1000
+  hybrimoe trace --out run.npz --text book.txt --as prefill --chunk_size 128
+  hybrimoe trace --out run.npz --prompt "Hello!" --max_new_tokens 64 --gguf_path model.gguf
+  hybrimoe trace --out chat.npz                       records a chat on the terminal
+
+Replay it: hybrimoe simulate --trace run.npz; or, after a run with an accelerator, just as it was:
+hybrimoe simulate --trace run.npz --method recorded. Draw it: hybrimoe plot heat-map --trace run.npz -o map.svg
 """
 
 # Flags of kTransformers that a user's script may pass and that mean nothing here.
@@ -74,6 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
     )
     parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
+    _add_model(parser)
+    _add_answer(parser)
+    _add_experts(parser)
+    report = parser.add_argument_group("report")
+    report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
+    report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
+    for flag in _WITHOUT_EFFECT:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--gguf_path", type=Path, metavar="PATH", help=".gguf file, one of its splits, or a directory")
     model.add_argument(
@@ -88,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="YAML",
         dest="optimize_rule_path",
-        help="rule file; default: the packaged one for the architecture",
+        help="rule file, or the name of a packaged one; default: the architecture's",
     )
     model.add_argument(
         "--dtype",
@@ -97,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU",
     )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
+
+
+def _add_answer(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group("answer")
     answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
@@ -106,6 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
     answer.add_argument("--seed", type=_whole(0, 2**63 - 1), metavar="N", help="the same seed draws the same tokens")
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    """Add what `expert_overrides` returns."""
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], emulated")
     experts.add_argument("--cpu_backend", metavar="NAME", help="llamafile or torch_reference")
@@ -128,12 +157,49 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument(
         "--fallback", choices=("on", "off"), help="give up hybrid plans when they measure slower; default: on"
     )
-    report = parser.add_argument_group("report")
-    report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
-    report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
-    for flag in _WITHOUT_EFFECT:
-        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+
+
+def build_trace_parser() -> argparse.ArgumentParser:
+    """Return the parser of `hybrimoe trace`: what to load as in `ktransformers`, and what to record."""
+    parser = _Parser(
+        prog="hybrimoe trace",
+        allow_abbrev=False,
+        epilog=_TRACE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Record which experts a model chooses: weights, router scores and what the next gates predict.",
+    )
+    record = parser.add_argument_group("recording")
+    record.add_argument("--out", "-o", type=Path, metavar="FILE", required=True, help="trace to write (.npz)")
+    record.add_argument("--text", type=Path, metavar="FILE", help="run this UTF-8 text through the model")
+    record.add_argument(
+        "--as",
+        dest="phase",
+        choices=("decode", "prefill"),
+        default="decode",
+        help="the text token by token, or in chunks of --chunk_size; default: decode",
+    )
+    record.add_argument("--tokens", type=_whole(1), metavar="N", help="of the text at most; default: all")
+    record.add_argument(
+        "--depth", type=_whole(1, 3), default=3, metavar="N", help="layers whose gates predict, 1 to 3 (default: 3)"
+    )
+    record.add_argument("--json", action="store_true", help="print one JSON object instead of tables and text")
+    record.add_argument("--verbose", action="store_true", help="log decisions")
+    _add_model(parser)
+    _add_answer(parser)
+    _add_experts(parser)
     return parser
+
+
+def parse_trace(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line of `hybrimoe trace`; exits with code 2 and one sentence when it cannot be used."""
+    parser = build_trace_parser()
+    options = parser.parse_args([_underscored(word) for word in argv])
+    given = [flag for flag in ("text", "prompt", "prompt_file") if getattr(options, flag) is not None]
+    if len(given) > 1:
+        parser.error(f"give --{given[0]} or --{given[1]}, not both")
+    if options.text is None and options.tokens is not None:
+        parser.error("--tokens shortens a --text; the answer to a prompt is as long as --max_new_tokens")
+    return options
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -17,6 +17,7 @@ EXAMPLE = """\
 example:
   hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r --cache 25%
   hybrimoe simulate --trace my.npz --hardware default --cache 12GiB --method paper --timeline step.json --json
+  hybrimoe simulate --trace my.npz --method recorded    as the recorded run was configured, on its hardware profile
 
 A method is a named bundle of scheduler, policy and prefetch; each of them given on its own replaces that part.
 Models without --trace run on a synthetic trace of the same locality as published measurements.
@@ -33,10 +34,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--model", help="mixtral-8x7b, qwen2-57b-a14b, deepseek-v2-lite, qwen3-30b-a3b (optional with --trace)")
-    add("--hardware", default="default", help="built-in profile or profile file (default: %(default)s)")
-    add("--cache", default="25%", help="experts on the GPU: 25%%, 16 (per layer) or 12GiB (default: 25%%)")
+    add("--hardware", help="built-in profile or profile file (default: default)")
+    add("--cache", help="experts on the GPU: 25%%, 16 (per layer) or 12GiB (default: 25%%)")
     add(
-        "--method", default="default", help="default, paper, static, gpu streaming, llama.cpp, adapmoe, fiddler, oracle"
+        "--method",
+        default="default",
+        help="default, paper, static, gpu streaming, llama.cpp, adapmoe, fiddler, oracle, recorded (a trace's own)",
     )
     add("--scheduler", help="balanced, paper, static, fiddler, gpu_only, cpu_only, layer_split")
     add("--policy", help="adaptive, mrs, lru, lfu, lfru, least_stale, static_frequency or belady")
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if options.noise < 0:
         raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
-    method, scenario = _method(options), _scenario(options)
+    method, scenario = _chosen(options)
     if options.timeline:
         write_timeline([], options.timeline)  # a path that cannot be written is refused before the work
     spans: list[Span] = []
@@ -81,41 +84,57 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         _render(report)
+        if options.method == "recorded" and report["recorded"] is not None:
+            ours, theirs = (_text(counted["hit_rate"], "%") for counted in (report["statistics"], report["recorded"]))
+            print(f"hit rate over prompts and answers: {ours} here, {theirs} in the recorded run")
         if options.timeline:
             print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev)")
     return 0
 
 
-def _method(options: argparse.Namespace) -> Method:
+def _chosen(options: argparse.Namespace) -> tuple[Method, Scenario]:
     from hybrimoe_kt.errors import unknown_name
+    from hybrimoe_kt.sim.rerun import RECORDED, as_recorded
     from hybrimoe_kt.sim.scenario import METHODS
 
+    if options.method == RECORDED:
+        if options.trace is None or options.model is not None:
+            raise ConfigError(f"--method {RECORDED} replays a --trace as its run was; give one, and no --model")
+        method, scenario = as_recorded(
+            options.trace, hardware=options.hardware, cache=options.cache, tokens=options.tokens
+        )
+        return _replaced(method, options), scenario
     if options.method not in METHODS:
-        raise ConfigError(unknown_name("method", options.method, METHODS))
-    named = METHODS[options.method]
+        raise ConfigError(unknown_name("method", options.method, [*METHODS, RECORDED]))
+    return _replaced(METHODS[options.method], options), _scenario(options)
+
+
+def _replaced(named: Method, options: argparse.Namespace) -> Method:
+    """The method with the parts that options name instead."""
     given = {
         key: value
         for key in ("scheduler", "policy", "prefetch", "prefetch_size", "prefetch_depth")
         if (value := getattr(options, key)) is not None
     }
-    for key in ("scheduler", "policy"):
+    for key, options_of in (("scheduler", "scheduler"), ("policy", "policy"), ("prefetch", "predictor")):
         # Options belong to the part they were written for.
         if key in given and given[key] != getattr(named, key):
-            given[f"{key}_options"] = {}
+            given[f"{options_of}_options"] = {}
     return replace(named, **given)
 
 
 def _scenario(options: argparse.Namespace) -> Scenario:
     from hybrimoe_kt.sim.scenario import recorded, synthetic
 
+    hardware, cache = options.hardware or "default", "25%" if options.cache is None else options.cache
     if options.trace is not None:
-        return recorded(options.trace, options.hardware, options.cache, model=options.model, tokens=options.tokens)
+        return recorded(options.trace, hardware, cache, model=options.model, tokens=options.tokens)
     if options.model is None:
         raise ConfigError("nothing to simulate: give --model NAME, --trace FILE, or both")
     return synthetic(
         options.model,
-        options.hardware,
-        options.cache,
+        hardware,
+        cache,
         prompt_tokens=options.prompt_tokens,
         tokens=64 if options.tokens is None else options.tokens,
         seed=options.seed,

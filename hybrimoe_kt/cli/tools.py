@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "simulate": Command("hybrimoe_kt.cli.simulate", "replay routing on a simulated machine: times, hit rates"),
+    "trace": Command("hybrimoe_kt.cli.trace", "record a model's routing: experts, scores, look-ahead, locality"),
     "rules": Command("hybrimoe_kt.cli.rules", "see what a rule file does to a model"),
     "calibrate": Command("hybrimoe_kt.cli.calibrate", "measure CPU, GPU and link, and write this machine's profile"),
     "doctor": Command("hybrimoe_kt.cli.doctor", "what this machine has, which kernels run, what to do next"),

@@ -75,8 +75,9 @@ class Coordinator:
         for spec, policy_of_layer in zip(layers, make_policies(policy, layers, policy_options or {}), strict=True):
             model = cost if isinstance(cost, CostModel) else cost[spec.layer]
             self._layers[spec.layer] = LayerState(spec, model, policy_of_layer, links[spec.accelerator])
+        self._costs = {layer: state.cost for layer, state in self._layers.items()}
         for state in self._layers.values():
-            state.admission_value_s = self.scheduler.option.get("future_hits", 0.0) * state.hit_s()
+            state.admission_value_s = self._admission_value_s(state)
         admits = scheduler == "balanced" if admission is None else admission
         self._prefetcher = Prefetcher(self._layers, self.scheduler, self.stats, prefetch_size, admits)
         self._uses_link = prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
@@ -85,11 +86,24 @@ class Coordinator:
         self._stream: tuple[int, int] | None = None  # a layer whose prefetch lent slots, and the layer that got them
         self._closed: list[int] = []
         self.now_s = 0.0
+        self.cpu_s = 0.0
+        """Predicted end of the last plan's CPU share, seconds after its start."""
 
     def use(self, scheduler: str | None) -> None:
         """Plan with another scheduler from now on, None for the one it was made with."""
         self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
         self._prefetcher.scheduler = self.scheduler
+
+    def set_pace(self, cpu: float) -> None:
+        """Predict with the CPU's experts taking `cpu` times what the profile says."""
+        paced = {id(cost): cost.at_pace(cpu) for cost in self._costs.values()}
+        for layer, state in self._layers.items():
+            state.cost = paced[id(self._costs[layer])]
+            state.admission_value_s = self._admission_value_s(state)
+
+    def _admission_value_s(self, state: LayerState) -> float:
+        future_hits: float = self._usual.option.get("future_hits", 0.0)
+        return future_hits * state.hit_s()
 
     def single_device_s(self) -> tuple[float, float]:
         """Predicted seconds of the last plan's step on the CPU alone and on the GPU alone."""
@@ -300,6 +314,7 @@ class Coordinator:
         state.num_tokens = routing.num_tokens
         self._count(state, task, assignment, num_hits)
         makespan_s = assignment.makespan_s + state.cost.step_overhead_s
+        self.cpu_s = assignment.cpu_s
         return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, makespan_s, num_hits)
 
     def _book_evictions(self, state: LayerState, transfers: Sequence[Transfer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from math import fsum
 
@@ -130,6 +131,14 @@ class CostModel:
             transfer_parts=transfer_parts,
             step_overhead_s=profile.step_overhead_s,
         )
+
+    def at_pace(self, cpu: float) -> CostModel:
+        """Return this model with the CPU's experts taking `cpu` times as long."""
+        paced = copy.copy(self)
+        formula = self.cpu_expert_s
+        paced.cpu_expert_s = _PerLoad(lambda load: cpu * formula[load])
+        paced.cpu_call_s = cpu * self.cpu_call_s
+        return paced
 
     def cpu_s(self, loads: Iterable[int]) -> float:
         """Return the seconds of one CPU call that computes experts with these loads, the link being idle."""

@@ -41,6 +41,10 @@ class Executor:
         self._cpu_busy = self._cpu_is_dead = False
         self._cpu_pace = 0.0
         """Seconds waited for the CPU per second predicted, a moving average: how long to sleep before polling."""
+        self._cpu_began_s = 0.0
+        self.cpu_share_s = 0.0
+        """From submitting the last CPU share to seeing it done, seconds; `cpu_was_waited_for` if not done at once."""
+        self.cpu_was_waited_for = False
         self._mine = torch.empty(1, 0, dtype=torch.int64)
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
 
@@ -88,7 +92,7 @@ class Executor:
             self._check_cpu()
             ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
             self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
-            self._cpu_busy = True
+            self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
         if plan.gpu:
             lane = self._lane_of[plan.layer]
             with _failing(lane):
@@ -160,8 +164,15 @@ class Executor:
     def _wait_cpu(self, meanwhile: Callable[[], object] | None, predicted_s: float = 0.0) -> torch.Tensor:
         began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
         rest_s = SHARE_SLEPT * self._cpu_pace * predicted_s
+        self.cpu_was_waited_for = False
+
+        def between_polls() -> None:
+            self.cpu_was_waited_for = True
+            if meanwhile is not None:
+                meanwhile()
+
         try:
-            self._patience.wait(self.cpu.is_done, self._cpu_name, meanwhile, rest_s)
+            self._patience.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
         except DeadlineError:
             self._cpu_is_dead = True
             raise
@@ -169,7 +180,9 @@ class Executor:
             raise KernelError(f"{self._cpu_name} failed: {error}") from error
         finally:
             self._cpu_busy = False
-        self._cpu_pace += 0.2 * ((time.perf_counter() - began) / predicted_s - self._cpu_pace)
+        now = time.perf_counter()
+        self.cpu_share_s = now - self._cpu_began_s
+        self._cpu_pace += 0.2 * ((now - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
     def _check_cpu(self) -> None:

@@ -50,7 +50,8 @@ def report_machine() -> dict[str, Any]:
 
 def _cpu_kernels() -> dict[str, Any]:
     """Whether kt-kernel's llamafile backend imports; its threads are not started."""
-    from hybrimoe_kt.backends.cpu_llamafile import GATE_TYPES, unusable
+    from hybrimoe_kt.backends.kt_kernel_pool import unusable
+    from hybrimoe_kt.backends.llamafile_shapes import GATE_TYPES
     from hybrimoe_kt.device.quant_types import type_name
 
     reason = unusable()

@@ -23,8 +23,8 @@ class HybriMoEExperts(nn.Module):
     """Routed experts of one layer, handed step by step to the model's `Runtime`.
 
     Constructor contract of kTransformers' operators. `kwargs` are the options of `ExpertOptions`, alike for all
-    layers but for `accelerator`; where that is "auto", a `generate_device` such as cuda:1 names this layer's. Holds no
-    parameters: the weights stay in the loader's mapping.
+    layers but for `accelerator`; where that is "auto", a `generate_device` such as cuda:1 (or emulated:1) names this
+    layer's. Holds no parameters: the weights stay in the loader's mapping.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ def _accelerator(name: str, generate_device: str | None) -> str:
     """Which accelerator serves the layer: the one named, or under "auto" the numbered device its rule gives it."""
     if name != "auto" or generate_device is None:
         return name
+    if re.fullmatch(r"emulated:\d+", generate_device):
+        return generate_device
     device = re.fullmatch(r"(cuda|xpu):\d+", generate_device)
     if device is None or not getattr(torch, device[1]).is_available():
         return name

@@ -32,9 +32,13 @@ class Recovery:
     def recover(self, failure: AcceleratorFailed, plan: Plan | None = None) -> None:
         """Free every slot whose bytes are in doubt; shrink the cache or give the accelerator up if it comes to that.
 
-        `plan` is the (finished) plan that failed, if any.
+        `plan` is the (finished) plan that failed, if any. Where another accelerator serves its layer, what that one
+        has been given of the step ends first: the step's tensors are free once it has been computed anew.
         """
         lane, cause = failure.lane, failure.cause
+        own = self._executor.lane(plan.layer) if plan is not None else None
+        if own is not None and own is not lane:
+            self._settle(own, plan)
         is_drained = self._drain(lane)
         self._drop_doubtful(lane, plan)
         self.num_failures += 1
@@ -56,6 +60,13 @@ class Recovery:
         if lane is not None:
             self._drain(lane)
             self._drop_doubtful(lane, plan)
+
+    def _settle(self, lane: Lane, plan: Plan | None) -> None:
+        """Let an accelerator end what a plan gave it, though another failed."""
+        is_drained = self._drain(lane)
+        self._drop_doubtful(lane, plan)
+        if not is_drained:
+            self._give_up(lane, AcceleratorFailed(lane, DeadlineError("it does not come to an end")), keep=True)
 
     @staticmethod
     def _drain(lane: Lane) -> bool:

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.fallback import Fallback
+from hybrimoe_kt.core.pace import Pace
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
@@ -33,12 +34,28 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingRecorder(Protocol):
-    """Takes every layer's routing as it happens; the simulator's recorder is one."""
+    """Takes every layer's routing as it happens; the simulator's recorder is one.
+
+    While one listens, probabilities are rounded to half precision before anything is decided by them, and gates are
+    asked for guesses even where nothing could be prefetched.
+    """
 
     def record(
-        self, layer: int, experts: Any, weights: Any, scores: Any, predicted: Any, predicted_scores: Any
+        self,
+        layer: int,
+        experts: Any,
+        weights: Any,
+        scores: Any,
+        predicted: Any,
+        predicted_scores: Any,
+        token_scores: Any,
     ) -> None:
-        """Experts and weights `[num_tokens, top_k]`, scores `[1, num_experts]`, predictions with a depth in front."""
+        """Experts and weights `[num_tokens, top_k]`, scores `[1, num_experts]`, predictions with a depth in front;
+        token_scores `[num_tokens, num_experts]`."""
+
+
+RECORDED_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots")
+"""What a run decides of each layer; the rest of a `LayerSpec` is the model's."""
 
 
 @dataclass(slots=True)
@@ -78,6 +95,7 @@ class Runtime:
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
         self._fallback: Fallback | None = None
+        self._pace: Pace | None = None
         self._last_read_s = 0.0
 
     @classmethod
@@ -116,6 +134,8 @@ class Runtime:
         self._recovery = Recovery(self.coordinator, self._executor)
         if self.options.fallback and self._assembly.is_on_the_clock:
             self._fallback = Fallback()
+        if self.options.follow_pace and self._assembly.is_on_the_clock:
+            self._pace = Pace()
         while not self._fill_slots():
             pass
         logger.info("%s", self.describe())
@@ -139,6 +159,21 @@ class Runtime:
         """What the coordinator knows of each MoE layer, in order."""
         assert self._assembly is not None, "the runtime has started"
         return list(self._assembly.specs)
+
+    def configuration(self) -> dict[str, Any]:
+        """What decisions follow from, beside the routing, as plain data; layers in order."""
+        assert self._assembly is not None, "the runtime has started"
+        options, specs = self.options, self._assembly.specs
+        named = ("scheduler", "policy", "predictor", "prefetch_size", "prefetch_depth")
+        given = ("scheduler_options", "policy_options", "predictor_options")
+        experts = [self.store.layers[spec.layer] for spec in specs]
+        return (
+            {name: getattr(options, name) for name in named}
+            | {name: dict(getattr(options, name)) for name in given}
+            | {name: [getattr(spec, name) for spec in specs] for name in RECORDED_SPEC}
+            | {"expert_macs": [3 * layer.hidden * layer.inter for layer in experts]}
+            | {"profile": asdict(self._assembly.profile)}
+        )
 
     def new_coordinator(self) -> Coordinator:
         """Make a coordinator in its initial state for this model and these options."""
@@ -202,14 +237,15 @@ class Runtime:
         if self._executor is None:
             self.start()
         logits = self._scores.pop(layer, None)
-        home, device = hidden.device, self._device_of(layer)
+        home, device = hidden.device, self.device_of(layer)
         if device is not None and device != home:  # this layer's experts live on another accelerator than the model
             hidden, ids, weights = hidden.to(device), ids.to(device), weights.to(device)
             logits = None if logits is None else logits.to(device)
             return self._run_chunks(layer, hidden, ids, weights, logits).to(home)
         return self._run_chunks(layer, hidden, ids, weights, logits)
 
-    def _device_of(self, layer: int) -> torch.device | None:
+    def device_of(self, layer: int) -> torch.device | None:
+        """Where a layer's experts take their hidden states; None if they come from wherever the model is."""
         lane = self._executor.lane(layer) if self._executor else None
         return None if lane is None else lane.accelerator.device
 
@@ -258,12 +294,17 @@ class Runtime:
             self._abandon(plan)
             raise
         else:
-            if self._fallback is not None:
-                self._watch(read, routing.num_tokens)
+            since_s, self._last_read_s = read - self._last_read_s, read
+            # Not while a recorder listens: a recording's decisions follow from its routing alone.
+            if routing.num_tokens == 1 and self.recorder is None:
+                if self._fallback is not None and not self._fallback.has_fallen:
+                    self._watch(since_s)
+                if self._pace is not None and plan.cpu:
+                    self._follow()
             self.coordinator.finish(plan)
             self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
-            self._record(routing, step)
+            self._record(routing, step, logits)
         seconds.read += read - began
         seconds.plan += planned - read
         seconds.submit_and_gpu += started - planned
@@ -276,7 +317,7 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
     ) -> Step:
         assert self._executor is not None and self._recovery is not None, "the runtime has started"
-        scores = None if logits is None else _mean_probabilities(logits)
+        scores = None if logits is None else self._kept(_mean_probabilities(logits))
         try:
             step = self._executor.read(layer, hidden, ids, weights, scores, self._predict(layer))
         except AcceleratorFailed as failure:
@@ -287,18 +328,26 @@ class Runtime:
         return step
 
     def _predict(self, layer: int) -> Predict | None:
-        wanted = self.options.prefetch_size > 0 and self.num_slots > 0
+        wanted = (self.options.prefetch_size > 0 and self.num_slots > 0) or self.recorder is not None
         return self._look_ahead.get(layer) if wanted else None
 
-    def _watch(self, read_s: float, num_tokens: int) -> None:
-        """Tell the fallback what a decode step took, from one routing read to the next; obey it.
+    def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
+        return probabilities if self.recorder is None else probabilities.half().float()
 
-        Not while a recorder listens: a recording's decisions follow from its routing alone.
-        """
+    def _follow(self) -> None:
+        """Correct the predictions by what the CPU's share of a decode step took."""
+        assert self.coordinator is not None and self._executor is not None, "a plan was made"
+        assert self._pace is not None, "the caller looked"
+        executor = self._executor
+        is_bound = not executor.cpu_was_waited_for
+        if self._pace.observe(self.coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
+            self.coordinator.set_pace(self._pace.cpu)
+            logger.debug("CPU experts take %.2f times what the profile says", self._pace.cpu)
+
+    def _watch(self, seconds: float) -> None:
+        """Tell the fallback what a decode step took, from one routing read to the next; obey it."""
         assert self.coordinator is not None and self._fallback is not None, "the caller looked"
-        seconds, self._last_read_s = read_s - self._last_read_s, read_s
-        if num_tokens > 1 or self.recorder is not None or self._fallback.has_fallen:
-            return
         if self._fallback.wants_prediction:
             self._fallback.predict(*self.coordinator.single_device_s())
         if self._fallback.observe(seconds):
@@ -324,16 +373,20 @@ class Runtime:
         self.coordinator.finish(plan)
         self._recovery.abandon(plan)
 
-    def _record(self, routing: Routing, step: Step) -> None:
-        assert self.recorder is not None, "the caller looked"
-        # Scores go in averaged, as the coordinator saw them: a replay then decides on the very same numbers.
+    def _record(self, routing: Routing, step: Step, logits: torch.Tensor | None) -> None:
+        assert self.recorder is not None and self._executor is not None, "the caller looked"
+        guesses = self._executor.guesses(routing.layer, step)
+        if guesses is None and routing.layer in self._look_ahead:  # nobody prefetches here, but a replay may
+            guesses = self._look_ahead[routing.layer](step.hidden)
+        # Scores go in averaged, as the coordinator saw them.
         self.recorder.record(
             routing.layer,
             step.host_ids.numpy(),
             step.host_weights.numpy(),
             None if routing.scores is None else [routing.scores],
-            None if step.guesses is None else step.guesses.ids.numpy(),
-            None if step.guesses is None else step.guesses.scores[:, None].numpy(),
+            None if guesses is None else guesses.ids.cpu().numpy(),
+            None if guesses is None else self._kept(guesses.scores)[:, None].cpu().numpy(),
+            None if logits is None else torch.softmax(logits.float(), dim=-1).cpu().numpy(),
         )
 
     def _prefetch(self, layer: int, step: Step) -> None:
@@ -344,7 +397,7 @@ class Runtime:
         guesses = self._executor.guesses(layer, step)
         predictions: list[Routing] = []
         if guesses is not None:
-            scores = guesses.scores.tolist()
+            scores = self._kept(guesses.scores).tolist()
             for number, later in enumerate(guesses.layers):
                 predictions.append(routing_of(later, guesses.ids[number], None, scores[number]))
         transfers = self.coordinator.prefetch(layer, predictions)

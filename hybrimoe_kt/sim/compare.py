@@ -58,6 +58,7 @@ def simulate(
         "prefill": _phase(run.phases["prefill"]),
         "decode": _phase(run.phases["decode"]),
         "statistics": dict(run.stats),
+        "recorded": scenario.trace.run.get("counters"),
         "digest": run.digest,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Recorder:
         if not specs:
             raise ConfigError("a recorder needs at least one MoE layer")
         self.model, self.source = model, source
+        self.run: Mapping[str, Any] = {}
+        """Kept in the trace: how the run was configured and what it counted."""
         self._specs = tuple(specs)
         self._position = {spec.layer: i for i, spec in enumerate(specs)}
         self._request = -1
@@ -52,9 +54,14 @@ class Recorder:
         scores: ArrayLike | None = None,
         predicted: ArrayLike | None = None,
         predicted_scores: ArrayLike | None = None,
+        token_scores: ArrayLike | None = None,
     ) -> None:
-        """Take one layer's routing: `experts`, `weights` `[num_tokens, top_k]`; `scores` `[num_tokens, num_experts]`;
-        `predicted` `[depth, num_tokens, top_k]`; `predicted_scores` `[depth, num_tokens, num_experts]`."""
+        """Take one layer's routing: `experts`, `weights` `[num_tokens, top_k]`.
+
+        `scores` `[num_tokens, num_experts]` and `predicted_scores` `[depth, num_tokens, num_experts]` are kept averaged
+        over the tokens (those who have only the average give one row); `predicted` `[depth, num_tokens, top_k]`;
+        `token_scores` `[num_tokens, num_experts]` are kept as they are, in half precision.
+        """
         if layer not in self._position:
             raise ConfigError(f"layer {layer} is no MoE layer of this recording; valid: {sorted(self._position)}")
         position = self._position[layer]
@@ -69,11 +76,24 @@ class Recorder:
             step.predicted[position] = np.array(predicted, dtype=np.int16)
         if predicted_scores is not None:
             step.predicted_scores[position] = np.asarray(predicted_scores, dtype=np.float32).mean(axis=1)
+        if token_scores is not None:
+            step.token_scores[position] = np.array(token_scores, dtype=np.float16)
 
     def _open_step(self, num_tokens: int) -> None:
         phase = self._phase or ("prefill" if num_tokens > 1 else "decode")
         self._phase = None
         self._steps.append(_StepRecord(max(self._request, 0), phase, num_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded so far, those of an unfinished step included."""
+        return sum(step.num_tokens for step in self._steps)
+
+    def drop_unfinished(self) -> int:
+        """Forget a last step that not every layer has reported; returns the tokens forgotten."""
+        if self._steps and len(self._steps[-1].experts) < len(self._specs):
+            return self._steps.pop().num_tokens
+        return 0
 
     def trace(self) -> Trace:
         """Return everything recorded so far; a step that ended early is an error."""
@@ -97,6 +117,8 @@ class Recorder:
                 scores=self._dense("scores"),
                 predicted=self._predicted(),
                 predicted_scores=self._dense("predicted_scores"),
+                token_scores=self._token_scores(),
+                run=self.run,
                 source=self.source,
             ),
             "recording",
@@ -145,6 +167,18 @@ class Recorder:
             rows.append(block)
         return np.concatenate(rows)
 
+    def _token_scores(self) -> npt.NDArray[np.float16] | None:
+        """Scores of all tokens where every layer gave them; a pruned layer's other tokens stay 0."""
+        if any(len(step.token_scores) < len(self._specs) for step in self._steps):
+            return None
+        rows = np.zeros((self.num_tokens, len(self._specs), self._specs[0].num_experts), dtype=np.float16)
+        end = 0
+        for step in self._steps:
+            end += step.num_tokens
+            for position, part in step.token_scores.items():
+                rows[end - len(part) : end, position] = part
+        return rows
+
 
 class _StepRecord:
     def __init__(self, request: int, phase: Phase, num_tokens: int) -> None:
@@ -154,3 +188,4 @@ class _StepRecord:
         self.scores: dict[int, npt.NDArray[np.float32]] = {}
         self.predicted: dict[int, npt.NDArray[np.int16]] = {}
         self.predicted_scores: dict[int, npt.NDArray[np.float32]] = {}
+        self.token_scores: dict[int, npt.NDArray[np.float16]] = {}

@@ -61,6 +61,7 @@ class Method:
     prefetch_depth: int = 3
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
     admission: bool | None = None
     by_layer: bool = False
     by_frequency: bool = False
@@ -91,13 +92,17 @@ METHODS: Mapping[str, Method] = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """One trace on one machine with one cache size; `warmup` leading steps are served but not measured."""
+    """One trace on one machine with one cache size; `warmup` leading steps are served but not measured.
+
+    `layers` describes every MoE layer where they are not alike; `num_slots` is then the most of any.
+    """
 
     trace: Trace
     profile: Profile
     num_slots: int
     model: ModelSpec | None = None
     warmup: int = 0
+    layers: tuple[LayerSpec, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -113,13 +118,15 @@ class Scenario:
     def costs(self) -> dict[int, CostModel]:
         """Return the cost model of each MoE layer; layers of one expert size share theirs."""
         sizes = self.trace.expert_bytes
-        models = {size: layer_cost(self.profile, size, self.model) for size in set(sizes)}
-        return {layer: models[size] for layer, size in zip(self.trace.layers, sizes, strict=True)}
+        macs = self.trace.run.get("expert_macs") or [None] * len(sizes)
+        shapes = list(zip(sizes, macs, strict=True))
+        models = {shape: layer_cost(self.profile, shape[0], self.model, shape[1]) for shape in set(shapes)}
+        return {layer: models[shape] for layer, shape in zip(self.trace.layers, shapes, strict=True)}
 
     def specs(self, method: Method) -> tuple[LayerSpec, ...]:
         """Return the layers with this method's slots."""
         if not method.by_layer:
-            return self.trace.specs(self.num_slots)
+            return self.layers or self.trace.specs(self.num_slots)
         whole = round(self.ratio * len(self.trace.layers))
         layers = range(len(self.trace.layers))
         return self.trace.specs(tuple(self.trace.num_experts if i < whole else 0 for i in layers))
@@ -173,6 +180,7 @@ def make_coordinator(
         policy=method.policy,
         policy_options=policy_options,
         predictor="stale_gate" if method.prefetch == OFF else method.prefetch,
+        predictor_options={} if method.prefetch == OFF else method.predictor_options,
         prefetch_size=0 if method.prefetch == OFF and not method.admission else method.prefetch_size,
         prefetch_depth=method.prefetch_depth,
         admission=method.admission,
@@ -193,10 +201,12 @@ def warmup_frequencies(scenario: Scenario) -> dict[int, list[float]]:
     return counts
 
 
-def layer_cost(profile: Profile, expert_bytes: int, model: ModelSpec | None) -> CostModel:
+def layer_cost(
+    profile: Profile, expert_bytes: int, model: ModelSpec | None, expert_macs: int | None = None
+) -> CostModel:
     """Return the seconds of one MoE layer; without a model there are neither shared experts nor attention bytes."""
     if model is None:
-        return CostModel.from_profile(profile, expert_bytes=expert_bytes)
+        return CostModel.from_profile(profile, expert_bytes=expert_bytes, expert_macs=expert_macs)
     return CostModel.from_profile(
         profile,
         expert_bytes=expert_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +53,10 @@ class Trace:
     """Next gates' choice, `[num_tokens, num_layers, depth, top_k]`: entry d of layer l speaks of layer l + 1 + d."""
     predicted_scores: npt.NDArray[np.float32] | None = None
     """Their probabilities averaged over the step's tokens, `[num_steps, num_layers, depth, num_experts]`."""
+    token_scores: npt.NDArray[np.float16] | None = None
+    """Router probabilities of every token, `[num_tokens, num_layers, num_experts]`; nothing is decided by them."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What the recorded run was configured with and counted, as plain data; empty where nobody noted it."""
     source: str = ""
     """Where the routing comes from; synthetic traces say so here."""
     _routings: dict[tuple[int, int], Routing] = field(default_factory=dict, repr=False, compare=False)
@@ -120,8 +124,13 @@ class Trace:
 
         return Trace(
             self.model, self.layers, self.num_experts, self.expert_bytes, steps, self.experts[:end], self.weights[:end],
-            cut(self.scores, len(steps)), cut(self.predicted, end), cut(self.predicted_scores, len(steps)), self.source,
+            cut(self.scores, len(steps)), cut(self.predicted, end), cut(self.predicted_scores, len(steps)),
+            cut(self.token_scores, end), self.run if len(steps) == len(self.steps) else self._uncounted(), self.source,
         )  # fmt: skip
+
+    def _uncounted(self) -> dict[str, Any]:
+        """The run without its counters, which hold for the whole trace only."""
+        return {name: value for name, value in self.run.items() if name != "counters"}
 
 
 def make_routing(
@@ -166,11 +175,11 @@ def check(trace: Trace, where: str) -> Trace:
     """Return `trace` unchanged, or raise a ConfigError that begins with `where` (the file it came from)."""
     _check_shapes(trace, where)
     _check_experts(trace, where)
-    for name in ("weights", "scores", "predicted_scores"):
+    for name in ("weights", "scores", "predicted_scores", "token_scores"):
         array = getattr(trace, name)
         if array is not None and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])
-            axis = "token" if name == "weights" else "step"
+            axis = "token" if name in ("weights", "token_scores") else "step"
             raise ConfigError(f"{where}: {name} of {axis} {row} are not finite numbers; record the trace again")
     return trace
 
@@ -179,13 +188,14 @@ def _check_shapes(trace: Trace, where: str) -> None:
     if not trace.steps:
         raise ConfigError(f"{where}: the trace is empty; it needs at least one step")
     tokens = trace.steps[-1].first_token + trace.steps[-1].num_tokens
-    rows = {"experts": tokens, "weights": tokens, "predicted": tokens}
+    rows = {"experts": tokens, "weights": tokens, "predicted": tokens, "token_scores": tokens}
     tail = {
         "experts": (trace.top_k,),
         "weights": (trace.top_k,),
         "scores": (trace.num_experts,),
         "predicted": (trace.depth, trace.top_k),
         "predicted_scores": (trace.depth, trace.num_experts),
+        "token_scores": (trace.num_experts,),
     }
     for name, last in tail.items():
         array = getattr(trace, name)
@@ -234,7 +244,7 @@ def join(first: Trace, second: Trace) -> Trace:
     last = max(step.request for step in first.steps) + 1
     steps = (*first.steps, *second.steps)
     arrays: dict[str, Any] = {}
-    for name in ("experts", "weights", "scores", "predicted", "predicted_scores"):
+    for name in ("experts", "weights", "scores", "predicted", "predicted_scores", "token_scores"):
         left, right = getattr(first, name), getattr(second, name)
         arrays[name] = None if left is None or right is None else np.concatenate([left, right])
     return Trace(

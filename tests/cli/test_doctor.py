@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.backends import gpu_triton, kt_kernel_pool
 from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.device.calibrate import profile_path
 from hybrimoe_kt.errors import ModelError
@@ -52,9 +52,9 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_kt_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "kt_kernel", None)
-    cpu_llamafile._extension.cache_clear()
+    kt_kernel_pool.extension.cache_clear()
     yield
-    cpu_llamafile._extension.cache_clear()
+    kt_kernel_pool.extension.cache_clear()
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def test_probes_that_break_are_rows(capsys: pytest.CaptureFixture[str], monkeypa
 
     for probe in ("inspect_cpu", "inspect_memory", "inspect_accelerators"):
         monkeypatch.setattr(machine_report, probe, broken)
-    monkeypatch.setattr(cpu_llamafile, "unusable", broken)
+    monkeypatch.setattr(kt_kernel_pool, "unusable", broken)
     assert doctor.main([]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert shown.count("OSError: libcudart.so.12: cannot open shared object file") == 5  # four rows and the verdict
@@ -287,3 +287,16 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         doctor.main(["--help"])
     assert exit_code.value.code == 0
     assert "hybrimoe doctor --model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("inter", "copies"), [(512, 1), (384, 512 / 384)], ids=["in place", "padded"])
+def test_host_memory_of_experts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inter: int, copies: float
+) -> None:
+    """A CPU that reads a padded copy wants it instead of the file's pages; a GPU's transfers want those, too."""
+    file = write_model(tmp_path / "m.gguf", (Type.Q8_0, Type.Q8_0, Type.Q8_0), inter=inter)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == int(copies * model["expert_bytes"]) + model["dense_bytes"]
+    _devices(monkeypatch, GPU)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == model["expert_bytes"] + (int(copies * model["expert_bytes"]) if copies > 1 else 0)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.generated_model import GeneratedModel, Shape
-from hybrimoe_kt.errors import CapacityError, ModelError
+from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Engine, Sampling
+from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.host.rule_file import packaged_rules
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)
@@ -120,3 +122,10 @@ def test_messages_may_be_forgotten_and_begun_anew(embedded_model: Path) -> None:
 @pytest.mark.parametrize("temperature", [1e-39, 1e-7, 0.0])
 def test_a_vanishing_temperature_is_greedy(engine: Engine, temperature: float) -> None:
     assert fresh(engine, [1, 2, 3], Sampling(max_new_tokens=10, temperature=temperature)) == fresh(engine, [1, 2, 3])
+
+
+def test_a_packaged_rule_file_by_name(embedded_model: Path) -> None:
+    loaded = load_model(embedded_model, rules_path="qwen3moe", progress=False)
+    assert loaded.rules_file == packaged_rules("qwen3moe")
+    with pytest.raises(RuleError, match="qwen3mo: the rule file does not exist"):
+        load_model(embedded_model, rules_path="qwen3mo", progress=False)

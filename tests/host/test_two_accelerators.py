@@ -1,4 +1,7 @@
-"""Layers divided over two accelerators by a rule file: the same tokens, each with its own slots and link."""
+"""Layers divided over two accelerators by a rule file: the same tokens, each with its own slots and link.
+
+Experts and dense weights both: the hidden states cross once in every step.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,22 @@ RULES = """
     name: ^model\\.layers\\.[01]\\.mlp\\.experts$
   replace:
     class: hybrimoe_kt.operators.experts.HybriMoEExperts
-    kwargs: {accelerator: "emulated:0", cache_size: 4, cpu_backend: torch_reference, prefetch_size: 2}
+    kwargs: {generate_device: "emulated:0", cache_size: 4, cpu_backend: torch_reference, prefetch_size: 2}
   recursive: false
 - match:
     name: ^model\\.layers\\.\\d+\\.mlp\\.experts$
   replace:
     class: hybrimoe_kt.operators.experts.HybriMoEExperts
-    kwargs: {accelerator: "emulated:1", cache_size: 4, cpu_backend: torch_reference, prefetch_size: 2}
+    kwargs: {generate_device: "emulated:1", cache_size: 4, cpu_backend: torch_reference, prefetch_size: 2}
   recursive: false
+- match:
+    name: ^model\\.embed_tokens$|^model\\.rotary_emb$|^model\\.layers\\.[01](\\.|$)
+  replace:
+    kwargs: {generate_device: "emulated:0"}
+- match:
+    name: ^model\\.layers\\.\\d|^model\\.norm$|^lm_head$
+  replace:
+    kwargs: {generate_device: "emulated:1"}
 """
 
 
@@ -41,3 +52,6 @@ def test_two_accelerators_answer_as_none(generated: Callable[[Shape], GeneratedM
     assert lanes[0].queue is not lanes[1].queue
     assert [spec.accelerator for spec in engine.runtime.layer_specs()] == [0, 0, 1, 1]
     assert engine.last_run()["transfers"] > 0
+    crossings = engine.loaded.crossings
+    assert crossings is not None
+    assert crossings.num_crossings == 16, "one prompt step and 15 decode steps"

@@ -203,3 +203,58 @@ def test_head_keeps_whole_steps() -> None:
     short = trace.head(2)
     assert len(short.experts) == 5
     assert short.routing(short.steps[1], 0) == trace.routing(trace.steps[1], 0)
+
+
+def softmax(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    logits = rng.normal(0, 1.5, shape)
+    powers = np.exp(logits)
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def test_thousands_of_tokens_with_every_score_fit_in_six_megabytes(tmp_path: Path) -> None:
+    rng, tokens, layers = np.random.default_rng(0), 4000, 6
+    recorder = Recorder("toy", [LayerSpec(layer, 32, 4, 100) for layer in range(layers)])
+    experts = np.argsort(rng.random((tokens, layers, 32)), axis=2)[..., :4]
+    weights = softmax(rng, tokens, layers, 4).astype(np.float32)
+    scores = softmax(rng, tokens, layers, 32).astype(np.float16)
+    ahead = softmax(rng, tokens, layers, 3, 1, 32).astype(np.float16)
+    for token in range(tokens):
+        for layer in range(layers):
+            row, reach = experts[token, layer][None], min(3, layers - 1 - layer)
+            predicted = np.repeat(row[None], reach, axis=0) if reach else None
+            guessed = ahead[token, layer, :reach] if reach else None
+            own = scores[token, layer][None]
+            recorder.record(layer, row, weights[token, layer][None], own, predicted, guessed, own)
+    recorder.run = {"policy": "lru", "counters": {"hits": 3}}
+    file = recorder.save(tmp_path / "long")
+    assert file.stat().st_size < 6e6
+    again = read_trace(file)
+    assert_equal(again, recorder.trace())
+    np.testing.assert_array_equal(again.token_scores, scores)
+    assert again.run == {"policy": "lru", "counters": {"hits": 3}}
+    assert again.head(9).run == {"policy": "lru"}, "the counts are of the whole run"
+
+
+def test_scores_of_batches_and_of_lone_tokens_come_back_alike(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    recorder = Recorder("toy", [LayerSpec(0, 8, 2, 100), LayerSpec(1, 8, 2, 100)])
+    given = []
+    for count in (3, 1, 1, 2):
+        for layer in range(2):
+            scores = softmax(rng, count, 8).astype(np.float16)
+            mean = scores.astype(np.float32).mean(axis=0).astype(np.float16)
+            recorder.record(layer, [[0, 1]] * count, [[0.5, 0.5]] * count, mean[None], None, None, scores)
+            given.append(scores)
+    again = read_trace(recorder.save(tmp_path / "mixed"))
+    for layer in range(2):
+        np.testing.assert_array_equal(again.token_scores[:, layer], np.concatenate(given[layer::2]))
+    assert again.head(2).token_scores.shape == (4, 2, 8)
+
+
+def test_an_unfinished_step_can_be_forgotten() -> None:
+    recorder = Recorder("toy", [LayerSpec(0, 4, 2, 100), LayerSpec(1, 4, 2, 100)])
+    for layer in (0, 1, 0):
+        recorder.record(layer, [[0, 1], [1, 2]], [[0.5, 0.5]] * 2)
+    assert recorder.drop_unfinished() == 2
+    assert recorder.drop_unfinished() == 0
+    assert len(recorder.trace().steps) == 1

@@ -141,6 +141,29 @@ class Engine:
             logits = self._forward([token], stop)
         run.finish = "cancelled"
 
+    def feed(self, text: list[int], size: int, stop: threading.Event | None = None) -> Iterator[int]:
+        """Run given tokens through the model from an empty cache, `size` at a time, and draw nothing.
+
+        Yields the number of tokens of each step before it is computed; `last_run` counts all of them as prompt.
+        """
+        self._check_length(text)
+        self.reset()
+        self._run = run = Run(prompt_tokens=len(text))
+        before = self.runtime_counters()
+        began = time.perf_counter()
+        try:
+            for at in range(0, len(text), size):
+                if stop is not None and stop.is_set():
+                    run.prompt_tokens, run.finish = at, "cancelled"
+                    return
+                piece = text[at : at + size]
+                yield len(piece)
+                self._forward(piece, None)
+        finally:
+            run.prefill_s = time.perf_counter() - began
+            for name, value in self.runtime_counters().items():
+                setattr(run, name, value - before[name])
+
     @torch.inference_mode()
     def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.

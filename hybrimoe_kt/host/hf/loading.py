@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -29,6 +30,7 @@ from .architectures import Architecture
 from .checkpoint import CheckpointLoader
 from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
+from .placement import Crossings, Placement, place_modules
 from .sources import Source, first_line, open_source
 
 __all__ = ["LoadedModel", "load_model"]
@@ -47,6 +49,9 @@ class LoadedModel:
     architecture: Architecture
     rules_file: Path
     warnings: list[str] = field(default_factory=list)
+    placement: Placement | None = None
+    crossings: Crossings | None = None
+    """Of hidden states between devices, where layers are divided over several."""
 
     @property
     def runtime(self) -> Runtime:
@@ -102,20 +107,29 @@ def load_model(
 
     `gguf_path` names a GGUF file, a directory of them, or a Hugging Face directory with safetensors. The
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
-    Without `rules_path` the packaged rules of the architecture apply. `option_overrides` are `ExpertOptions` keys
-    that win over the rules. `device` holds the dense weights.
+    Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
+    `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
+    elsewhere.
     """
     source = open_source(gguf_path, model_path, option_overrides)
     architecture, config, loader = source.architecture, source.config, source.loader
-    rules_file = Path(rules_path) if rules_path is not None else rule_engine.packaged_rules(architecture.model_type)
+    rules_file = _rules_file(rules_path, architecture)
     rules = rule_engine.load_rules(rules_file)
     loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
+
+    accelerator = (option_overrides or {}).get("accelerator", "auto")
 
     def inject(model: nn.Module) -> None:
         injections = rule_engine.match_modules(model, rules, default_device=device)
         for rule in rule_engine.unused_rules(rules, injections):
             loaded.warnings.append(f"{rules_file}:{rule.line}: rule {rule.number} matches no module of this model")
-        loaded.warnings += _ignored_devices(injections, device)
+        placement, lacking = place_modules(model, injections, device)
+        if accelerator != "auto" and placement.is_split:
+            loaded.warnings.append(f"{rules_file} divides the layers; with --accelerator they all stand on {device}")
+            placement = Placement(dict.fromkeys(placement.places, device), device)
+        if lacking is not None:
+            loaded.warnings.append(_lacking_device(lacking, device))
+        loaded.placement = placement
         rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=None)
 
     skeleton = _skeleton(config)
@@ -128,7 +142,9 @@ def load_model(
     state = source.state(parameters, dtype)
     loader.runtime, loaded.warnings = None, []
     with _progress(progress):
-        loaded.model = _build(type(skeleton), config, state, inject, dtype, device, source)
+        loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source)
+    if loaded.placement.is_split:
+        loaded.crossings = Crossings(loaded.model, loaded.placement)
     loaded.runtime.start()
     attach_look_ahead(loaded.model, loaded.runtime, architecture)
     source.file.release_pages()
@@ -137,13 +153,20 @@ def load_model(
     return loaded
 
 
+def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:
+    """The rule file that was named, by its path or as a packaged one, or the architecture's own."""
+    if path is None:
+        return rule_engine.packaged_rules(architecture.model_type)
+    return Path(rule_engine.list_packaged_rules().get(str(path), path))
+
+
 def _build(
     cls: type[PreTrainedModel],
     config: Any,
     state: Mapping[str, Any],
     inject: Callable[[nn.Module], None],
     dtype: torch.dtype,
-    device: str,
+    placement: Placement,
     source: Source,
 ) -> PreTrainedModel:
     different = "the weights and the configuration belong to different models"
@@ -153,11 +176,12 @@ def _build(
         state_dict=state,
         quantization_config=_Config(inject),
         dtype=dtype,
-        device_map={"": device},
+        device_map=placement.device_map,
         attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, in one sentence
     )
+    remove_hook_from_submodules(model)  # accelerate's, where devices differ: `Crossings` moves each tensor once
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source.file.path}: no tensor for {missing[0]}; {different}")
     if mismatched := sorted(report["mismatched_keys"]):
@@ -166,17 +190,10 @@ def _build(
     return model
 
 
-def _ignored_devices(injections: Mapping[str, rule_engine.Injection], device: str) -> list[str]:
-    """Say once that a rule's devices do not move anything: this host keeps dense weights on one device."""
-    kind = torch.device(device).type
-    for injection in injections.values():
-        named = {injection.kwargs.get(key) for key in ("generate_device", "prefill_device")} - {None, kind, device}
-        if injection.rule is not None and named:
-            rule = injection.rule
-            return [
-                f"rule {rule.number} (line {rule.line}) names {sorted(map(str, named))[0]}; the model runs on {device}"
-            ]
-    return []
+def _lacking_device(injection: rule_engine.Injection, device: str) -> str:
+    rule, named = injection.rule, injection.kwargs["generate_device"]
+    assert rule is not None, "what no rule decides is on the default device"
+    return f"rule {rule.number} (line {rule.line}) names {named}, which this machine lacks; taken as {device}"
 
 
 def _skeleton(config: Any) -> PreTrainedModel:

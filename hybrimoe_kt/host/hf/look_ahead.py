@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +15,29 @@ from hybrimoe_kt.operators.runtime import Runtime
 
 from .architectures import Architecture
 
-__all__ = ["attach_look_ahead"]
+__all__ = ["attach_look_ahead", "look_ahead"]
 
 
 def attach_look_ahead(model: nn.Module, runtime: Runtime, family: Architecture) -> None:
-    """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it.
+    """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it."""
+    for layer, block in _moe_blocks(model, family).items():
+        block.gate.register_forward_hook(_noting(runtime, layer))
+    look_ahead(model, runtime, family, runtime.options.prefetch_depth)
+
+
+def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: int) -> None:
+    """Ask the gates of `depth` layers after each MoE layer from now on.
 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
     norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
     """
     blocks = _moe_blocks(model, family)
-    for layer, block in blocks.items():
-        block.gate.register_forward_hook(_noting(runtime, layer))
     layers = sorted(blocks)
-    depth = runtime.options.prefetch_depth
     for place, layer in enumerate(layers):
         ahead = [(later, blocks[later]) for later in layers[place + 1 : place + 1 + depth]]
         if ahead:
-            runtime.look_ahead(layer, _Gates(blocks[layer].norm, ahead))
+            device = runtime.device_of(layer) or blocks[layer].gate.weight.device
+            runtime.look_ahead(layer, _Gates(device, blocks[layer], ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class _Block:
 
     gate: nn.Module
     norm: torch.Tensor | None
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[Any, ...]
 
 
 def _noting(runtime: Runtime, layer: int) -> Any:
@@ -75,21 +81,32 @@ def _factor(norm: nn.Module | None, offset: float) -> torch.Tensor | None:
 class _Gates:
     """Predicts the routing of the following layers from the hidden states entering this one."""
 
-    def __init__(self, norm: torch.Tensor | None, ahead: list[tuple[int, _Block]]) -> None:
-        self._ahead = [(layer, block, _ratio(norm, block.norm)) for layer, block in ahead]
+    def __init__(self, device: torch.device, here: _Block, ahead: list[tuple[int, _Block]]) -> None:
+        near = [(layer, _brought(block, device)) for layer, block in ahead]
+        norm = _brought(here, device).norm
+        self._ahead = [(layer, block, _ratio(norm, block.norm)) for layer, block in near]
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> Guesses:
         chosen, scored = [], []
         for _, block, ratio in self._ahead:
             weight = block.gate.weight
-            corrected = hidden.to(device=weight.device, dtype=weight.dtype)
+            corrected = hidden.to(weight.dtype)
             # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
             logits, _, ids = block.gate.forward(corrected if ratio is None else corrected * ratio, *block.inputs)
             chosen.append(ids)
             scored.append(logits)
         scores = torch.softmax(torch.stack(scored).float(), dim=-1).mean(dim=1)
         return Guesses([layer for layer, _, _ in self._ahead], torch.stack(chosen), scores)
+
+
+def _brought(block: _Block, device: torch.device) -> _Block:
+    """The block itself, or a copy on `device` where its layer stands on another."""
+    if block.gate.weight.device == device:
+        return block
+    norm = None if block.norm is None else block.norm.to(device)
+    inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in block.inputs)
+    return _Block(copy.deepcopy(block.gate).to(device), norm, inputs)
 
 
 def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:

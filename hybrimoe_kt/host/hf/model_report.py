@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends import cpu_llamafile, gpu_triton
+from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
@@ -18,7 +18,7 @@ from .expert_layers import expert_layers, is_expert_tensor
 from .gguf_file import GgufFile, GgufTensor
 from .gguf_loader import GgufLoader
 
-__all__ = ["report_model"]
+__all__ = ["host_expert_bytes", "report_model"]
 
 _ASSUMED = (8, 0)
 """The oldest GPU that the kernels run on, shown where the machine has none."""
@@ -59,7 +59,7 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
-    cpu_refusal = cpu_llamafile.refusal(experts)
+    cpu_refusal = llamafile_shapes.refusal(experts)
     cpu = "torch_reference" if cpu_refusal or not machine["cpu_kernels"]["runs"] else "llamafile"
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
@@ -99,9 +99,9 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
     last = outlines[-1].layer
     dense = [tensor for tensor in file.tensors.values() if _is_dense(tensor, last)]
     expert_bytes = sum(experts.num_experts * experts.expert_bytes for experts in outlines)
-    copied_bytes = sum(map(cpu_llamafile.copied_bytes, outlines))
     dense_bytes = sum(math.prod(tensor.shape) for tensor in dense) * _DENSE_BYTES[dtype]
-    host_bytes = expert_bytes + copied_bytes + (dense_bytes if device is None else 0)
+    host_bytes = sum(host_expert_bytes(experts, transfers=device is not None) for experts in outlines)
+    host_bytes += dense_bytes if device is None else 0
     available = machine["memory"].get("available_bytes")
     return {
         "expert_bytes": expert_bytes,
@@ -113,6 +113,12 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
         "host_available_bytes": available,
         "fits_host": None if available is None else host_bytes <= available,
     } | _room(outlines, dense_bytes, device, machine["gpu_kernels"]["runs"])
+
+
+def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:
+    """Host memory that a layer's experts want: twice where the CPU reads a padded copy and transfers the file."""
+    in_file, copied = experts.num_experts * experts.expert_bytes, llamafile_shapes.copied_bytes(experts)
+    return in_file + copied if transfers else copied or in_file
 
 
 def _room(
