@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .data import Corpus, parse_mix
+from .data import SPECIAL_TOKENS, Corpus, parse_mix
 from .model import Model, Shape
 from .shared_state import SharedState
 
 log = logging.getLogger("train")
-BALANCE_WEIGHT, Z_WEIGHT = 0.01, 0.0005
+BALANCE_WEIGHT, Z_WEIGHT, USER_WEIGHT = 0.02, 0.0005, 0.3
 WARM_UP_STEPS = 100
 
 
@@ -46,10 +46,20 @@ def rate(step: int, spent: float, budget: float, decay: float) -> float:
     return warm * min(1.0, max(0.0, 1 - spent / budget) / decay)
 
 
+def importance(inputs: torch.Tensor) -> torch.Tensor:
+    """Weight of each next token, ``inputs`` [B, T]: what a user says is context to answer, and hardly to be foretold."""
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    is_mark = inputs < SPECIAL_TOKENS.index("<|end|>")  # a document's end, a user's or an assistant's turn
+    last_mark = torch.where(is_mark, positions, 0).cummax(1).values
+    speaks = inputs.gather(1, last_mark) == SPECIAL_TOKENS.index("<|user|>")
+    return torch.where(speaks, USER_WEIGHT, 1.0)
+
+
 def loss_of(model: Model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training loss and the plain cross entropy, of ``tokens`` [B, T + 1]."""
-    logits = model(tokens[:, :-1])
-    plain = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    """Training loss and the weighted cross entropy alone, of ``tokens`` [B, T + 1]."""
+    logits, weights = model(tokens[:, :-1]), importance(tokens[:, :-1]).flatten()
+    each = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    plain = (each * weights).sum() / weights.sum()
     balance, z = model.auxiliary_losses()
     return plain + BALANCE_WEIGHT * balance + Z_WEIGHT * z, plain
 
