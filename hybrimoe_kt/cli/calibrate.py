@@ -15,6 +15,9 @@ from rich.table import Table
 
 from hybrimoe_kt.errors import ConfigError
 
+from .outputs import check_writable
+from .parsing import Parser
+
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration
     from hybrimoe_kt.device.host_store import LayerExperts
@@ -22,12 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["build_parser", "main"]
 
 EXAMPLE = """examples:
-  hybrimoe calibrate                                   with experts of Qwen3-30B-A3B's size
-  hybrimoe calibrate --model Qwen3-30B-A3B-Q4_K_M.gguf with that model's own
-  hybrimoe calibrate --cpu_infer 8 --out fast.json     then: ktransformers --profile fast.json ...
+  hybrimoe calibrate                        experts of Qwen3-30B-A3B's size
+  hybrimoe calibrate --model FILE.gguf      that model's own
+  hybrimoe calibrate --cpu_infer 8 --out fast.json
+      and then: ktransformers --profile fast.json ...
 
-The profile is kept where ktransformers looks for it, and in --out if given. It holds for the same processor, GPU,
-backend and number of expert threads; on any other machine it is refused. Nothing else should be running meanwhile.
+The profile is kept where ktransformers looks for it, and in --out if given. It
+holds for the same processor, GPU, backend and number of expert threads; on any
+other machine it is refused. Nothing else should be running meanwhile.
 """
 _SHAPE = {"num_experts": 64, "top_k": 8, "hidden": 2048, "inter": 768}
 _MAX_TOKENS = 512
@@ -36,7 +41,7 @@ _WIDE = 1.5
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `hybrimoe calibrate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hybrimoe calibrate",
         description="Measure CPU experts, GPU experts and the link between them, for better plans.",
         epilog=EXAMPLE,
@@ -57,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if options.repeats < 1:
         raise ConfigError(f"--repeats is {options.repeats}; give 1 or more")
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: there is no directory {options.out.parent}")
+    check_writable(options.out, "--out")
     from hybrimoe_kt.device.calibrate import profile_path
 
     errors = Console(stderr=True, highlight=False)

@@ -17,23 +17,25 @@ from rich.text import Text
 from hybrimoe_kt.host.diagnosis import diagnose, size_text
 
 from .chat_output import visible
+from .parsing import Parser
 
 __all__ = ["build_parser", "main"]
 
 EXAMPLES = """examples:
-  hybrimoe doctor                                    this machine and what is installed
-  hybrimoe doctor --model Qwen3-30B-A3B-Q4_K_M.gguf  and which kernels serve that model
-  hybrimoe doctor --json                             the same as data, for a bug report
+  hybrimoe doctor                     this machine and what is installed
+  hybrimoe doctor --model FILE.gguf   and which kernels serve that model
+  hybrimoe doctor --json              the same as data, for a bug report
 
-Nothing is computed, installed or written; of a model only the header is read. The exit code is 0 whatever is found
-(the JSON says ready: true or false) and 2 when the file is no model that could be run.
+Nothing is computed, installed or written; of a model only the header is read.
+The exit code is 0 whatever is found (the JSON says ready: true or false) and 2
+when the file is no model that could be run.
 """
 _USES = {"flashinfer-python": "nothing uses it yet"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `hybrimoe doctor`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hybrimoe doctor",
         description="Show what this machine has, which kernels run on it, and what to do next.",
         epilog=EXAMPLES,

@@ -23,6 +23,7 @@ from .inputs import read_text
 from .options import expert_overrides, parse
 from .outputs import check_writable
 from .streams import discard_output, open_closed_streams
+from .timeline import timeline_to
 
 if TYPE_CHECKING:
     from hybrimoe_kt.host.hf.engine import Engine
@@ -57,6 +58,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print(f"note: --{flag} has no effect here")
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
     check_writable(options.stats_json, "--stats_json")
+    check_writable(options.timeline, "--timeline")
     given = options.prompt is not None or options.prompt_file is not None
     interactive = not given and sys.stdin.isatty() and sys.stdout.isatty()
     prompt = None if interactive else _prompt(options, console)
@@ -65,7 +67,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
     console.print(visible(loaded), markup=False)
     _note_unused(engine, options, console)
-    return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
+    with timeline_to(options.timeline, engine, console):
+        return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
 
 
 def _note_unused(engine: Engine, options: argparse.Namespace, console: Console) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hybrimoe_kt import __version__
-from hybrimoe_kt.errors import nearest
+
+from .parsing import Parser
 
 __all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
 
@@ -21,29 +22,16 @@ _EXAMPLES = """examples:
 _TRACE_EXAMPLES = """examples:
   hybrimoe trace --out run.npz --text book.txt --tokens 1000
   hybrimoe trace --out run.npz --text book.txt --as prefill --chunk_size 128
-  hybrimoe trace --out run.npz --prompt "Hello!" --max_new_tokens 64 --gguf_path model.gguf
-  hybrimoe trace --out chat.npz                       records a chat on the terminal
+  hybrimoe trace --out run.npz --prompt "Hello!" --gguf_path model.gguf
+  hybrimoe trace --out chat.npz                 records a chat on the terminal
 
-Replay it: hybrimoe simulate --trace run.npz; or, after a run with an accelerator, just as it was:
-hybrimoe simulate --trace run.npz --method recorded. Draw it: hybrimoe plot heat-map --trace run.npz -o map.svg
+Replay it, in general or, after a run with an accelerator, just as it was:
+  hybrimoe simulate --trace run.npz
+  hybrimoe simulate --trace run.npz --method recorded
 """
 
 # Flags of kTransformers that a user's script may pass and that mean nothing here.
 _WITHOUT_EFFECT = ("use_cuda_graph", "mode", "force_think", "device", "tp")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag when one is unknown."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags) or '; see --help'}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _whole(low: int, high: int | None = None) -> Any:
@@ -76,7 +64,7 @@ def _number(low: float, high: float) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every flag may be spelled with underscores or hyphens."""
-    parser = _Parser(
+    parser = Parser(
         prog="ktransformers",
         allow_abbrev=False,
         epilog=_EXAMPLES,
@@ -90,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
+    report.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
+    )
     for flag in _WITHOUT_EFFECT:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
@@ -161,12 +152,12 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
 
 def build_trace_parser() -> argparse.ArgumentParser:
     """Return the parser of `hybrimoe trace`: what to load as in `ktransformers`, and what to record."""
-    parser = _Parser(
+    parser = Parser(
         prog="hybrimoe trace",
         allow_abbrev=False,
         epilog=_TRACE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Record which experts a model chooses: weights, router scores and what the next gates predict.",
+        description="Record which experts a model chooses, its router scores, and what gates predict.",
     )
     record = parser.add_argument_group("recording")
     record.add_argument("--out", "-o", type=Path, metavar="FILE", required=True, help="trace to write (.npz)")

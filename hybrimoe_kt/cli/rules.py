@@ -12,6 +12,8 @@ from rich.console import Console
 
 from hybrimoe_kt.host.rule_file import list_packaged_rules, load_rules
 
+from .parsing import Parser
+
 __all__ = ["add_parser", "build_parser", "main"]
 
 EXAMPLES = """examples:
@@ -25,14 +27,14 @@ PATTERNS_SHOWN = 6
 
 def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
     """Return the parser of `hybrimoe rules`, or fill the given one."""
-    parser = parser or argparse.ArgumentParser(prog="hybrimoe rules")
+    parser = parser or Parser(prog="hybrimoe rules")
     parser.description = "Show what a rule file does to a model. No weights are needed."
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|list")
     check = actions.add_parser(
         "check",
         help="which modules each rule matches",
-        description="Check a rule file and show which modules of a model each rule matches, and on which device.",
+        description="Check a rule file: which modules each rule matches, and on which device.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,7 +43,13 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
     check.add_argument("--device", default="cpu", metavar="DEVICE", help="of modules no rule matches (default: cpu)")
     check.add_argument("--json", action="store_true", help="print everything as JSON")
     check.set_defaults(run=_check)
-    listing = actions.add_parser("list", help="the packaged rule files")
+    listing = actions.add_parser(
+        "list",
+        help="the packaged rule files",
+        description="List the packaged rule files.",
+        epilog="example:\n  hybrimoe rules list --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     listing.add_argument("--json", action="store_true", help="print as JSON")
     listing.set_defaults(run=_list)
     return parser
@@ -71,8 +79,9 @@ def _check(options: argparse.Namespace, console: Console) -> None:
     if options.json:
         console.print(json.dumps(report, indent=2), markup=False)
     else:
-        chosen = "" if options.model else ", the known architecture that fits best; --model chooses"
-        console.print(f"{rules.file} on {name} ({report['modules']} modules{chosen})", style="bold", markup=False)
+        chosen = "" if options.model else " (the architecture that fits best; --model names another)"
+        console.print(str(rules.file), style="bold", markup=False)
+        console.print(f"on {name}, {report['modules']} modules{chosen}", markup=False)
         _print_report(report, console)
 
 
@@ -136,4 +145,5 @@ def _list(options: argparse.Namespace, console: Console) -> None:
     width = max(len(row["architecture"]) for row in rows)
     for row in rows:
         rules = "1 rule " if row["rules"] == 1 else f"{row['rules']} rules"
-        console.print(f"{row['architecture']:<{width}}  {rules}  {row['file']}", markup=False)
+        console.print(f"{row['architecture']:<{width}}  {rules}  {Path(row['file']).name}", markup=False)
+    console.print(f"in {Path(rows[0]['file']).parent}", style="dim", markup=False)

@@ -6,27 +6,33 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_kt.errors import ConfigError
+
+from .outputs import check_writable
+from .parsing import Parser
 
 if TYPE_CHECKING:
     from hybrimoe_kt.sim.scenario import Method, Scenario
 
 EXAMPLE = """\
-example:
-  hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r --cache 25%
-  hybrimoe simulate --trace my.npz --hardware default --cache 12GiB --method paper --timeline step.json --json
-  hybrimoe simulate --trace my.npz --method recorded    as the recorded run was configured, on its hardware profile
+examples:
+  hybrimoe simulate --model qwen2-57b-a14b --hardware a6000-xeon5220r
+  hybrimoe simulate --trace my.npz --cache 12GiB --method paper --json
+  hybrimoe simulate --trace my.npz --timeline run.json
+  hybrimoe simulate --trace my.npz --method recorded   as the run itself was
 
-A method is a named bundle of scheduler, policy and prefetch; each of them given on its own replaces that part.
-Models without --trace run on a synthetic trace of the same locality as published measurements.
+A method is a named bundle of scheduler, policy and prefetch; each of them
+given on its own replaces that part. Models without --trace run on a synthetic
+trace of the same locality as published measurements.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options; values are validated where they are used, so every front end says the same."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="hybrimoe simulate",
         description="Replay expert routing through the scheduler on a simulated machine.",
         epilog=EXAMPLE,
@@ -51,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, help="decode steps (default: 64, or all of the trace's)")
     add("--seed", type=int, default=0, help="seed of the synthetic trace and of the noise (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="standard deviation of log CPU time (default: %(default)s)")
-    add("--timeline", metavar="FILE", help="write CPU, GPU and link activity as a Chrome/Perfetto trace")
+    add("--timeline", type=Path, metavar="FILE", help="write CPU, GPU and link activity as a Chrome/Perfetto trace")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return result
 
@@ -59,27 +65,27 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the simulation and print its report."""
     options = parser().parse_args(arguments)
+    from hybrimoe_kt.core.timeline import Timeline
     from hybrimoe_kt.sim.compare import simulate
-    from hybrimoe_kt.sim.machine import Span
     from hybrimoe_kt.sim.timeline import write_timeline
 
     if options.noise < 0:
         raise ConfigError(f"noise {options.noise} is negative; use 0 or more")
     method, scenario = _chosen(options)
     if options.timeline:
-        write_timeline([], options.timeline)  # a path that cannot be written is refused before the work
-    spans: list[Span] = []
+        check_writable(options.timeline, "--timeline")
+    timeline = Timeline(origin="a simulation, on its virtual clock", model=scenario.trace.model)
     with ProgressBar(3 * len(scenario.trace.steps), quiet=options.json) as advance:
         report = simulate(
             scenario,
             method,
             noise=options.noise,
             seed=options.seed,
-            on_span=spans.append if options.timeline else None,
+            on_span=timeline.add if options.timeline else None,
             progress=advance,
         )
     if options.timeline:
-        write_timeline(spans, options.timeline)
+        write_timeline(timeline, options.timeline)
     if options.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
@@ -88,7 +94,8 @@ def main(arguments: Sequence[str]) -> int:
             ours, theirs = (_text(counted["hit_rate"], "%") for counted in (report["statistics"], report["recorded"]))
             print(f"hit rate over prompts and answers: {ours} here, {theirs} in the recorded run")
         if options.timeline:
-            print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev)")
+            note = f"; {timeline.note}" if timeline.note else ""
+            print(f"timeline: {options.timeline} (open it in https://ui.perfetto.dev{note})")
     return 0
 
 
@@ -165,11 +172,12 @@ def _render(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     kind = "synthetic trace" if report["synthetic"] else "recorded trace"
-    title = (
-        f"{report['model']} on {report['hardware']}, {report['cache_slots_per_layer']} slots a layer"
-        f" ({report['cache_ratio']:.0%}), {kind}"
+    title = f"{report['model']} on {report['hardware']}, {kind}"
+    caption = (
+        f"{report['cache_slots_per_layer']} slots a layer ({report['cache_ratio']:.0%}), "
+        f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}"
     )
-    table = Table(title=title, caption=f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("")
     for name in ("prefill", "decode"):
         table.add_column(name, justify="right")

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hybrimoe_kt.core.cache import FREE, ExpertCache
 from hybrimoe_kt.core.policies import Policy, make_policies
 from hybrimoe_kt.core.types import LayerSpec, Routing
+
+
+class Lookup(NamedTuple):
+    """What one routing found, before the missing experts were admitted."""
+
+    routing: Routing
+    missing: tuple[int, ...]
+    occupant: tuple[int, ...]
+    """The expert in each slot once they are, FREE where there is none."""
+
+
+def look_up(
+    routings: Iterable[Routing],
+    specs: Sequence[LayerSpec],
+    policy: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    bypass: bool = False,
+) -> Iterator[Lookup]:
+    """Yield what each routing finds when every miss is fetched, each layer starting empty with its own slots.
+
+    With `bypass` a fetched expert that is worth less than what it would evict is used and not kept.
+    """
+    policies = dict(zip([spec.layer for spec in specs], make_policies(policy, specs, options or {}), strict=True))
+    caches = {spec.layer: ExpertCache(spec.num_experts, spec.num_slots) for spec in specs}
+    for routing in routings:
+        cache, layer_policy = caches[routing.layer], policies[routing.layer]
+        layer_policy.touch(routing)
+        missing = tuple([e for e in routing.loads if cache.slot_of[e] == FREE])
+        if missing:
+            _admit(cache, layer_policy, missing, () if bypass else routing.loads)
+        yield Lookup(routing, missing, tuple(cache.occupant))
 
 
 def measure_hit_rate(
@@ -18,21 +50,11 @@ def measure_hit_rate(
     *,
     bypass: bool = False,
 ) -> float:
-    """Return hits / routed experts when every miss is fetched, each layer starting empty with its own slots.
-
-    With `bypass` a fetched expert that is worth less than what it would evict is used and not kept.
-    """
-    policies = dict(zip([spec.layer for spec in specs], make_policies(policy, specs, options or {}), strict=True))
-    caches = {spec.layer: ExpertCache(spec.num_experts, spec.num_slots) for spec in specs}
+    """Return hits / routed experts of `look_up`."""
     hits = total = 0
-    for routing in routings:
-        cache, layer_policy = caches[routing.layer], policies[routing.layer]
-        layer_policy.touch(routing)
-        missing = [e for e in routing.loads if cache.slot_of[e] == FREE]
-        total += len(routing.loads)
-        hits += len(routing.loads) - len(missing)
-        if missing:
-            _admit(cache, layer_policy, missing, () if bypass else routing.loads)
+    for found in look_up(routings, specs, policy, options, bypass=bypass):
+        total += len(found.routing.loads)
+        hits += len(found.routing.loads) - len(found.missing)
     return hits / total if total else 0.0
 
 

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Accelerator", "Event", "Stream"]
+__all__ = ["Accelerator", "Event", "HostStamp", "Stamp", "Stream"]
 
 
 class Event(Protocol):
@@ -42,6 +42,25 @@ class Stream(Protocol):
 
     def record(self, event: Event, site: str) -> None:
         """Mark this point of the stream in `event`."""
+
+
+class Stamp(Protocol):
+    """When a stream reached a point; made only for timelines."""
+
+    def at_s(self) -> float | None:
+        """Seconds of `time.perf_counter`, None if the stream has not come there yet; never blocks."""
+
+
+class HostStamp:
+    """A time known when the stamp is made."""
+
+    __slots__ = ("_at_s",)
+
+    def __init__(self, at_s: float) -> None:
+        self._at_s = at_s
+
+    def at_s(self) -> float | None:
+        return self._at_s
 
 
 class Accelerator(Protocol):
@@ -89,6 +108,13 @@ class Accelerator(Protocol):
 
     def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
         """Make everything before `event` on `compute` visible to the model; `wait(is_done, what)` waits on the host."""
+
+    def stamp(self, stream: Stream) -> Stamp:
+        """Note when `stream` comes to this point."""
+
+    @property
+    def stamps_are(self) -> str:
+        """How stamps know the time, for the reader of a timeline."""
 
     def free_bytes(self) -> int:
         """Device memory that could be allocated now."""

@@ -15,6 +15,7 @@ import torch
 from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
+from .activity import ActivityLog
 from .backend import CpuBackend
 from .inbox import Guesses, Predict, Step
 from .lane import Lane
@@ -46,7 +47,16 @@ class Executor:
         """From submitting the last CPU share to seeing it done, seconds; `cpu_was_waited_for` if not done at once."""
         self.cpu_was_waited_for = False
         self._mine = torch.empty(1, 0, dtype=torch.int64)
+        self._log: ActivityLog | None = None
+        self._submitted: tuple[int, tuple[int, ...], float] = 0, (), 0.0
+        """Layer and experts of the CPU share under way, and when it was submitted; kept for the log only."""
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
+
+    def log_to(self, log: ActivityLog | None) -> None:
+        """Write down from now on what is done; None: stop."""
+        self._log = log
+        for number, lane in enumerate(self.lanes):
+            lane.log_to(log, number)
 
     def lane(self, layer: int) -> Lane | None:
         """The accelerator that serves `layer`, if any."""
@@ -91,6 +101,8 @@ class Executor:
         if plan.cpu:
             self._check_cpu()
             ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
+            if self._log is not None:
+                self._submitted = plan.layer, plan.cpu, time.perf_counter()
             self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
             self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
         if plan.gpu:
@@ -152,6 +164,8 @@ class Executor:
             lane.queue.close_plan()
         self.settle_cpu()
         self._check_cpu()
+        if self._log is not None:
+            self._submitted = layer, tuple(dict.fromkeys(step.host_ids.flatten().tolist())), time.perf_counter()
         self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)
         self._cpu_busy = True
         return _to_model(self._wait_cpu(None), step)
@@ -180,9 +194,11 @@ class Executor:
             raise KernelError(f"{self._cpu_name} failed: {error}") from error
         finally:
             self._cpu_busy = False
-        now = time.perf_counter()
-        self.cpu_share_s = now - self._cpu_began_s
-        self._cpu_pace += 0.2 * ((now - began) / predicted_s - self._cpu_pace)
+        ended = time.perf_counter()
+        if self._log is not None:
+            self._log.computed(*self._submitted, ended)
+        self.cpu_share_s = ended - self._cpu_began_s
+        self._cpu_pace += 0.2 * ((ended - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
     def _check_cpu(self) -> None:

@@ -16,6 +16,7 @@ from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import DeadlineError, KernelError
 
 from .accelerator import Accelerator
+from .activity import ActivityLog
 from .backend import GpuBackend
 from .host_store import HostStore
 from .inbox import Inbox, Predict, Step
@@ -80,6 +81,14 @@ class Lane:
         self._tables = _SlotTables(accelerator, self._num_experts)
         self._result = accelerator.event()
         self.num_failures = 0
+        self.log: ActivityLog | None = None
+        self.number = 0
+        """Of this accelerator in the log."""
+
+    def log_to(self, log: ActivityLog | None, number: int) -> None:
+        """Write down from now on what is launched here and copied, as accelerator and link `number`; None: stop."""
+        self.log = self.queue.log = log
+        self.number = self.queue.number = number
 
     def read(
         self,
@@ -131,7 +140,7 @@ class Lane:
             for expert, place in pairs:
                 if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
-            self._launch_experts(slots, pairs, table, step)
+            self._launch_experts(plan.layer, slots, pairs, table, step)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -141,7 +150,7 @@ class Lane:
                 self.queue.hasten(plan.layer, slot)
 
     def _launch_experts(
-        self, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
+        self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
     ) -> None:
         out = self._views(step).out
         reads = [slots.views[slot] for _, slot in pairs]
@@ -151,7 +160,11 @@ class Lane:
             self.gpu.launch(slots.key, pairs, table, step.hidden, step.ids, step.weights, out)
 
         compute = self.accelerator.compute
+        before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
+        if before is not None and self.log is not None:
+            experts = tuple(expert for expert, _ in pairs)
+            self.log.launched(self.number, layer, experts, before, self.accelerator.stamp(compute))
         compute.record(slots.read_done, "readers")
 
     def finish(self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool) -> torch.Tensor:

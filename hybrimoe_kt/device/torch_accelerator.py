@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 
 from hybrimoe_kt.errors import CapacityError
 
-from .accelerator import Event, Stream
+from .accelerator import Event, HostStamp, Stamp, Stream
 
 __all__ = ["TorchAccelerator"]
 
 _HOST_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly: the mapping of a file that is not writable
 _PAGE = 4096
 _LARGE_BYTES = 2**26
+_CLOCK_HOLDS_S = 20.0
+"""Then a step of single precision is 2 us."""
 _LOW_PRIORITY, _HIGH_PRIORITY = 0, -1
 
 
@@ -63,6 +66,32 @@ class _CurrentStream(_TorchStream):
         return torch.accelerator.current_stream(self._device)
 
 
+class _DeviceClock:
+    """Tells events' times by a reference: one event that the host has waited for, and the time it then was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._reference = torch.Event(device, enable_timing=True)
+        stream = torch.accelerator.current_stream(device)
+        torch.accelerator.synchronize(device)
+        stream.record_event(self._reference)
+        self._reference.synchronize()
+        self.read_s = time.perf_counter()
+
+    def at_s(self, event: torch.Event) -> float:
+        """When a reached event was reached."""
+        return self.read_s + self._reference.elapsed_time(event) * 1e-3
+
+
+class _DeviceStamp:
+    __slots__ = ("_clock", "_event")
+
+    def __init__(self, clock: _DeviceClock, event: torch.Event) -> None:
+        self._clock, self._event = clock, event
+
+    def at_s(self) -> float | None:
+        return self._clock.at_s(self._event) if self._event.query() else None
+
+
 class TorchAccelerator:
     """One CUDA, HIP or XPU device. Copies on their own streams need page-locked memory to be asynchronous."""
 
@@ -74,6 +103,8 @@ class TorchAccelerator:
         self._registered: list[range] = []
         """Pages of host memory that the driver has locked."""
         self.compute: Stream = _CurrentStream(self.device)
+        self._clock: _DeviceClock | None = None
+        self._has_clock = True
 
     def stream(self, name: str, *, low_priority: bool = False) -> Stream:
         return _TorchStream(torch.Stream(self.device, priority=_LOW_PRIORITY if low_priority else _HIGH_PRIORITY))
@@ -151,6 +182,27 @@ class TorchAccelerator:
 
     def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
         pass  # the model runs on `compute`
+
+    @property
+    def stamps_are(self) -> str:
+        return "events of the device" if self._has_clock else "host clock when work is given: events have no times here"
+
+    def stamp(self, stream: Any) -> Stamp:
+        clock = self._running_clock()
+        if clock is None:
+            return HostStamp(time.perf_counter())
+        event = torch.Event(self.device, enable_timing=True)
+        stream.stream.record_event(event)
+        return _DeviceStamp(clock, event)
+
+    def _running_clock(self) -> _DeviceClock | None:
+        """The clock, read anew now and then: it counts milliseconds in single precision. Waits for the device then."""
+        if self._has_clock and (self._clock is None or time.perf_counter() - self._clock.read_s > _CLOCK_HOLDS_S):
+            try:
+                self._clock = _DeviceClock(self.device)
+            except (RuntimeError, NotImplementedError, TypeError):
+                self._has_clock = False
+        return self._clock if self._has_clock else None
 
     def free_bytes(self) -> int:
         cached = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)

@@ -20,6 +20,7 @@ from hybrimoe_kt.core.types import Transfer
 from hybrimoe_kt.errors import KernelError
 
 from .accelerator import Accelerator, Stream
+from .activity import ActivityLog
 from .host_store import HostStore
 from .slots import LayerSlots, SlotPool
 from .staging import Chunk, Ring, chunks_of
@@ -43,13 +44,13 @@ class Channel:
 class Pending:
     """A transfer with chunks still to send."""
 
-    __slots__ = ("channel", "chunks", "next_chunk", "place", "slots", "transfer")
+    __slots__ = ("channel", "chunks", "next_chunk", "place", "plan", "slots", "transfer")
 
     def __init__(
-        self, transfer: Transfer, slots: LayerSlots, place: int, chunks: Sequence[Chunk], channel: Channel
+        self, transfer: Transfer, slots: LayerSlots, place: int, chunks: Sequence[Chunk], channel: Channel, plan: int
     ) -> None:
         self.transfer, self.slots, self.place, self.chunks, self.channel = transfer, slots, place, chunks, channel
-        self.next_chunk = 0
+        self.next_chunk, self.plan = 0, plan
 
     def is_for(self, layer: int, slot: int) -> bool:
         return self.transfer.slot == slot and self.transfer.expert.layer == layer
@@ -76,6 +77,9 @@ class TransferQueue:
         for channel in (self._on_demand, self._prefetch):
             channel.stream.wait(fresh, "fresh memory before landing")
         self._waiting: list[Pending] = []
+        self.log: ActivityLog | None = None
+        self.number = 0
+        """Of this link in the log."""
         self.in_use: Collection[tuple[int, int]] = ()
         """Layer and slot of everything the open plan computes with; prefetches must leave it alone."""
         self.open_layer = -1
@@ -186,7 +190,7 @@ class TransferQueue:
             self._waiting = [pending for pending in self._waiting if not pending.is_for(layer, transfer.slot)]
         slots, place = self._pool.locate(layer, transfer.slot)
         slots.unsettled.add(place)
-        return Pending(transfer, slots, place, chunks, channel)
+        return Pending(transfer, slots, place, chunks, channel, self.log.plan_number if self.log is not None else 0)
 
     def _send_all(self, pending: Pending) -> None:
         paced = not self._store.is_direct(pending.transfer.expert.layer)
@@ -209,6 +213,7 @@ class TransferQueue:
                     stream.wait(event, "another layer's copy before overwrite")
         chunk, slot = pending.chunks[pending.next_chunk], slots.views[pending.place]
         ready = self._store.page_locked(transfer.expert)
+        before = self._accelerator.stamp(stream) if self.log is not None and self.log.is_open else None
         try:
             if ready is not None:
                 self._copy_ready(stream, chunk, ready, slot)
@@ -218,6 +223,9 @@ class TransferQueue:
             if paced:
                 channel.ring.give(stream)
             pending.next_chunk += 1
+            if before is not None and self.log is not None:
+                piece, pieces, after = pending.next_chunk, len(pending.chunks), self._accelerator.stamp(stream)
+                self.log.sent(self.number, transfer, pending.plan, piece, pieces, before, after)
             stream.record(slots.written[pending.place], "arrival")
             if slots.buffer is not None:
                 event = slots.buffer.written_by.setdefault(channel.name, self._accelerator.event())

@@ -5,6 +5,7 @@ Operators add their layer and hand over every step; the host starts the runtime 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -18,12 +19,14 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.fallback import Fallback
 from hybrimoe_kt.core.pace import Pace
-from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
+from hybrimoe_kt.core.timeline import Timeline
+from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
 from hybrimoe_kt.device.inbox import Predict, Step
-from hybrimoe_kt.errors import ConfigError, KernelError
+from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
 from .recovery import Recovery
@@ -88,6 +91,7 @@ class Runtime:
         self.seconds = Seconds()
         self.coordinator: Coordinator | None = None
         self.recorder: RoutingRecorder | None = None
+        self._log: ActivityLog | None = None
         self._accelerator_of: dict[int, str] = {}
         self._look_ahead: dict[int, Predict] = {}
         self._scores: dict[int, torch.Tensor] = {}
@@ -159,6 +163,33 @@ class Runtime:
         """What the coordinator knows of each MoE layer, in order."""
         assert self._assembly is not None, "the runtime has started"
         return list(self._assembly.specs)
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
+        assert self._executor is not None, "the runtime has started"
+        clocks = {
+            f"GPU {number}, link {number} ({lane.accelerator.name})": lane.accelerator.stamps_are
+            for number, lane in enumerate(self._executor.lanes)
+        }
+        timeline.info |= {
+            "origin": "a run, on the host's clock",
+            "scheduler": "host clock",
+            "CPU": "host clock, from submission to when the host saw it done",
+        } | clocks
+        self._log = ActivityLog(timeline, min(self.store.layers))
+        self._executor.log_to(self._log)
+
+    def finish_timeline(self) -> Timeline | None:
+        """Wait for what is under way and return the timeline; None if none was being recorded."""
+        assert self._executor is not None, "the runtime has started"
+        log, self._log = self._log, None
+        self._executor.log_to(None)
+        if log is None:
+            return None
+        for lane in self._executor.lanes:
+            with contextlib.suppress(DeadlineError):
+                lane.drain()
+        return log.close()
 
     def configuration(self) -> dict[str, Any]:
         """What decisions follow from, beside the routing, as plain data; layers in order."""
@@ -279,13 +310,17 @@ class Runtime:
         routing = routing_of(layer, step.host_ids, step.host_weights, step.scores)
         plan = self.coordinator.plan(routing)
         planned = now()
+        if self._log is not None:
+            self._log.planned(plan, routing.num_tokens, read, planned)
         try:
             self._executor.abort(self.coordinator.take_aborted())
             self._executor.end_streams(self.coordinator.take_closed())
             self._executor.start(plan, step)
             started = now()
-            self._prefetch(layer, step)
+            chosen = self._prefetch(layer, step)
             prefetched = now()
+            if self._log is not None and chosen is not None:
+                self._log.chose(layer, chosen, started, prefetched)
             out = self._executor.join(plan, step)
         except AcceleratorFailed as failure:
             out = self._recover(failure, plan, step)
@@ -309,8 +344,11 @@ class Runtime:
         seconds.plan += planned - read
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += prefetched - started
-        seconds.wait += now() - prefetched
+        ended = now()
+        seconds.wait += ended - prefetched
         seconds.steps += 1
+        if self._log is not None:
+            self._log.finished(ended)
         return out
 
     def _read(
@@ -389,10 +427,10 @@ class Runtime:
             None if logits is None else torch.softmax(logits.float(), dim=-1).cpu().numpy(),
         )
 
-    def _prefetch(self, layer: int, step: Step) -> None:
-        """Start transfers for later layers, by what the gates guess of their routing."""
+    def _prefetch(self, layer: int, step: Step) -> tuple[Transfer, ...] | None:
+        """Start transfers for later layers, by what the gates guess of their routing; None where nothing may be."""
         if not self.options.prefetch_size or not self.num_slots:
-            return
+            return None
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         guesses = self._executor.guesses(layer, step)
         predictions: list[Routing] = []
@@ -403,6 +441,7 @@ class Runtime:
         transfers = self.coordinator.prefetch(layer, predictions)
         self._executor.abort(self.coordinator.take_aborted())
         self._executor.prefetch(transfers)
+        return transfers
 
 
 def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scores: Sequence[float] | None) -> Routing:

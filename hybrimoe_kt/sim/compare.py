@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from hybrimoe_kt.sim.machine import Span
+from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.sim.replay import PhaseResult, Replay
 from hybrimoe_kt.sim.scenario import METHODS, STATIC, Method, Scenario
 

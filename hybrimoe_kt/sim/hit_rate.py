@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.core.hit_rate import measure_hit_rate
-from hybrimoe_kt.sim.trace import Trace
+from hybrimoe_kt.core.hit_rate import Lookup, look_up, measure_hit_rate
+from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.sim.trace import Step, Trace
 
 
 def future(trace: Trace) -> dict[int, list[list[int]]]:
@@ -26,14 +27,64 @@ def hit_rate(
     what it would evict.
     """
     steps = list(trace.phase_steps("decode"))
-    given = dict(options or {})
-    if policy == "belady":
-        given["future"] = {
-            layer: [list(trace.routing(step, position).loads) for step in steps]
-            for position, layer in enumerate(trace.layers)
-        }
+    given = dict(options or {}) | _knowing(trace, policy, steps)
     routings = [trace.routing(step, position) for step in steps for position in range(len(trace.layers))]
     return measure_hit_rate(routings, trace.specs(num_slots), policy, given, bypass=bypass)
+
+
+def _knowing(trace: Trace, policy: str, steps: Sequence[Step]) -> dict[str, Any]:
+    """The future of `steps` for the policy that needs it."""
+    if policy != "belady":
+        return {}
+    layers = enumerate(trace.layers)
+    return {"future": {layer: [list(trace.routing(step, place).loads) for step in steps] for place, layer in layers}}
+
+
+def usual_steps(trace: Trace) -> list[Step]:
+    """The decode steps; all steps of a trace that has none."""
+    return list(trace.phase_steps("decode")) or list(trace.steps)
+
+
+def hits_per_step(trace: Trace, policy: str, num_slots: int) -> list[tuple[int, int]]:
+    """Return hits and routed experts of each of the `usual_steps`, over all layers; caches start empty."""
+    steps = usual_steps(trace)
+    routings = [trace.routing(step, position) for step in steps for position in range(len(trace.layers))]
+    found = look_up(routings, trace.specs(num_slots), policy, _knowing(trace, policy, steps))
+    counts = [(len(one.routing.loads) - len(one.missing), len(one.routing.loads)) for one in found]
+    width = len(trace.layers)
+    rows = [counts[at : at + width] for at in range(0, len(counts), width)]
+    return [(sum(hits for hits, _ in row), sum(routed for _, routed in row)) for row in rows]
+
+
+def windowed(counts: Sequence[tuple[int, int]], window: int) -> list[float]:
+    """Return the hit rate of each step and those before it, `window` steps together at most."""
+    result, hits, routed = [], 0, 0
+    for at, (step_hits, step_routed) in enumerate(counts):
+        old = counts[at - window] if at >= window else (0, 0)
+        hits, routed = hits + step_hits - old[0], routed + step_routed - old[1]
+        result.append(hits / routed if routed else 0.0)
+    return result
+
+
+def occupancy(trace: Trace, policy: str, num_slots: int, layer: int) -> list[Lookup]:
+    """Return what each of the `usual_steps` finds in one layer's cache, and who is in its slots after it.
+
+    ConfigError for a layer that the trace does not have.
+    """
+    if layer not in trace.layers:
+        raise ConfigError(f"layer {layer} is no MoE layer of this trace; valid: {_ranges(trace.layers)}")
+    steps, position = usual_steps(trace), trace.layers.index(layer)
+    routings = [
+        routing for step in steps for routing in (trace.routing(step, place) for place in range(len(trace.layers)))
+    ]
+    found = look_up(routings, trace.specs(num_slots), policy, _knowing(trace, policy, steps))
+    return [one for number, one in enumerate(found) if number % len(trace.layers) == position]
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Write consecutive layers as 0 to 5."""
+    is_one = list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if is_one and len(layers) > 2 else ", ".join(map(str, layers))
 
 
 def hit_rate_curves(trace: Trace, policies: Sequence[str], slots: Sequence[int]) -> dict[str, list[float]]:

@@ -11,22 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any
 
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.timeline import Kind, Span, experts_label
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
-
-Kind = Literal["cpu", "gpu", "link"]
-
-
-class Span(NamedTuple):
-    """One piece of work on one resource; `lane` is the accelerator's number (0 for the CPU)."""
-
-    kind: Kind
-    lane: int
-    start_s: float
-    end_s: float
-    label: str
 
 
 @dataclass
@@ -46,6 +35,7 @@ class Copy:
     """One transfer on a link: when it may start at the earliest, and when it does under all that is queued now."""
 
     transfer: Transfer
+    plan: int
     ready_s: float
     seconds: float
     begin_s: float = 0.0
@@ -65,6 +55,8 @@ class Machine:
     """Receives every span as it is known, not in order of time."""
     now_s: float = 0.0
     busy: Busy = field(default_factory=Busy)
+    num_plans: int = 0
+    """Plans executed; the one at hand is the last of them."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -82,6 +74,7 @@ class Machine:
         `aborted` are earlier prefetches that need not be made if the link has not started them.
         """
         start_s = self.now_s
+        self.num_plans += 1
         self._settle(start_s)
         for transfer in aborted:
             self._abort(transfer)
@@ -91,10 +84,11 @@ class Machine:
         self.now_s = max(gpu_end_s, self._run_cpu(plan, routing, start_s))
         return self.now_s - start_s
 
-    def run_dense(self, seconds: float, label: str, lane: int = 0, *, has_gpu: bool = True) -> None:
+    def run_dense(self, seconds: float, label: str, lane: int = 0, *, layer: int = -1, has_gpu: bool = True) -> None:
         """Let everything between two MoE layers pass; the links go on meanwhile."""
         if seconds > 0:
-            self._span("gpu" if has_gpu else "cpu", lane, self.now_s, self.now_s + seconds, label)
+            kind: Kind = "gpu" if has_gpu else "cpu"
+            self._span(kind, lane, self.now_s, self.now_s + seconds, label, "head" if layer < 0 else "dense", layer)
             self.now_s += seconds
 
     def _run_gpu(self, plan: Plan, routing: Routing, start_s: float) -> float:
@@ -102,7 +96,8 @@ class Machine:
         shared_s = cost.shared_s(routing.num_tokens)
         end_s = start_s + shared_s
         if shared_s > 0:
-            self._span("gpu" if cost.has_gpu else "cpu", lane, start_s, end_s, f"L{plan.layer} shared")
+            kind: Kind = "gpu" if cost.has_gpu else "cpu"
+            self._span(kind, lane, start_s, end_s, f"L{plan.layer} shared", "shared", plan.layer)
         waiting = list(reversed(plan.transfers))
         arriving = {transfer.expert.index for transfer in waiting}
         for expert in plan.gpu:
@@ -115,7 +110,8 @@ class Machine:
             begin_s = max(end_s, self._arrival_s.get(key, 0.0))
             end_s = begin_s + cost.gpu_s(routing.loads[expert])
             self._slot_read_s[plan.layer, plan.slots[expert]] = end_s
-            self._span("gpu", lane, begin_s, end_s, f"L{plan.layer} E{expert}")
+            label = experts_label(plan.layer, (expert,))
+            self._span("gpu", lane, begin_s, end_s, label, "experts", plan.layer, (expert,), self._plan)
         for transfer in reversed(waiting):
             self._copy(transfer, start_s)
         return end_s
@@ -124,7 +120,7 @@ class Machine:
         layer = transfer.expert.layer
         lane = self.specs[layer].accelerator
         ready_s = max(start_s, self._slot_read_s.get((layer, transfer.slot), 0.0))
-        copy = Copy(transfer, ready_s, self.costs[layer].transfer_s(transfer.num_bytes))
+        copy = Copy(transfer, self.num_plans, ready_s, self.costs[layer].transfer_s(transfer.num_bytes))
         queue = self._queue[lane]
         self._place(copy, queue[-1].end_s if queue else self._link_free_s[lane])
         queue.append(copy)
@@ -158,7 +154,9 @@ class Machine:
                 layer, expert = copy.transfer.expert
                 self._link_free_s[lane] = copy.end_s
                 self._recent.append((copy.begin_s, copy.end_s))
-                self._span("link", lane, copy.begin_s, copy.end_s, f"L{layer} E{expert} {copy.transfer.kind}")
+                kind, facts = copy.transfer.kind, {"plan": copy.plan, "slot": copy.transfer.slot}
+                label = f"{experts_label(layer, (expert,))} {kind}"
+                self._span("link", lane, copy.begin_s, copy.end_s, label, kind, layer, (expert,), facts)
             del queue[: len(begun)]
         self._recent = [span for span in self._recent if span[1] > until_s]
 
@@ -174,7 +172,8 @@ class Machine:
         if self.noise:
             work_s *= self._random.lognormvariate(0.0, self.noise)
         end_s = self._stretch(start_s, work_s, cost.cpu_slowdown)
-        self._span("cpu", 0, start_s, end_s, f"L{plan.layer} {len(plan.cpu)} experts")
+        label = experts_label(plan.layer, plan.cpu)
+        self._span("cpu", 0, start_s, end_s, label, "experts", plan.layer, plan.cpu, self._plan)
         return end_s
 
     def _stretch(self, start_s: float, work_s: float, slowdown: float) -> float:
@@ -194,7 +193,23 @@ class Machine:
             now_s = max(now_s, end_s)
         return now_s + work_s
 
-    def _span(self, kind: Kind, lane: int, start_s: float, end_s: float, label: str) -> None:
+    @property
+    def _plan(self) -> dict[str, Any]:
+        return {"plan": self.num_plans}
+
+    def _span(
+        self,
+        kind: Kind,
+        lane: int,
+        start_s: float,
+        end_s: float,
+        label: str,
+        work: str,
+        layer: int,
+        experts: tuple[int, ...] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         self.busy.add(kind, end_s - start_s)
         if self.on_span is not None:
-            self.on_span(Span(kind, lane, start_s, end_s, label))
+            number = lane if kind != "cpu" else 0
+            self.on_span(Span(kind, number, start_s, end_s, label, work, layer, experts, details))

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.timeline import Span, plan_details
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.sim.machine import Busy, Machine, Span
+from hybrimoe_kt.sim.machine import Busy, Machine
 from hybrimoe_kt.sim.trace import Phase, Step, Trace
 
 LookAhead = Callable[[Trace, Step, int, int], Sequence[Routing]]
@@ -205,12 +206,22 @@ class _Meter:
         if decision.position == 0:
             self._begin_s = machine.now_s
         # A layer's attention runs before its experts.
-        machine.run_dense(cost.between_layers_s(step.num_tokens), f"L{layer} dense", lane, has_gpu=cost.has_gpu)
+        seconds = cost.between_layers_s(step.num_tokens)
+        machine.run_dense(seconds, f"L{layer} dense", lane, layer=layer, has_gpu=cost.has_gpu)
+        begin_s = machine.now_s
         machine.run_layer(decision.plan, decision.prefetches, decision.routing, decision.aborted)
+        if machine.on_span is not None:
+            details = plan_details(machine.num_plans, decision.plan, decision.prefetches)
+            # Deciding takes no time here.
+            machine.on_span(Span("scheduler", 0, begin_s, begin_s, f"L{layer} plan", "plan", layer, (), details))
         _count(result, decision)
         if decision.position == self.num_layers - 1:
             machine.run_dense(self.outside.seconds(step.num_tokens), "head", lane, has_gpu=cost.has_gpu)
             result.seconds.append(machine.now_s - self._begin_s)
+            if machine.on_span is not None:
+                facts = {"step": step.index, "tokens": step.num_tokens}
+                label = f"{step.phase} {step.num_tokens}"
+                machine.on_span(Span("step", 0, self._begin_s, machine.now_s, label, step.phase, details=facts))
             if self.progress is not None:
                 self.progress(1)
 

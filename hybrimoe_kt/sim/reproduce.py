@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hybrimoe_kt.sim import experiments, plots
+from hybrimoe_kt.core.timeline import Timeline
+from hybrimoe_kt.sim import drawing, experiments, plots
 from hybrimoe_kt.sim.experiments import (
     COMPARED,
     DECODE_PROMPT,
     HARDWARE,
 )
 from hybrimoe_kt.sim.hit_rate import hit_rate_curves
-from hybrimoe_kt.sim.machine import Span
 from hybrimoe_kt.sim.models import PAPER_MODELS
+from hybrimoe_kt.sim.plot_timeline import find_window, step_timeline
 from hybrimoe_kt.sim.reproduction_text import Results, document
 from hybrimoe_kt.sim.scenario import METHODS, synthetic
 from hybrimoe_kt.sim.trace_file import read_trace
@@ -78,17 +79,17 @@ def draw(results: Results, root: Path, folder: Path) -> None:
         }
         for title, cells in (("prefill", results.prefill), ("decode", results.decode))
     }
-    plots.save(plots.speedup_bars(bars), folder / "speedups.png")
+    drawing.save(plots.speedup_bars(bars), folder / "speedups.png")
     trace = read_trace(root / TRACES["Qwen3-30B-A3B"])
     slots = [8, 16, 24, 32, 48, 64, 96]
     curves = hit_rate_curves(trace, ("lru", "lfu", "mrs", "adaptive", "belady"), slots)
     title = "Hit rate over capacity, recorded Qwen3-30B-A3B trace"
-    plots.save(plots.hit_rate_lines(title, slots, trace.num_experts, curves), folder / "hit-rate.png")
-    spans: list[Span] = []
-    run = synthetic("qwen2-57b-a14b", HARDWARE, "25%", tokens=16).run(METHODS["default"], on_span=spans.append)
-    end_s, last_s = max(span.end_s for span in spans if span.kind != "link"), run.phases["decode"].seconds[-1]
-    title = f"One decode step: qwen2-57b-a14b, 25% cache, default, {last_s * 1e3:.0f} ms"
-    plots.save(plots.step_timeline(title, spans, end_s - last_s, end_s), folder / "timeline.png")
+    drawing.save(plots.hit_rate_lines(title, slots, trace.num_experts, curves), folder / "hit-rate.png")
+    timeline = Timeline(10**9)
+    synthetic("qwen2-57b-a14b", HARDWARE, "25%", tokens=16).run(METHODS["default"], on_span=timeline.add)
+    window = find_window(timeline)
+    title = f"qwen2-57b-a14b: one decode step, 25% cache, default, {(window.end_s - window.start_s) * 1e3:.2f} ms"
+    drawing.save(step_timeline(title, timeline.spans, window.start_s, window.end_s), folder / "timeline.png")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.predictors import PREDICTORS
 from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.sim.bound import lower_bound
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.hit_rate import future
-from hybrimoe_kt.sim.machine import Span
 from hybrimoe_kt.sim.models import DENSE_BITS, ModelSpec, find_model
 from hybrimoe_kt.sim.replay import (
     LookAhead,

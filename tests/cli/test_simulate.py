@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.cli.tools import COMMANDS, main
+from tests.timelines import check, read
 
 SMALL = ["--model", "deepseek-v2-lite", "--hardware", "default", "--prompt-tokens", "8", "--tokens", "2"]
 TRACE = str(Path(__file__).parents[1] / "data" / "traces" / "gemma4-26b-a4b.npz")
@@ -63,8 +64,23 @@ def test_timeline_is_a_chrome_trace(capsys: pytest.CaptureFixture[str], tmp_path
     code, out, _ = run(capsys, "simulate", *SMALL, "--timeline", str(file))
     assert code == 0
     assert str(file) in out
-    events = json.loads(file.read_text())["traceEvents"]
-    assert {event["cat"] for event in events if event["ph"] == "X"} == {"cpu", "gpu", "link"}
+    lanes = check(file, {"steps", "scheduler", "GPU 0", "CPU", "link 0"})
+    assert [event["name"] for event in lanes["steps"]][-3:] == ["prefill 8", "decode 1", "decode 1"]
+
+
+def test_a_long_timeline_is_capped_and_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe_kt.core import timeline
+
+    monkeypatch.setattr(timeline.Timeline.__init__, "__defaults__", (50,))
+    file = tmp_path / "step.json"
+    code, out, _ = run(capsys, "simulate", *SMALL, "--timeline", str(file))
+    assert code == 0
+    assert "only the beginning is kept: 50 spans" in out
+    lanes, other = read(file)
+    assert sum(map(len, lanes.values())) == 50
+    assert "only the beginning" in other["note"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +132,46 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["simulate", "--help"])
     assert caught.value.code == 0
     assert "hybrimoe simulate --model qwen2-57b-a14b" in capsys.readouterr().out
+
+
+HELPS = ["simulate", "doctor", "calibrate", "trace", "rules", "rules check", "rules list", "plot", "plot timeline"]
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_every_help_has_an_example_and_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"hybrimoe {command} " in out[out.index("example") :]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("simulate --modle x", "unknown argument --modle, did you mean '--model'?"),
+        ("simulate --tokens many", "invalid int value: 'many'"),
+        ("doctor --josn", "did you mean '--json'?"),
+        ("calibrate --repeats", "expected one argument"),
+        ("trace --prompt Hi", "required: --out"),
+        ("rules chek", "invalid choice: 'chek'"),
+        ("rules check x.yaml --modle y", "did you mean '--model'?"),
+        ("plot heatmap", "invalid choice: 'heatmap'"),
+        ("plot occupancy --trace x --layr 2", "did you mean '--layer'?"),
+    ],
+)
+def test_wrong_options_are_one_sentence(capsys: pytest.CaptureFixture[str], command: str, words: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"hybrimoe {command.split()[0]}") and words in err
+    assert err.count("\n") == 1
 
 
 def test_dispatcher_lists_commands_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.timeline import Span, Timeline
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.sim.machine import Machine, Span
+from hybrimoe_kt.sim.machine import Machine
 from hybrimoe_kt.sim.timeline import chrome_trace
 
 GPU_S, CPU_S, LINK_S, SHARED_S = 1.0, 3.0, 2.0, 0.5
@@ -101,9 +102,11 @@ def test_timeline_has_one_row_per_resource() -> None:
     plan = Plan(0, cpu=(3,), gpu=(1,), transfers=(copy(1, 0),), slots={1: 0})
     machine.run_layer(plan, (), routing(1, 3))
     machine.finish()
-    events = chrome_trace(spans)["traceEvents"]
+    timeline = Timeline()
+    timeline.spans = spans
+    events = chrome_trace(timeline)["traceEvents"]
     assert isinstance(events, list)
-    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert names == {"GPU 0", "CPU", "link 0"}
     link = next(event for event in events if event.get("cat") == "link")
     assert (link["ts"], link["dur"], link["name"]) == (0.0, 2e6, "L0 E1 on_demand")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.sim.compare import simulate
-from hybrimoe_kt.sim.machine import Machine, Span
+from hybrimoe_kt.sim.machine import Machine
 from hybrimoe_kt.sim.replay import decisions, drive, perfect_look_ahead
 from hybrimoe_kt.sim.scenario import METHODS, Method, Scenario, make_coordinator, recorded, synthetic
 from hybrimoe_kt.sim.trace_file import read_trace, write_trace

@@ -6,11 +6,13 @@ again first, copies are partial until their last step, and every declared access
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.errors import CapacityError
 
 from .adversary import Adversary, Mark, Queue
@@ -151,6 +153,11 @@ class AdversarialAccelerator:
 
     def hand_over(self, event: Any, wait: Callable[[Callable[[], bool], str], None]) -> None:
         wait(event.is_done, f"the experts' result on {self.name}")
+
+    stamps_are = "host clock when work is given; it is done at any time after that"
+
+    def stamp(self, stream: Any) -> Stamp:
+        return HostStamp(time.perf_counter())
 
     def free_bytes(self) -> int:
         if self._capacity_bytes is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from hybrimoe_kt.device.accelerator import Event, Stream
+from hybrimoe_kt.device.accelerator import Event, HostStamp, Stamp, Stream
 from hybrimoe_kt.errors import CapacityError
 
 __all__ = ["ImmediateAccelerator"]
@@ -78,6 +79,11 @@ class ImmediateAccelerator:
 
     def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
         pass
+
+    stamps_are = "host clock; work is done when it is given"
+
+    def stamp(self, stream: Stream) -> Stamp:
+        return HostStamp(time.perf_counter())
 
     def free_bytes(self) -> int:
         return host_available_bytes()

@@ -17,6 +17,7 @@ import torch
 
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.slots import stream_key
@@ -134,6 +135,11 @@ class TimedAccelerator(ImmediateAccelerator):
 
     def hand_over(self, event: Any, wait: Callable[[Callable[[], bool], str], None]) -> None:
         wait(event.is_done, f"the experts' result on {self.name}")
+
+    stamps_are = "emulated: computed from the profile when work is given"
+
+    def stamp(self, stream: Any) -> Stamp:
+        return HostStamp(max(time.perf_counter(), stream.free_s))
 
     def describe(self) -> str:
         return f"emulated, timed as {self.profile.hardware}"
