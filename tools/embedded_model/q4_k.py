@@ -54,15 +54,21 @@ def fit(blocks: Floats, candidates: int = 24) -> tuple[Floats, Floats]:
 
 
 def _least_squares(x: Floats, q: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    """The scale and minimum that fit ``x`` best for given ``q``; a negative minimum becomes 0."""
+    """The scale and minimum that fit ``x`` best for given ``q``; a negative minimum becomes 0.
+
+    Where all ``q`` are one number, both cannot be told apart: the scale alone does it, or the minimum where they are 0.
+    """
     w, wq, wx = weight.sum(-1), (weight * q).sum(-1), (weight * x).sum(-1)
     wqq, wqx = (weight * q * q).sum(-1), (weight * q * x).sum(-1)
     determinant = w * wqq - wq * wq
     safe = np.where(determinant > 0, determinant, 1)
-    scale = np.where(determinant > 0, (w * wqx - wx * wq) / safe, 0)
-    minimum = np.where(determinant > 0, (wq * wqx - wqq * wx) / safe, 0)
+    clear = determinant > 1e-6 * w * wqq
+    scale = (w * wqx - wx * wq) / safe
+    minimum = (wq * wqx - wqq * wx) / safe
     alone = np.maximum(wqx / np.where(wqq > 0, wqq, 1), 0)
-    return np.where(minimum < 0, alone, np.maximum(scale, 0)), np.maximum(minimum, 0)
+    offset = np.where(wqq > 0, 0, np.maximum(-wx / np.maximum(w, 1e-30), 0))
+    together = clear & (minimum >= 0)
+    return np.where(together, np.maximum(scale, 0), alone), np.where(together, minimum, offset)
 
 
 def _coded(values: Floats, unit: Floats) -> npt.NDArray[np.uint8]:

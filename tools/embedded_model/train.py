@@ -29,7 +29,7 @@ from .model import Model, Shape
 from .shared_state import SharedState
 
 log = logging.getLogger("train")
-BALANCE_WEIGHT, Z_WEIGHT, USER_WEIGHT = 0.02, 0.0005, 0.3
+BALANCE_WEIGHT, Z_WEIGHT, USER_WEIGHT = 0.05, 0.0005, 0.3
 WARM_UP_STEPS = 100
 
 

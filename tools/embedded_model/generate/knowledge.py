@@ -88,8 +88,8 @@ def capital(rng: random.Random) -> Turns:
 
 def total(rng: random.Random) -> Turns:
     """Small sums, in digits and words."""
-    kind = rng.choice("++++--*")
-    a, b = rng.randint(0, 12), rng.randint(0, 12)
+    kind = rng.choice("+++++--*")
+    a, b = rng.randint(0, 10), rng.randint(0, 10)
     if kind == "-":
         a, b = max(a, b), min(a, b)
     if kind == "*":
