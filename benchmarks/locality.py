@@ -1,6 +1,6 @@
 """Locality of the embedded model's routing beside recorded traces of large models: writes docs/locality.md.
 
-    python -m benchmarks.locality --write docs/locality.md
+python -m benchmarks.locality --write docs/locality.md
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def reuse(found: dict[str, Trace], facts: dict[str, dict]) -> str:
         for name in found
     ]  # fmt: skip
     lags = [f"{lag} before" for lag in LAGS]
-    return table(["trace", "by chance", *lags, *(f"top {share} of experts" for share in next(iter(facts.values()))["coverage"])], rows)  # fmt: skip
+    shares = [f"top {share} of experts" for share in next(iter(facts.values()))["coverage"]]
+    return table(["trace", "by chance", *lags, *shares], rows)
 
 
 def hit_rates(found: dict[str, Trace]) -> str:
@@ -64,12 +65,13 @@ def first_layer(found: dict[str, Trace], facts: dict[str, dict]) -> str:
     """The first MoE layer beside the mean of the others."""
     rows = []
     for name, trace in found.items():
+        most = facts[name]["max_entropy_bits"]
         layers, slots = facts[name]["layers"], round(0.25 * trace.num_experts)
         hits = [hit_rate(only(trace, position), "lru", slots) for position in range(len(trace.layers))]
         for what, chosen in (("first", [0]), ("others", range(1, len(layers)))):
             rows.append(
                 [name, what, percent(mean(layers[p]["reuse"] for p in chosen)),
-                 f"{mean(layers[p]['usage_entropy_bits'] for p in chosen):.2f} of {facts[name]['max_entropy_bits']:.2f}",
+                 f"{mean(layers[p]['usage_entropy_bits'] for p in chosen):.2f} of {most:.2f}",
                  percent(mean(hits[p] for p in chosen))]
             )  # fmt: skip
     header = ["trace", "layer", "kept from the last token", "entropy of use, bits", "LRU hit rate, a quarter cached"]
@@ -93,9 +95,12 @@ def look_ahead(found: dict[str, Trace]) -> str:
             continue
         for layer, shares in zip(trace.layers, recall_by_layer(trace), strict=True):
             rows.append([name, str(layer), *("-" if share is None else percent(share) for share in shares)])
-        rows.append([name, "all", *(percent(share or 0.0) for share in summarize(trace)["look_ahead_recall"]["stale_gate"])])
+        rows.append(
+            [name, "all", *(percent(share or 0.0) for share in summarize(trace)["look_ahead_recall"]["stale_gate"])]
+        )
     depth = max(trace.depth for trace in found.values())
-    return table(["trace", "layer predicted", *(f"{ahead + 1} layers ahead" for ahead in range(depth))], rows, align="ll" + "r" * depth)  # fmt: skip
+    ahead = ["1 layer before", *(f"{number} layers before" for number in range(2, depth + 1))]
+    return table(["trace", "layer predicted", *ahead], rows, align="ll" + "r" * depth)
 
 
 def document(found: dict[str, Trace]) -> str:
@@ -110,8 +115,8 @@ def document(found: dict[str, Trace]) -> str:
 TEXT = """# Locality of the embedded model's routing
 
 How far the routing of the [embedded model](models.md#the-embedded-model), small but trained, behaves as that of large
-models does, which decides what a policy tuned on it is worth elsewhere. Computed from recorded traces by `make locality`; nothing
-here is synthetic, nothing depends on a machine's speed.
+models does, which decides what a policy tuned on it is worth elsewhere. Computed from recorded traces by
+`make locality`; nothing here is synthetic, nothing depends on a machine's speed.
 
 ## Traces
 
@@ -142,8 +147,8 @@ No earlier gate can foretell it, so prefetching never helps it; its router sees 
 
 ## Look-ahead
 
-Share of a layer's experts that its own gate, given the hidden state of a layer so many before it, names among as many. The
-large models' traces hold no look-ahead.
+Share of a layer's experts that its own gate, given the hidden state of a layer so many before it, names among as
+many. The large models' traces hold no look-ahead.
 
 {look_ahead}
 """

@@ -41,7 +41,7 @@ def exact_engine(embedded_model: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def stock(embedded_model: Path) -> torch.nn.Module:
-    """Transformers' own reading of the weights; of the sizes it leaves the experts' width and top-k rule at defaults."""
+    """Transformers' own reading of the weights; it leaves the experts' width and the top-k rule at defaults."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(embedded_model.parent, gguf_file=embedded_model.name, local_files_only=True)

@@ -2,7 +2,7 @@
 
     python -m tools.embedded_model.card --data .cache/corpus --against tiny-qwen3moe-q4_k.gguf
 
-Each part lies between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in hybrimoe_kt/models/README.md; the rest is written by hand.
+Each part lies between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in hybrimoe_kt/models/README.md; the rest is by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     texts = held_out_texts(arguments.data)
-    files = {"this": embedded_model(), "unquantised": arguments.unquantised, "tiny": tiny_model(), "prototype": arguments.against}
+    files = {
+        "this": embedded_model(),
+        "unquantised": arguments.unquantised,
+        "tiny": tiny_model(),
+        "prototype": arguments.against,
+    }
     reports = {name: measure(path, texts, arguments.max_chars) for name, path in files.items() if path}
     lines = ["| | utilisation entropy / ln E, by layer | experts never used |", "|---|---|---|"]
     for name, report in reports.items():

@@ -11,7 +11,7 @@ import torch
 # Ids are positions in this list; the tokenizer is trained with them first.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>")
 # How much of a batch comes from each part; parts that are not prepared are left out.
-DEFAULT_MIX = {"generated": 0.56, "chitchat": 0.24, "austen": 0.08, "wordnet": 0.06, "chatterbot": 0.06}
+DEFAULT_MIX = {"generated": 0.70, "chitchat": 0.18, "austen": 0.06, "wordnet": 0.04, "chatterbot": 0.02}
 
 
 def render(document: dict) -> str:

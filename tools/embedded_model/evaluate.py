@@ -94,7 +94,9 @@ def measure(path: Path, texts: dict[str, list[str]], max_chars: int) -> Report:
     return report
 
 
-def _add(tally: Tally, loads: torch.Tensor, model: Model, tokenizer: PreTrainedTokenizerBase, text: str, special: set[int]) -> None:
+def _add(
+    tally: Tally, loads: torch.Tensor, model: Model, tokenizer: PreTrainedTokenizerBase, text: str, special: set[int]
+) -> None:
     ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
     logits = model(ids)[0, :-1]
     targets = ids[0, 1:]

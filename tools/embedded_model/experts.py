@@ -1,4 +1,4 @@
-"""Routed experts for training on a CPU: pairs sorted by expert, one dense matrix product an expert, own backward pass."""
+"""Routed experts for training on a CPU: pairs sorted by expert, one matrix product an expert, own backward pass."""
 
 from __future__ import annotations
 

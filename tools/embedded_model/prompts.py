@@ -1,4 +1,4 @@
-"""The twenty fixed prompts of the model card, and a few that it was not made for."""
+"""The twenty fixed prompts of the model card, a few that are beyond the model, and a conversation."""
 
 PROMPTS = (
     "Hello! How are you today?",
@@ -30,4 +30,10 @@ STRANGE = (
     "Translate 'good morning' into French.",
 )
 # Turn by turn: what the model should remember within a chat.
-CONVERSATION = ("Hi, I am Oscar.", "I have a dog called Rex.", "What is the name of my dog?", "And what is my name?", "Bye!")
+CONVERSATION = (
+    "Hi, I am Oscar.",
+    "I have a dog called Rex.",
+    "What is the name of my dog?",
+    "And what is my name?",
+    "Bye!",
+)

@@ -28,7 +28,12 @@ def quantize(weights: Floats) -> npt.NDArray[np.uint8]:
     quants = np.clip(np.rint((blocks + minimum) / np.where(scale > 0, scale, 1)), 0, 15).astype(np.uint8)
     quants[np.broadcast_to(scale <= 0, quants.shape)] = 0
     packed = np.concatenate(
-        [d[:, None].view(np.uint8), dmin[:, None].view(np.uint8), _pack_scales(coded_scales, coded_minima), _pack(quants)],
+        [
+            d[:, None].view(np.uint8),
+            dmin[:, None].view(np.uint8),
+            _pack_scales(coded_scales, coded_minima),
+            _pack(quants),
+        ],
         axis=1,
     )
     return packed.reshape(*weights.shape[:-1], -1)

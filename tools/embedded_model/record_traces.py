@@ -1,6 +1,6 @@
 """Records the embedded model's routing on held-out text, one file a kind of text, with `hybrimoe trace`.
 
-    python -m tools.embedded_model.record_traces --data .cache/corpus --out hybrimoe_kt/models/traces
+python -m tools.embedded_model.record_traces --data .cache/corpus --out hybrimoe_kt/models/traces
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers of a GGUF file to the fixed prompts, greedy and sampled, through this package's own host.
 
-    python -m tools.embedded_model.samples hybrimoe_kt/models/small-talk-q4_k.gguf
+python -m tools.embedded_model.samples hybrimoe_kt/models/small-talk-q4_k.gguf
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def conversation(engine: Engine) -> Iterator[tuple[str, str]]:
 
 def markdown(engine: Engine) -> str:
     """Everything as the model card shows it, unedited."""
-    lines = [f"Sampled with temperature {SAMPLED['temperature']}, top-p {SAMPLED['top_p']}, seed {SAMPLED['seed']}.", ""]
+    lines = [
+        f"Sampled with temperature {SAMPLED['temperature']}, top-p {SAMPLED['top_p']}, seed {SAMPLED['seed']}.",
+        "",
+    ]
     for text in PROMPTS:
         lines += _item(text, greedy=answer(engine, _ask(text)), sampled=answer(engine, _ask(text), **SAMPLED))
     lines += ["", "A conversation, greedy:", ""]
     lines += [line for text, reply in conversation(engine) for line in _item(text, greedy=reply)]
-    lines += ["", "What it was not made for, greedy:", ""]
+    lines += ["", "What it should decline, greedy:", ""]
     lines += [line for text in STRANGE for line in _item(text, greedy=answer(engine, _ask(text)))]
     return "\n".join(lines)
 

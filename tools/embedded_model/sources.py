@@ -23,7 +23,9 @@ from pathlib import Path
 
 import yaml
 
-COARSE = re.compile(r"\b(fuck\w*|shit\w*|bitch\w*|porn\w*|sex\w*|nigg\w*|rape\w*|cunt|dick|pussy|kill myself|suicide)\b", re.I)
+COARSE = re.compile(
+    r"\b(fuck\w*|shit\w*|bitch\w*|porn\w*|sex\w*|nigg\w*|rape\w*|cunt|dick|pussy|kill myself|suicide)\b", re.I
+)
 
 
 def tidy(text: str) -> str:

@@ -3,9 +3,9 @@
     python -m tools.embedded_model.train --data .cache/corpus --out .cache/train --minutes 80
 
 The learning rate warms up, stays, and falls linearly over the last part of the *budget*, so that a machine shared with
-others ends in time whatever its speed. Workers are processes of one thread that share the parameters: on cores shared with
-other programs that loses less than threads that wait for each other in every matrix product. Batches are a function of seed and step alone: a resumed run sees what an
-uninterrupted one would have seen.
+others ends in time whatever its speed. Workers are processes of one thread that share the parameters: on cores that
+other programs use, too, that loses less than threads that wait for each other in every matrix product. Batches are a
+function of seed and step alone: a resumed run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rate(step: int, spent: float, budget: float, decay: float) -> float:
 
 
 def importance(inputs: torch.Tensor) -> torch.Tensor:
-    """Weight of each next token, ``inputs`` [B, T]: what a user says is context to answer, and hardly to be foretold."""
+    """Weight of each next token, ``inputs`` [B, T]: what a user says is context, hardly to be foretold."""
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
     is_mark = inputs < SPECIAL_TOKENS.index("<|end|>")  # a document's end, a user's or an assistant's turn
     last_mark = torch.where(is_mark, positions, 0).cummax(1).values
@@ -82,7 +82,8 @@ def train(worker: int, arguments: argparse.Namespace, state: SharedState, barrie
     """One worker's loop: gradients of its rows, then the update of its share of the parameters."""
     keep_memory()
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO if worker == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")  # fmt: skip
+    level = logging.INFO if worker == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     corpus = Corpus(arguments.data)
     model = Model(state.shape)
     state.adopt(model, worker)
@@ -107,7 +108,8 @@ def train(worker: int, arguments: argparse.Namespace, state: SharedState, barrie
             last = now
             average = plain.item() if average is None else 0.98 * average + 0.02 * plain.item()
             if state.step % 20 == 0:
-                log.info("step %d  %.2f M  %.1f min  loss %.3f  rate %.2f", state.step, state.seen / 1e6, state.spent / 60, average, factor)  # fmt: skip
+                done = (state.step, state.seen / 1e6, state.spent / 60, average, factor)
+                log.info("step %d  %.2f M  %.1f min  loss %.3f  rate %.2f", *done)
         barrier.wait()
         if worker == 0 and (state.spent - saved > arguments.save_minutes * 60 or state.spent >= budget):
             state.save(arguments.out / "last.pt", {k: str(v) for k, v in vars(arguments).items()})
@@ -120,12 +122,16 @@ def train(worker: int, arguments: argparse.Namespace, state: SharedState, barrie
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint; an existing one is resumed")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of the checkpoint; an existing one is resumed"
+    )
     parser.add_argument("--minutes", type=float, required=True, help="budget, counted over all resumed runs")
     parser.add_argument("--mix", default="", help="part=weight,... (default: what prepare.py suggests)")
     parser.add_argument("--shape", default="{}", help='JSON over the default shape, as {"num_layers": 2}')
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.35, help="share of the budget over which the rate falls to zero")
+    parser.add_argument(
+        "--decay", type=float, default=0.35, help="share of the budget over which the rate falls to zero"
+    )
     parser.add_argument("--rows", type=int, default=16, help="sequences a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--save_minutes", type=float, default=3)
@@ -141,7 +147,9 @@ def main() -> None:
         state.load(arguments.out / "last.pt")
         print(f"resumed at step {state.step}, {state.seen / 1e6:.1f} M tokens, {state.spent / 60:.1f} min")
     context = torch.multiprocessing.get_context("spawn")
-    torch.multiprocessing.spawn(train, (arguments, state, context.Barrier(arguments.workers, timeout=1800)), arguments.workers)
+    torch.multiprocessing.spawn(
+        train, (arguments, state, context.Barrier(arguments.workers, timeout=1800)), arguments.workers
+    )
 
 
 if __name__ == "__main__":

@@ -96,10 +96,17 @@ def joke(rng: random.Random) -> Turns:
         turns = exchange(ask, "{Here is one: |Sure! |Of course. |Gladly: |}[q]? [a]{!|.}", rng, values)
         if rng.random() < 0.35:
             question, answer = rng.choice(JOKES)
-            turns += exchange("{Haha|Very funny|Another one|One more|That was bad|Lol, another one|That is funny}{!|.}", "{Thank you! |I am glad. |Here is another one: |}[q]? [a]{!|.}", rng, {"q": question, "a": answer})
+            turns += exchange(
+                "{Haha|Very funny|Another one|One more|That was bad|Lol, another one|That is funny}{!|.}",
+                "{Thank you! |I am glad. |Here is another one: |}[q]? [a]{!|.}",
+                rng,
+                {"q": question, "a": answer},
+            )
         return turns
     turns = exchange(ask, "{All right: |}[q]?", rng, values)
-    return turns + exchange("{I don't know|Why|What|Tell me|No idea|I give up|Hm, I do not know}{.|?}", "[a]{!|.}", rng, values)
+    return turns + exchange(
+        "{I don't know|Why|What|Tell me|No idea|I give up|Hm, I do not know}{.|?}", "[a]{!|.}", rng, values
+    )
 
 
 POEMS: dict[str, tuple[str, ...]] = {
@@ -125,4 +132,4 @@ def poem(rng: random.Random) -> Turns:
     ask = "{Write a poem about [x]|Write me a poem about [x]|Can you write a poem about [x]|I would like a poem about [x]|Tell me a poem about [x]|A poem about [x], please|Write a short poem about [x]}{.|?|}"
     if rng.random() < 0.15:
         ask = "{Write a poem|Tell me a poem|Do you know a poem|Can you rhyme}{.|?}"
-    return exchange(ask, rng.choice(POEMS[subject]).replace("\n", "\n"), rng, {"x": subject})
+    return exchange(ask, rng.choice(POEMS[subject]), rng, {"x": subject})

@@ -40,7 +40,9 @@ def sloppy(text: str, rng: random.Random) -> str:
     if draw < 0.03:
         text = text.replace("'", "")
     if 0.20 < draw < 0.24:
-        text = rng.choice(("Please tell me: ", "Hey, ", "Hi! ", "I have a question. ", "Okay, ", "So, ", "Well, ")) + text
+        text = (
+            rng.choice(("Please tell me: ", "Hey, ", "Hi! ", "I have a question. ", "Okay, ", "So, ", "Well, ")) + text
+        )
     return text
 
 

@@ -37,22 +37,59 @@ def tastes(rng: random.Random) -> Turns:
     values = {"what": what, "remark": remark, "question": question}
     if rng.random() < 0.2:
         verb = "{I don't like|I hate|I do not like}"
-        return exchange(f"{verb} [what].", "{That is all right.|Everybody is different.|I understand.} {What do you like instead?|What do you like better?|Is there something that you enjoy?}", rng, values)
-    turns = exchange("{I like|I love|I really like|I enjoy|My hobby is|What I like most is} [what]{.|!| very much.}".replace("I enjoy|", "" if what.startswith("to") else "I enjoy|").replace("My hobby is|", "My hobby is|" if what.startswith("to") else ""), "{[remark].|[remark]!|That is nice. [remark].|Oh, good. [remark].} [question]", rng, values)
+        return exchange(
+            f"{verb} [what].",
+            "{That is all right.|Everybody is different.|I understand.} {What do you like instead?|What do you like better?|Is there something that you enjoy?}",
+            rng,
+            values,
+        )
+    begin = "My hobby is" if what.startswith("to ") else "I enjoy"
+    turns = exchange(
+        f"{{I like|I love|I really like|What I like most is|{begin}}} [what]{{.|!}}",
+        "{[remark].|[remark]!|That is nice. [remark].|Oh, good. [remark].} [question]",
+        rng,
+        values,
+    )
     if rng.random() < 0.3:
-        turns += exchange("{Sometimes|Yes, often|No, not really|I am not sure|Every day|Mostly at home|A little bit|With my friends|Yes|All kinds}{.|!}", "{I see.|That sounds good.|How nice.|I understand.} {Thank you for telling me.|What else do you like?|And what do you not like?|Do it as often as you can.}", rng)
+        turns += exchange(
+            "{Sometimes|Yes, often|No, not really|I am not sure|Every day|Mostly at home|A little bit|With my friends|Yes|All kinds}{.|!}",
+            "{I see.|That sounds good.|How nice.|I understand.} {Thank you for telling me.|What else do you like?|And what do you not like?|Do it as often as you can.}",
+            rng,
+        )
     return turns
 
 
 def pet(rng: random.Random) -> Turns:
     """The user's pet, its name remembered within the chat."""
-    animal = rng.choice(("cat", "dog", "rabbit", "parrot", "horse", "goldfish", "turtle", "mouse", "hamster", "bird", "kitten", "puppy"))
-    values = {"a": animal, "name": rng.choice((*NAMES, "Rex", "Luna", "Bella", "Coco", "Fluffy", "Spot", "Rocky", "Snow", "Ginger", "Bobby"))}
+    animal = rng.choice(
+        ("cat", "dog", "rabbit", "parrot", "horse", "goldfish", "turtle", "mouse", "hamster", "bird", "kitten", "puppy")
+    )
+    values = {
+        "a": animal,
+        "name": rng.choice(
+            (*NAMES, "Rex", "Luna", "Bella", "Coco", "Fluffy", "Spot", "Rocky", "Snow", "Ginger", "Bobby")
+        ),
+    }
     if rng.random() < 0.3:
-        return exchange("{I have a [a]|I have a pet [a]|We have a [a]|I got a [a]}.", "{How lovely!|That is nice.|A [a] is a good friend.} {What is its name?|How old is it?|What is it called?|What does it like?}", rng, values)
-    turns = exchange("{I have a [a] called [name]|My [a] is called [name]|I have a [a], its name is [name]|We have a [a] named [name]|My [a] [name] is sleeping|This is my [a] [name]}.", "[name] is a {nice|lovely|good|fine} name for a [a]. {How old is [name]?|What does [name] like to do?|Is [name] playful?|Please say hello to [name].|Give [name] a hug from me.}", rng, values)
+        return exchange(
+            "{I have a [a]|I have a pet [a]|We have a [a]|I got a [a]}.",
+            "{How lovely!|That is nice.|A [a] is a good friend.} {What is its name?|How old is it?|What is it called?|What does it like?}",
+            rng,
+            values,
+        )
+    turns = exchange(
+        "{I have a [a] called [name]|My [a] is called [name]|I have a [a], its name is [name]|We have a [a] named [name]|My [a] [name] is sleeping|This is my [a] [name]}.",
+        "[name] is a {nice|lovely|good|fine} name for a [a]. {How old is [name]?|What does [name] like to do?|Is [name] playful?|Please say hello to [name].|Give [name] a hug from me.}",
+        rng,
+        values,
+    )
     if rng.random() < 0.5:
-        turns += exchange("{What is my [a] called|What is the name of my [a]|Do you remember the name of my [a]}?", "{Your [a] is called [name].|It is [name].|The name is [name].}", rng, values)
+        turns += exchange(
+            "{What is my [a] called|What is the name of my [a]|Do you remember the name of my [a]}?",
+            "{Your [a] is called [name].|It is [name].|The name is [name].}",
+            rng,
+            values,
+        )
     return turns
 
 
@@ -126,13 +163,31 @@ def suggestion(rng: random.Random) -> Turns:
     return exchange(user, rng.choice(SUGGEST[user]), rng)
 
 
-FAMILY = ("mother", "father", "sister", "brother", "grandmother", "grandfather", "friend", "uncle", "aunt", "neighbour", "son", "daughter")
+FAMILY = (
+    "mother",
+    "father",
+    "sister",
+    "brother",
+    "grandmother",
+    "grandfather",
+    "friend",
+    "uncle",
+    "aunt",
+    "neighbour",
+    "son",
+    "daughter",
+)
 
 
 def family(rng: random.Random) -> Turns:
     """Somebody in the user's life."""
     person = rng.choice(FAMILY)
-    values = {"p": person, "name": rng.choice(NAMES), "food": rng.choice(list(FOODS)), "animals": plural(rng.choice(list(ANIMALS)))}
+    values = {
+        "p": person,
+        "name": rng.choice(NAMES),
+        "food": rng.choice(list(FOODS)),
+        "animals": plural(rng.choice(list(ANIMALS))),
+    }
     return exchange(
         *rng.choice(
             (

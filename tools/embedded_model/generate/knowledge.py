@@ -7,7 +7,7 @@ import random
 from .engine import Turns, exchange, series
 from .words import ANIMALS, CAPITALS, COLOURS, DAYS, FOODS, MONTHS, NAMES, OPPOSITES, SEASONS, WHAT, WHY, plural
 
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def animal(rng: random.Random) -> Turns:
@@ -15,9 +15,6 @@ def animal(rng: random.Random) -> Turns:
     name = rng.choice(list(ANIMALS))
     kind, look, home, food, sound, fact = ANIMALS[name]
     values = {"name": name, "names": plural(name), "kind": kind, "look": look, "home": home, "food": food, "sound": sound, "fact": fact}  # fmt: skip
-    if name in ("goldfish", "sheep"):
-        values["kind"] = kind
-    subject = rng.choice(("a [name]", "[names]"))
     questions = [
         ("{What is a [name]|What are [names]|Tell me about [names]|Tell me something about the [name]|Describe a [name]|What do you know about [names]|Tell me a fact about [names]|Explain what a [name] is}?", "{A [name] is|The [name] is} a [kind]. {It is [look] and lives [home].|It lives [home] and is [look].} {[fact].|It eats [food].}"),
         ("{What do [names] eat|What does a [name] eat|What is the food of the [name]|What do [names] like to eat}?", "{[names] eat [food].|A [name] eats [food].}"),
@@ -27,7 +24,12 @@ def animal(rng: random.Random) -> Turns:
         ("I {like|love|saw some|am afraid of|dream of|want to know more about} [names].", "{[names] are interesting animals.|I like them too.|Oh, [names]!} [fact]."),
     ]  # fmt: skip
     user, assistant = rng.choice(questions[:1] * 3 + questions)
-    turns = exchange(user.replace("a [name]", subject) if "look" not in user and user.startswith("x") else user, assistant, rng, values)
+    turns = exchange(
+        user,
+        assistant,
+        rng,
+        values,
+    )
     follow = [
         ("{What do they eat|And what do they eat|What does it eat|What is their food}?", "{They eat [food].|[names] eat [food].}"),
         ("{Where do they live|And where do they live|Where does it live|Where can I see one}?", "{They live [home].|[names] live [home].}"),
@@ -76,7 +78,12 @@ def capital(rng: random.Random) -> Turns:
         )
         if rng.random() < 0.25:
             values["country"], values["city"] = rng.choice(list(CAPITALS.items()))
-            turns += exchange("{And of [country]|And what about [country]|What about [country]|And the capital of [country]}?", "{The capital of [country] is [city].|That is [city].}", rng, values)
+            turns += exchange(
+                "{And of [country]|And what about [country]|What about [country]|And the capital of [country]}?",
+                "{The capital of [country] is [city].|That is [city].}",
+                rng,
+                values,
+            )
         return turns
     return exchange(
         "{Where is [city]|In which country is [city]|Which country is [city] in|What do you know about [city]}?",
@@ -101,15 +108,36 @@ def total(rng: random.Random) -> Turns:
     values = {"a": NUMBERS[a] if words and a < 13 else str(a), "b": NUMBERS[b] if words and b < 13 else str(b), "sign": sign, "word": word, "result": str(result)}  # fmt: skip
     asked = "{What is [a] [sign] [b]|How much is [a] [sign] [b]|Can you calculate [a] [sign] [b]|[a] [sign] [b]|What's [a] [sign] [b]|Calculate [a] [sign] [b]|Do you know what [a] [sign] [b] is}?"
     if kind == "+" and rng.random() < 0.3:
-        values |= {"thing": rng.choice(("apples", "books", "balls", "eggs", "coins", "cats", "cookies")), "name": rng.choice(NAMES)}
+        values |= {
+            "thing": rng.choice(("apples", "books", "balls", "eggs", "coins", "cats", "cookies")),
+            "name": rng.choice(NAMES),
+        }
         asked = "{[name] has [a] [thing] and gets [b] more. How many [thing] are there now|I have [a] [thing] and you give me [b]. How many do I have}?"
         return exchange(asked, "[a] plus [b] is [result]{, so there are [result] [thing]|}.", rng, values)
-    return exchange(asked, "{[a] [word] [b] is [result].|It is [result].|That makes [result].|The answer is [result].}", rng, values)
+    return exchange(
+        asked, "{[a] [word] [b] is [result].|It is [result].|That makes [result].|The answer is [result].}", rng, values
+    )
 
 
 def order(rng: random.Random) -> Turns:
     """Days, months, seasons, counting, opposites, colours, plurals, comparisons."""
-    return rng.choice((_day, _month, _opposite, _opposite, _colour, _colour, _season, _season, _compare, _compare, _plural, _count, _kind))(rng)
+    return rng.choice(
+        (
+            _day,
+            _month,
+            _opposite,
+            _opposite,
+            _colour,
+            _colour,
+            _season,
+            _season,
+            _compare,
+            _compare,
+            _plural,
+            _count,
+            _kind,
+        )
+    )(rng)
 
 
 def _day(rng: random.Random) -> Turns:
@@ -150,7 +178,12 @@ def _month(rng: random.Random) -> Turns:
 def _opposite(rng: random.Random) -> Turns:
     pair = rng.choice(list(OPPOSITES.items()))
     a, b = pair if rng.random() < 0.5 else pair[::-1]
-    return exchange("{What is the opposite of [a]|What's the opposite of [a]|Name the opposite of [a]|Tell me the opposite of [a]}?", "{The opposite of [a] is [b].|It is [b].|[b] is the opposite of [a].}", rng, {"a": a, "b": b})
+    return exchange(
+        "{What is the opposite of [a]|What's the opposite of [a]|Name the opposite of [a]|Tell me the opposite of [a]}?",
+        "{The opposite of [a] is [b].|It is [b].|[b] is the opposite of [a].}",
+        rng,
+        {"a": a, "b": b},
+    )
 
 
 def _colour(rng: random.Random) -> Turns:
@@ -159,8 +192,18 @@ def _colour(rng: random.Random) -> Turns:
         things = [t for t, c in COLOURS.items() if c == colour]
         chosen = series(rng.sample(things, min(len(things), 3)))
         be = "is" if "and" not in chosen else "are"
-        return exchange("{What is [colour]|Name something [colour]|What things are [colour]|Tell me something that is [colour]}?", "[things] [be] [colour].", rng, {"colour": colour, "things": chosen, "be": be})
-    return exchange("{What colour is [thing]|What color is [thing]|Which colour does [thing] have|Do you know the colour of [thing]}?", "{[thing] is [colour].|It is [colour].}", rng, {"thing": thing, "colour": colour})
+        return exchange(
+            "{What is [colour]|Name something [colour]|What things are [colour]|Tell me something that is [colour]}?",
+            "[things] [be] [colour].",
+            rng,
+            {"colour": colour, "things": chosen, "be": be},
+        )
+    return exchange(
+        "{What colour is [thing]|What color is [thing]|Which colour does [thing] have|Do you know the colour of [thing]}?",
+        "{[thing] is [colour].|It is [colour].}",
+        rng,
+        {"thing": thing, "colour": colour},
+    )
 
 
 def _season(rng: random.Random) -> Turns:
@@ -180,7 +223,28 @@ def _season(rng: random.Random) -> Turns:
     )  # fmt: skip
 
 
-SIZES = "ant bee mouse frog squirrel rabbit cat fox dog sheep pig wolf lion bear horse cow camel giraffe elephant whale".split()
+SIZES = [
+    "ant",
+    "bee",
+    "mouse",
+    "frog",
+    "squirrel",
+    "rabbit",
+    "cat",
+    "fox",
+    "dog",
+    "sheep",
+    "pig",
+    "wolf",
+    "lion",
+    "bear",
+    "horse",
+    "cow",
+    "camel",
+    "giraffe",
+    "elephant",
+    "whale",
+]
 
 
 def _compare(rng: random.Random) -> Turns:
@@ -202,14 +266,26 @@ def _compare(rng: random.Random) -> Turns:
 
 
 def _plural(rng: random.Random) -> Turns:
-    name = rng.choice([*ANIMALS, "child", "book", "house", "leaf", "tooth", "foot", "city", "baby", "box", "man", "woman"])
+    name = rng.choice(
+        [*ANIMALS, "child", "book", "house", "leaf", "tooth", "foot", "city", "baby", "box", "man", "woman"]
+    )
     special = {"child": "children", "leaf": "leaves", "tooth": "teeth", "foot": "feet", "man": "men", "woman": "women"}
-    return exchange("{What is the plural of [a]|What's the plural of [a]|How do you say more than one [a]}?", "{The plural of [a] is [b].|One [a], two [b].}", rng, {"a": name, "b": special.get(name, plural(name))})
+    return exchange(
+        "{What is the plural of [a]|What's the plural of [a]|How do you say more than one [a]}?",
+        "{The plural of [a] is [b].|One [a], two [b].}",
+        rng,
+        {"a": name, "b": special.get(name, plural(name))},
+    )
 
 
 def _count(rng: random.Random) -> Turns:
     n = rng.randint(3, 12)
-    return exchange("{Count to [n]|Can you count to [n]|Please count to [n]|Count from one to [n]}{.|?}", "{Of course: |Sure: |}[all].", rng, {"n": rng.choice((str(n), NUMBERS[n])), "all": series(NUMBERS[1 : n + 1])})
+    return exchange(
+        "{Count to [n]|Can you count to [n]|Please count to [n]|Count from one to [n]}{.|?}",
+        "{Of course: |Sure: |}[all].",
+        rng,
+        {"n": rng.choice((str(n), NUMBERS[n])), "all": series(NUMBERS[1 : n + 1])},
+    )
 
 
 def _kind(rng: random.Random) -> Turns:
@@ -228,9 +304,18 @@ def explanation(rng: random.Random) -> Turns:
         turns = exchange(subject, rng.choice(answers), rng)
     else:
         thing, answer = rng.choice(list(WHAT.items()))
-        turns = exchange("{What is [x]|What's [x]|Explain what [x] is|Can you explain [x]|Tell me what [x] is|Do you know what [x] is|Define [x]}?", answer, rng, {"x": thing})
+        turns = exchange(
+            "{What is [x]|What's [x]|Explain what [x] is|Can you explain [x]|Tell me what [x] is|Do you know what [x] is|Define [x]}?",
+            answer,
+            rng,
+            {"x": thing},
+        )
     if rng.random() < 0.2:
-        turns += exchange("{I see|Oh, I did not know that|That is interesting|Thank you, that was clear|Now I understand}{.|!}", "{I am glad that I could explain it.|You are welcome.|Nature is full of wonders.|Ask me more if you like.|} {What else would you like to know?|Is there anything else?|}", rng)
+        turns += exchange(
+            "{I see|Oh, I did not know that|That is interesting|Thank you, that was clear|Now I understand}{.|!}",
+            "{I am glad that I could explain it.|You are welcome.|Nature is full of wonders.|Ask me more if you like.|} {What else would you like to know?|Is there anything else?|}",
+            rng,
+        )
     return turns
 
 
@@ -251,16 +336,16 @@ LISTS: dict[str, list[str]] = {
     "animals": list(map(plural, ANIMALS)), "fruits": [f for f, v in FOODS.items() if v[0] == "fruit"],
     "vegetables": ["carrots", "potatoes", "onions", "peas", "beans", "spinach", "cabbage", "cucumbers"],
     "birds": [plural(a) for a, v in ANIMALS.items() if v[0] == "bird"], "countries": [c for c in CAPITALS if not c.startswith("the ")],
-    "cities": list(CAPITALS.values())[:30], "colours": "red blue green yellow orange purple pink brown black white grey".split(),
+    "cities": list(CAPITALS.values())[:30], "colours": ["red", "blue", "green", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey"],
     "farm animals": ["cows", "pigs", "sheep", "goats", "chickens", "horses", "ducks"], "insects": ["bees", "ants", "butterflies", "flies", "beetles"],
-    "drinks": ["water", "milk", "tea", "coffee", "juice", "lemonade", "hot chocolate"], "sports": "football tennis swimming running skiing basketball cycling hockey".split(),
+    "drinks": ["water", "milk", "tea", "coffee", "juice", "lemonade", "hot chocolate"], "sports": ["football", "tennis", "swimming", "running", "skiing", "basketball", "cycling", "hockey"],
     "instruments": ["the piano", "the violin", "the guitar", "the flute", "the drums", "the trumpet"], "names": NAMES,
-    "jobs": "teacher doctor baker farmer nurse painter writer cook driver builder singer pilot".split(), "flowers": "roses tulips daisies lilies sunflowers violets".split(),
-    "trees": ["oaks", "pines", "birches", "apple trees", "maples", "willows"], "planets": "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split(),
-    "things in a kitchen": ["a pot", "a pan", "a knife", "a spoon", "a plate", "a cup", "an oven"], "clothes": "shirts trousers socks hats coats scarves gloves dresses".split(),
+    "jobs": ["teacher", "doctor", "baker", "farmer", "nurse", "painter", "writer", "cook", "driver", "builder", "singer", "pilot"], "flowers": ["roses", "tulips", "daisies", "lilies", "sunflowers", "violets"],
+    "trees": ["oaks", "pines", "birches", "apple trees", "maples", "willows"], "planets": ["Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"],
+    "things in a kitchen": ["a pot", "a pan", "a knife", "a spoon", "a plate", "a cup", "an oven"], "clothes": ["shirts", "trousers", "socks", "hats", "coats", "scarves", "gloves", "dresses"],
     "things to do on a rainy day": ["read a book", "bake a cake", "draw a picture", "play a game", "write a letter", "watch a film", "build a tent of blankets"],
     "ways to be kind": ["smile at somebody", "help a neighbour", "share your food", "write a nice note", "listen to a friend", "say thank you"],
-    "things to take to the beach": ["a towel", "a hat", "sun cream", "a book", "some water", "a ball"], "toys": "balls dolls blocks kites puzzles trains".split(),
+    "things to take to the beach": ["a towel", "a hat", "sun cream", "a book", "some water", "a ball"], "toys": ["balls", "dolls", "blocks", "kites", "puzzles", "trains"],
 }  # fmt: skip
 
 
@@ -307,8 +392,54 @@ def refusal(rng: random.Random) -> Turns:
             "I am sorry, I cannot do that. {I can only write text.|I have no hands, only words.|I am only a small model that writes words.} {Shall I tell you a story?|Is there something you would like to talk about?|}",
             rng,
         )
+    if rng.random() < 0.45:
+        return rng.choice((_person, _big_sum, _translation))(rng)
     unknown = _one(UNKNOWN, rng)
-    return exchange(f"{{Tell me {unknown}|Do you know {unknown}|Can you tell me {unknown}|I want to know {unknown}}}{{?|.}}", f"{sorry} {small} {offer}", rng)
+    return exchange(
+        f"{{Tell me {unknown}|Do you know {unknown}|Can you tell me {unknown}|I want to know {unknown}}}{{?|.}}",
+        f"{sorry} {small} {offer}",
+        rng,
+    )
+
+
+PEOPLE = (
+    "Caesar|Mozart|Einstein|Cleopatra|Newton|Columbus|Beethoven|Darwin|Lincoln|Picasso|Galileo|Socrates|Churchill|Rembrandt|Marie Curie|Homer|Plato|Edison|Bach|Gandhi"
+    "|Washington|Queen Victoria|Marco Polo|Leonardo|Alexander|Chopin|Dante|Goethe|Tesla|Magellan|Hannibal|Kepler|Verdi|Joan of Arc|Tolstoy|Van Gogh"
+)
+
+
+def _person(rng: random.Random) -> Turns:
+    who = _one(PEOPLE, rng)
+    return exchange(
+        "{Who was [who]|Who is [who]|Tell me about [who]|What did [who] do|Do you know who [who] was|When was [who] born}?",
+        "{I am sorry, I do not know much about [who].|I have heard the name [who], but I do not know more.|I do not know who [who] was, I am sorry.} {I only know simple things.|I am a very small model.|A book may tell you more.|}",
+        rng,
+        {"who": who},
+    )
+
+
+def _big_sum(rng: random.Random) -> Turns:
+    values = {
+        "a": str(rng.randint(13, 999)),
+        "b": str(rng.randint(13, 999)),
+        "op": rng.choice(("plus", "minus", "times", "divided by", "*", "+")),
+    }
+    return exchange(
+        "{What is [a] [op] [b]|How much is [a] [op] [b]|Calculate [a] [op] [b]|Can you compute [a] [op] [b]}?",
+        "{That is too much for me.|Such large numbers are too hard for me.|I cannot do that in my head.} {I can only add small numbers.|I only know small sums.|A calculator can tell you.}",
+        rng,
+        values,
+    )
+
+
+def _translation(rng: random.Random) -> Turns:
+    values = {"word": rng.choice(("thank you", "hello", "I love you", "good night", "water", "please", "friend", "how are you", "goodbye", "cat", "bread", "yes")), "language": rng.choice(("French", "German", "Spanish", "Italian", "Japanese", "Russian", "Latin", "Chinese"))}  # fmt: skip
+    return exchange(
+        "{Translate [word] into [language]|How do you say [word] in [language]|What is [word] in [language]|Can you translate '[word]' into [language]|Say [word] in [language]}{?|.|}",
+        "{I am sorry, I do not know [language].|I cannot speak [language], I am sorry.|I only know English, and only a little.} {Shall we talk in English?|A dictionary can help you.|Is there something else?|}",
+        rng,
+        values,
+    )
 
 
 def _one(choice: str, rng: random.Random) -> str:

@@ -28,11 +28,26 @@ PEOPLE: dict[str, tuple[str, ...]] = {
     "painter": ("a room under the roof", "a city by the river"), "sailor": ("a harbour town", "a boat"),
 }  # fmt: skip
 FEMALE = {"girl", "queen", "princess", "old woman", "bee", "duck", "cat", "bird", "sheep", "teacher", "painter"}
-TRAITS = "little young small kind shy brave curious clever gentle cheerful lonely sleepy hungry quiet".split()
-HELPERS = "owl mouse fox rabbit turtle squirrel bird frog bee hedgehog butterfly".split()
+TRAITS = [
+    "little",
+    "young",
+    "small",
+    "kind",
+    "shy",
+    "brave",
+    "curious",
+    "clever",
+    "gentle",
+    "cheerful",
+    "lonely",
+    "sleepy",
+    "hungry",
+    "quiet",
+]
+HELPERS = ["owl", "mouse", "fox", "rabbit", "turtle", "squirrel", "bird", "frog", "bee", "hedgehog", "butterfly"]
 THINGS = ["red ball", "golden key", "blue kite", "warm scarf", "small boat", "shiny stone", "wooden flute", "old map", "silver bell", "green hat", "little lantern", "music box", "yellow umbrella", "lost letter", "soft blanket"]  # fmt: skip
 FOOD = ["a basket of apples", "some fresh bread", "a pot of honey", "a big cake", "sweet berries", "warm soup", "a bag of nuts", "a piece of cheese"]  # fmt: skip
-FRIEND_TALK = ('"{Why are you so sad|What is wrong|Can I help you|Why do you look so sad}?" {asked|said} the [helper].')
+FRIEND_TALK = '"{Why are you so sad|What is wrong|Can I help you|Why do you look so sad}?" {asked|said} the [helper].'
 
 OPEN = (
     "{Once upon a time|Once|Long ago|One day|A long time ago|There was once a time when}{,|} there {was|lived} a [trait] [hero] {named|called} [name] {who lived in|in} [home]."
@@ -140,12 +155,8 @@ def tell(rng: random.Random, hero: str | None = None) -> tuple[str, dict[str, st
     return " ".join(expand(part, rng, values) for part in parts), values
 
 
-ASK = (
-    "{Tell me a story|Can you tell me a story|Tell me a short story|I would like to hear a story|Please tell me a story|Write a story|Write a short story|Once upon a time|Tell me a bedtime story|Do you know a story|Make up a story|A story, please|I want a story|Tell me another story}"
-)
-ASK_HERO = (
-    "{Tell me a story about a [x]|Can you tell me a story about a [x]|Write a story about a [x]|Write a short story about a [x]|I would like a story about a [x]|Do you know a story about a [x]|A story about a [x], please|Make up a story about a [y] [x]|Tell me a bedtime story about a [x]|Tell me about a [x] who was [y]}"
-)
+ASK = "{Tell me a story|Can you tell me a story|Tell me a short story|I would like to hear a story|Please tell me a story|Write a story|Write a short story|Once upon a time|Tell me a bedtime story|Do you know a story|Make up a story|A story, please|I want a story|Tell me another story}"
+ASK_HERO = "{Tell me a story about a [x]|Can you tell me a story about a [x]|Write a story about a [x]|Write a short story about a [x]|I would like a story about a [x]|Do you know a story about a [x]|A story about a [x], please|Make up a story about a [y] [x]|Tell me a bedtime story about a [x]|Tell me about a [x] who was [y]}"
 
 
 def story(rng: random.Random) -> Turns:
@@ -163,11 +174,23 @@ def story(rng: random.Random) -> Turns:
 
 
 FOLLOW = [
-    ("{What was the name of the [hero]|What is the [hero] called|Who was it about|What was the hero's name}?", "{The [hero] is called [name].|[his] name is [name].|It was [name], the [hero].}"),
+    (
+        "{What was the name of the [hero]|What is the [hero] called|Who was it about|What was the hero's name}?",
+        "{The [hero] is called [name].|[his] name is [name].|It was [name], the [hero].}",
+    ),
     ("{Where did [name] live|Where did the [hero] live}?", "{[name] lived in [home].|In [home].}"),
-    ("{That was nice|I liked that|What a nice story|Beautiful|I like [name]|Lovely|Thank you for the story}{.|!}", "{Thank you!|I am glad that you liked it.|[name] would be happy to hear that.} {Shall I tell you another one?|Do you want to hear one more?|}"),
-    ("{Why was [name] happy|Was [name] happy at the end|How did it end}?", "{[name] was happy because of [his] friend, the [helper].|It ended well: [name] was happy.|Yes, it had a happy end.}"),
-    ("{Who helped [name]|Who was the friend of [name]|Who else was in the story}?", "{It was the [helper].|The [helper] was there too.|[name] met the [helper].}"),
+    (
+        "{That was nice|I liked that|What a nice story|Beautiful|I like [name]|Lovely|Thank you for the story}{.|!}",
+        "{Thank you!|I am glad that you liked it.|[name] would be happy to hear that.} {Shall I tell you another one?|Do you want to hear one more?|}",
+    ),
+    (
+        "{Why was [name] happy|Was [name] happy at the end|How did it end}?",
+        "{[name] was happy because of [his] friend, the [helper].|It ended well: [name] was happy.|Yes, it had a happy end.}",
+    ),
+    (
+        "{Who helped [name]|Who was the friend of [name]|Who else was in the story}?",
+        "{It was the [helper].|The [helper] was there too.|[name] met the [helper].}",
+    ),
 ]
 
 

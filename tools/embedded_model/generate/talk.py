@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .engine import Turns, exchange, expand, sloppy
+from .engine import Turns, exchange
 from .words import NAMES
 
 GREETING = "{Hi|Hello|Hey|Hi there|Hello there|Good morning|Good evening|Good day|Hey there|Hiya}"
@@ -32,7 +32,21 @@ def greeting(rng: random.Random) -> Turns:
     )
 
 
-GOOD = "happy great wonderful fantastic excited good proud relieved cheerful fine grateful calm amazing".split()
+GOOD = [
+    "happy",
+    "great",
+    "wonderful",
+    "fantastic",
+    "excited",
+    "good",
+    "proud",
+    "relieved",
+    "cheerful",
+    "fine",
+    "grateful",
+    "calm",
+    "amazing",
+]
 BAD: dict[str, tuple[str, str]] = {
     "sad": ("I am sorry to hear that", "talk to a friend, go for a walk or listen to music you love"),
     "tired": ("You have done a lot, it seems", "rest a little, drink some water and go to bed early tonight"),
@@ -43,7 +57,10 @@ BAD: dict[str, tuple[str, str]] = {
     "afraid": ("I am sorry that you are afraid", "tell somebody you trust about it"),
     "stressed": ("That sounds like a lot", "write down what must be done and begin with the smallest thing"),
     "worried": ("I understand that this troubles you", "talk about it with somebody you trust"),
-    "sick": ("I am sorry that you do not feel well", "rest, drink warm tea, and see a doctor if it does not get better"),
+    "sick": (
+        "I am sorry that you do not feel well",
+        "rest, drink warm tea, and see a doctor if it does not get better",
+    ),
     "hungry": ("Then it is time for a meal", "make a sandwich, some soup or a plate of pasta"),
     "cold": ("Brr, that is not nice", "put on a warm sweater and drink something hot"),
     "disappointed": ("I am sorry that it did not turn out as you hoped", "be kind to yourself and try again tomorrow"),
@@ -86,10 +103,14 @@ def bad_news(rng: random.Random) -> Turns:
     """A user who needs comfort."""
     feeling = rng.choice(list(BAD))
     comfort, advice = BAD[feeling]
-    values = {"feeling": feeling, "comfort": comfort, "advice": advice}
+    much, when = (
+        rng.choice(("a little", "very", "rather", "so", "really", "a bit", "quite")),
+        rng.choice(("tonight", "this morning", "again", "lately", "these days", "right now", "this evening", "")),
+    )
+    values = {"feeling": feeling, "comfort": comfort, "advice": advice, "much": much, "when": when}
     turns = exchange(
         "{I am [feeling]|I feel [feeling]|I'm so [feeling]|I am a bit [feeling] today|I feel very [feeling]|I am feeling [feeling]"
-        "|Today I feel [feeling]|I'm feeling [feeling] today|I am so [feeling] right now}{.|!|. What should I do?|. Can you help me?|}",
+        "|Today I feel [feeling]|I'm feeling [feeling] today|I am so [feeling] right now|I feel [much] [feeling] [when]|I am [much] [feeling] [when]}{.|!|. What should I do?|. Can you help me?|}",
         "[comfort]. {Maybe you could|You could|It may help to|Perhaps you can} [advice]. "
         "{Do you want to tell me more?|What happened?|I hope you feel better soon.|I am here if you want to talk.|}",
         rng,
@@ -245,12 +266,51 @@ def introduction(rng: random.Random) -> Turns:
         rng,
         values,
     )
+    if rng.random() < 0.25:
+        doing = rng.choice(
+            (
+                "read",
+                "cook",
+                "draw",
+                "swim",
+                "dance",
+                "sing",
+                "travel",
+                "run",
+                "play chess",
+                "bake",
+                "write",
+                "learn new things",
+            )
+        )
+        values["doing"] = doing
+        turns = exchange(
+            "{My name is [name] and I {like|love} to [doing]|I am [name], and I {like|love} to [doing]|I'm [name] and I {like|love} to [doing]}{.|!}",
+            "{Hello|Hi|Nice to meet you|It is nice to meet you}, [name]! {It is fine that you like to [doing].|To [doing] is a good way to spend time.|I am glad that you like to [doing].} {Do you do it often?|What else do you like?|How are you today?}",
+            rng,
+            values,
+        )
     for _ in range(rng.choice((0, 1, 1, 2))):
         turns += rng.choice(
             (
-                exchange("{What is my name|Do you know my name|Do you remember my name|Who am I}?", "{Your name is [name].|You are [name].|You told me that your name is [name].}", rng, values),
-                exchange("I am [age] years old.", "{[age] is a good age.|Thank you for telling me, [name].|[age], that is nice.} {What do you like to do?|What do you do all day?}", rng, values),
-                exchange("I live in [place].", "{I have heard that it is nice there.|[place] sounds nice, [name].} {Do you like it there?|What do you like about it?|How long have you lived there?}", rng, values),
+                exchange(
+                    "{What is my name|Do you know my name|Do you remember my name|Who am I}?",
+                    "{Your name is [name].|You are [name].|You told me that your name is [name].}",
+                    rng,
+                    values,
+                ),
+                exchange(
+                    "I am [age] years old.",
+                    "{[age] is a good age.|Thank you for telling me, [name].|[age], that is nice.} {What do you like to do?|What do you do all day?}",
+                    rng,
+                    values,
+                ),
+                exchange(
+                    "I live in [place].",
+                    "{I have heard that it is nice there.|[place] sounds nice, [name].} {Do you like it there?|What do you like about it?|How long have you lived there?}",
+                    rng,
+                    values,
+                ),
             )
         )
     return turns
@@ -315,5 +375,3 @@ DOING = [
     ("{going to bed|lying in bed|about to sleep|in bed}", "{Sleep well!|Good night!|Have sweet dreams!} {Shall I tell you a short story first?|Tomorrow is a new day.|}"),
     ("{having breakfast|drinking coffee|drinking tea|having lunch|eating a sandwich}", "{Enjoy your meal!|That sounds good.|Enjoy it!} {What are you having?|Is it tasty?|What will you do afterwards?}"),
 ]  # fmt: skip
-
-__all__ = ["about_me", "agreement", "bad_news", "expand", "farewell", "good_news", "greeting", "introduction", "sloppy", "smalltalk_lead", "thanks", "weather"]  # fmt: skip

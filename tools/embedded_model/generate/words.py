@@ -2,8 +2,54 @@
 
 from __future__ import annotations
 
-NAMES_SHE = "Anna Lily Mia Emma Sara Nora Ella Lucy Rosa Maya Clara Ruth Alice Eva Jane Amy Zoe Ida Holly Grace Molly Hana".split()
-NAMES_HE = "Tom Ben Max Sam Leo Jack Tim Noah Paul Adam Oscar Finn Hugo Peter Omar Luke Dan Felix Ivan Karl Milo Ravi".split()
+NAMES_SHE = [
+    "Anna",
+    "Lily",
+    "Mia",
+    "Emma",
+    "Sara",
+    "Nora",
+    "Ella",
+    "Lucy",
+    "Rosa",
+    "Maya",
+    "Clara",
+    "Ruth",
+    "Alice",
+    "Eva",
+    "Jane",
+    "Amy",
+    "Zoe",
+    "Ida",
+    "Holly",
+    "Grace",
+    "Molly",
+    "Hana",
+]
+NAMES_HE = [
+    "Tom",
+    "Ben",
+    "Max",
+    "Sam",
+    "Leo",
+    "Jack",
+    "Tim",
+    "Noah",
+    "Paul",
+    "Adam",
+    "Oscar",
+    "Finn",
+    "Hugo",
+    "Peter",
+    "Omar",
+    "Luke",
+    "Dan",
+    "Felix",
+    "Ivan",
+    "Karl",
+    "Milo",
+    "Ravi",
+]
 NAMES = NAMES_SHE + NAMES_HE
 
 # name: (kind, what it looks like, where it lives, what it eats, what it says or does, a fact)
@@ -120,8 +166,21 @@ COLOURS = {
     "a panda": "black and white", "an eggplant": "purple", "salt": "white", "a leaf in summer": "green", "wood": "brown",
 }  # fmt: skip
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 SEASONS = {
     "spring": ("the snow melts and the first flowers open", "the days grow longer and the birds come back", "plant seeds, ride a bike or look for flowers"),
     "summer": ("the sun is warm and the days are long", "people swim, eat ice cream and sit outside", "swim in a lake, have a picnic or read in the shade"),

@@ -92,8 +92,8 @@ def objects(rng: random.Random) -> Turns:
     name = rng.choice(list(OBJECTS))
     use, place = OBJECTS[name]
     one = "[n]" if name in MANY or name == "paper" or name == "soap" else "a [n]"
-    be, need = ("are", "need") if name in MANY else ("is", "need")
-    values = {"n": name, "use": use, "place": place, "verb": use.removeprefix("to ")}
+    be = "are" if name in MANY else "is"
+    values = {"n": name, "use": use, "place": place}
     return exchange(
         *rng.choice(
             (
@@ -111,7 +111,8 @@ def objects(rng: random.Random) -> Turns:
 
 def jobs(rng: random.Random) -> Turns:
     """What people do at work; also the user's own job."""
-    name, values = (n := rng.choice(list(JOBS))), {"n": n, "does": JOBS[n]}
+    name = rng.choice(list(JOBS))
+    values = {"n": name, "does": JOBS[name]}
     return exchange(
         *rng.choice(
             (
@@ -124,7 +125,7 @@ def jobs(rng: random.Random) -> Turns:
         ),
         rng,
         values,
-    ) if name else []  # fmt: skip
+    )  # fmt: skip
 
 
 def places(rng: random.Random) -> Turns:
@@ -169,7 +170,14 @@ def rhyme(rng: random.Random) -> Turns:
     """Words that rhyme."""
     words = rng.choice(RHYMES).split()
     word, *others = rng.sample(words, len(words))
-    return exchange("{What rhymes with [w]|Which word rhymes with [w]|Tell me a word that rhymes with [w]|Give me a rhyme for [w]|Find a rhyme for [w]}?", f"{{[w] rhymes with|These rhyme with [w]:|Words that rhyme with [w] are}} {series(others[:3])}." if len(others) > 1 else f"[w] rhymes with {others[0]}.", rng, {"w": word})
+    return exchange(
+        "{What rhymes with [w]|Which word rhymes with [w]|Tell me a word that rhymes with [w]|Give me a rhyme for [w]|Find a rhyme for [w]}?",
+        f"{{[w] rhymes with|These rhyme with [w]:|Words that rhyme with [w] are}} {series(others[:3])}."
+        if len(others) > 1
+        else f"[w] rhymes with {others[0]}.",
+        rng,
+        {"w": word},
+    )
 
 
 def numbers(rng: random.Random) -> Turns:
@@ -180,11 +188,20 @@ def numbers(rng: random.Random) -> Turns:
         return exchange(f"{{How many {question}|How many {question}|Do you know: how many {question}}}?", answer, rng)
     if draw < 0.65:
         question, answer = rng.choice(list(BIGGEST.items()))
-        return exchange(f"{{What is {question}|Which is {question}|What's {question}|Do you know {question}|Name {question}}}?", answer, rng)
+        return exchange(
+            f"{{What is {question}|Which is {question}|What's {question}|Do you know {question}|Name {question}}}?",
+            answer,
+            rng,
+        )
     if draw < 0.85:
         a, b = rng.sample(range(1, 100), 2)
         most, least = str(max(a, b)), str(min(a, b))
         values = {"a": str(a), "b": str(b), "most": most, "least": least}
         return exchange(*rng.choice((("{Which number is larger, [a] or [b]|What is more, [a] or [b]|Is [a] or [b] bigger|Which is greater, [a] or [b]}?", "{[most] is larger than [least].|[most] is more than [least].}"), ("{Which number is smaller, [a] or [b]|What is less, [a] or [b]}?", "{[least] is smaller than [most].|[least] is less than [most].}"))), rng, values)  # fmt: skip
     n = rng.randint(1, 60)
-    return exchange("{What comes after [n]|Which number comes after [n]|What number is next after [n]}?", "{After [n] comes [m].|It is [m].}", rng, {"n": str(n), "m": str(n + 1)})
+    return exchange(
+        "{What comes after [n]|Which number comes after [n]|What number is next after [n]}?",
+        "{After [n] comes [m].|It is [m].}",
+        rng,
+        {"n": str(n), "m": str(n + 1)},
+    )
