@@ -1,4 +1,5 @@
 # make chat      talk to the embedded model (PROMPT="..." answers once)
+# make serve     serve it at http://127.0.0.1:10002 (PORT=, ARGS="--gguf_path FILE.gguf --host ...")
 # make venv      create .venv with everything installed
 # make test      install and run the tests
 # make check     format, lint and types
@@ -12,10 +13,11 @@ CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
 # What that torch's CUDA build pins; a CUDA torch brings its own.
 TRITON ?= 3.7.1
+PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -35,12 +37,15 @@ chat: $(VENV)/.ready-run
 	@$(BIN)/ktransformers $(if $(value PROMPT),--prompt "$$PROMPT") $(ARGS)
 override export PROMPT := $(value PROMPT)
 
+serve: $(VENV)/.ready-run
+	@$(BIN)/ktransformers --port $(PORT) $(ARGS)
+
 venv: $(VENV)/.ready-dev
 
 test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
+test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev
@@ -95,17 +100,17 @@ $(VENV)/.ready-run: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
 ifeq ($(CUDA),1)
 	$(BIN)/python -m pip install --quiet kt-kernel==0.7.2
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
 else
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
 	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2 || \
 	  echo "kt-kernel 0.7.2 has no build for this machine (it has for CPython 3.11 and 3.12 on x86-64 Linux): use --cpu_backend torch_reference"
 endif
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-run
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev,plot,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[serve,test,dev,plot,docs]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON) || \
 	  echo "Triton $(TRITON) has no build for this machine (it has for Linux): the tests of GPU kernels will skip"
 	touch $@
@@ -117,3 +122,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 # llama.cpp's converter, another oracle: what GGUF files look like that we did not write ourselves.
 .cache/llama.cpp: $(VENV)/.ready-dev
 	-@$(BIN)/python tests/host/llama_cpp_converter.py
+
+# The router of docs/replicas.md, in an environment of its own.
+.cache/smg: $(VENV)/.ready-dev
+	-@$(BIN)/python -m venv $@ && $@/bin/python -m pip install --quiet smg==1.13.0

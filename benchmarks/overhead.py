@@ -112,11 +112,11 @@ class Walk:
         num = min(3, LAYERS - 1 - layer)
         later = range(layer + 1, layer + 1 + num)
 
-        def predict(hidden: torch.Tensor) -> Guesses:
-            step = self._step
-            return Guesses(later, self._guesses[step, layer, :num, None], self._guess_scores[step, layer, :num])
-
-        return predict
+        made = [
+            Guesses(later, self._guesses[step, layer, :num, None], self._guess_scores[step, layer, :num])
+            for step in range(len(self._ids))
+        ]
+        return lambda hidden: made[self._step]
 
     def run(self) -> None:
         hidden = torch.randn(1, HIDDEN)

@@ -20,6 +20,7 @@ import yaml
 
 from benchmarks.model_memory import CARDS_GIB, GIB, PLACES, RELEASES, Release, memory, with_table
 from hybrimoe_kt.cli import main, options, tools
+from hybrimoe_kt.cli.plot import PICTURES
 from hybrimoe_kt.host.rule_file import load_rules
 from hybrimoe_kt.host.rules import check_operators, match_modules
 from hybrimoe_kt.host.skeletons import build_skeleton
@@ -52,11 +53,16 @@ def flags_of(command: str) -> set[str]:
 
 def command_of(line: str) -> str | None:
     """The command that a line calls, with its subcommand."""
-    match = re.match(r"(ktransformers|hybrimoe(?: [a-z]+){1,2})(?= |$)", line)
+    match = re.match(r"(ktransformers|hybrimoe(?: [a-z][a-z-]*){1,2})(?= |$)", line)
     return match[1] if match else None
 
 
-EVERY_COMMAND = ("ktransformers", *(f"hybrimoe {name}" for name in tools.COMMANDS), "hybrimoe rules check")
+EVERY_COMMAND = (
+    "ktransformers",
+    *(f"hybrimoe {name}" for name in tools.COMMANDS),
+    "hybrimoe rules check",
+    *(f"hybrimoe plot {name}" for name in PICTURES),
+)
 
 
 def shell_lines(text: str) -> Iterator[str]:

@@ -93,7 +93,11 @@ def test_wheel_contains_everything(wheel):
     for folder, package in MOVED.items():
         for file in (ROOT / folder).rglob("*"):
             inside = file.relative_to(ROOT / folder).as_posix()
-            if file.is_file() and file.suffix in (".py", ".yaml", ".gguf", ".json") and "__pycache__" not in inside:
+            if (
+                file.is_file()
+                and file.suffix in (".py", ".yaml", ".gguf", ".json", ".html", ".js", ".css")
+                and "__pycache__" not in inside
+            ):
                 assert f"{package.replace('.', '/')}/{inside}" in names
     assert "hybrimoe_kt/kernels/__init__.py" in names
     assert {"hybrimoe_kt/optimize_rules/qwen3moe.yaml", "hybrimoe_kt/optimize_rules/deepseek2.yaml"} <= names

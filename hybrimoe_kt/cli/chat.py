@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
 
-from .chat_output import StreamPrinter, flatten, summary_line, visible
+from .chat_output import StreamPrinter, summary_line, visible
+from .chat_statistics import answer_rows, total_rows
 from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
 
 __all__ = ["ChatEngine", "ChatOptions", "run_chat"]
@@ -207,8 +209,9 @@ def _statistics_table(engine: ChatEngine) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", overflow="fold")
     table.add_column(overflow="fold")
-    for title, values in (("last answer", engine.last_run()), ("since the start", engine.statistics())):
-        table.add_row(title, "", style="bold")
-        for name, value in flatten(values):
-            table.add_row(f"  {name}", value)
+    answer, total = answer_rows(engine.last_run()), total_rows(engine.statistics())
+    for title, rows in (("last answer", answer), ("since the start", total)):
+        table.add_row(Text(title, style="bold"), "")
+        for name, value in rows:
+            table.add_row(Text(f"  {name}"), Text(value))
     return table

@@ -1,4 +1,4 @@
-"""The `ktransformers` command: load a model, then chat or answer once."""
+"""The `ktransformers` command: load a model, then chat, answer once, or serve."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     open_closed_streams()
     options = parse(sys.argv[1:] if argv is None else argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = message_console()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return _run(options, console)
@@ -52,20 +52,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
+def message_console() -> Console:
+    """Where messages go: a terminal breaks their lines between words, a file gets them whole."""
+    console = Console(stderr=True, highlight=False)
+    console.soft_wrap = not console.is_terminal
+    return console
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
     for flag in options.without_effect:
         console.print(f"note: --{flag} has no effect here")
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
+    if options.is_server:
+        from .serve import run_server
+
+        return run_server(options, console)
     check_writable(options.stats_json, "--stats_json")
     check_writable(options.timeline, "--timeline")
     given = options.prompt is not None or options.prompt_file is not None
     interactive = not given and sys.stdin.isatty() and sys.stdout.isatty()
     prompt = None if interactive else _prompt(options, console)
-    began = time.perf_counter()
-    engine = load_engine(options, console)
-    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
-    console.print(visible(loaded), markup=False)
-    _note_unused(engine, options, console)
+    engine = open_engine(options, console)
     with timeline_to(options.timeline, engine, console):
         return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
 
@@ -84,6 +91,8 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
     from .chat import run_chat
 
     screen = Console(highlight=False)
+    if options.gguf_path is None and options.model_path is None:
+        screen.print("the small embedded model, which babbles: --gguf_path FILE.gguf runs a real one", style="dim")
     last = engine.last_run(), ""
 
     def after_answer(run: dict[str, Any], text: str) -> None:
@@ -95,6 +104,16 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
     code = run_chat(engine, options, screen, after_answer=after_answer)
     _write_report(engine, options.stats_json, *last)
     return code
+
+
+def open_engine(options: argparse.Namespace, console: Console) -> Engine:
+    """Load what the options name, and say what came of it."""
+    began = time.perf_counter()
+    engine = load_engine(options, console)
+    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
+    console.print(visible(loaded), markup=False)
+    _note_unused(engine, options, console)
+    return engine
 
 
 def load_engine(options: argparse.Namespace, console: Console) -> Engine:

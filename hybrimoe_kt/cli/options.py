@@ -9,14 +9,19 @@ from typing import Any
 from hybrimoe_kt import __version__
 
 from .parsing import Parser
+from .parsing import number as _number
+from .parsing import whole as _whole
+from .server_options import add_server_flags, settle_server
 
 __all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
 
 _EXAMPLES = """examples:
-  ktransformers                                        chat with the small embedded model
-  ktransformers --prompt "Hello!" --temperature 0      one answer, then exit
-  ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf --model_path DeepSeek-V2-Lite \\
-      --optimize_rule_path my-rules.yaml --cache_size 12GiB --cpu_infer 8
+  ktransformers                                    chat with the embedded model
+  ktransformers --prompt "Hello!" --temperature 0  one answer, then exit
+  ktransformers --gguf_path DeepSeek-V2-Lite.Q4_K_M.gguf \\
+      --model_path DeepSeek-V2-Lite --optimize_rule_path my-rules.yaml \\
+      --cache_size 12GiB --cpu_infer 8
+  ktransformers --gguf_path model.gguf --port 10002    a server and a page
 """
 
 _TRACE_EXAMPLES = """examples:
@@ -31,35 +36,11 @@ Replay it, in general or, after a run with an accelerator, just as it was:
 """
 
 # Flags of kTransformers that a user's script may pass and that mean nothing here.
-_WITHOUT_EFFECT = ("use_cuda_graph", "mode", "force_think", "device", "tp")
-
-
-def _whole(low: int, high: int | None = None) -> Any:
-    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {wanted}")
-        return value
-
-    return convert
-
-
-def _number(low: float, high: float) -> Any:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return value
-
-    return convert
+_WITHOUT_EFFECT = (
+    "use_cuda_graph", "mode", "force_think", "device", "tp", "web", "type", "backend_type", "max_batch_size",
+    "log_dir", "log_file", "log_level",
+)  # fmt: skip
+_MAX_NEW_TOKENS = 256
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,21 +50,26 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run a Mixture-of-Experts model with its experts scheduled between CPU and GPU, from a GGUF file.",
+        description="Run a Mixture-of-Experts model, its experts scheduled between CPU and GPU.",
     )
     parser.add_argument("--version", action="version", version=f"hybrimoe_kt {__version__}")
     _add_model(parser)
     _add_answer(parser)
     _add_experts(parser)
+    add_server_flags(parser.add_argument_group("server (--port or --host starts it)"))
     report = parser.add_argument_group("report")
     report.add_argument("--verbose", action="store_true", help="log decisions, and show where a token's time went")
     report.add_argument("--stats_json", type=Path, metavar="FILE", help="write the run's numbers and text")
-    report.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
-    )
+    _add_timeline(report)
     for flag in _WITHOUT_EFFECT:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_timeline(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="write what CPU, GPU and link did when, for Perfetto"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +102,10 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     answer = parser.add_argument_group("answer")
     answer.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     answer.add_argument("--prompt_file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
-    answer.add_argument("--max_new_tokens", type=_whole(1), default=256, metavar="N")
+    answer.add_argument(
+        "--max_new_tokens", type=_whole(1), metavar="N",
+        help=f"longest answer; default {_MAX_NEW_TOKENS}, for a server what the context holds",
+    )  # fmt: skip
     answer.add_argument(
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
@@ -173,6 +162,7 @@ def build_trace_parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--depth", type=_whole(1, 3), default=3, metavar="N", help="layers whose gates predict, 1 to 3 (default: 3)"
     )
+    _add_timeline(record)
     record.add_argument("--json", action="store_true", help="print one JSON object instead of tables and text")
     record.add_argument("--verbose", action="store_true", help="log decisions")
     _add_model(parser)
@@ -190,6 +180,7 @@ def parse_trace(argv: list[str]) -> argparse.Namespace:
         parser.error(f"give --{given[0]} or --{given[1]}, not both")
     if options.text is None and options.tokens is not None:
         parser.error("--tokens shortens a --text; the answer to a prompt is as long as --max_new_tokens")
+    options.max_new_tokens = options.max_new_tokens or _MAX_NEW_TOKENS
     return options
 
 
@@ -199,6 +190,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.without_effect = [flag for flag in _WITHOUT_EFFECT if getattr(options, flag) is not None]
     if options.prompt is not None and options.prompt_file is not None:
         build_parser().error("give --prompt or --prompt_file, not both")
+    settle_server(build_parser(), options)
+    if not options.is_server:
+        options.max_new_tokens = options.max_new_tokens or _MAX_NEW_TOKENS
     return options
 
 

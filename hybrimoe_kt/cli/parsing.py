@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from hybrimoe_kt.errors import nearest
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "number", "whole"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,3 +32,34 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 yield from _flags(inner)
+
+
+def whole(low: int, high: int | None = None) -> Any:
+    """Return what converts an argument to a whole number within limits, and refuses any other."""
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {wanted}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float) -> Any:
+    """Return what converts an argument to a number within limits, and refuses any other."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return convert

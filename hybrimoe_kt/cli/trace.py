@@ -21,6 +21,7 @@ from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
 from .main import load_engine
 from .options import expert_overrides, parse_trace
 from .outputs import check_writable
+from .timeline import timeline_to
 
 if TYPE_CHECKING:
     from hybrimoe_kt.host.hf.engine import Engine
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     ExpertOptions.from_kwargs(expert_overrides(options))  # say what is wrong before anything is loaded
     out = _out(options.out)
     check_writable(out, "--out")
+    check_writable(options.timeline, "--timeline")
     text = _text(options)
     if text is None and (options.json or not (sys.stdin.isatty() and sys.stdout.isatty())):
         raise ConfigError("nothing to record: give --text FILE or --prompt TEXT; a chat needs a terminal")
@@ -47,9 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     recorder = _listen(engine, options.depth)
     session = _Session(engine, recorder, options, console)
     try:
-        code = session.run(text)
-    finally:  # whatever happens, what was recorded is kept
-        saved = _save(engine, recorder, out)
+        with timeline_to(options.timeline, engine, console):
+            code = session.run(text)
+    except BaseException:  # an error, or a reader of our output that has gone: what was recorded is kept
+        if _save(engine, recorder, out) is not None:
+            console.print(f"recorded until then: {out}", markup=False)
+        raise
+    saved = _save(engine, recorder, out)
     if saved is None:
         if code:
             return code

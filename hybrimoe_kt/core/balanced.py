@@ -44,10 +44,10 @@ class BalancedScheduler(Scheduler):
 
     def assign(self, task: Task) -> Assignment:
         """Return the best assignment found; the same task gives the same answer."""
+        if _only_numbers_matter(task):
+            return self._assign_equal(task)
         num_missing = len(task.missing)
         loads = task.loads
-        if not task.arrival_s and task.num_free >= num_missing and len(set(loads.values())) == 1:
-            return self._assign_equal(task)
         held = sorted(task.held, key=loads.__getitem__)
         missing = sorted(task.missing, key=loads.__getitem__, reverse=True)
         if task.arrival_s:
@@ -60,8 +60,18 @@ class BalancedScheduler(Scheduler):
             result = improve(task, result)
         return result
 
+    def makespan_s(self, task: Task) -> float:
+        """Return the makespan of `assign` without making the assignment, where only numbers of experts matter."""
+        return self._equal(task)[2] if _only_numbers_matter(task) else self.assign(task).makespan_s
+
     def _assign_equal(self, task: Task) -> Assignment:
-        """All loads equal, nothing pending, slots to spare: only the numbers of experts matter."""
+        held, missing = task.held, task.missing
+        x, y, *times = self._equal(task)
+        arriving = missing[:x]
+        return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
+
+    def _equal(self, task: Task) -> Choice:
+        """The choice where only the numbers of experts matter, remembered by them."""
         held, missing = task.held, task.missing
         load = task.loads[held[0] if held else missing[0]]
         key = (task.cost, load, len(held), len(missing), task.link_busy_s, task.shared_s, task.admission_value_s)
@@ -70,9 +80,7 @@ class BalancedScheduler(Scheduler):
             if len(self._remembered) >= _MAX_REMEMBERED:
                 self._remembered.clear()
             choice = self._remembered[key] = _best_threshold(task, held, missing, (), ())
-        x, y, *times = choice
-        arriving = missing[:x]
-        return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
+        return choice
 
     def _with_pending(self, task: Task, held: list[int], missing: list[int]) -> Assignment:
         """Also choose which pending experts not to wait for: of equal loads the last to land, else any of a few."""
@@ -104,6 +112,11 @@ class BalancedScheduler(Scheduler):
         if left:
             others.append(_best_count(task, held, missing, [], len(free.transfers)))
         return min((best, *others), key=lambda a: a.makespan_s)
+
+
+def _only_numbers_matter(task: Task) -> bool:
+    """All loads equal, nothing pending, slots to spare."""
+    return not task.arrival_s and task.num_free >= len(task.missing) and len(set(task.loads.values())) == 1
 
 
 def _best_count(task: Task, held: list[int], missing: list[int], left: list[int], most: int) -> Assignment:

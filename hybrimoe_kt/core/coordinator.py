@@ -135,7 +135,7 @@ class Coordinator:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
         else:
-            if self._uses_link:
+            if self._uses_link and state.prefetched:
                 self._abort(state, [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in loads])
             if state.spec.num_stream_slots and routing.num_tokens > 1:
                 state.open_stream()  # if the layer before has not: what arrives on demand may pass through them
@@ -165,8 +165,9 @@ class Coordinator:
         guesses = self.predictor.predict(routing, predictions, self.prefetch_depth)
         for guess in guesses:
             state = self._layers[guess.layer]
-            wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
-            self._abort(state, wrong)
+            if state.prefetched:
+                wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
+                self._abort(state, wrong)
         next_s = self.now_s + self._step_s(plan, routing.num_tokens)
         streamed: list[Transfer] = []
         if routing.num_tokens > 1 and guesses and self._layers[guesses[0].layer].spec.num_stream_slots:
@@ -247,6 +248,19 @@ class Coordinator:
             len(cache.free_slots()),
             state.link.busy_s(self.now_s),
         )
+
+    def heat(self) -> dict[str, list[list[int]]]:
+        """Hits and misses of every expert since the start, `[num_layers, num_experts]`."""
+        layers = self._layers.values()
+        return {"hits": [list(state.hits) for state in layers], "misses": [list(state.misses) for state in layers]}
+
+    def last_token(self) -> dict[str, list[list[int]]]:
+        """The experts that the last token decoded on its own found ready, and did not, by layer."""
+        layers = self._layers.values()
+        return {
+            "hits": [list(state.last_hits) for state in layers],
+            "misses": [list(state.last_misses) for state in layers],
+        }
 
     def check_integrity(self) -> None:
         """Assert that every layer's cache is consistent and, with no plan open, that no pin has leaked."""
@@ -332,6 +346,7 @@ class Coordinator:
         stats.hits += num_hits
         stats.pending += len(task.arrival_s)
         stats.misses += len(task.missing)
+        state.count(task, state.num_tokens)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)
         stats.cpu_busy_s += assignment.cpu_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from hybrimoe_kt.core.cache import ExpertCache
 from hybrimoe_kt.core.cost import CostModel
@@ -16,7 +16,8 @@ class LayerState:
     """One layer's slots, costs and policy, and the prefetches whose worth is not known yet.
 
     `prefetched` maps an expert brought ahead of need -> why ("gate" or "admission"); `displaced` maps the
-    expert it evicted -> the same, until either is routed to or leaves.
+    expert it evicted -> the same, until either is routed to or leaves. `hits` and `misses` count, by expert, the
+    steps that routed to it and found it ready or not; `last_hits` and `last_misses` are the last single token's.
     """
 
     __slots__ = (
@@ -24,8 +25,12 @@ class LayerState:
         "cache",
         "cost",
         "displaced",
+        "hits",
         "is_streaming",
+        "last_hits",
+        "last_misses",
         "link",
+        "misses",
         "num_tokens",
         "policy",
         "predicted",
@@ -44,6 +49,9 @@ class LayerState:
         self.displaced: dict[int, str] = {}
         self.admission_value_s = 0.0
         self.num_tokens = 1
+        self.hits, self.misses = [0] * spec.num_experts, [0] * spec.num_experts
+        self.last_hits: Sequence[int] = ()
+        self.last_misses: Sequence[int] = ()
         self.predicted: Collection[int] = ()
 
     def resize(self, num_slots: int) -> None:
@@ -69,7 +77,21 @@ class LayerState:
     def has_all(self, experts: Collection[int]) -> bool:
         """Whether all of these are in slots or on their way."""
         slot_of = self.cache.slot_of
-        return all(slot_of[expert] >= 0 for expert in experts)
+        return min(map(slot_of.__getitem__, experts), default=0) >= 0
+
+    def count(self, task: Task, num_tokens: int) -> None:
+        """Count a step's hits and misses by expert; one still on its way is a miss."""
+        ready, absent = task.held, task.missing
+        if task.arrival_s:
+            ready = [e for e in task.held if e not in task.arrival_s]
+            absent = [*absent, *task.arrival_s]
+        hits, misses = self.hits, self.misses
+        for expert in ready:
+            hits[expert] += 1
+        for expert in absent:
+            misses[expert] += 1
+        if num_tokens == 1:
+            self.last_hits, self.last_misses = ready, absent
 
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""

@@ -96,10 +96,10 @@ class Prefetcher:
         task = state.task(routing.loads, routing.num_tokens, now_s, start_s)
         state.open_stream()
         missing = _candidates(routing, task.missing)[: state.spec.num_stream_slots]
-        best_s, best = self.scheduler.assign(task).makespan_s * _SAME, 0
+        best_s, best = self.scheduler.makespan_s(task) * _SAME, 0
         for quarter in range(1, 5):
             count = len(missing) * quarter // 4
-            makespan_s = self.scheduler.assign(self._streamed(state, task, missing[:count], now_s, start_s)).makespan_s
+            makespan_s = self.scheduler.makespan_s(self._streamed(state, task, missing[:count], now_s, start_s))
             if makespan_s < best_s:
                 best_s, best = makespan_s, count
         result: list[Transfer] = []
@@ -137,12 +137,15 @@ class Prefetcher:
 
         An expert keeps earning as long as it keeps its slot; what it displaced costs once, as it may come back.
         """
-        proven = self._proven[state.spec.layer]
-        first = {e: state.prefetched.pop(e) for e in task.held if e in state.prefetched}
-        proven.update({e: kind for e, kind in first.items() if kind != "stream"})
+        proven, prefetched, displaced = self._proven[state.spec.layer], state.prefetched, state.displaced
+        if prefetched:
+            first = {e: prefetched.pop(e) for e in task.held if e in prefetched}
+            proven.update({e: kind for e, kind in first.items() if kind != "stream"})
+            self._stats.useful_prefetches += len(first)
         gained = {e: proven[e] for e in task.held if e in proven}
-        lost = {e: state.displaced.pop(e) for e in task.missing if e in state.displaced}
-        self._stats.useful_prefetches += len(first)
+        lost = {e: displaced.pop(e) for e in task.missing if e in displaced} if displaced and task.missing else {}
+        if not gained and not lost:
+            return
         kinds = {*gained.values(), *lost.values()}
         if len(kinds) != 1:
             return
@@ -151,11 +154,11 @@ class Prefetcher:
             task.loads,
             [e for e in task.held if e not in gained] + list(lost),
             [e for e in task.missing if e not in lost] + list(gained),
-            arrival_s={e: at_s for e, at_s in task.arrival_s.items() if e not in gained},
+            arrival_s={e: at_s for e, at_s in task.arrival_s.items() if e not in gained} if task.arrival_s else None,
             shared_s=task.shared_s,
             num_free=max(0, task.num_free + len(gained) - len(lost)),
         )
-        self.benefit[kinds.pop()].add(self.scheduler.assign(without).makespan_s - assignment.makespan_s)
+        self.benefit[kinds.pop()].add(self.scheduler.makespan_s(without) - assignment.makespan_s)
 
     def forget(self, expert: ExpertId) -> None:
         """Stop crediting `expert`: it has lost its slot."""
@@ -172,7 +175,7 @@ class Prefetcher:
         if not state.uses_gpu:
             return state.cost.cpu_s(routing.loads.values())
         task = state.task(routing.loads, routing.num_tokens, now_s, start_s)
-        makespan_s = self.scheduler.assign(task).makespan_s
+        makespan_s = self.scheduler.makespan_s(task)
         candidates = _candidates(routing, task.missing)
         while candidates and len(result) < self._size:
             end_s = max(now_s, state.link.free_s) + state.cost.expert_transfer_s
@@ -180,7 +183,7 @@ class Prefetcher:
                 break
             best, best_s = -1, makespan_s * _SAME
             for expert in _one_per_load(candidates, routing.loads):
-                after_s = self.scheduler.assign(_with(task, expert, end_s - start_s)).makespan_s
+                after_s = self.scheduler.makespan_s(_with(task, expert, end_s - start_s))
                 if after_s < best_s:
                     best, best_s = expert, after_s
             if best < 0 or not self._start(state, best, routing.loads, now_s, "gate", result):
@@ -215,13 +218,13 @@ class Prefetcher:
     ) -> bool:
         """Give `expert` a free slot or the policy's first victim's; False if none may go."""
         cache, spec = state.cache, state.spec
-        free = cache.free_slots()
+        free = cache.free_slots() if FREE in cache.occupant else []
         victim = FREE
         if not free:
             candidates = cache.evictable(protected)
             if not candidates:
                 return False
-            victim = state.policy.rank(candidates)[0]
+            victim = state.policy.first(candidates)
             if kind == "admission" and not state.policy.admits(expert, victim):
                 return False
         slot = free[0] if free else cache.slot_of[victim]

@@ -213,7 +213,7 @@ class Executor:
         if self._mine.shape != ids.shape:
             self._mine = torch.empty_like(ids)
             self._mine_values = self._mine.numpy()[0]
-        self._mine_values[:] = [index if index in experts else -1 for index in ids[0].tolist()]
+        self._mine_values[:] = [index if index in experts else -1 for index in ids.tolist()[0]]
         return self._mine
 
     def _cpu_is_computing(self) -> bool:
@@ -232,7 +232,9 @@ class _failing:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (KernelError, CapacityError, RuntimeError)):  # torch reports devices' errors as the last
+        if error is not None and isinstance(
+            error, (KernelError, CapacityError, RuntimeError)
+        ):  # torch reports devices' errors as the last
             raise AcceleratorFailed(self._lane, error) from error
 
 

@@ -36,6 +36,8 @@ class Guesses(NamedTuple):
 Predict = Callable[[torch.Tensor], Guesses]
 """From the hidden states entering a MoE layer to guesses for the layers after it; only enqueues."""
 MAX_GUESSES = 3
+_MAX_VIEWS = 256
+"""Kept of one set: layers differ in how many follow them, prompts in length."""
 
 
 @dataclass(slots=True)
@@ -74,17 +76,19 @@ class _Set:
 
     def __init__(self, accelerator: Accelerator, sizes: Sequence[int]) -> None:
         self._buffers = [accelerator.page_locked(size) for size in sizes]
-        self._views: list[tuple[torch.Size, torch.dtype, torch.Tensor] | None] = [None] * len(sizes)
+        self._views: dict[tuple[int, torch.Size, torch.dtype], torch.Tensor] = {}
         self.read, self.guessed = accelerator.event(), accelerator.event()
 
     def view(self, place: int, like: torch.Tensor) -> torch.Tensor:
-        """Buffer `place` as a tensor like `like`; the same object as long as shape and dtype stay."""
-        known = self._views[place]
-        if known is not None and known[0] == like.shape and known[1] == like.dtype:
-            return known[2]
-        made = self._buffers[place][: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
-        self._views[place] = like.shape, like.dtype, made
-        return made
+        """Buffer `place` as a tensor like `like`; making one anew costs more than all else of a read."""
+        key = place, like.shape, like.dtype
+        known = self._views.get(key)
+        if known is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            whole = self._buffers[place][: like.numel() * like.element_size()]
+            known = self._views[key] = whole.view(like.dtype).view(like.shape)
+        return known
 
 
 class Inbox:

@@ -25,7 +25,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
-from hybrimoe_kt.device.inbox import Predict, Step
+from hybrimoe_kt.device.inbox import Guesses, Predict, Step
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
@@ -167,15 +167,11 @@ class Runtime:
     def record_timeline(self, timeline: Timeline) -> None:
         """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
         assert self._executor is not None, "the runtime has started"
-        clocks = {
-            f"GPU {number}, link {number} ({lane.accelerator.name})": lane.accelerator.stamps_are
-            for number, lane in enumerate(self._executor.lanes)
-        }
         timeline.info |= {
             "origin": "a run, on the host's clock",
             "scheduler": "host clock",
             "CPU": "host clock, from submission to when the host saw it done",
-        } | clocks
+        }
         self._log = ActivityLog(timeline, min(self.store.layers))
         self._executor.log_to(self._log)
 
@@ -183,9 +179,12 @@ class Runtime:
         """Wait for what is under way and return the timeline; None if none was being recorded."""
         assert self._executor is not None, "the runtime has started"
         log, self._log = self._log, None
-        self._executor.log_to(None)
         if log is None:
             return None
+        for lane in self._executor.lanes:
+            name = f"GPU {lane.number}, link {lane.number} ({lane.accelerator.name})"
+            log.timeline.info[name] = lane.accelerator.stamps_are  # known for certain after the first stamp only
+        self._executor.log_to(None)
         for lane in self._executor.lanes:
             with contextlib.suppress(DeadlineError):
                 lane.drain()
@@ -433,11 +432,9 @@ class Runtime:
             return None
         assert self.coordinator is not None and self._executor is not None, "a plan was made"
         guesses = self._executor.guesses(layer, step)
-        predictions: list[Routing] = []
+        predictions: Sequence[Routing] = ()
         if guesses is not None:
-            scores = self._kept(guesses.scores).tolist()
-            for number, later in enumerate(guesses.layers):
-                predictions.append(routing_of(later, guesses.ids[number], None, scores[number]))
+            predictions = _predicted(guesses, self._kept(guesses.scores))
         transfers = self.coordinator.prefetch(layer, predictions)
         self._executor.abort(self.coordinator.take_aborted())
         self._executor.prefetch(transfers)
@@ -448,8 +445,8 @@ def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scor
     """Turn a step's tensors (`[num_tokens, top_k]`, scores `[num_experts]`) into plain numbers."""
     num_tokens = ids.shape[0]
     if num_tokens == 1:  # one token names an expert once
-        chosen = ids[0].tolist()
-        shares = None if weights is None else dict(zip(chosen, weights[0].tolist(), strict=True))
+        chosen = ids.tolist()[0]
+        shares = None if weights is None else dict(zip(chosen, weights.tolist()[0], strict=True))
         return Routing(layer, dict.fromkeys(chosen, 1), 1, scores, shares)
     flat = ids.flatten().tolist()
     loads: dict[int, int] = {}
@@ -461,6 +458,21 @@ def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scor
         for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
             summed[index] += weight
     return Routing(layer, loads, num_tokens, scores, summed)
+
+
+def _predicted(guesses: Guesses, scores: torch.Tensor) -> list[Routing]:
+    """The gates' guesses in plain numbers; `scores` float32 `[num_layers, num_experts]`.
+
+    Few of them are ever looked at, so they stay packed: a memoryview gives them out as Python's own numbers.
+    """
+    if guesses.ids.shape[1] > 1:
+        rows = scores.tolist()
+        return [routing_of(later, guesses.ids[at], None, rows[at]) for at, later in enumerate(guesses.layers)]
+    packed, size = memoryview(scores.contiguous().numpy().tobytes()).cast("f"), scores.shape[1]
+    return [
+        Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at * size : at * size + size])
+        for at, (later, chosen) in enumerate(zip(guesses.layers, guesses.ids.tolist(), strict=True))
+    ]
 
 
 def _mean_probabilities(logits: torch.Tensor) -> torch.Tensor:

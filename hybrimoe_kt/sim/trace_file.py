@@ -83,7 +83,7 @@ def _read_npz(file: Path) -> Trace:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(str(arrays["header"]))
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{file}: not a {FORMAT} file ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else header

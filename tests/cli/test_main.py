@@ -16,6 +16,7 @@ import pytest
 
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
+from tests.timelines import check
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
 REQUIRED |= {"transfers", "text"}
@@ -269,3 +270,49 @@ def test_a_chat_reports_its_last_answer(
     assert report.keys() >= REQUIRED | {"model", "runtime", "per_token_ms"}
     assert report["text"] == "a\tb \x1b]0;title\x07 c"
     assert capsys.readouterr().out.count("a token took 0.50 ms") == 2
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "longest"), [(_Terminal(), 40), (io.StringIO(), 10**6)], ids=["terminal", "file"])
+def test_messages_break_between_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, longest: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", stream)
+    command.message_console().print("scheduler, policy, profile " * 9, markup=False)
+    lines = stream.getvalue().splitlines()
+    assert (len(lines) == 1) == (longest > 1000)
+    assert all(len(line) <= longest for line in lines)
+    assert {word for line in lines for word in line.split()} == {"scheduler,", "policy,", "profile"}
+
+
+def test_a_timeline_of_the_answer_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    asked = ["--prompt", "Good morning.", "--max_new_tokens", "4", "--temperature", "0", "--timeline", str(file)]
+    assert main([*asked, "--cpu_backend", "torch_reference"]) == 0
+    assert str(file) in capsys.readouterr().err
+    lanes = check(file, {"steps", "scheduler", "CPU"})
+    assert lanes["steps"][0]["name"].startswith("prefill ") and len(lanes["steps"]) >= 2
+
+
+def test_a_timeline_that_cannot_be_written_is_refused_before_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["--prompt", "Hi", "--timeline", "/nowhere/run.json"]) == 2
+    assert "--timeline /nowhere/run.json: cannot be written there" in capsys.readouterr().err
+
+
+def test_the_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "examples:" in lines
+    assert [line for line in lines if len(line) > 80] == []

@@ -14,8 +14,10 @@ import pytest
 
 from hybrimoe_kt.cli import chat_input, trace
 from hybrimoe_kt.cli.tools import main
+from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.sim.record import Recorder
 from hybrimoe_kt.sim.trace_file import read_trace
+from tests.timelines import check
 
 TEXT = "The river ran past the old mill, and the miller counted every stone that the water had moved. " * 3
 EMULATED = ["--accelerator", "emulated", "--cpu_backend", "torch_reference", "--cache-size", "8"]
@@ -40,7 +42,11 @@ def test_a_text_token_by_token_replays_with_the_run_s_own_counts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
 ) -> None:
     file = tmp_path / "run.npz"
-    report = record(capsys, "--out", file, "--text", text, "--tokens", "24", *EMULATED, "--prefetch_depth", "1")
+    timeline = tmp_path / "run.json"
+    arguments = ["--tokens", "24", *EMULATED, "--prefetch_depth", "1", "--timeline", timeline]
+    report = record(capsys, "--out", file, "--text", text, *arguments)
+    lanes = check(timeline, {"steps", "scheduler", "GPU 0", "CPU", "link 0"})
+    assert len(lanes["steps"]) == 24
     found = read_trace(file)
     assert [(step.phase, step.num_tokens) for step in found.steps] == [("decode", 1)] * 24
     assert report["locality"]["num_tokens"] == 24
@@ -126,6 +132,25 @@ def test_ctrl_c_keeps_what_was_recorded(
     assert main(["trace", "--out", str(file), "--text", str(text), "--cpu_backend", "torch_reference"]) == 130
     assert len(read_trace(file).steps) == 5
     assert str(file) in capsys.readouterr().out
+
+
+def test_an_error_keeps_what_was_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, steps = Recorder.begin_step, []
+
+    def begin_step(self: Recorder, phase: Any) -> None:
+        steps.append(phase)
+        if len(steps) == 4:
+            raise KernelError("a kernel failed")
+        begin(self, phase)
+
+    monkeypatch.setattr(Recorder, "begin_step", begin_step)
+    file = tmp_path / "run.npz"
+    assert main(["trace", "--out", str(file), "--text", str(text), "--cpu_backend", "torch_reference"]) == 2
+    assert len(read_trace(file).steps) == 3
+    err = capsys.readouterr().err
+    assert f"recorded until then: {file}" in err and "hybrimoe trace: a kernel failed\n" in err
 
 
 @pytest.mark.parametrize(

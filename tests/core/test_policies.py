@@ -153,3 +153,25 @@ def test_adaptive_is_best_in_every_column_of_the_shared_traces() -> None:
             print(f"{name} {num_slots} slots: {row} belady {bound:.4f}; adaptive closes {closed:.1%}")
             assert rates["adaptive"] >= max(rates[policy] for policy in CLASSICAL)
             assert closed >= 0.15
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "belady"])
+def test_the_first_victim_is_the_first_of_the_ranking(name: str) -> None:
+    rng = random.Random(4)
+    policies = make_policies(name, specs(4), {})
+    for routing in random_routings(3, 300):
+        policy = policies[routing.layer]
+        policy.touch(routing)
+        candidates = rng.sample(range(16), 9)
+        assert policy.first(candidates) == policy.rank(candidates)[0]
+
+
+def test_similar_tokens_are_those_of_the_last_refresh_whenever_they_are_asked_for() -> None:
+    """Votes asked for at every step and now and then are the same where both are asked for."""
+    often, seldom = (make_policies("adaptive", specs(4, 5), {"refresh_layers": 3}) for _ in range(2))
+    for number, routing in enumerate(random_routings(5, 200, layers=5)):
+        for policies in (often, seldom):
+            policies[routing.layer].touch(routing)
+        ranked = often[routing.layer].rank(range(16))
+        if number % 7 == 0:
+            assert seldom[routing.layer].rank(range(16)) == ranked

@@ -51,6 +51,7 @@ def test_every_scheduler_partitions_the_routed_experts(name: str) -> None:
         found = scheduler.assign(task)
         assert sorted([*found.cpu, *found.gpu]) == sorted(task.loads)
         assert [e for e in found.gpu if e in set(found.transfers)] == list(found.transfers)
+        assert scheduler.makespan_s(task) == found.makespan_s
         again = scheduler.assign(task)
         assert (list(again.cpu), list(again.gpu)) == (list(found.cpu), list(found.gpu))
 

@@ -79,6 +79,22 @@ def test_stopping_and_abandoning_leave_the_engine_usable(engine: Engine) -> None
     assert list(engine.tokens(prompt, GREEDY)) == wanted
 
 
+def test_a_prompt_is_given_up_between_two_chunks(generated: Make, engine: Engine) -> None:
+    overrides = {"cpu_backend": "torch_reference", "max_chunk_tokens": 4}
+    chunks = build_engine(generated(Shape()).path, progress=False, option_overrides=overrides)
+    chunks.end_ids = set()
+    stop = threading.Event()
+    lengths: list[int] = []
+    chunks.model.register_forward_pre_hook(lambda *_: (lengths.append(chunks._cache.get_seq_length()), stop.set())[1])
+    prompt = [(7 * at) % 250 for at in range(30)]
+    assert list(chunks.tokens(prompt, GREEDY, stop)) == []
+    assert chunks.last_run()["finish"] == "cancelled"
+    assert lengths == [0]
+    chunks.model._forward_pre_hooks.clear()
+    assert list(chunks.tokens(prompt, GREEDY)) == fresh(engine, prompt)
+    assert chunks.last_run()["reused_tokens"] == 4
+
+
 def test_a_failure_in_the_middle_of_a_prompt_forgets_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [4, 5, 6, 7, 8]
     wanted = fresh(engine, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,3 +259,20 @@ def test_an_unfinished_step_can_be_forgotten() -> None:
     assert recorder.drop_unfinished() == 2
     assert recorder.drop_unfinished() == 0
     assert len(recorder.trace().steps) == 1
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    whole = write_trace(generate("mixtral-8x7b", prompt_tokens=2, tokens=1), tmp_path / "whole").read_bytes()
+    file, refusals = tmp_path / "damaged.npz", []
+    for number in range(150):
+        data = bytearray(whole[: rng.randrange(3, len(whole))] if number % 4 == 0 else whole)
+        for _ in range(5):
+            data[rng.randrange(2, len(data))] = rng.randrange(256)
+        file.write_bytes(data)
+        try:
+            read_trace(file)
+        except ConfigError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 140
+    assert not any("\n" in sentence for sentence in refusals)

@@ -1,7 +1,7 @@
 """Writes a checkpoint as GGUF: experts Q4_K, other matrices Q8_0, routers and norms F32.
 
     python -m tools.embedded_model.export --checkpoint .cache/train/last.pt --tokenizer .cache/corpus/tokenizer.json \\
-        --name "HybriMoE small talk" --out hybrimoe_kt/models/small-talk-q4_k.gguf
+        --name "small-talk" --out hybrimoe_kt/models/small-talk-q4_k.gguf
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", default="HybriMoE small talk")
+    parser.add_argument("--name", default="small-talk")
     parser.add_argument(
         "--f32", action="store_true", help="nothing quantised: what the quantised file is compared with"
     )

@@ -102,10 +102,19 @@ class AdaptivePolicy(Policy):
 
     def rank(self, candidates: Sequence[int]) -> list[int]:
         """Return `candidates`, the lowest value first."""
+        keys = self._keys(candidates)
+        return [candidates[position] for position in sorted(range(len(keys)), key=keys.__getitem__)]
+
+    def first(self, candidates: Sequence[int]) -> int:
+        """Return the candidate of lowest value, of equal ones the first."""
+        keys = self._keys(candidates)
+        return candidates[keys.index(min(keys))]
+
+    def _keys(self, candidates: Sequence[int]) -> list[float]:
+        """Values but for a common factor."""
         votes = self._votes
         if votes is None:
             votes = self._votes = self._context.votes(self.spec.layer)
         scale = self._gain * (1.0 - self._faded * self._keep) / (1.0 - self._keep) * self._weight
         use = self._use
-        keys = [use[e] + scale * votes[e] for e in candidates]
-        return [candidates[position] for position in sorted(range(len(keys)), key=keys.__getitem__)]
+        return [use[e] + scale * votes[e] for e in candidates]

@@ -42,6 +42,10 @@ class Policy:
         """Return `candidates`, the first victim first."""
         return sorted(candidates, key=self.value)
 
+    def first(self, candidates: Sequence[int]) -> int:
+        """Return the first of `rank`'s order."""
+        return self.rank(candidates)[0]
+
     def admits(self, expert: int, victim: int) -> bool:
         """Whether `expert` deserves `victim`'s slot beyond the step that needs it now."""
         return self.value(expert) > self.value(victim)

@@ -43,7 +43,8 @@ class TokenContext:
         self._alike = 0
         self._token = 0
         self._last_position = -1
-        self._similar: list[tuple[int, int]] = []
+        self._resemblance = 0  # `alike` when the similar tokens were last to be chosen
+        self._similar: list[tuple[int, int]] | None = []
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
         """Take in what the current token routed to in `layer`; a layer not after the last one starts a new token."""
@@ -69,12 +70,14 @@ class TokenContext:
         for distance, weight in enumerate(_AHEAD, 1):
             after[(token - distance) % window] += weight * used
         if position % self._refresh_layers == 0:
-            self._choose_similar()
+            self._resemblance, self._similar = alike, None  # chosen when somebody asks
 
     def votes(self, layer: int) -> tuple[int, ...]:
         """Return per expert how strongly it is expected within four tokens; `FULL_VOTE` is certainty in each."""
-        after = self._after[layer]
-        total = sum([weight * after[token] for token, weight in self._similar])
+        after, similar = self._after[layer], self._similar
+        if similar is None:
+            similar = self._similar = self._choose_similar()
+        total = sum([weight * after[token] for token, weight in similar])
         return struct.unpack(self._vote_format, total.to_bytes(self._vote_bytes, "little"))
 
     def _next_token(self) -> None:
@@ -84,10 +87,10 @@ class TokenContext:
         alike = ((alike << _FIELD_BITS) & self._all) | (alike >> self._top_field)
         self._alike = alike - (alike & (0xFFFF << (_FIELD_BITS * token)))
 
-    def _choose_similar(self) -> None:
+    def _choose_similar(self) -> list[tuple[int, int]]:
         """Weigh the most similar tokens by the square of their resemblance."""
-        values = struct.unpack(self._window_format, self._alike.to_bytes(2 * self._window, "little"))
+        values = struct.unpack(self._window_format, self._resemblance.to_bytes(2 * self._window, "little"))
         cut = max(sorted(values)[-self._num_similar], 4)
         best = [(token, value) for token, value in enumerate(values) if value >= cut]
         total = sum([value * value for _, value in best])
-        self._similar = [(token, _TOTAL_WEIGHT * value * value // total) for token, value in best]
+        return [(token, _TOTAL_WEIGHT * value * value // total) for token, value in best]

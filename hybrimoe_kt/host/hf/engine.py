@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
 
 from .loading import LoadedModel
+from .pieces import TextPieces
 from .profiler import TimeShares
+from .sampling import Draw, Drawn, Sampling
 from .tokenizer import chat_prompt
 
 __all__ = ["Engine", "Run", "Sampling"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy and ignores the rest."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.95
-    seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -97,19 +87,42 @@ class Engine:
         """Yield the answer to a conversation piece by piece; CapacityError when the conversation is too long."""
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         ids = chat_prompt(self.tokenizer, messages)
-        pieces = DecodeStream(skip_special_tokens=True)
-        backend = self.tokenizer.backend_tokenizer
+        pieces = self.pieces()
         for token in self.tokens(ids, sampling, stop):
-            piece = pieces.step(backend, token)
+            piece = pieces.step(token)
             if piece:
                 yield piece
+        if rest := pieces.flush():
+            yield rest
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
+        return chat_prompt(self.tokenizer, messages, tools, template_options)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a plain text that the model is to go on with."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def pieces(self, *, keep_special: bool = False) -> TextPieces:
+        """Return what turns an answer's tokens into text as they come."""
+        return TextPieces(self.tokenizer.backend_tokenizer, keep_special=keep_special)
 
     def tokens(self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None) -> Iterator[int]:
         """Yield the new token ids after `prompt`, end tokens left out; `last_run` tells what it took."""
-        self._check_length(prompt)
+        for drawn in self.draws(prompt, sampling, stop):
+            yield drawn.token
+
+    def draws(self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None) -> Iterator[Drawn]:
+        """Do as `tokens` does, and tell how likely they were."""
+        self.check_length(prompt)
         self._run = run = Run(prompt_tokens=len(prompt))
         before = self.runtime_counters()
-        draw = _Draw(sampling)
+        draw = Draw(sampling, prompt)
         try:
             yield from self._generate(prompt, sampling, draw, stop, run)
         finally:
@@ -117,8 +130,8 @@ class Engine:
                 setattr(run, name, value - before[name])
 
     def _generate(
-        self, prompt: list[int], sampling: Sampling, draw: _Draw, stop: threading.Event | None, run: Run
-    ) -> Iterator[int]:
+        self, prompt: list[int], sampling: Sampling, draw: Draw, stop: threading.Event | None, run: Run
+    ) -> Iterator[Drawn]:
         run.reused_tokens = self._reuse(prompt)
         began = time.perf_counter()
         logits = self._forward(prompt[run.reused_tokens :], stop)
@@ -126,19 +139,19 @@ class Engine:
         room = self.context_tokens - len(prompt)
         began = time.perf_counter()
         while logits is not None:
-            token = draw(logits)
-            if token in self.end_ids:
+            drawn = draw(logits)
+            if drawn.token in self.end_ids:
                 return
             run.new_tokens += 1
             run.decode_s = time.perf_counter() - began
-            yield token
+            yield drawn
             if run.new_tokens >= min(sampling.max_new_tokens, room):
                 run.finish = "length"
                 return
             if stop is not None and stop.is_set():
                 run.finish = "cancelled"
                 return
-            logits = self._forward([token], stop)
+            logits = self._forward([drawn.token], stop)
         run.finish = "cancelled"
 
     def feed(self, text: list[int], size: int, stop: threading.Event | None = None) -> Iterator[int]:
@@ -205,7 +218,8 @@ class Engine:
         self._cached_ids = self._cached_ids[:common]
         return common
 
-    def _check_length(self, prompt: list[int]) -> None:
+    def check_length(self, prompt: list[int]) -> None:
+        """Raise CapacityError for a prompt the context cannot hold, ModelError for tokens the model does not have."""
         if not prompt:
             raise CapacityError("the prompt is empty; give at least one character")
         if len(prompt) >= self.context_tokens:
@@ -243,26 +257,3 @@ class Engine:
             "context_tokens": self.context_tokens,
             "runtime": self.runtime.describe(),
         } | stats
-
-
-class _Draw:
-    """Chooses one token from logits `[vocab]`; the same seed draws the same tokens."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self._greedy = sampling.temperature < 1e-6  # below, dividing by it overflows
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
-        self._warpers = LogitsProcessorList()
-        if not self._greedy:
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_p < 1.0:
-                self._warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        if self._greedy:
-            return int(logits.argmax())
-        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None])
-        return int(torch.multinomial(torch.softmax(scores[0], dim=-1), 1, generator=self._generator))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.utils import logging as transformers_logging
 
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ConfigError, ModelError
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 
-__all__ = ["chat_prompt", "load_tokenizer"]
+__all__ = ["chat_prompt", "load_tokenizer", "template_takes"]
 
 logger = logging.getLogger(__name__)
+
+# Arguments of Transformers' own function, which the template never sees or gets another way.
+_TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages"
+}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -68,16 +76,35 @@ def _or_model_error(
         transformers_logging.set_verbosity(level)
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the token ids of a conversation, ready for the assistant's answer.
 
-    A tokenizer without a chat template (a base model's) gets the messages' text, one after the other.
+    `tools` and `template_options` are what the chat template sees beside the messages. A tokenizer without a chat
+    template (a base model's) gets the messages' text, one after the other.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    options = dict(template_options or {})
+    if taken := sorted(options.keys() & _TEMPLATE_ARGUMENTS):
+        raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
     try:
-        filled = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        filled = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None,
+            add_generation_prompt=True, tokenize=True, return_dict=True, **options,
+        )  # fmt: skip
     except Exception as error:  # a template is a program of the file's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
     return list(filled["input_ids"])
+
+
+def template_takes(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the chat template reads a variable such as `tools`: one that does not would drop it silently."""
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts)

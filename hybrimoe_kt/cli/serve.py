@@ -1,0 +1,109 @@
+"""`ktransformers --port N`: from the command line to a server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hybrimoe_kt.config import parse_bytes
+from hybrimoe_kt.errors import ConfigError
+
+from .chat_output import visible
+from .server_options import API_KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.server.settings import Settings
+
+__all__ = ["run_server", "server_settings"]
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run_server(options: argparse.Namespace, console: Console) -> int:
+    """Load the model and serve it until a signal; 0 when everything accepted was answered, else 1."""
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"the server needs {missing[0]}, which is not installed: run pip install 'hybrimoe-kt[serve]', "
+            f"or pip install '.[serve]' in a checkout"
+        )
+    settings = server_settings(options)
+    if settings.api_key is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        console.print(
+            f"warning: anyone who reaches {visible(settings.host)} can use this server; --api_key asks for a key",
+            markup=False,
+        )
+    from hybrimoe_kt.server.run import bind, serve
+
+    from . import main
+
+    listener = bind(settings)
+    engine = main.open_engine(options, console)
+
+    def on_ready(url: str) -> None:
+        console.print(
+            f"serving at {url} (chat page), {url}/v1 (OpenAI), {url}/api (Ollama); Ctrl-C ends it", markup=False
+        )
+
+    return 0 if serve(engine, settings, listener, on_ready=on_ready) else 1
+
+
+def server_settings(options: argparse.Namespace) -> Settings:
+    """Return what the command line and the environment say; ConfigError where it cannot be used."""
+    from hybrimoe_kt.server.settings import Settings
+
+    given = {
+        "host": options.host,
+        "port": options.port,
+        "model_name": options.model_name,
+        "api_key": options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE),
+        "max_waiting": options.max_waiting,
+        "max_request_bytes": _size(options.max_request_size),
+        "origins": tuple(map(_origin, options.cors_origin or ())),
+        "shutdown_s": options.shutdown_s,
+        "ssl_certfile": _readable("ssl_certfile", options.ssl_certfile),
+        "ssl_keyfile": _readable("ssl_keyfile", options.ssl_keyfile),
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    if given["api_key"] is not None and not given["api_key"].strip():
+        raise ConfigError(f"the API key is empty; give --api_key or {API_KEY_VARIABLE} a text, or leave both out")
+    if options.model_name is not None and not options.model_name.strip():
+        raise ConfigError("--model_name is empty; give a name, or leave it out")
+    if given["ssl_keyfile"] and not given["ssl_certfile"]:
+        raise ConfigError("--ssl_keyfile needs --ssl_certfile")
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    num_bytes = parse_bytes(text)
+    if not num_bytes:
+        raise ConfigError(f"--max_request_size {text!r} is not understood: give bytes, such as 500KiB or 16MiB")
+    return num_bytes
+
+
+def _origin(text: str) -> str:
+    """A browser names an origin without a path."""
+    origin = text.rstrip("/")
+    if re.fullmatch(r"https?://[^/?#\s@]+", origin) is None:
+        raise ConfigError(
+            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example"
+        )
+    return origin
+
+
+def _readable(flag: str, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    if not file.is_file() or not os.access(file, os.R_OK):
+        raise ConfigError(f"--{flag} {file}: no such file, or it cannot be read")
+    return str(file)

@@ -1,0 +1,126 @@
+"""What an answer's text says beside its content: thoughts and tool calls, in the model family's own notation.
+
+Transformers knows the notations (a tokenizer's `response_template`, or its server's table by model type) and parses
+them; this is the only file that asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.utils import get_response_template
+
+__all__ = ["Call", "Part", "ResponseParts", "response_format"]
+
+logger = logging.getLogger(__name__)
+
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of text: the answer's content, or the thoughts before it."""
+
+    text: str
+    is_thought: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call; `arguments` are the JSON object that the model wrote."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+def response_format(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, calls: bool
+) -> dict[str, Any] | None:
+    """Return the template that splits this model's answers, None where Transformers has none that fits.
+
+    Without `calls` tool calls stay in the text. One that has no tool calls does not fit when they are asked for.
+    """
+    template = get_response_template(tokenizer, model)
+    if template is None or (calls and "tool_calls" not in template["fields"]):
+        return None
+    fields = {name: field for name, field in template["fields"].items() if calls or name != "tool_calls"}
+    return {**template, "fields": fields}
+
+
+class ResponseParts:
+    """Splits one answer as it comes. Text that is not what the notation promises stays content, as it is."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Mapping[str, Any],
+        prompt: Sequence[int],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """`prompt` are the token ids before the answer: a template may have begun it."""
+        prefix = str(tokenizer.decode(list(prompt[-_PREFIX_TOKENS:])))
+        self._parser: Any = None
+        self._pending: list[str] = []  # pieces of a tool call that is still open
+        self._unsaid = ""  # what was fed and is not yet in a part or a call
+        anchor = template.get("start_anchor")
+        anchors = [anchor] if isinstance(anchor, str) else anchor
+        # another chat template than the notation was written for: what it would read is the question, not the answer
+        if anchors is None or any(text in prefix for text in anchors):
+            self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=list(tools) or None)
+
+    def feed(self, text: str) -> list[Part | Call]:
+        """Return what `text` completes."""
+        if self._parser is None:
+            return [Part(text)] if text else []
+        self._unsaid += text
+        return self._read(lambda: self._parser.feed(text))
+
+    def flush(self) -> list[Part | Call]:
+        """Return what was held back, at the end."""
+        return [] if self._parser is None else self._read(lambda: self._parser.finalize()[1])
+
+    def _read(self, step: Callable[[], list[dict[str, Any]]]) -> list[Part | Call]:
+        try:
+            return [said for event in step() for said in self._say(event)]
+        except (ValueError, KeyError, TypeError) as error:
+            logger.info("the answer is not in the model's notation: %s", error)
+            self._parser, rest = None, self._unsaid
+            return [Part(rest)] if rest else []
+
+    def _say(self, event: dict[str, Any]) -> Iterator[Part | Call]:
+        field = event.get("field")
+        if event["type"] == "region_chunk" and not event.get("dirty"):
+            self._forget(event["text"])
+            if field == "content" or field in _THOUGHTS:
+                yield Part(event["text"], is_thought=field in _THOUGHTS)
+        elif event["type"] == "region_chunk":
+            self._pending.append(event["text"])
+        elif event["type"] == "region_close" and field == "tool_calls":
+            values = event["value"] if isinstance(event["value"], list) else [event["value"]]
+            calls = [_call(value) for value in values]
+            for text in self._pending:
+                self._forget(text)
+            self._pending.clear()
+            yield from calls
+
+    def _forget(self, text: str) -> None:
+        """Events hand over what was fed piece by piece, in order, without the marks between."""
+        self._unsaid = self._unsaid[self._unsaid.index(text) + len(text) :]
+
+
+def _call(value: Any) -> Call:
+    function = value.get("function") if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call needs a name")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, Mapping):
+        raise ValueError("a tool call's arguments are an object")
+    return Call(function["name"], arguments)

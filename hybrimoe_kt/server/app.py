@@ -1,0 +1,139 @@
+"""The application: routes behind the gate, errors in the client's shape, the page's files at `/`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp
+
+from hybrimoe_kt import __version__
+
+from .body import BodyLimit
+from .errors import ApiError, Json, as_api_error, error_response
+from .gate import Gate
+from .ollama_routes import ollama_routes
+from .openai_routes import openai_routes
+from .service import Service
+from .stats import page_stats
+
+__all__ = ["make_app"]
+
+logger = logging.getLogger(__name__)
+
+# The page is all of its own: nothing from elsewhere may run in it, and no other page may frame it.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+def make_app(service: Service) -> ASGIApp:
+    """Return the ASGI application of one server."""
+    app = FastAPI(title="hybrimoe_kt", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(openai_routes(service))
+    app.include_router(ollama_routes(service))
+    _add_own_routes(app, service)
+    page = _add_page(app)
+    for kind, handler in ((ApiError, _refused), (RequestValidationError, _invalid), (HTTPException, _http)):
+        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(Exception, _failed)
+    known = {*app.openapi()["paths"], *page}
+    settings = service.settings
+    layers: ASGIApp = BodyLimit(app, service.max_request_bytes, settings.request_s)
+    if settings.origins:
+        layers = CORSMiddleware(
+            layers, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
+        )
+    return Gate(layers, service, {"/health", *page}, known)
+
+
+def _add_own_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["server"])
+    async def health() -> Json:
+        return Json({"status": "ok", "model": service.model_name})
+
+    @app.get("/metrics", tags=["server"])
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/hybrimoe/stats", tags=["server"])
+    async def stats() -> Json:
+        return Json(page_stats(service))
+
+
+def _add_page(app: FastAPI) -> list[str]:
+    """Serve the page's files, and return their paths."""
+    folder = Path(str(resources.files("hybrimoe_kt.server") / "page"))
+    files = {f"/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
+    files["/"] = files["/index.html"]
+    for path, file in files.items():
+        app.add_api_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
+    return list(files)
+
+
+def _sender(file: Path) -> Any:
+    async def send() -> FileResponse:
+        return FileResponse(file, headers=_PAGE_HEADERS)
+
+    return send
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return error_response(request.url.path, error)
+
+
+async def _http(request: Request, error: Any) -> Response:
+    path = request.url.path
+    if error.status_code == 404:
+        shown = ApiError(404, f"there is nothing at {path}", code="not_found")
+    elif error.status_code == 405:
+        shown = ApiError(
+            405, f"{path} does not take {request.method}", code="method_not_allowed", headers=error.headers
+        )
+    elif error.status_code == 400:
+        shown = ApiError(400, "the request is not JSON in UTF-8", code="invalid_json")
+    else:
+        shown = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return error_response(path, shown)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    errors = error.errors()
+    first = max(errors, key=lambda found: len(found["loc"]))  # of a choice of types, the one that came furthest
+    if first["type"] == "json_invalid":
+        shown = ApiError(400, f"the request is not JSON: {first['ctx']['error']}", code="invalid_json")
+    else:
+        param = _param(first["loc"][1:], error.body)
+        shown = ApiError(400, f"{param or 'the request'}: {first['msg']}", param=param, code=first["type"])
+    return error_response(request.url.path, shown)
+
+
+def _param(location: Sequence[Any], body: Any) -> str | None:
+    """Name a place in the request, such as "messages[0].content", without the types that were tried there."""
+    shown = ""
+    for number, part in enumerate(location):
+        is_last = number == len(location) - 1
+        if isinstance(part, int):
+            shown += f"[{part}]"
+            body = body[part] if isinstance(body, list) and part < len(body) else None
+        elif isinstance(body, dict) and (part in body or is_last):
+            shown += f".{part}"
+            body = body.get(part)
+    return shown.lstrip(".") or None
+
+
+async def _failed(request: Request, error: Any) -> Response:
+    logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
+    return error_response(request.url.path, as_api_error(error))

@@ -1,0 +1,105 @@
+"""What every request passes first: who may ask, from where, and whether anything is answered at all."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, error_response
+from .queue import shutting_down
+from .service import Service
+
+__all__ = ["Gate"]
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class Gate:
+    """Refuses before any route is asked, and counts every response.
+
+    - A key, when the server has one, on all paths but `open_paths`.
+    - A request that a web page of another origin makes, unless the origin is allowed: a browser lets any page send
+      one, and a server on this machine would work for whoever is visited.
+    - On a loopback address also a foreign host name, under which a page could pass for this server's own; a reverse
+      proxy's name is that of an allowed origin.
+    """
+
+    def __init__(
+        self, app: ASGIApp, service: Service, open_paths: Collection[str], known_paths: Collection[str]
+    ) -> None:
+        self._app, self._service = app, service
+        self._open_paths, self._known_paths = open_paths, known_paths
+        self._key = (service.settings.api_key or "").encode()
+        allowed = [urlsplit(origin).hostname for origin in service.settings.origins]
+        self._names = (*_LOOPBACK_NAMES, *allowed, "") if _is_loopback(service.settings.host) else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+                return
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                known = path if path in self._known_paths else "other"
+                self._service.metrics.count_request(known, message["status"])
+            await send(message)
+
+        if (refusal := self._refusal(scope)) is not None:
+            await error_response(path, refusal)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._names is not None and _host_name(headers.get(b"host", b"")) not in self._names:
+            return ApiError(
+                403, "this server is for its own machine; behind a proxy, --cors_origin names its address there",
+                code="foreign_host",
+            )  # fmt: skip
+        if self._is_foreign(headers) and scope["method"] != "OPTIONS":
+            return ApiError(
+                403, "a web page of another origin may not use this server; --cors_origin allows it",
+                code="foreign_origin",
+            )  # fmt: skip
+        if self._key and scope["path"] not in self._open_paths and scope["method"] != "OPTIONS":
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+                return ApiError(
+                    401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                )  # fmt: skip
+        if self._service.is_shutting_down and (scope["method"] == "POST" or scope["path"] == "/health"):
+            return shutting_down()
+        return None
+
+    def _is_foreign(self, headers: dict[bytes, bytes]) -> bool:
+        origin = headers.get(b"origin")
+        if origin is None:
+            return False
+        own = headers.get(b"host", b"").decode("latin-1")
+        shown = origin.decode("latin-1")
+        return shown not in self._service.settings.origins and urlsplit(shown).netloc.lower() != own.lower()
+
+
+def _host_name(host: bytes) -> str:
+    try:
+        return urlsplit("//" + host.decode("latin-1")).hostname or ""
+    except ValueError:
+        return "?"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,194 @@
+"""What both interfaces share: from a request to its events, with the model behind a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hybrimoe_kt.errors import CapacityError, ModelError
+from hybrimoe_kt.host.hf.response_format import ResponseParts, response_format
+from hybrimoe_kt.host.hf.sampling import Sampling
+from hybrimoe_kt.host.hf.tokenizer import template_takes
+
+from .answer import Ask, End, Engine, Event
+from .errors import ApiError, as_api_error
+from .metrics import Metrics
+from .queue import AnswerQueue, Job, shutting_down
+from .settings import Settings
+
+__all__ = ["ChatInput", "Events", "Service"]
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatInput:
+    """A conversation as the chat template wants it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    one_call: bool = False
+
+
+class Events:
+    """The events of one answer as they come; leaving the `async with` ends the answer wherever it is."""
+
+    def __init__(self, queue: AnswerQueue, ask: Ask) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._queue, self._job = queue, Job(ask, self._emit)
+        queue.submit(self._job)
+
+    def _emit(self, event: Event | Exception) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, event)
+        except RuntimeError:  # the loop has ended, and with it whoever asked
+            self._job.stop.set()
+
+    async def __aenter__(self) -> Events:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+        self._queue.cancel(self._job)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            event = await self._arrived.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, End) and event.finish == "cancelled":
+                raise shutting_down()  # nobody else ends an answer that is still listened to
+            yield event
+            if isinstance(event, End):
+                return
+
+
+class Service:
+    """One model, served."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self.model_name = settings.model_name or engine.model_name
+        self.metrics = Metrics(self)
+        self.queue = AnswerQueue(engine, settings.max_waiting, self.metrics.count_answer)
+        self.is_shutting_down = False
+        self._tokenizing = asyncio.Lock()  # tokenizers are not made for several threads
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Longest request body taken."""
+        return self.settings.max_request_bytes or 2**20 + 128 * self.engine.context_tokens
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for a model that is not the one served."""
+        if name is not None and name.removesuffix(":latest") != self.model_name:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist here, the one served is {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether chat template and notation of this model have tool calls."""
+        engine = self.engine
+        return template_takes(engine.tokenizer, "tools") and (
+            response_format(engine.tokenizer, engine.model, calls=True) is not None
+        )
+
+    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
+        """Begin to answer a conversation."""
+        if given.tools and not self.takes_tools:
+            raise ApiError(
+                400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
+                param="tools", code="unsupported_parameter",
+            )  # fmt: skip
+        for name in given.template_options:
+            if not template_takes(self.engine.tokenizer, name):
+                raise ApiError(
+                    400, f"this model's chat template has no option {name!r}",
+                    param="chat_template_kwargs", code="unsupported_parameter",
+                )  # fmt: skip
+        _check_text([given.messages, given.tools, given.template_options])
+        prompt = await self._tokens(
+            lambda: self.engine.chat_ids(given.messages, given.tools or None, given.template_options)
+        )
+        template = response_format(self.engine.tokenizer, self.engine.model, calls=bool(given.tools))
+        parts = None
+        if template is not None:
+            parts = ResponseParts(self.engine.tokenizer, template, prompt, given.tools)
+        ask = Ask(prompt=prompt, sampling=sampling, stops=tuple(stops), parts=parts, one_call=given.one_call)
+        return self._begin(ask, "messages")
+
+    async def complete(self, prompt: str | list[int], sampling: Sampling, stops: Sequence[str]) -> Events:
+        """Begin to go on with a text, or with token ids."""
+        _check_text(prompt)
+        tokens = prompt if isinstance(prompt, list) else await self._tokens(lambda: self.engine.text_ids(prompt))
+        return self._begin(Ask(prompt=tokens, sampling=sampling, stops=tuple(stops)), "prompt")
+
+    def _begin(self, ask: Ask, param: str) -> Events:
+        if self.is_shutting_down:
+            raise shutting_down()
+        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
+        if any(not 0 <= token < vocabulary for token in ask.sampling.logit_bias):
+            raise ApiError(400, f"logit_bias names tokens from 0 to {vocabulary - 1}", param="logit_bias")
+        if not ask.prompt:
+            raise ApiError(400, "the prompt is empty", param=param)
+        try:
+            self.engine.check_length(ask.prompt)
+        except CapacityError as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+        except ModelError as error:
+            raise ApiError(400, str(error), param=param) from None
+        return Events(self.queue, ask)
+
+    async def _tokens(self, tokenize: Callable[[], list[int]]) -> list[int]:
+        async with self._tokenizing:
+            try:
+                return await asyncio.to_thread(tokenize)
+            except Exception as error:
+                raise as_api_error(error) from None
+
+    def longest_answer(self, wanted: int | None) -> int:
+        """Tokens an answer may have at most: what is asked for within what the server allows."""
+        limits = [limit for limit in (wanted, self.settings.max_new_tokens) if limit is not None]
+        return min(limits, default=self.engine.context_tokens)
+
+
+def _check_text(content: Any) -> None:
+    """ApiError for text that JSON can spell and no tokenizer takes."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "a text holds half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply") from None
+
+
+async def unless_gone(receive: Callable[[], Awaitable[Mapping[str, Any]]], work: Awaitable[_T]) -> _T | None:
+    """Return what `work` does, or None and `work` cancelled when the client closes its connection before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _until_gone(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,106 @@
+"""A model whose answers are written down: every byte a token, so that characters and stop strings span tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hybrimoe_kt.errors import CapacityError, ModelError
+from hybrimoe_kt.host.hf.pieces import TextPieces
+from hybrimoe_kt.host.hf.sampling import Drawn, Sampling
+from hybrimoe_kt.host.hf.tokenizer import chat_prompt
+
+# Qwen's conversation, with as much of its tools as a test needs.
+QWEN = (
+    "{% if tools %}<|im_start|>system\ntools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
+
+
+def byte_tokenizer(chat_template: str | None = QWEN) -> PreTrainedTokenizerFast:
+    """Token id n is byte n in the order of the byte-level alphabet; the marks of Qwen's notation follow."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def echo(prompt: str) -> str:
+    """Say what the last message was."""
+    last = prompt.split("<|im_end|>")[-2:][0].lstrip("\n")
+    return "echo: " + last.split("\n", 1)[-1]
+
+
+class ScriptedEngine:
+    """Answers `script(prompt text)`; `before_token` is called before each token and may wait or raise."""
+
+    model_name = "scripted"
+
+    def __init__(
+        self,
+        script: Callable[[str], str] = echo,
+        *,
+        before_token: Callable[[int, threading.Event], None] = lambda number, stop: None,
+        chat_template: str | None = QWEN,
+        context_tokens: int = 4096,
+        model_type: str = "qwen3_moe",
+    ) -> None:
+        self.script, self.before_token, self.context_tokens = script, before_token, context_tokens
+        self.tokenizer = byte_tokenizer(chat_template)
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(model_type=model_type, hidden_size=8, num_hidden_layers=1),
+            get_input_embeddings=lambda: SimpleNamespace(num_embeddings=len(self.tokenizer)),
+        )
+        self.runtime = SimpleNamespace(coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0))
+        self.prompts: list[str] = []
+        self.samplings: list[Sampling] = []
+        self._run = self._new_run([])
+
+    def _new_run(self, prompt: list[int]) -> dict[str, Any]:
+        counts = dict.fromkeys(("reused_tokens", "new_tokens", "prefill_s", "decode_s", "decode_tokens_per_s"), 0)
+        return counts | {"prompt_tokens": len(prompt), "finish": "stop"}
+
+    def chat_ids(self, messages: Any, tools: Any, template_options: Any) -> list[int]:
+        return chat_prompt(self.tokenizer, messages, tools, template_options)
+
+    def text_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def check_length(self, prompt: list[int]) -> None:
+        if not 0 < len(prompt) < self.context_tokens:
+            raise CapacityError(f"{len(prompt)} tokens, the context holds {self.context_tokens}")
+        if max(prompt) >= len(self.tokenizer):
+            raise ModelError(f"token {max(prompt)} is not one of the model's")
+
+    def pieces(self, *, keep_special: bool = False) -> TextPieces:
+        return TextPieces(self.tokenizer.backend_tokenizer, keep_special=keep_special)
+
+    def draws(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Iterator[Drawn]:
+        self._run = run = self._new_run(prompt)
+        self.prompts.append(self.tokenizer.decode(prompt))
+        self.samplings.append(sampling)
+        for number, token in enumerate(self.text_ids(self.script(self.prompts[-1]))):
+            self.before_token(number, stop)
+            if stop.is_set():
+                run["finish"] = "cancelled"
+                return
+            if number >= min(sampling.max_new_tokens, self.context_tokens - len(prompt)):
+                run["finish"] = "length"
+                return
+            run["new_tokens"] += 1
+            yield Drawn(token, -0.5, ((token, -0.5),) * (sampling.num_logprobs or 0))
+
+    def last_run(self) -> dict[str, Any]:
+        return self._run

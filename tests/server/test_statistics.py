@@ -1,0 +1,76 @@
+"""What the server tells of itself: `/hybrimoe/stats`, `/metrics`, and the counters behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.host.hf.build import build_engine
+
+from .serving import Serving, serving
+
+
+@pytest.fixture(scope="module")
+def hybrid(generated: Callable[[Shape], GeneratedModel]) -> Iterator[Serving]:
+    """A generated model half of whose experts are in slots."""
+    options = {"accelerator": "emulated", "cache_size": "50%", "cpu_backend": "torch_reference"}
+    engine = build_engine(generated(Shape()).path, progress=False, option_overrides=options)
+    with serving(engine) as running:
+        assert running.post("/v1/completions", {"prompt": [3, 5, 7, 11], "max_tokens": 12}).status_code == 200
+        yield running
+
+
+def samples(running: Serving) -> dict[str, float]:
+    """Every sample of `/metrics`, labels in its name."""
+    answer = running.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        sample.name + "".join(f"/{value}" for value in sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_the_heat_is_what_was_counted(hybrid: Serving) -> None:
+    told = hybrid.http.get("/hybrimoe/stats").json()
+    stats = hybrid.service.engine.runtime.coordinator.stats
+    heat = told["heat"]
+    assert told["num_layers"] == len(heat["hits"]) == len(heat["misses"])
+    assert {len(layer) for layer in heat["hits"] + heat["misses"]} == {told["num_experts"]}
+    hits, misses = (sum(map(sum, heat[kind])) for kind in ("hits", "misses"))
+    assert hits == stats.hits > 0
+    assert misses == stats.misses + stats.pending > 0
+    assert told["hit_rate"] == pytest.approx(hits / (hits + misses))
+    assert told["bytes_moved"] == stats.transferred_bytes + stats.prefetched_bytes > 0
+    assert told["generated_tokens"] == hybrid.service.engine.last_run()["new_tokens"] > 1
+    assert told["tokens_per_s"] > 0
+    assert told["queue"] == {"active": 0, "waiting": 0, "limit": 64}
+    assert told["accelerator"] == "emulated"
+    top_k = hybrid.service.engine.model.config.num_experts_per_tok
+    for ready, absent in zip(told["last_token"]["hits"], told["last_token"]["misses"], strict=True):
+        assert len(ready) + len(absent) == len({*ready, *absent}) == top_k
+
+
+def test_the_metrics_agree_with_it(hybrid: Serving) -> None:
+    told, metrics = hybrid.http.get("/hybrimoe/stats").json(), samples(hybrid)
+    assert metrics["hybrimoe_hit_rate"] == told["hit_rate"]
+    assert metrics["hybrimoe_tokens_total/generated"] == told["generated_tokens"]
+    assert metrics["hybrimoe_tokens_total/prompt"] >= 4
+    assert metrics["hybrimoe_moved_bytes_total"] == told["bytes_moved"]
+    assert metrics["hybrimoe_tokens_per_second"] == told["tokens_per_s"]
+    assert metrics["hybrimoe_queue_limit"] == 64
+    for resource in ("cpu", "gpu", "link"):
+        assert metrics[f"hybrimoe_busy_share/{resource}"] == told["busy_share"][resource] > 0
+    assert metrics["hybrimoe_requests_total//v1/completions/200"] >= 1
+    assert metrics["process_resident_memory_bytes"] > 2**20
+
+
+def test_odd_paths_do_not_become_labels(hybrid: Serving) -> None:
+    for number in range(3):
+        hybrid.http.get(f"/no/{number}")
+    metrics = samples(hybrid)
+    assert metrics["hybrimoe_requests_total/other/404"] >= 3
+    assert not any("/no/" in name for name in metrics)
