@@ -17,19 +17,19 @@ import torch
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
-from hybrimoe_kt.core.fallback import Fallback
-from hybrimoe_kt.core.pace import Pace
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
-from hybrimoe_kt.device.inbox import Guesses, Predict, Step
+from hybrimoe_kt.device.inbox import Predict, Step
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
 from .recovery import Recovery
+from .routing import mean_probabilities, predicted_routing, routing_of
+from .watch import Watch
 
 __all__ = ["RoutingRecorder", "Runtime", "Seconds"]
 
@@ -98,9 +98,7 @@ class Runtime:
         self._assembly: Assembly | None = None
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
-        self._fallback: Fallback | None = None
-        self._pace: Pace | None = None
-        self._last_read_s = 0.0
+        self._watch: Watch | None = None
 
     @classmethod
     def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
@@ -136,10 +134,8 @@ class Runtime:
         self._executor = self._assembly.executor
         self.coordinator = self.new_coordinator()
         self._recovery = Recovery(self.coordinator, self._executor)
-        if self.options.fallback and self._assembly.is_on_the_clock:
-            self._fallback = Fallback()
-        if self.options.follow_pace and self._assembly.is_on_the_clock:
-            self._pace = Pace()
+        if self._assembly.is_on_the_clock:
+            self._watch = Watch(self.options, self.coordinator, self._executor)
         while not self._fill_slots():
             pass
         logger.info("%s", self.describe())
@@ -328,13 +324,8 @@ class Runtime:
             self._abandon(plan)
             raise
         else:
-            since_s, self._last_read_s = read - self._last_read_s, read
-            # Not while a recorder listens: a recording's decisions follow from its routing alone.
-            if routing.num_tokens == 1 and self.recorder is None:
-                if self._fallback is not None and not self._fallback.has_fallen:
-                    self._watch(since_s)
-                if self._pace is not None and plan.cpu:
-                    self._follow()
+            if self._watch is not None:
+                self._watch.step(plan, read, learns=routing.num_tokens == 1 and self.recorder is None)
             self.coordinator.finish(plan)
             self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
@@ -354,7 +345,7 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
     ) -> Step:
         assert self._executor is not None and self._recovery is not None, "the runtime has started"
-        scores = None if logits is None else self._kept(_mean_probabilities(logits))
+        scores = None if logits is None else self._kept(mean_probabilities(logits))
         try:
             step = self._executor.read(layer, hidden, ids, weights, scores, self._predict(layer))
         except AcceleratorFailed as failure:
@@ -371,30 +362,6 @@ class Runtime:
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
         return probabilities if self.recorder is None else probabilities.half().float()
-
-    def _follow(self) -> None:
-        """Correct the predictions by what the CPU's share of a decode step took."""
-        assert self.coordinator is not None and self._executor is not None, "a plan was made"
-        assert self._pace is not None, "the caller looked"
-        executor = self._executor
-        is_bound = not executor.cpu_was_waited_for
-        if self._pace.observe(self.coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
-            self.coordinator.set_pace(self._pace.cpu)
-            logger.debug("CPU experts take %.2f times what the profile says", self._pace.cpu)
-
-    def _watch(self, seconds: float) -> None:
-        """Tell the fallback what a decode step took, from one routing read to the next; obey it."""
-        assert self.coordinator is not None and self._fallback is not None, "the caller looked"
-        if self._fallback.wants_prediction:
-            self._fallback.predict(*self.coordinator.single_device_s())
-        if self._fallback.observe(seconds):
-            self.coordinator.use(self._fallback.scheduler)
-        if self._fallback.has_fallen:
-            logger.warning(
-                "hybrid plans measured slower than %s on this machine, which is used from now on; --fallback off "
-                "keeps hybrid plans, `hybrimoe calibrate` may make them better",
-                "the CPU alone" if self._fallback.scheduler == "cpu_only" else "the accelerator alone",
-            )
 
     def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
         """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""
@@ -434,49 +401,8 @@ class Runtime:
         guesses = self._executor.guesses(layer, step)
         predictions: Sequence[Routing] = ()
         if guesses is not None:
-            predictions = _predicted(guesses, self._kept(guesses.scores))
+            predictions = predicted_routing(guesses, self._kept(guesses.scores))
         transfers = self.coordinator.prefetch(layer, predictions)
         self._executor.abort(self.coordinator.take_aborted())
         self._executor.prefetch(transfers)
         return transfers
-
-
-def routing_of(layer: int, ids: torch.Tensor, weights: torch.Tensor | None, scores: Sequence[float] | None) -> Routing:
-    """Turn a step's tensors (`[num_tokens, top_k]`, scores `[num_experts]`) into plain numbers."""
-    num_tokens = ids.shape[0]
-    if num_tokens == 1:  # one token names an expert once
-        chosen = ids.tolist()[0]
-        shares = None if weights is None else dict(zip(chosen, weights.tolist()[0], strict=True))
-        return Routing(layer, dict.fromkeys(chosen, 1), 1, scores, shares)
-    flat = ids.flatten().tolist()
-    loads: dict[int, int] = {}
-    for index in flat:
-        loads[index] = loads.get(index, 0) + 1
-    summed: dict[int, float] | None = None
-    if weights is not None:
-        summed = dict.fromkeys(loads, 0.0)
-        for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
-            summed[index] += weight
-    return Routing(layer, loads, num_tokens, scores, summed)
-
-
-def _predicted(guesses: Guesses, scores: torch.Tensor) -> list[Routing]:
-    """The gates' guesses in plain numbers; `scores` float32 `[num_layers, num_experts]`.
-
-    Few of them are ever looked at, so they stay packed: a memoryview gives them out as Python's own numbers.
-    """
-    if guesses.ids.shape[1] > 1:
-        rows = scores.tolist()
-        return [routing_of(later, guesses.ids[at], None, rows[at]) for at, later in enumerate(guesses.layers)]
-    packed, size = memoryview(scores.contiguous().numpy().tobytes()).cast("f"), scores.shape[1]
-    return [
-        Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at * size : at * size + size])
-        for at, (later, chosen) in enumerate(zip(guesses.layers, guesses.ids.tolist(), strict=True))
-    ]
-
-
-def _mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """The router's probabilities averaged over the tokens, float32 `[num_experts]`."""
-    if logits.shape[0] == 1:
-        return torch.softmax(logits[0].float(), dim=-1)
-    return torch.softmax(logits.float(), dim=-1).mean(dim=0)

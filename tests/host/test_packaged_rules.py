@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -22,16 +21,6 @@ from hybrimoe_kt.host.rules import (
     unused_rules,
 )
 from hybrimoe_kt.host.skeletons import SKELETONS, build_skeleton
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str) -> Path:
-        file = tmp_path / "rules.yaml"
-        file.write_text(text)
-        return file
-
-    return write
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,16 +67,6 @@ class Loader:
 def importable(monkeypatch):
     """Make this file's operators nameable in rules, however pytest imported it."""
     monkeypatch.setitem(sys.modules, "rule_operators", sys.modules[HERE])
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str) -> Path:
-        file = tmp_path / "rules.yaml"
-        file.write_text(text)
-        return file
-
-    return write
 
 
 def tree() -> nn.Module:

@@ -1,19 +1,21 @@
-"""A profile that promises too much of the accelerator: hybrid plans measure slower, and give way, once."""
+"""Profiles that promise too much: the CPU's pace is learnt; hybrid plans that measure slower give way, once."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.fallback import Fallback
 from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.operators import runtime as runtime_module
+from hybrimoe_kt.operators import assembly, watch
 from hybrimoe_kt.operators.runtime import Runtime
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
 
@@ -39,7 +41,7 @@ def decode(runtime: Runtime, steps: int) -> None:
 def test_hybrid_plans_give_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
 ) -> None:
-    monkeypatch.setattr(runtime_module, "Fallback", lambda: Fallback(first=24, probe=9))
+    monkeypatch.setattr(watch, "Fallback", lambda: Fallback(first=24, probe=9))
     slow = profile(tmp_path, "slow", gpu_call_s=0.01)
     options = ExpertOptions(
         accelerator=f"emulated:timed:{slow}", profile="default", cpu_backend="torch_reference", cache_size="50%",
@@ -55,3 +57,33 @@ def test_hybrid_plans_give_way(
     told = [record.message for record in caplog.records if "measured slower than" in record.message]
     assert len(told) == wanted
     assert (runtime.coordinator.stats.experts_on_gpu == on_gpu) == wanted, "the CPU alone from then on"
+
+
+class LateCpu(TorchReferenceCpu):
+    """Takes a millisecond for whatever it is given."""
+
+    def submit(self, *given: Any) -> None:
+        super().submit(*given)
+        self.ends_s = time.perf_counter() + 0.001
+
+    def is_done(self) -> bool:
+        return time.perf_counter() > self.ends_s
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_predictions_follow_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    monkeypatch.setattr(assembly, "make_cpu_backend", lambda options: LateCpu())
+    quick = profile(tmp_path, "quick", cpu_call_s=1e-6, cpu_expert_s=1e-9)
+    options = ExpertOptions(
+        accelerator="emulated:timed:default", profile=str(quick), cpu_backend="torch_reference", cache_size="50%",
+        max_chunk_tokens=4, fallback=False, follow_pace=wanted,
+    )  # fmt: skip
+    runtime = Runtime(options)
+    for experts in layers():
+        runtime.add_layer(experts)
+    decode(runtime, 1)
+    runtime.coordinator.use("cpu_only")
+    decode(runtime, 1)
+    at_first = runtime.coordinator.cpu_s
+    decode(runtime, 64)
+    assert (runtime.coordinator.cpu_s > 2 * at_first) == wanted

@@ -11,7 +11,8 @@ import torch
 from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
-from hybrimoe_kt.operators.runtime import Runtime, routing_of
+from hybrimoe_kt.operators.routing import routing_of
+from hybrimoe_kt.operators.runtime import Runtime
 
 Make = Callable[[Shape], GeneratedModel]
 BACKENDS = ["torch_reference", "llamafile"]

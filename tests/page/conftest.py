@@ -1,4 +1,4 @@
-"""A real browser, shared by the tests of the page; each gets a server, a context and a page of its own."""
+"""A real browser, shared by the tests of a module; each gets a server, a context and a page of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from .browser import HOW, find_browser
 from .stub_server import StubServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Not for the whole session: while playwright runs, nothing else in this thread can start an event loop."""
     api = pytest.importorskip("playwright.sync_api", reason=f"playwright is not installed; {HOW}")
     path = find_browser()
     if path is None:

@@ -159,7 +159,7 @@ class Engine:
 
         Yields the number of tokens of each step before it is computed; `last_run` counts all of them as prompt.
         """
-        self._check_length(text)
+        self.check_length(text)
         self.reset()
         self._run = run = Run(prompt_tokens=len(text))
         before = self.runtime_counters()
