@@ -118,9 +118,9 @@ How far the routing of the [embedded model](models.md#the-embedded-model), small
 models does, which decides what a policy tuned on it is worth elsewhere. Computed from recorded traces by
 `make locality`; nothing here is synthetic, nothing depends on a machine's speed.
 
-In short: it is routing of a trained model, better than chance at every lag, and **less local than that of the large ones**:
-a token keeps a smaller share of its predecessor's experts, and the same share of slots hits less often. The order of the
-policies is alike; their rates are not to be carried over.
+In short: it is routing of a trained model, better than chance at every lag, and **less local than that of the large
+ones**: a token keeps a smaller share of its predecessor's experts, and the same share of slots hits less often. The order
+of the policies is alike; their rates are not to be carried over.
 
 ## Traces
 
