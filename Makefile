@@ -17,7 +17,7 @@ PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid reproduce docs wheel clean
+.PHONY: help chat serve venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-gpu  GPU kernels against the roofline; hybrid plans against one device alone"
 	@echo "make bench-hybrid  the same hybrid plans with GPU and link emulated, and our own time per layer"
 	@echo "make kernels    compile every GPU kernel for every GPU, judge it, write docs/kernels-table.md; needs no GPU"
+	@echo "make locality   docs/locality.md: the embedded model's routing beside that of large ones"
 	@echo "make reproduce  docs/reproduction.md: the paper's tables beside ours"
 	@echo "make docs       the documentation as a site, in .cache/docs"
 	@echo "make wheel      dist/*.whl"
@@ -75,6 +76,9 @@ bench-gpu: $(VENV)/.ready-dev
 bench-hybrid: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.hybrid $(ARGS)
+
+locality: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.locality --write docs/locality.md $(ARGS)
 
 reproduce: $(VENV)/.ready-dev
 	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)

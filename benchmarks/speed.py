@@ -20,9 +20,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from hybrimoe_kt.models import embedded_model
 
 PROMPT = [5 + (37 * at) % 200 for at in range(24)]
 CACHE = Path(".cache/models")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def model_file(name: str) -> Path:
     if name == "embedded":
-        return Path(str(resources.files("hybrimoe_kt.models") / "tiny-qwen3moe-q4_k.gguf"))
+        return embedded_model()
     from benchmarks.generated_model import DEEPSEEK_V2_LITE, DEEPSEEK_V2_LITE_LAYER, generate
 
     is_full = name == FULL_SIZE

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any of ours is imported
 
 from benchmarks.generated_model import GeneratedModel, Shape, generate
+from hybrimoe_kt import models
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +37,9 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Gen
 
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
-    from importlib import resources
+    return models.embedded_model()
 
-    return Path(str(resources.files("hybrimoe_kt.models") / "tiny-qwen3moe-q4_k.gguf"))
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    return models.tiny_model()

@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
+from hybrimoe_kt.models import embedded_model
 
 from .chat_output import visible
 from .inputs import read_text
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-EMBEDDED_MODEL = "tiny-qwen3moe-q4_k.gguf"
 _DEFAULT_PROMPT = "Hello! How are you today?"
 
 
@@ -140,7 +139,7 @@ def _model_file(options: argparse.Namespace) -> Path:
     if options.gguf_path is not None:
         return Path(options.gguf_path)
     if options.model_path is None:
-        return Path(str(resources.files("hybrimoe_kt.models") / EMBEDDED_MODEL))
+        return embedded_model()
     try:
         names = os.listdir(options.model_path)
     except OSError as error:

@@ -80,6 +80,24 @@ def recall(trace: Trace, predictor: str) -> list[float | None]:
     return [hits / total if total else None for hits, total in zip(right, routed, strict=True)]
 
 
+def recall_by_layer(trace: Trace) -> list[list[float | None]]:
+    """Return, per MoE layer and depth, the share of its experts that its own gate named so many layers before; None
+    where no earlier layer reaches so far, as for the first layer at any depth."""
+    found: list[list[float | None]] = []
+    for position in range(len(trace.layers)):
+        row: list[float | None] = []
+        for ahead in range(trace.depth):
+            origin = position - 1 - ahead
+            if trace.predicted is None or origin < 0:
+                row.append(None)
+                continue
+            actual, guess = trace.experts[:, position], trace.predicted[:, origin, ahead]
+            valid = (actual[:, 0] >= 0) & (guess[:, 0] >= 0)
+            row.append(_mean((actual[:, :, None] == guess[:, None, :]).any(axis=-1)[valid]))
+        found.append(row)
+    return found
+
+
 def _lone_tokens(trace: Trace) -> Iterator[Step]:
     most = max(1, _MOST_PREDICTED // len(trace.layers))
     yield from [step for step in trace.steps if step.num_tokens == 1][:most]

@@ -202,14 +202,14 @@ def test_kernels_of_the_embedded_model(capsys: pytest.CaptureFixture[str], embed
     pytest.importorskip("kt_kernel")
     found = report(capsys, "--model", str(embedded_model))
     (kind,) = found["model"]["kinds"]
-    assert kind["layers"] == list(range(6)) and kind["gpu_is_assumed"]
+    assert kind["layers"] == list(range(5)) and kind["gpu_is_assumed"]
     rows = {row["tensor"]: row for row in kind["tensors"]}
     assert rows.keys() == {"gate", "up", "down"}
     assert {row["cpu_kernel"] for row in rows.values()} == {"llamafile"}
     assert {row["type"] for row in rows.values()} == {"Q4_K"}
     assert rows["up"]["gpu_decode_kernel"].startswith("decode_gate_up")
     assert rows["down"]["gpu_prefill_kernel"].startswith("prefill_down")
-    assert found["model"]["expert_bytes"] == 6 * 32 * 3 * 256 * 144
+    assert found["model"]["expert_bytes"] == 5 * 32 * 3 * 256 * 144
     assert found["model"]["fits_host"]
     assert found["verdict"]["next"] == f"ktransformers --gguf_path {embedded_model}"
 
@@ -251,7 +251,7 @@ def test_memory_that_is_not_there(
     monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 20_000_000})
     found = report(capsys, "--model", str(embedded_model))
     assert found["model"]["fits_host"] is False
-    assert "takes 29.0 MiB of memory" in found["verdict"]["text"] and found["verdict"]["ready"]
+    assert "takes 24.8 MiB of memory" in found["verdict"]["text"] and found["verdict"]["ready"]
     monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 1_000_000})
     assert not report(capsys, "--model", str(embedded_model))["verdict"]["ready"]
 

@@ -254,8 +254,8 @@ def test_the_experts_operator_on_another_module(generated: Make, tmp_path: Path,
 
 
 @pytest.mark.parametrize("alignment", [0, 7, "wide"])
-def test_an_alignment_that_cannot_be(embedded_model: Path, tmp_path: Path, alignment: object) -> None:
-    path = _with_metadata(GgufFile(embedded_model), tmp_path / "m.gguf", {"general.alignment": alignment})
+def test_an_alignment_that_cannot_be(tiny_model: Path, tmp_path: Path, alignment: object) -> None:
+    path = _with_metadata(GgufFile(tiny_model), tmp_path / "m.gguf", {"general.alignment": alignment})
     with pytest.raises(ModelError, match=r"general\.alignment is"):
         GgufFile(path)
 

@@ -124,9 +124,9 @@ def test_the_context_is_a_limit(generated: Make) -> None:
         list(small.tokens([1, 9999], GREEDY))
 
 
-def test_messages_may_be_forgotten_and_begun_anew(embedded_model: Path) -> None:
+def test_messages_may_be_forgotten_and_begun_anew(tiny_model: Path) -> None:
     """What the chat's /reset does: another conversation that shares no more than the template's first token."""
-    engine = build_engine(embedded_model, progress=False)
+    engine = build_engine(tiny_model, progress=False)
     for texts in (["Hello there."], ["Good morning."], ["Good morning.", "Fine.", "And you?"], ["Hello there."]):
         roles = ["user", "assistant", "user"]
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
@@ -140,8 +140,8 @@ def test_a_vanishing_temperature_is_greedy(engine: Engine, temperature: float) -
     assert fresh(engine, [1, 2, 3], Sampling(max_new_tokens=10, temperature=temperature)) == fresh(engine, [1, 2, 3])
 
 
-def test_a_packaged_rule_file_by_name(embedded_model: Path) -> None:
-    loaded = load_model(embedded_model, rules_path="qwen3moe", progress=False)
+def test_a_packaged_rule_file_by_name(tiny_model: Path) -> None:
+    loaded = load_model(tiny_model, rules_path="qwen3moe", progress=False)
     assert loaded.rules_file == packaged_rules("qwen3moe")
     with pytest.raises(RuleError, match="qwen3mo: the rule file does not exist"):
-        load_model(embedded_model, rules_path="qwen3mo", progress=False)
+        load_model(tiny_model, rules_path="qwen3mo", progress=False)

@@ -35,14 +35,14 @@ def test_layers_and_their_outlines(generated: Callable[[Shape], GeneratedModel],
             assert ours.data.shape == theirs.data.shape
 
 
-def test_layers_that_guess_ahead_are_left_out(embedded_model: Path) -> None:
-    file = GgufFile(embedded_model)
+def test_layers_that_guess_ahead_are_left_out(tiny_model: Path) -> None:
+    file = GgufFile(tiny_model)
     file.metadata["qwen3moe.nextn_predict_layers"] = 1
-    assert [layer.layer for layer in expert_layers(file)] == [0, 1, 2, 3, 4]
+    assert [layer.layer for layer in expert_layers(file)] == [0, 1]
 
 
-def test_damaged_headers(embedded_model: Path) -> None:
-    file = GgufFile(embedded_model)
+def test_damaged_headers(tiny_model: Path) -> None:
+    file = GgufFile(tiny_model)
     file.metadata["qwen3moe.block_count"] = "six"
     with pytest.raises(ModelError, match=r"damaged GGUF: qwen3moe\.block_count is 'six'"):
         expert_layers(file)

@@ -19,14 +19,14 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("cache", ["all", "25%"])
-def test_same_tokens_with_and_without_the_kernels(embedded_model: Path, cache: str) -> None:
+def test_same_tokens_with_and_without_the_kernels(tiny_model: Path, cache: str) -> None:
     """All experts on the "GPU", and a quarter: then the CPU, transfers and slots take part."""
     answers, on_gpu = [], 0
     for accelerator, backend in (("none", "auto"), ("emulated", "triton")):
         overrides = {
             "accelerator": accelerator, "gpu_backend": backend, "cache_size": cache, "cpu_backend": "torch_reference",
         }  # fmt: skip
-        engine = build_engine(embedded_model, progress=False, option_overrides=overrides)
+        engine = build_engine(tiny_model, progress=False, option_overrides=overrides)
         prompt = chat_prompt(engine.tokenizer, [{"role": "user", "content": "Hello! How are you today?"}])
         answers.append(list(engine.tokens(prompt, Sampling(max_new_tokens=6, temperature=0))))
         on_gpu = engine.last_run()["experts_on_gpu"]

@@ -35,8 +35,8 @@ def question(number: int) -> dict[str, Any]:
     options = body | {"num_predict": 6}
     if kind == 3:
         messages = [{"role": "user", "content": text}]
-        return {"path": "/api/chat", "model": "tiny-qwen3moe", "messages": messages, "options": options}
-    return {"path": "/api/generate", "model": "tiny-qwen3moe", "prompt": text, "stream": False, "options": options}
+        return {"path": "/api/chat", "model": "small-talk", "messages": messages, "options": options}
+    return {"path": "/api/generate", "model": "small-talk", "prompt": text, "stream": False, "options": options}
 
 
 def ask(http: httpx.Client, asked: dict[str, Any], attempts: int = 500) -> str:

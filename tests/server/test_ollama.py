@@ -19,9 +19,9 @@ def tiny(embedded: Serving) -> ollama.Client:
 
 
 def test_what_is_served(tiny: ollama.Client, embedded: Serving) -> None:
-    assert [model.model for model in tiny.list().models] == ["tiny-qwen3moe"]
-    assert [model.model for model in tiny.ps().models] == ["tiny-qwen3moe"]
-    shown = tiny.show("tiny-qwen3moe:latest")
+    assert [model.model for model in tiny.list().models] == ["small-talk"]
+    assert [model.model for model in tiny.ps().models] == ["small-talk"]
+    shown = tiny.show("small-talk:latest")
     assert shown.details.family == "qwen3_moe"
     assert shown.capabilities == ["completion"]
     assert shown.modelinfo["qwen3_moe.context_length"] == 1024
@@ -29,12 +29,12 @@ def test_what_is_served(tiny: ollama.Client, embedded: Serving) -> None:
 
 
 def test_a_chat_whole_and_streamed_is_the_same_and_openais(tiny: ollama.Client, embedded: Serving) -> None:
-    whole = tiny.chat("tiny-qwen3moe", HI, options=OPTIONS)
+    whole = tiny.chat("small-talk", HI, options=OPTIONS)
     assert whole.done
     assert (whole.done_reason, whole.eval_count) == ("length", 8)
     assert whole.prompt_eval_count > 3
     assert whole.total_duration >= whole.eval_duration > 0
-    parts = list(tiny.chat("tiny-qwen3moe", HI, options=OPTIONS, stream=True))
+    parts = list(tiny.chat("small-talk", HI, options=OPTIONS, stream=True))
     assert "".join(part.message.content for part in parts) == whole.message.content
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
     other = embedded.ask("Good morning.", max_tokens=8, temperature=0).json()
@@ -42,18 +42,18 @@ def test_a_chat_whole_and_streamed_is_the_same_and_openais(tiny: ollama.Client, 
 
 
 def test_generate_with_a_template_and_without(tiny: ollama.Client) -> None:
-    answer = tiny.generate("tiny-qwen3moe", "Good morning.", options=OPTIONS)
-    assert answer.response == tiny.chat("tiny-qwen3moe", HI, options=OPTIONS).message.content
-    raw = tiny.generate("tiny-qwen3moe", "Once upon a time", raw=True, options=OPTIONS)
+    answer = tiny.generate("small-talk", "Good morning.", options=OPTIONS)
+    assert answer.response == tiny.chat("small-talk", HI, options=OPTIONS).message.content
+    raw = tiny.generate("small-talk", "Once upon a time", raw=True, options=OPTIONS)
     assert raw.response
-    assert raw.response != tiny.generate("tiny-qwen3moe", "Once upon a time", options=OPTIONS).response
-    parts = list(tiny.generate("tiny-qwen3moe", "Good morning.", options=OPTIONS, stream=True))
+    assert raw.response != tiny.generate("small-talk", "Once upon a time", options=OPTIONS).response
+    parts = list(tiny.generate("small-talk", "Good morning.", options=OPTIONS, stream=True))
     assert "".join(part.response for part in parts) == answer.response
 
 
 def test_a_model_may_be_loaded_by_asking_for_nothing(tiny: ollama.Client) -> None:
-    assert tiny.generate("tiny-qwen3moe").done_reason == "load"
-    assert tiny.chat("tiny-qwen3moe").done_reason == "load"
+    assert tiny.generate("small-talk").done_reason == "load"
+    assert tiny.chat("small-talk").done_reason == "load"
 
 
 def test_every_option_reaches_the_sampling() -> None:

@@ -29,15 +29,15 @@ def tiny(embedded: Serving) -> Iterator[OpenAI]:
 
 def test_models(tiny: OpenAI) -> None:
     listed = tiny.models.list().data
-    assert [model.id for model in listed] == ["tiny-qwen3moe"]
-    assert tiny.models.retrieve("tiny-qwen3moe").id == "tiny-qwen3moe"
+    assert [model.id for model in listed] == ["small-talk"]
+    assert tiny.models.retrieve("small-talk").id == "small-talk"
     with pytest.raises(openai.NotFoundError) as refused:
         tiny.models.retrieve("other/model")
     assert refused.value.code == "model_not_found"
 
 
 def test_a_chat_whole_and_streamed_is_what_the_engine_says(tiny: OpenAI, engine: Engine) -> None:
-    asked = {"model": "tiny-qwen3moe", "messages": HELLO, "max_tokens": 10, "temperature": 0}
+    asked = {"model": "small-talk", "messages": HELLO, "max_tokens": 10, "temperature": 0}
     whole = tiny.chat.completions.create(**asked)
     text = whole.choices[0].message.content
     stream = tiny.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -59,7 +59,7 @@ def test_a_conversation_that_goes_on_reuses_its_beginning(tiny: OpenAI) -> None:
     turns = [{"role": "user", "content": "What is the tallest mountain of all, and who was there first?"}]
     seen = 0
     for _ in range(3):
-        answer = tiny.chat.completions.create(model="tiny-qwen3moe", messages=turns, max_tokens=8, temperature=0)
+        answer = tiny.chat.completions.create(model="small-talk", messages=turns, max_tokens=8, temperature=0)
         cached = answer.usage.prompt_tokens_details.cached_tokens
         assert cached >= seen
         seen = answer.usage.prompt_tokens
@@ -74,7 +74,7 @@ def test_two_clients_with_one_beginning_get_what_each_would_alone(tiny: OpenAI, 
     asked = [[{"role": "user", "content": shared + end}] for end in ("apples.", "pears, and more.")]
 
     def say(messages: list[dict[str, str]]) -> str:
-        answer = tiny.chat.completions.create(model="tiny-qwen3moe", messages=messages, max_tokens=8, temperature=0)
+        answer = tiny.chat.completions.create(model="small-talk", messages=messages, max_tokens=8, temperature=0)
         return answer.choices[0].message.content
 
     alone = []
@@ -86,7 +86,7 @@ def test_two_clients_with_one_beginning_get_what_each_would_alone(tiny: OpenAI, 
 
 def test_a_plain_completion_from_text_and_from_tokens(tiny: OpenAI, engine: Engine) -> None:
     prompt = "Once upon a time"
-    asked = {"model": "tiny-qwen3moe", "max_tokens": 8, "temperature": 0}
+    asked = {"model": "small-talk", "max_tokens": 8, "temperature": 0}
     text = tiny.completions.create(prompt=prompt, **asked).choices[0].text
     assert text
     assert tiny.completions.create(prompt=engine.text_ids(prompt), **asked).choices[0].text == text
@@ -97,7 +97,7 @@ def test_a_plain_completion_from_text_and_from_tokens(tiny: OpenAI, engine: Engi
 
 def test_the_seed_and_the_temperature_decide(tiny: OpenAI) -> None:
     def say(**how: object) -> str:
-        answer = tiny.chat.completions.create(model="tiny-qwen3moe", messages=HELLO, max_tokens=12, **how)
+        answer = tiny.chat.completions.create(model="small-talk", messages=HELLO, max_tokens=12, **how)
         return answer.choices[0].message.content
 
     assert say(seed=5, temperature=1.5) == say(seed=5, temperature=1.5) != say(seed=6, temperature=1.5)
@@ -110,7 +110,7 @@ def test_the_seed_and_the_temperature_decide(tiny: OpenAI) -> None:
 
 
 def test_a_bias_forbids_and_forces_a_token(tiny: OpenAI, engine: Engine) -> None:
-    asked = {"model": "tiny-qwen3moe", "messages": HELLO, "temperature": 0}
+    asked = {"model": "small-talk", "messages": HELLO, "temperature": 0}
     first = tiny.chat.completions.create(**asked, max_tokens=1).choices[0].message.content
     token = engine.text_ids(" mountain")[0]
     forced = tiny.chat.completions.create(**asked, max_tokens=3, logit_bias={str(token): 100})
@@ -126,7 +126,7 @@ def test_a_bias_forbids_and_forces_a_token(tiny: OpenAI, engine: Engine) -> None
 
 
 def test_logprobs_tell_of_every_token(tiny: OpenAI) -> None:
-    asked = {"model": "tiny-qwen3moe", "messages": HELLO, "temperature": 0, "max_tokens": 6}
+    asked = {"model": "small-talk", "messages": HELLO, "temperature": 0, "max_tokens": 6}
     answer = tiny.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
     told = answer.choices[0].logprobs.content
     assert "".join(one.token for one in told) == answer.choices[0].message.content
@@ -138,7 +138,7 @@ def test_logprobs_tell_of_every_token(tiny: OpenAI) -> None:
     chunks = list(tiny.chat.completions.create(**asked, logprobs=True, stream=True))
     streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
     assert [one.token for one in streamed] == [one.token for one in told]
-    plain = tiny.completions.create(model="tiny-qwen3moe", prompt="Once", max_tokens=4, temperature=0, logprobs=2)
+    plain = tiny.completions.create(model="small-talk", prompt="Once", max_tokens=4, temperature=0, logprobs=2)
     shown = plain.choices[0].logprobs
     assert "".join(shown.tokens) == plain.choices[0].text
     assert [len(best) for best in shown.top_logprobs] == [2] * 4

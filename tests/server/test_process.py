@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import httpx
 import pytest
@@ -27,12 +26,10 @@ STORY = {"messages": [{"role": "user", "content": "Tell me a long story."}], "te
 @pytest.fixture(scope="module")
 def endless() -> dict[str, object]:
     """A request whose answer goes on to the end of the context: the end token is forbidden."""
-    from importlib import resources
-
     from hybrimoe_kt.host.hf.gguf_file import GgufFile
+    from hybrimoe_kt.models import embedded_model
 
-    path = Path(str(resources.files("hybrimoe_kt.models") / "tiny-qwen3moe-q4_k.gguf"))
-    metadata = GgufFile(path).metadata
+    metadata = GgufFile(embedded_model()).metadata
     ends = {int(metadata[f"tokenizer.ggml.{name}_token_id"]) for name in ("eos", "bos")}
     return STORY | {"logit_bias": {str(end): -100 for end in ends}}
 
