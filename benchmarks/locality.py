@@ -119,8 +119,8 @@ models does, which decides what a policy tuned on it is worth elsewhere. Compute
 `make locality`; nothing here is synthetic, nothing depends on a machine's speed.
 
 In short: it is routing of a trained model, better than chance at every lag, and **less local than that of the large
-ones**: a token keeps a smaller share of its predecessor's experts, and the same share of slots hits less often. The order
-of the policies is alike; their rates are not to be carried over.
+ones**: a token keeps a smaller share of its predecessor's experts, and the same share of slots hits less often. Order
+of policies is alike; their rates are not to be carried over.
 
 ## Traces
 
