@@ -31,6 +31,8 @@ class Pace:
 
         `is_bound`: it had ended by then, nobody knows when; heard only where it was quicker than predicted.
         """
+        if predicted_s <= 0.0:  # a profile whose CPU costs nothing has no pace
+            return False
         ratio = measured_s / predicted_s
         if is_bound and ratio > 1.0:
             return False

@@ -50,6 +50,12 @@ def test_a_share_that_had_ended_counts_only_if_it_was_quick() -> None:
     assert pace.cpu == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_cpu_that_costs_nothing_has_no_pace() -> None:
+    pace = Pace(window=1)
+    assert not pace.observe(0.0, 0.001)
+    assert pace.cpu == 1.0
+
+
 def test_plans_follow_the_pace() -> None:
     """A slow CPU gets less; back at its usual pace the plan is the first one again."""
     specs = [LayerSpec(0, num_experts=16, top_k=8, num_slots=12, expert_bytes=1_000_000)]
