@@ -31,6 +31,13 @@ class Fallback:
         self._wins = self._losses = 0
 
     @property
+    def state(self) -> str:
+        """"hybrid", "trying cpu_only" or, once it has fallen, "cpu_only"; or gpu_only."""
+        if self.scheduler is None:
+            return "hybrid"
+        return self.scheduler if self.has_fallen else f"trying {self.scheduler}"
+
+    @property
     def wants_prediction(self) -> bool:
         """Whether this step's prediction would be heard: every eighth hybrid step, to keep it cheap."""
         return not self.has_fallen and self.scheduler is None and self._left % 8 == 0

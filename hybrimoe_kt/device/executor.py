@@ -154,7 +154,7 @@ class Executor:
             return _to_model(answer, step)
         with _failing(lane):
             result = lane.finish(step, answer, has_gpu=bool(plan.gpu))
-            lane.num_failures = 0
+            lane.note_success()
             return result
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:

@@ -28,6 +28,10 @@ __all__ = ["Lane"]
 
 logger = logging.getLogger(__name__)
 
+_MOST_IN_A_ROW = 3
+_MOST_OF_STEPS = 8, 64
+"""Failures, of so many steps in a row, that say a device will not recover, though steps between them succeed."""
+
 
 class Lane:
     """Everything of one accelerator, allocated once. Calls only enqueue, except where they say they wait."""
@@ -80,7 +84,9 @@ class Lane:
         self._shaped: _Views | None = None
         self._tables = _SlotTables(accelerator, self._num_experts)
         self._result = accelerator.event()
-        self.num_failures = 0
+        self._num_steps = 0
+        self._in_a_row = 0
+        self._failed_at: deque[int] = deque(maxlen=_MOST_OF_STEPS[0])
         self.log: ActivityLog | None = None
         self.number = 0
         """Of this accelerator in the log."""
@@ -89,6 +95,20 @@ class Lane:
         """Write down from now on what is launched here and copied, as accelerator and link `number`; None: stop."""
         self.log = self.queue.log = log
         self.number = self.queue.number = number
+
+    def note_success(self) -> None:
+        """A step of this accelerator has been joined."""
+        self._num_steps += 1
+        self._in_a_row = 0
+
+    def note_failure(self) -> bool:
+        """A step has failed; True if there have been too many for it to be asked again."""
+        self._num_steps += 1
+        self._in_a_row += 1
+        self._failed_at.append(self._num_steps)
+        most, steps = _MOST_OF_STEPS
+        often = len(self._failed_at) == most and self._num_steps - self._failed_at[0] < steps
+        return often or self._in_a_row >= _MOST_IN_A_ROW
 
     def read(
         self,

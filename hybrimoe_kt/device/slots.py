@@ -145,7 +145,7 @@ class SlotPool:
         num_stream_slots: Mapping[int, int] | None = None,
     ) -> None:
         """`slots` maps layer -> number of slots; layers with none are left out, also of the streams."""
-        self.accelerator = accelerator
+        self.accelerator, self._layouts = accelerator, layouts
         self.layers: dict[int, LayerSlots] = {
             layer: LayerSlots(accelerator, layer, layouts[layer], count) for layer, count in slots.items() if count
         }
@@ -187,10 +187,11 @@ class SlotPool:
 
     def resize(self, layer: int, num_slots: int) -> LayerSlots | None:
         """Replace a layer's slots by `num_slots` empty ones; None when that is none. All work on them has ended."""
-        old = self.layers.pop(layer)
-        self.accelerator.release(old.memory.view(-1))
+        old = self.layers.pop(layer, None)
+        if old is not None:
+            self.accelerator.release(old.memory.view(-1))
         if num_slots:
-            self.layers[layer] = LayerSlots(self.accelerator, layer, old.layout, num_slots)
+            self.layers[layer] = LayerSlots(self.accelerator, layer, self._layouts[layer], num_slots)
             if layer in self.streams:
                 self.streams[layer].first = num_slots
         self.num_slots = self._count()

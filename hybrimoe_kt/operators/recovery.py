@@ -12,11 +12,12 @@ from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
+from .health import AcceleratorHealth
+
 __all__ = ["Recovery"]
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES_IN_A_ROW = 3
 _SHARE_KEPT = 0.75
 """Of a layer's slots, when the accelerator runs out of memory."""
 
@@ -26,7 +27,8 @@ class Recovery:
 
     def __init__(self, coordinator: Coordinator, executor: Executor) -> None:
         self._coordinator, self._executor = coordinator, executor
-        self.num_failures = 0
+        self.health = {lane.accelerator.name: AcceleratorHealth() for lane in executor.lanes}
+        """By accelerator, for as long as the model runs."""
         self._told: set[tuple[str, str, type[Exception]]] = set()
 
     def recover(self, failure: AcceleratorFailed, plan: Plan | None = None) -> None:
@@ -41,14 +43,29 @@ class Recovery:
             self._settle(own, plan)
         is_drained = self._drain(lane)
         self._drop_doubtful(lane, plan)
-        self.num_failures += 1
-        lane.num_failures += 1
-        if not is_drained or isinstance(cause, DeadlineError) or lane.num_failures >= MAX_FAILURES_IN_A_ROW:
+        health = self.health[lane.accelerator.name]
+        health.failed_steps += 1
+        health.last_failure = _first_line(cause)
+        keeps_failing = lane.note_failure()
+        if not is_drained or isinstance(cause, DeadlineError) or keeps_failing:
             self._give_up(lane, failure, keep=not is_drained)
         elif isinstance(cause, (torch.OutOfMemoryError, CapacityError)) and lane.pool.num_slots:
             self._shrink(lane, failure)
         else:
             self._tell(failure, "this step is computed on the CPU")
+
+    def make_room(self, lane: Lane, cause: Exception) -> bool:
+        """Shrink an accelerator's cache because something else on its device lacks memory; False if nothing is left."""
+        if lane not in self._executor.lanes or not lane.pool.num_slots:
+            return False
+        failure = AcceleratorFailed(lane, cause)
+        if not self._drain(lane):
+            self._give_up(lane, failure, keep=True)
+            return False
+        self._drop_doubtful(lane, None)
+        self.health[lane.accelerator.name].last_failure = _first_line(cause)
+        self._shrink(lane, failure)
+        return True
 
     def abandon(self, plan: Plan) -> None:
         """After an error of the CPU or the host: let what was submitted end, doubt what this plan touched."""
@@ -86,26 +103,34 @@ class Recovery:
         self._executor.end_streams(self._coordinator.take_closed())
 
     def _shrink(self, lane: Lane, failure: AcceleratorFailed) -> None:
+        """All memory is given back before any is taken again: what is left is then one piece."""
         sizes = {layer: int(len(slots.memory) * _SHARE_KEPT) for layer, slots in lane.pool.layers.items()}
         try:
-            for layer, num_slots in sizes.items():
+            for layer in sizes:
                 self._coordinator.resize(layer, 0)
+                lane.resize(layer, 0)
+            for layer, num_slots in sizes.items():
                 lane.resize(layer, num_slots)
                 self._coordinator.resize(layer, num_slots)
         except (KernelError, CapacityError, RuntimeError) as error:
             self._give_up(lane, AcceleratorFailed(lane, error), keep=False)
             return
+        self.health[lane.accelerator.name].shrunk += 1
         self._tell(failure, f"the expert cache shrinks to {lane.pool.num_slots} slots")
 
     def _give_up(self, lane: Lane, failure: AcceleratorFailed, *, keep: bool) -> None:
         for layer in lane.layers:
             self._coordinator.resize(layer, 0)
         self._executor.remove(lane, keep=keep)
+        self.health[lane.accelerator.name].given_up = True
         self._tell(failure, "it is not used any more, its experts run on the CPU")
 
     def _tell(self, failure: AcceleratorFailed, consequence: str) -> None:
         key = failure.lane.accelerator.name, consequence, type(failure.cause)
         if key not in self._told:
             self._told.add(key)
-            reason = (str(failure.cause).splitlines() or [type(failure.cause).__name__])[0]
-            logger.warning("%s failed: %s; %s", failure.lane.accelerator.name, reason, consequence)
+            logger.warning("%s failed: %s; %s", failure.lane.accelerator.name, _first_line(failure.cause), consequence)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

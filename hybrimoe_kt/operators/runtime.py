@@ -27,6 +27,7 @@ from hybrimoe_kt.device.inbox import Predict, Step
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
+from .health import Health
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
 from .watch import Watch
@@ -220,6 +221,21 @@ class Runtime:
     def num_expert_threads(self) -> int:
         """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
         return getattr(self._executor.cpu, "num_threads", 0) if self._executor else 0
+
+    def health(self) -> Health:
+        """What failed since the start, by accelerator, and what the fallback does; nothing before the start."""
+        if self._recovery is None:
+            return Health()
+        return Health(self._recovery.health, self._watch.fallback_state if self._watch is not None else "off")
+
+    def make_room(self, cause: Exception) -> bool:
+        """Shrink the expert caches because the model's own work ran out of device memory, between two layer steps.
+
+        False if there was nothing left to shrink. Emulated accelerators share the host's memory, and shrink as well.
+        """
+        if self._recovery is None or self._executor is None:
+            return False
+        return any([self._recovery.make_room(lane, cause) for lane in self._executor.lanes])
 
     def describe(self) -> str:
         """One line: what was decided."""

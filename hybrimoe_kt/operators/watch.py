@@ -25,6 +25,11 @@ class Watch:
         self._pace = Pace() if options.follow_pace else None
         self._last_read_s = 0.0
 
+    @property
+    def fallback_state(self) -> str:
+        """As `Health.fallback` has it."""
+        return "off" if self._fallback is None else self._fallback.state
+
     def step(self, plan: Plan, read_s: float, *, learns: bool) -> None:
         """Take a step that has been joined, whose routing was read at `read_s` of the clock.
 

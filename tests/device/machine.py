@@ -132,7 +132,7 @@ class Machine:
     @property
     def num_failures(self) -> int:
         """How often an accelerator failed and the CPU stepped in."""
-        return self.runtime._recovery.num_failures
+        return sum(health.failed_steps for health in self.runtime.health().accelerators.values())
 
     @property
     def races(self) -> list[str]:
