@@ -29,7 +29,6 @@ from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import calibrate
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
-from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
 from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
@@ -72,7 +71,8 @@ class Method:
     measured: list[float] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
-    _step: int = 0
+    number: int = 0
+    """Of the trace's step under way."""
     _plan: Plan | None = None
 
     def __post_init__(self) -> None:
@@ -87,25 +87,11 @@ class Method:
 
         coordinator.plan = spy  # type: ignore[method-assign]
         for place in range(LAYERS - 1):
-            self.runtime.look_ahead(place, self._predictor(place))
-
-    def _predictor(self, place: int) -> Any:
-        num = min(2, LAYERS - 1 - place)
-
-        def predict(hidden: torch.Tensor) -> Guesses:
-            step, trace = self.trace.steps[self._step], self.trace
-            assert trace.predicted is not None and trace.predicted_scores is not None
-            tokens = slice(step.first_token, step.first_token + step.num_tokens)
-            ids = np.ascontiguousarray(trace.predicted[tokens, place, :num].swapaxes(0, 1).astype(np.int64))
-            scores = np.ascontiguousarray(trace.predicted_scores[self._step, place, :num])
-            later = range(place + 1, place + 1 + num)
-            return Guesses(later, torch.from_numpy(ids).to(self.device), torch.from_numpy(scores).to(self.device))
-
-        return predict
+            self.runtime.look_ahead(place, TraceGates(self, place))
 
     def token(self, number: int, *, keep: bool) -> None:
         """Run one step of the trace through all layers."""
-        self._step = number
+        self.number = number
         step, trace = self.trace.steps[number], self.trace
         assert trace.scores is not None and trace.weights is not None
         hidden = torch.randn(step.num_tokens, HIDDEN).to(self.device)
@@ -142,6 +128,25 @@ class Method:
     def step_error(self) -> float:
         """Median over the steps of measured over predicted, less 1."""
         return statistics.median(m / p for m, p in zip(self.measured, self.predicted, strict=True)) - 1
+
+
+class TraceGates:
+    """Guesses as the trace has them; see `device.inbox.Predict`."""
+
+    num_experts = EXPERTS
+
+    def __init__(self, method: Method, place: int) -> None:
+        self.layers = range(place + 1, min(place + 3, LAYERS))
+        self._method, self._place = method, place
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        trace, place, num = self._method.trace, self._place, len(self.layers)
+        step = trace.steps[self._method.number]
+        assert trace.predicted is not None and trace.predicted_scores is not None
+        tokens = slice(step.first_token, step.first_token + step.num_tokens)
+        chosen = np.ascontiguousarray(trace.predicted[tokens, place, :num].swapaxes(0, 1).astype(np.int64))
+        ids.copy_(torch.from_numpy(chosen))
+        scores.copy_(torch.from_numpy(np.ascontiguousarray(trace.predicted_scores[step.index, place, :num])))
 
 
 def calibrated(layers: list[LayerExperts], options: ExpertOptions, folder: Path) -> tuple[Path, float]:

@@ -79,14 +79,20 @@ class Executor:
         ids: torch.Tensor,
         weights: torch.Tensor,
         scores: torch.Tensor | None = None,
-        predict: Predict | None = None,
     ) -> Step:
         """Bring a step's routing to the host; waits for the router, and for nothing else."""
         lane = self._lane_of.get(layer)
         if lane is None:
             return Step.on_host(hidden, ids, weights, scores)
         with _failing(lane):
-            return lane.read(hidden, ids, weights, scores, predict)
+            return lane.read(hidden, ids, weights, scores)
+
+    def look_ahead(self, layer: int, step: Step, predict: Predict) -> None:
+        """Ask the gates of the layers after `layer`; only enqueues, beside the step's experts."""
+        lane = self._lane_of.get(layer)
+        if lane is not None:
+            with _failing(lane):
+                lane.inbox.ask(step, predict)
 
     def guesses(self, layer: int, step: Step) -> Guesses | None:
         """The gates' guesses for the layers after `layer`, on the host."""

@@ -2,23 +2,23 @@
 
 Whoever decides on the host must know what was routed, so waiting for that cannot be avoided: it is the one wait of a
 layer on the accelerator's path, everything else only enqueues. All copies go to page-locked buffers and are in flight
-together. The guesses are enqueued behind the routing and picked up after the experts have been launched, when they
-have long arrived. Two sets of buffers take turns, so that a set is not written again while the CPU experts of the
-step before may still be reading it.
+together. The gates are asked once the experts have been launched, on a stream of their own: they hold up neither the
+routing nor the experts, and their guesses are on the host when prefetches are chosen. Two sets of buffers take turns,
+so that a set is not written again while the CPU experts of the step before may still be reading it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .accelerator import Accelerator, Event
 from .waiting import Patience
 
-__all__ = ["Guesses", "Inbox", "Predict", "Step"]
+__all__ = ["Guesses", "Inbox", "Predict", "Step", "ask"]
 
 
 class Guesses(NamedTuple):
@@ -33,11 +33,32 @@ class Guesses(NamedTuple):
     scores: torch.Tensor
 
 
-Predict = Callable[[torch.Tensor], Guesses]
-"""From the hidden states entering a MoE layer to guesses for the layers after it; only enqueues."""
+class Predict(Protocol):
+    """Asks the gates of the `layers` after a MoE layer, nearest first, for which experts they would choose."""
+
+    layers: Sequence[int]
+    num_experts: int
+    """Of each of these layers."""
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Write what the hidden states `[num_tokens, hidden]` entering the layer say to `ids` and `scores`.
+
+        `ids` int64 `[num_layers, num_tokens, top_k]`, `scores` float32 `[num_layers, num_experts]`, all on the device
+        of `hidden`; only enqueues, on the current stream.
+        """
+
+
 MAX_GUESSES = 3
 _MAX_VIEWS = 256
 """Kept of one set: layers differ in how many follow them, prompts in length."""
+
+
+def ask(predict: Predict, hidden: torch.Tensor, ids: torch.Tensor) -> Guesses:
+    """Ask at once, into memory of its own; `ids` is the layer's own choice, whose shape the guesses take."""
+    chosen = torch.empty(len(predict.layers), *ids.shape, dtype=torch.int64, device=hidden.device)
+    scores = torch.empty(len(predict.layers), predict.num_experts, device=hidden.device)
+    predict(hidden, chosen, scores)
+    return Guesses(predict.layers, chosen, scores)
 
 
 @dataclass(slots=True)
@@ -79,6 +100,10 @@ class _Set:
         self._views: dict[tuple[int, torch.Size, torch.dtype], torch.Tensor] = {}
         self.read, self.guessed = accelerator.event(), accelerator.event()
 
+    def guess(self, like: Guesses) -> Guesses:
+        """Buffers for guesses like these."""
+        return Guesses(like.layers, self.view(4, like.ids), self.view(5, like.scores))
+
     def view(self, place: int, like: torch.Tensor) -> torch.Tensor:
         """Buffer `place` as a tensor like `like`; making one anew costs more than all else of a read."""
         key = place, like.shape, like.dtype
@@ -109,18 +134,15 @@ class Inbox:
         sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored)
         sizes = (*sizes, routed * MAX_GUESSES, scored * MAX_GUESSES)
         self._sets = (_Set(accelerator, sizes), _Set(accelerator, sizes))
+        self._guessed = tuple(accelerator.allocate(size) for size in sizes[4:])
+        """Where the gates write, on the device; the host has waited for the last guesses before it asks for others."""
+        self._shaped: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.gates = accelerator.stream("gates")
         self._turn = 0
         self._router = f"the router's choice on {accelerator.name}"
         self._gates = f"the gates' guesses on {accelerator.name}"
 
-    def read(
-        self,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        scores: torch.Tensor | None,
-        predict: Predict | None,
-    ) -> Step:
+    def read(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor | None) -> Step:
         """Bring one step to the host; `weights` float32, `scores` float32 `[num_experts]` if there are any."""
         self._turn ^= 1
         accelerator, buffers = self._accelerator, self._sets[self._turn]
@@ -131,17 +153,41 @@ class Inbox:
             views.append(buffers.view(place, tensor))
             accelerator.copy(compute, views[place], tensor, "routing to host")
         compute.record(buffers.read, "routing read")
-        guesses = None
-        if predict is not None:
-            layers, chosen, probabilities = predict(hidden)
-            guesses = Guesses(layers, buffers.view(4, chosen), buffers.view(5, probabilities))
-            accelerator.copy(compute, guesses.ids, chosen, "guesses to host")
-            accelerator.copy(compute, guesses.scores, probabilities, "guesses to host")
-            compute.record(buffers.guessed, "guesses read")
         self._patience.wait(buffers.read.is_done, self._router)
         accelerator.on_host("planning", reads=views)
         listed = views[3].tolist() if scores is not None else None
-        return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed, guesses, buffers.guessed)
+        return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed)
+
+    def ask(self, step: Step, predict: Predict) -> None:
+        """Enqueue the gates and their guesses' way to the host, for the step read last."""
+        accelerator, buffers, gates = self._accelerator, self._sets[self._turn], self.gates
+        made = Guesses(predict.layers, *self._room_for(predict, step.ids))
+        hidden = step.hidden  # written by now: the host has waited for a copy of it
+
+        def work() -> None:
+            predict(hidden, made.ids, made.scores)
+
+        accelerator.launch(gates, work, reads=(hidden,), writes=made[1:], site="gates")
+        step.guesses = found = buffers.guess(made)
+        accelerator.copy(gates, found.ids, made.ids, "guesses to host")
+        accelerator.copy(gates, found.scores, made.scores, "guesses to host")
+        gates.record(buffers.guessed, "guesses read")
+        step.guessed = buffers.guessed
+
+    def _room_for(self, predict: Predict, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Device buffers shaped for the guesses; made again only when the shape changes."""
+        num_layers, num_experts = len(predict.layers), predict.num_experts
+        shape = num_layers, *ids.shape, num_experts
+        known = self._shaped.get(shape)
+        if known is None:
+            if len(self._shaped) >= _MAX_VIEWS:
+                self._shaped.clear()
+            chosen, scores = self._guessed
+            known = self._shaped[shape] = (
+                chosen[: num_layers * ids.numel() * 8].view(torch.int64).view(num_layers, *ids.shape),
+                scores[: num_layers * num_experts * 4].view(torch.float32).view(num_layers, num_experts),
+            )
+        return known
 
     def wait_guesses(self, step: Step) -> Guesses | None:
         """Return the step's guesses once they are on the host."""

@@ -19,7 +19,7 @@ from .accelerator import Accelerator
 from .activity import ActivityLog
 from .backend import GpuBackend
 from .host_store import HostStore
-from .inbox import Inbox, Predict, Step
+from .inbox import Inbox, Step
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
 from .waiting import Patience
@@ -116,7 +116,6 @@ class Lane:
         ids: torch.Tensor,
         weights: torch.Tensor,
         scores: torch.Tensor | None,
-        predict: Predict | None,
     ) -> Step:
         """Bring the routing to the host: the one wait of every step."""
         if weights.dtype != torch.float32:
@@ -129,7 +128,7 @@ class Lane:
                 self.accelerator.compute, widen, reads=(narrow,), writes=(wide,), site="widen weights"
             )
             weights = wide
-        return self.inbox.read(hidden.contiguous(), ids.contiguous(), weights.contiguous(), scores, predict)
+        return self.inbox.read(hidden.contiguous(), ids.contiguous(), weights.contiguous(), scores)
 
     def run(self, plan: Plan, step: Step) -> None:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
@@ -242,7 +241,7 @@ class Lane:
 
     def drain(self) -> None:
         """Wait until nothing is under way; DeadlineError if that does not end. Failures met here are known already."""
-        for stream in (self.accelerator.compute, *self.queue.streams):
+        for stream in (self.accelerator.compute, self.inbox.gates, *self.queue.streams):
             event = self.accelerator.event()
             stream.record(event, "drained")
             try:

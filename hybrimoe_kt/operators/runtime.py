@@ -23,7 +23,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.host_store import HostStore, LayerExperts
-from hybrimoe_kt.device.inbox import Predict, Step
+from hybrimoe_kt.device.inbox import Predict, Step, ask
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
@@ -327,6 +327,9 @@ class Runtime:
             self._executor.abort(self.coordinator.take_aborted())
             self._executor.end_streams(self.coordinator.take_closed())
             self._executor.start(plan, step)
+            predict = self._predict(layer)
+            if predict is not None:
+                self._executor.look_ahead(layer, step, predict)
             started = now()
             chosen = self._prefetch(layer, step)
             prefetched = now()
@@ -363,7 +366,7 @@ class Runtime:
         assert self._executor is not None and self._recovery is not None, "the runtime has started"
         scores = None if logits is None else self._kept(mean_probabilities(logits))
         try:
-            step = self._executor.read(layer, hidden, ids, weights, scores, self._predict(layer))
+            step = self._executor.read(layer, hidden, ids, weights, scores)
         except AcceleratorFailed as failure:
             self._recovery.recover(failure)
             step = Step.on_host(hidden, ids, weights, scores)
@@ -397,7 +400,7 @@ class Runtime:
         assert self.recorder is not None and self._executor is not None, "the caller looked"
         guesses = self._executor.guesses(routing.layer, step)
         if guesses is None and routing.layer in self._look_ahead:  # nobody prefetches here, but a replay may
-            guesses = self._look_ahead[routing.layer](step.hidden)
+            guesses = ask(self._look_ahead[routing.layer], step.hidden, step.ids)
         # Scores go in averaged, as the coordinator saw them.
         self.recorder.record(
             routing.layer,

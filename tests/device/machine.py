@@ -20,7 +20,6 @@ from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Guesses, Predict
 from hybrimoe_kt.operators import assembly
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -100,6 +99,25 @@ class Machine:
         hidden = torch.randn(num_tokens, HIDDEN, generator=generator).to(self.dtype)
         return hidden, ids, torch.rand(num_tokens, TOP_K, generator=generator).to(self.dtype)
 
+    def given(self, layer: int, inputs: Inputs) -> list[torch.Tensor]:
+        """The inputs as a model's own work on `compute` makes them: not there before that has run.
+
+        Where nobody will wait for `compute` they are given ready: on a layer whose accelerator has been given up, and
+        where it may stall for good, which no model survives.
+        """
+        own = self.accelerators[layer % len(self.accelerators)]
+        is_served = self.runtime.device_of(layer) is not None
+        if not isinstance(own, AdversarialAccelerator) or not is_served or own.faults.failure == "stall":
+            return [tensor.to(own.device) for tensor in inputs]
+        given = [torch.full_like(tensor, -1 if tensor.dtype == torch.int64 else torch.nan) for tensor in inputs]
+
+        def work() -> None:
+            for target, source in zip(given, inputs, strict=True):
+                target.copy_(source)
+
+        own.model_works(work, writes=given)
+        return given
+
     def draw(self, num_tokens: int) -> torch.Tensor:
         return torch.tensor([self.random.sample(range(EXPERTS), TOP_K) for _ in range(num_tokens)])
 
@@ -108,7 +126,7 @@ class Machine:
         inputs = self.inputs(layer, num_tokens)
         device = self.accelerators[0].device
         self.runtime.note_scores(layer, torch.randn(num_tokens, EXPERTS).to(device))
-        given = [tensor.to(device) for tensor in inputs]
+        given = self.given(layer, inputs)
         found = self.runtime.run(layer, *given)
         self.accelerators[0].on_host("inputs given back", writes=given)  # nobody may still be reading them
         assert found.dtype == self.dtype and found.device == device
@@ -137,6 +155,25 @@ class Machine:
     @property
     def races(self) -> list[str]:
         return [str(race) for race in self.accelerators[0].adversary.detector.races]
+
+
+class Gates:
+    """Guesses of the next layers' routing that are right with a given probability."""
+
+    num_experts = EXPERTS
+
+    def __init__(self, machine: Machine, layer: int, right_guesses: float) -> None:
+        self.layers = range(layer + 1, min(layer + 3, LAYERS))
+        self._machine, self._right_guesses = machine, right_guesses
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        assert hidden.isfinite().all(), "asked before the model had written its hidden states"
+        for place, later in enumerate(self.layers):
+            drawn = self._machine.draw(len(hidden))
+            ids[place].copy_(drawn)
+            if self._machine.random.random() < self._right_guesses:
+                self._machine.guessed[later] = drawn
+        scores.fill_(1 / EXPERTS)
 
 
 def make(
@@ -178,21 +215,7 @@ def make(
         runtime.add_layer(experts, names[experts.layer % num_accelerators])
     dtype, tolerance = (torch.bfloat16, 0.02) if sums else (torch.float32, 0.0)
     machine = Machine(runtime, dtype, tolerance, list(made.values()), random.Random(seed))
-    device = machine.accelerators[0].device
-
-    def predictor(layer: int) -> Predict:
-        def predict(hidden: torch.Tensor) -> Guesses:
-            layers = range(layer + 1, min(layer + 3, LAYERS))
-            chosen = [machine.draw(len(hidden)) for _ in layers]
-            for later, ids in zip(layers, chosen, strict=True):
-                if machine.random.random() < right_guesses:
-                    machine.guessed[later] = ids
-            scores = torch.full((len(layers), EXPERTS), 1 / EXPERTS)
-            return Guesses(layers, torch.stack(chosen).to(device), scores.to(device))
-
-        return predict
-
     runtime.start()
     for layer in range(LAYERS - 1):
-        runtime.look_ahead(layer, predictor(layer))
+        runtime.look_ahead(layer, Gates(machine, layer, right_guesses))
     return machine

@@ -144,6 +144,12 @@ class AdversarialAccelerator:
         if failure == "stall":
             stream.queue.is_stalled = True
 
+    def model_works(self, work: Callable[[], None], writes: Sequence[torch.Tensor]) -> None:
+        """Enqueue the model's own work on `compute`, which no injected fault strikes."""
+        queue = self.compute.queue
+        clock = self.adversary.submit(queue, [work])
+        self.adversary.detector.access(queue.who, clock, "the model's own work", (), writes)
+
     def watch_cpu(self, backend: Any) -> Any:
         """Make a CPU backend's worker one more participant of this world, once."""
         return backend if isinstance(backend, WatchedCpu) else WatchedCpu(backend, self.adversary, self.faults)

@@ -6,13 +6,13 @@ framework's own blocks work with `HybriMoEExperts` too; scores are then missing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from hybrimoe_kt.device.inbox import Guesses
 from hybrimoe_kt.errors import ConfigError
 
 from .experts import HybriMoEExperts
@@ -81,17 +81,25 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
         depth = experts.runtime.options.prefetch_depth
         ahead = [blocks[layer] for layer in sorted(blocks) if layer > self.layer][:depth]
 
-        @torch.no_grad()
-        def predict(hidden: torch.Tensor) -> Guesses:
-            guesses = [block.guess(hidden.to(device=block.generate_device, dtype=self.dtype)) for block in ahead]
-            logits = torch.stack([logits for logits, _ in guesses])
-            ids = torch.stack([ids for _, ids in guesses])
-            scores = torch.softmax(logits.float(), dim=-1).mean(dim=1)
-            return Guesses([block.layer for block in ahead], ids.to(torch.int64), scores)
-
         if ahead:
-            experts.runtime.look_ahead(self.layer, predict)
+            num_experts = experts.runtime.store.layers[ahead[0].layer].num_experts
+            experts.runtime.look_ahead(self.layer, _Routers(ahead, num_experts, self.dtype))
         object.__setattr__(self, "asked_ahead", True)
+
+
+class _Routers:
+    """Asks the routers of some blocks, each in its own way; see `device.inbox.Predict`."""
+
+    def __init__(self, blocks: Sequence[_Block], num_experts: int, dtype: torch.dtype) -> None:
+        self._blocks, self.num_experts, self._dtype = blocks, num_experts, dtype
+        self.layers = [block.layer for block in blocks]
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        for place, block in enumerate(self._blocks):
+            logits, chosen = block.guess(hidden.to(device=block.generate_device, dtype=self._dtype))
+            ids[place].copy_(chosen)
+            scores[place].copy_(torch.softmax(logits.float(), dim=-1).mean(dim=0))
 
 
 class _DeepseekBlock(_Block):

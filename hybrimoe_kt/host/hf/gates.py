@@ -1,0 +1,184 @@
+"""The gates of the layers ahead, asked together: one product and one choice for all of them.
+
+Asked one by one, three gates are some thirty small kernels or host calls. Their weights therefore lie in one tensor
+`[num_layers, num_experts, hidden]`, of which each gate's own parameter is a view, and consecutive gates are one
+batched product. That needs gates of one shape that choose by the largest score; whether they do is found out by
+asking them. Others, such as those that choose among groups of experts first, are asked one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Gate", "GateRow"]
+
+_TRIED = 64
+"""Random states by which a gate's way of choosing is found out; ties aside all must agree."""
+_AGREE = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A MoE layer's gate, the factor of the norm in front of it `[hidden]`, and the gate's further arguments."""
+
+    module: nn.Module
+    norm: torch.Tensor | None
+    inputs: tuple[Any, ...]
+
+    def on(self, device: torch.device) -> Gate:
+        """The gate itself, or a copy on `device` where its layer stands on another."""
+        if self.module.weight.device == device:
+            return self
+        norm = None if self.norm is None else self.norm.to(device)
+        inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in self.inputs)
+        return Gate(copy.deepcopy(self.module).to(device), norm, inputs)
+
+    def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[num_tokens, num_experts]` and ids `[num_tokens, top_k]` for `hidden`, normalised for this gate."""
+        # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
+        logits, _, ids = self.module.forward(hidden, *self.inputs)
+        return logits, ids
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to its scores before the choice, `[num_experts]`, where it has such a thing."""
+        own = getattr(self.module, "e_score_correction_bias", None)
+        given = [value for value in (own, *self.inputs) if isinstance(value, torch.Tensor)]
+        return given[0].detach().float().flatten() if given else None
+
+
+class GateRow:
+    """All gates of a model in order, on one device."""
+
+    def __init__(self, gates: Sequence[Gate], device: torch.device) -> None:
+        self._gates = [gate.on(device) for gate in gates]
+        self._choices = [_choice_of(gate) for gate in self._gates]
+        self._weights = _in_one(self._gates) if None not in self._choices else None
+
+    def predictor(self, place: int, layers: Sequence[int], ahead: slice) -> _Together | _OneByOne:
+        """What asks the gates of `layers[ahead]` for the hidden states entering layer `layers[place]`."""
+        gates, numbers = self._gates[ahead], list(layers[ahead])
+        ratios = [_ratio(self._gates[place].norm, gate.norm) for gate in gates]
+        choices = self._choices[ahead]
+        if self._weights is None or len(set(choices)) > 1:
+            return _OneByOne(numbers, gates, ratios)
+        return _Together(numbers, self._weights[ahead], ratios, choices[0], [gate.bias for gate in gates])
+
+
+class _OneByOne:
+    """See `device.inbox.Predict`."""
+
+    def __init__(self, layers: list[int], gates: Sequence[Gate], ratios: Sequence[torch.Tensor | None]) -> None:
+        self.layers, self._ahead = layers, list(zip(gates, ratios, strict=True))
+        self.num_experts = len(gates[0].module.weight)
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        logits = []
+        for place, (gate, ratio) in enumerate(self._ahead):
+            corrected = hidden.to(gate.module.weight.dtype)
+            found, chosen = gate.ask(corrected if ratio is None else corrected * ratio)
+            ids[place].copy_(chosen)
+            logits.append(found)
+        _write_scores(torch.stack(logits), scores)
+
+
+class _Together:
+    """See `device.inbox.Predict`."""
+
+    def __init__(
+        self,
+        layers: list[int],
+        weights: torch.Tensor,
+        ratios: Sequence[torch.Tensor | None],
+        choice: _Choice | None,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type."""
+        assert choice is not None, "gates that choose otherwise are asked one by one"
+        self.layers, self.num_experts = layers, weights.shape[1]
+        self._weights, self._choice = weights.transpose(1, 2), choice
+        known = [ratio for ratio in ratios if ratio is not None]
+        ones = [torch.ones_like(known[0]) if ratio is None else ratio for ratio in ratios] if known else []
+        self._ratios = torch.stack(ones)[:, None] if ones else None
+        present = [bias for bias in biases if bias is not None]
+        self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        corrected = hidden.to(self._weights.dtype)[None]
+        if self._ratios is None:
+            corrected = corrected.expand(len(self.layers), -1, -1)
+        else:
+            corrected = corrected * self._ratios
+        logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
+        _write_scores(logits, scores)
+        ranked = self._choice(logits, self._biases)
+        torch.topk(ranked, ids.shape[2], dim=-1, out=(torch.empty_like(ids, dtype=ranked.dtype), ids))
+
+
+_Choice = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""From logits `[..., num_experts]` and biases to the scores whose largest are chosen."""
+
+
+def _by_logit(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Softmax keeps the order of the logits."""
+    return logits
+
+
+def _by_biased_sigmoid(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return logits.float().sigmoid() + bias
+
+
+def _by_biased_softmax(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.softmax(logits.float(), dim=-1) + bias
+
+
+@torch.no_grad()
+def _choice_of(gate: Gate) -> _Choice | None:
+    """How a gate chooses, found out on random states; None if in no way known here."""
+    weight = gate.module.weight
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(_TRIED, weight.shape[-1], generator=generator).to(weight)
+    logits, ids = gate.ask(hidden)
+    product = nn.functional.linear(hidden, weight).float()
+    if not torch.allclose(product, logits.float(), rtol=0.05, atol=0.05 * float(product.abs().max() + 1e-9)):
+        return None
+    bias, wanted = gate.bias, ids.sort(dim=-1).values
+    for choice in (_by_biased_sigmoid, _by_biased_softmax, _by_logit) if bias is not None else (_by_logit,):
+        found = choice(logits, bias).topk(ids.shape[-1], dim=-1).indices.sort(dim=-1).values
+        if float((found == wanted).all(dim=-1).float().mean()) >= _AGREE:
+            return choice
+    return None
+
+
+def _in_one(gates: Sequence[Gate]) -> torch.Tensor | None:
+    """Move the gates' weights into one tensor `[num_layers, num_experts, hidden]`; None where they differ in kind."""
+    weights = [gate.module.weight for gate in gates]
+    if len({(weight.shape, weight.dtype) for weight in weights}) > 1:
+        return None
+    together = torch.stack([weight.detach() for weight in weights])
+    for weight, place in zip(weights, together, strict=True):
+        weight.data = place
+    return together
+
+
+def _write_scores(logits: torch.Tensor, scores: torch.Tensor) -> None:
+    """Write probabilities averaged over the tokens; `logits [num_layers, num_tokens, num_experts]`."""
+    if logits.shape[1] == 1 and logits.dtype == torch.float32:
+        torch.softmax(logits[:, 0], dim=-1, out=scores)
+    else:
+        scores.copy_(torch.softmax(logits.float(), dim=-1).mean(dim=1))
+
+
+def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:
+    """What turns a state normalised by `ours` into one normalised by `theirs`, `[hidden]`."""
+    if ours is None or theirs is None or bool((ours == 0).any()):
+        return None
+    return (theirs.float() / ours.float()).detach().to(theirs.dtype)
