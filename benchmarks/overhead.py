@@ -4,8 +4,9 @@
     python -m benchmarks.overhead --profile  # the same by function, from cProfile
 
 128 experts, 8 per token, half of them resident, decode, on the immediate emulator; CPU and GPU backends that do
-nothing. What is left is what a layer costs beside its experts, but for the gates' own arithmetic and the driver calls
-of a real device.
+nothing. What is left is what a layer costs beside its experts, but for the driver calls of a real device. The gates
+of the next layers are asked as a model asks them, three Qwen3 routers ahead; hidden states are 128 wide, so that their
+arithmetic is next to nothing and the host's part of it is not.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeTopKRouter
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Guesses
+from hybrimoe_kt.device.inbox import Predict
+from hybrimoe_kt.host.hf.gates import Gate, GateRow
 from hybrimoe_kt.operators import assembly
 from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.models import find_model
 
-EXPERTS, TOP_K, HIDDEN, LAYERS = 128, 8, 2048, 4
+EXPERTS, TOP_K, HIDDEN, LAYERS, DEPTH = 128, 8, 128, 4, 3
 _F16 = 1
 
 
@@ -89,6 +92,32 @@ def machine(patch: pytest.MonkeyPatch, **options: Any) -> Runtime:
     return runtime
 
 
+def random_gate(layer: int) -> Gate:
+    """A router of Qwen3's kind and the norm in front of it."""
+    config = Qwen3MoeConfig(num_experts=EXPERTS, num_experts_per_tok=TOP_K, hidden_size=HIDDEN, norm_topk_prob=True)
+    router = Qwen3MoeTopKRouter(config)
+    generator = torch.Generator().manual_seed(layer)
+    router.weight = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator), requires_grad=False)
+    return Gate(router, torch.rand(HIDDEN, generator=generator) + 0.5, ())
+
+
+class Gates:
+    """Asks the real gates, always `DEPTH` of them, and guesses what the trace says; see `device.inbox.Predict`."""
+
+    num_experts = EXPERTS
+
+    def __init__(self, asked: Predict, layer: int, guesses: torch.Tensor, scores: torch.Tensor) -> None:
+        self.layers = range(layer + 1, layer + 1 + guesses.shape[1])
+        self._asked, self._guesses, self._scores, self._step = asked, list(guesses), list(scores), 0
+        self._ids, self._probabilities = torch.empty(DEPTH, 1, TOP_K, dtype=torch.int64), torch.empty(DEPTH, EXPERTS)
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        self._asked(hidden, self._ids, self._probabilities)
+        ids.copy_(self._guesses[self._step])
+        scores.copy_(self._scores[self._step])
+        self._step += 1
+
+
 class Walk:
     """Replays a trace of Qwen3-30B-A3B's shape through a runtime."""
 
@@ -101,27 +130,18 @@ class Walk:
         self._ids = torch.from_numpy(trace.experts.astype(np.int64))
         self._weights = torch.from_numpy(np.ascontiguousarray(trace.weights))
         self._logits = torch.from_numpy(trace.scores).log()
-        self._guesses = torch.from_numpy(trace.predicted.astype(np.int64))
-        self._guess_scores = torch.from_numpy(trace.predicted_scores)
-        self._step = 0
+        guesses, scores = torch.from_numpy(trace.predicted.astype(np.int64)), torch.from_numpy(trace.predicted_scores)
         runtime.start()
-        for layer in range(LAYERS - 1):
-            runtime.look_ahead(layer, self._predictor(layer))
-
-    def _predictor(self, layer: int) -> Any:
-        num = min(3, LAYERS - 1 - layer)
-        later = range(layer + 1, layer + 1 + num)
-
-        made = [
-            Guesses(later, self._guesses[step, layer, :num, None], self._guess_scores[step, layer, :num])
-            for step in range(len(self._ids))
-        ]
-        return lambda hidden: made[self._step]
+        row = GateRow([random_gate(layer) for layer in range(LAYERS + DEPTH)], torch.device("cpu"))
+        for layer in range(LAYERS):
+            asked = row.predictor(layer, range(LAYERS + DEPTH), slice(layer + 1, layer + 1 + DEPTH))
+            num = min(DEPTH, LAYERS - 1 - layer)
+            if num:
+                runtime.look_ahead(layer, Gates(asked, layer, guesses[:, layer, :num, None], scores[:, layer, :num]))
 
     def run(self) -> None:
         hidden = torch.randn(1, HIDDEN)
         for step in range(len(self._ids)):
-            self._step = step
             for layer in range(LAYERS):
                 ids, weights = self._ids[step : step + 1, layer], self._weights[step, layer][None]
                 self.runtime.note_scores(layer, self._logits[step, layer][None])

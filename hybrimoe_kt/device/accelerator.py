@@ -86,8 +86,11 @@ class Accelerator(Protocol):
     def page_locked(self, num_bytes: int) -> torch.Tensor:
         """Return `num_bytes` of host memory that copies may read or write asynchronously, uint8; CapacityError."""
 
-    def register(self, memory: torch.Tensor) -> bool:
-        """Page-lock existing host memory in place, if the driver allows; False if not."""
+    def register(self, memory: torch.Tensor) -> object | None:
+        """Page-lock existing host memory in place, if the driver allows, for as long as the returned object is kept.
+
+        None if not. Memory that is registered for one accelerator is so for all of the process.
+        """
 
     def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         """Enqueue a copy between page-locked (or registered) host memory and the device; same shape and dtype."""

@@ -94,7 +94,8 @@ class HostStore:
         self.layers: dict[int, LayerExperts] = {}
         self.layouts: dict[int, SlotLayout] = {}
         self._copies: dict[int, torch.Tensor] = {}
-        self._registered: set[int] = set()
+        self._locks: dict[int, list[object]] = {}
+        """Layer -> what keeps its part of the mapping page-locked; given back with the store."""
 
     def add(self, experts: LayerExperts) -> None:
         from .layout import SlotLayout
@@ -107,18 +108,21 @@ class HostStore:
         gate, up, down = self.layers[expert.layer].matrices
         return gate.data[expert.index], up.data[expert.index], down.data[expert.index]
 
-    def page_locked(self, expert: ExpertId) -> torch.Tensor | None:
-        """Return the expert as its slot will hold it, uint8 `[slot_bytes]`, page-locked; None if no such copy is."""
-        copy = self._copies.get(expert.layer)
-        return None if copy is None else copy[expert.index]
+    def is_copied(self, layer: int) -> bool:
+        """Whether there is a page-locked copy of this layer in slot layout."""
+        return layer in self._copies
+
+    def page_locked(self, expert: ExpertId) -> torch.Tensor:
+        """Return the expert as its slot will hold it, page-locked uint8 `[slot_bytes]`; its layer `is_copied`."""
+        return self._copies[expert.layer][expert.index]
 
     def is_registered(self, layer: int) -> bool:
         """Whether devices may copy straight from this layer's part of the mapping (in GGUF order)."""
-        return layer in self._registered
+        return layer in self._locks
 
     def is_direct(self, layer: int) -> bool:
         """Whether devices copy this layer's experts from where they are, without staging."""
-        return layer in self._copies or layer in self._registered
+        return layer in self._copies or layer in self._locks
 
     def page_lock(
         self,
@@ -136,11 +140,20 @@ class HostStore:
             self._copies[layer] = copy
 
     def register(self, accelerator: Accelerator, layers: Collection[int]) -> bool:
-        """Page-lock the mapping of `layers` in place; False where the driver does not allow it."""
+        """Page-lock the mapping of `layers` in place; False where the driver does not allow it.
+
+        What was locked of a layer that is refused is given back.
+        """
         for layer in sorted(layers):
-            if all(accelerator.register(matrix.data) for matrix in self.layers[layer].matrices):
-                self._registered.add(layer)
-        return self._registered.issuperset(layers)
+            locks: list[object] = []
+            for matrix in self.layers[layer].matrices:
+                lock = accelerator.register(matrix.data)
+                if lock is None:
+                    break
+                locks.append(lock)
+            else:
+                self._locks[layer] = locks
+        return self._locks.keys() >= set(layers)
 
     @property
     def num_bytes(self) -> int:

@@ -48,6 +48,7 @@ class Lane:
         cpu_answers_pairs: bool,
         chunk_bytes: int,
         patience: Patience,
+        whole_bytes: int = 0,
     ) -> None:
         """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU.
 
@@ -56,7 +57,9 @@ class Lane:
         self.accelerator, self.gpu, self._store, self._patience = accelerator, gpu, store, patience
         self.layers = tuple(sorted(slots))
         self.pool = SlotPool(accelerator, store.layouts, slots, num_stream_slots)
-        self.queue = TransferQueue(accelerator, store, self.pool, chunk_bytes=chunk_bytes, patience=patience)
+        self.queue = TransferQueue(
+            accelerator, store, self.pool, chunk_bytes=chunk_bytes, patience=patience, whole_bytes=whole_bytes
+        )
         shapes = [store.layers[layer] for layer in slots]
         hidden = max(experts.hidden for experts in shapes)
         top_k = max(experts.top_k for experts in shapes)

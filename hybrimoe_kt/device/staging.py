@@ -12,7 +12,7 @@ from .accelerator import Accelerator, Event, Stream
 from .layout import Segment, SlotLayout
 from .waiting import Patience
 
-__all__ = ["Chunk", "Ring", "Run", "chunks_of"]
+__all__ = ["Chunk", "Ring", "Run", "chunks_of", "spans_of"]
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,6 +70,11 @@ def chunks_of(layout: SlotLayout, chunk_bytes: int) -> tuple[Chunk, ...]:
                 chunks.append([])
                 room = chunk_bytes
     return tuple(tuple(runs) for runs in chunks if runs)
+
+
+def spans_of(layout: SlotLayout, span_bytes: int) -> tuple[slice, ...]:
+    """Cut a slot into pieces of at most `span_bytes` that cover it once: host copies in slot layout are sent so."""
+    return tuple(slice(at, min(at + span_bytes, layout.slot_bytes)) for at in range(0, layout.slot_bytes, span_bytes))
 
 
 class Ring:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 from hybrimoe_kt.errors import CapacityError
 
 from .accelerator import Event, HostStamp, Stamp, Stream
+from .page_locks import LOCKS, Lock, fresh_pages
 
-__all__ = ["TorchAccelerator"]
+__all__ = ["CudaDriver", "TorchAccelerator"]
 
-_HOST_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly: the mapping of a file that is not writable
-_PAGE = 4096
+_PORTABLE, _READ_ONLY = 1, 8
+"""cudaHostRegister's flags: for every device of the process; memory that is mapped read-only."""
 _LARGE_BYTES = 2**26
 _CLOCK_HOLDS_S = 20.0
 """Then a step of single precision is 2 us."""
@@ -92,6 +92,32 @@ class _DeviceStamp:
         return self._clock.at_s(self._event) if self._event.query() else None
 
 
+class CudaDriver:
+    """Page-locking through torch's own binding of the CUDA runtime; see `page_locks.Driver`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def lock(self, address: int, num_bytes: int, *, read_only: bool) -> bool:
+        flags = _PORTABLE | (_READ_ONLY if read_only else 0)
+        try:
+            if int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, flags)) == 0:
+                return True
+        except (RuntimeError, AttributeError, TypeError):
+            pass
+        with contextlib.suppress(RuntimeError):  # the refusal stays pending until a launch reports it
+            torch.zeros(1, device=self._device)
+        return False
+
+    def unlock(self, address: int) -> None:
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def settle(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a dead device copies nothing
+            torch.cuda.synchronize(self._device)
+
+
 class TorchAccelerator:
     """One CUDA, HIP or XPU device. Copies on their own streams need page-locked memory to be asynchronous."""
 
@@ -100,8 +126,6 @@ class TorchAccelerator:
         self._module = getattr(torch, device.type)
         index = device.index if device.index is not None else self._module.current_device()
         self.device = torch.device(device.type, index)
-        self._registered: list[range] = []
-        """Pages of host memory that the driver has locked."""
         self.compute: Stream = _CurrentStream(self.device)
         self._clock: _DeviceClock | None = None
         self._has_clock = True
@@ -115,51 +139,37 @@ class TorchAccelerator:
     def allocate(self, num_bytes: int) -> torch.Tensor:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError):  # any other error is no question of size
             raise CapacityError(
                 f"{num_bytes / 1e9:.2f} GB for the expert cache do not fit on {self.device}; give a smaller cache_size"
             ) from None
 
     def release(self, memory: torch.Tensor) -> None:
         memory.untyped_storage().resize_(0)
+        self._module.empty_cache()  # in pieces it is of no use to whoever asked for it
 
     def page_locked(self, num_bytes: int) -> torch.Tensor:
         if num_bytes >= _LARGE_BYTES:  # torch's allocator rounds up to a power of two
-            memory = torch.empty(num_bytes, dtype=torch.uint8)
-            if self._register(memory, 0):
+            memory = fresh_pages(num_bytes, lambda pages: self._hold(pages, read_only=False))
+            if memory is not None:
                 return memory
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise  # a driver's trouble that is no question of size
             raise CapacityError(
                 f"{num_bytes / 1e6:.0f} MB of host memory cannot be page-locked; raise the limit (ulimit -l) or "
                 f"give --host_store mapped"
             ) from None
 
-    def register(self, memory: torch.Tensor) -> bool:
-        return self._register(memory, _HOST_REGISTER_READ_ONLY)
+    def register(self, memory: torch.Tensor) -> Lock | None:
+        return self._hold(memory, read_only=True)
 
-    def _register(self, memory: torch.Tensor, flags: int) -> bool:
-        """Register the pages of `memory` that are not yet; neighbouring tensors of a file share pages."""
+    def _hold(self, memory: torch.Tensor, *, read_only: bool) -> Lock | None:
         if self.device.type != "cuda" or torch.version.hip is not None:
-            return False
-        first, last = memory.data_ptr() // _PAGE, (memory.data_ptr() + memory.numel() - 1) // _PAGE
-        missing = _without(range(first, last + 1), self._registered)
-        done: list[range] = []
-        try:
-            cudart = torch.cuda.cudart()
-            for pages in missing:
-                if int(cudart.cudaHostRegister(pages.start * _PAGE, len(pages) * _PAGE, flags)) != 0:
-                    raise RuntimeError("the driver refused")
-                done.append(pages)
-        except (RuntimeError, AttributeError, ctypes.ArgumentError):
-            for pages in done:
-                torch.cuda.cudart().cudaHostUnregister(pages.start * _PAGE)
-            with contextlib.suppress(RuntimeError):  # the refusal stays pending until a launch reports it
-                torch.zeros(1, device=self.device)
-            return False
-        self._registered += done
-        return True
+            return None
+        return LOCKS.hold(CudaDriver(self.device), memory, read_only=read_only)
 
     def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         with self._on(stream):
@@ -216,16 +226,3 @@ class TorchAccelerator:
 
     def _on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if stream is self.compute else stream.stream
-
-
-def _without(pages: range, taken: list[range]) -> list[range]:
-    """The parts of `pages` outside every range in `taken`."""
-    left = [pages]
-    for other in taken:
-        cut = []
-        for part in left:
-            before = range(part.start, min(part.stop, other.start))
-            after = range(max(part.start, other.stop), part.stop)
-            cut += [piece for piece in (before, after) if len(piece)]
-        left = cut
-    return left

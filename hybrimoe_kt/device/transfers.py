@@ -4,9 +4,9 @@ Copies on a link cannot be called back, and no device promises that one stream's
 prefetch is given to its stream in chunks, never more than a window ahead; everything else waits here, where an
 on-demand transfer passes it, an abort drops it, and a plan that needs it sends the rest at once.
 
-A transfer comes from a page-locked copy in slot layout, as one copy; or from the mapped file, directly where that is
-registered with the driver, otherwise through staging. Blocks that the slot holds in planes then land beside the slot
-first and are taken apart there, by the device, on the stream of the copy.
+A transfer comes from a page-locked copy in slot layout, as one copy or in spans of it; or from the mapped file,
+directly where that is registered with the driver, otherwise through staging. Blocks that the slot holds in planes then
+land beside the slot first and are taken apart there, by the device, on the stream of the copy.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from .accelerator import Accelerator, Stream
 from .activity import ActivityLog
 from .host_store import HostStore
 from .slots import LayerSlots, SlotPool
-from .staging import Chunk, Ring, chunks_of
+from .staging import Chunk, Ring, chunks_of, spans_of
 from .waiting import Patience
 
 __all__ = ["TransferQueue"]
 
 NUM_RING_CHUNKS = 4
 """Copies under way per stream: one being filled, one being copied, one waiting, one to spare."""
+NUM_WHOLE = 2
+"""Prefetches under way where experts are sent whole: one being copied, one waiting. An on-demand transfer may have to
+wait for both."""
+_WHOLE = 2**62
 
 
 class Channel:
@@ -47,7 +51,13 @@ class Pending:
     __slots__ = ("channel", "chunks", "next_chunk", "place", "plan", "slots", "transfer")
 
     def __init__(
-        self, transfer: Transfer, slots: LayerSlots, place: int, chunks: Sequence[Chunk], channel: Channel, plan: int
+        self,
+        transfer: Transfer,
+        slots: LayerSlots,
+        place: int,
+        chunks: Sequence[Chunk | slice],
+        channel: Channel,
+        plan: int,
     ) -> None:
         self.transfer, self.slots, self.place, self.chunks, self.channel = transfer, slots, place, chunks, channel
         self.next_chunk, self.plan = 0, plan
@@ -60,18 +70,40 @@ class TransferQueue:
     """The host's end of one accelerator's link."""
 
     def __init__(
-        self, accelerator: Accelerator, store: HostStore, pool: SlotPool, *, chunk_bytes: int, patience: Patience
+        self,
+        accelerator: Accelerator,
+        store: HostStore,
+        pool: SlotPool,
+        *,
+        chunk_bytes: int,
+        patience: Patience,
+        whole_bytes: int = 0,
     ) -> None:
+        """Prefetches go in chunks of `chunk_bytes`; from a page-locked copy whole, up to `whole_bytes` an expert."""
         self._accelerator, self._store, self._pool, self._patience = accelerator, store, pool, patience
         layouts = {layer: slots.layout for layer, slots in pool.layers.items()}
-        self._chunks = {layer: chunks_of(layout, chunk_bytes) for layer, layout in layouts.items()}
-        self._whole = {layer: chunks_of(layout, 2**62) for layer, layout in layouts.items()}
-        largest = max((sum(r.num_bytes for r in c) for cs in self._chunks.values() for c in cs), default=0)
+        ready = {layer: layout for layer, layout in layouts.items() if store.is_copied(layer)}
+        mapped = {layer: layout for layer, layout in layouts.items() if layer not in ready}
+        pieces = {layer: chunks_of(layout, chunk_bytes) for layer, layout in mapped.items()}
+        spans = {
+            layer: spans_of(layout, _WHOLE if layout.slot_bytes <= whole_bytes else chunk_bytes)
+            for layer, layout in ready.items()
+        }
+        self._chunks: dict[int, Sequence[Chunk | slice]] = {**pieces, **spans}
+        self._whole: dict[int, Sequence[Chunk | slice]] = {
+            **{layer: chunks_of(layout, _WHOLE) for layer, layout in mapped.items()},
+            **{layer: spans_of(layout, _WHOLE) for layer, layout in ready.items()},
+        }
+        largest = max((sum(r.num_bytes for r in c) for cs in pieces.values() for c in cs), default=0)
         staged = 0 if all(store.is_direct(layer) for layer in layouts) else largest
-        whole = max((layout.slot_bytes for layer, layout in layouts.items() if store.is_registered(layer)), default=0)
-        landing = 0 if all(layout.is_file_order for layout in layouts.values()) else max(largest, whole)
+        whole = max((layout.slot_bytes for layer, layout in mapped.items() if store.is_registered(layer)), default=0)
+        landing = 0 if all(layout.is_file_order for layout in mapped.values()) else max(largest, whole)
+        is_whole = not mapped and all(len(cut) == 1 for cut in spans.values())
         self._on_demand = self._channel("on-demand copies", "on-demand copied", staged, landing, low_priority=False)
-        self._prefetch = self._channel("prefetch copies", "prefetch copied", staged, landing, low_priority=True)
+        self._prefetch = self._channel(
+            "prefetch copies", "prefetch copied", staged, landing,
+            low_priority=True, num_places=NUM_WHOLE if is_whole else NUM_RING_CHUNKS,
+        )  # fmt: skip
         fresh = accelerator.event()
         accelerator.compute.record(fresh, "last use of fresh memory")
         for channel in (self._on_demand, self._prefetch):
@@ -85,11 +117,13 @@ class TransferQueue:
         self.open_layer = -1
         """The open plan's layer, while none of its slots is read and then overwritten by the plan itself; else -1."""
 
-    def _channel(self, name: str, site: str, staged: int, landing: int, *, low_priority: bool) -> Channel:
+    def _channel(
+        self, name: str, site: str, staged: int, landing: int, *, low_priority: bool, num_places: int = NUM_RING_CHUNKS
+    ) -> Channel:
         accelerator = self._accelerator
         stream = accelerator.stream(name, low_priority=low_priority)
         memory = accelerator.allocate(landing) if landing else torch.empty(0, dtype=torch.uint8)
-        return Channel(name, stream, Ring(accelerator, NUM_RING_CHUNKS, staged, site), memory)
+        return Channel(name, stream, Ring(accelerator, num_places, staged, site), memory)
 
     @property
     def streams(self) -> tuple[Stream, Stream]:
@@ -184,7 +218,7 @@ class TransferQueue:
         self._prefetch.ring.forget_failures()
         return found
 
-    def _open(self, transfer: Transfer, channel: Channel, chunks: Sequence[Chunk]) -> Pending:
+    def _open(self, transfer: Transfer, channel: Channel, chunks: Sequence[Chunk | slice]) -> Pending:
         layer = transfer.expert.layer
         if self._waiting:  # the core may have given away a slot whose prefetch it thinks long arrived
             self._waiting = [pending for pending in self._waiting if not pending.is_for(layer, transfer.slot)]
@@ -212,11 +246,11 @@ class TransferQueue:
                 for event in slots.buffer.written_by.values():
                     stream.wait(event, "another layer's copy before overwrite")
         chunk, slot = pending.chunks[pending.next_chunk], slots.views[pending.place]
-        ready = self._store.page_locked(transfer.expert)
         before = self._accelerator.stamp(stream) if self.log is not None and self.log.is_open else None
         try:
-            if ready is not None:
-                self._copy_ready(stream, chunk, ready, slot)
+            if isinstance(chunk, slice):
+                ready = self._store.page_locked(transfer.expert)
+                self._accelerator.copy(stream, slot[chunk], ready[chunk], "expert copy")
             else:
                 self._copy_mapped(channel, chunk, transfer, slot, buffer)
         finally:  # whatever was enqueued before one of them failed is under way
@@ -230,15 +264,6 @@ class TransferQueue:
             if slots.buffer is not None:
                 event = slots.buffer.written_by.setdefault(channel.name, self._accelerator.event())
                 stream.record(event, "copied into the stream buffer")
-
-    def _copy_ready(self, stream: Stream, chunk: Chunk, ready: torch.Tensor, slot: torch.Tensor) -> None:
-        """From a page-locked copy in slot layout: everything at once, or plane by plane."""
-        if len(chunk) == 3 and all(run.num_blocks == run.segments[0].num_blocks for run in chunk):
-            self._accelerator.copy(stream, slot, ready, "expert copy")
-            return
-        for run in chunk:
-            for target, source in zip(run.targets(slot), run.targets(ready), strict=True):
-                self._accelerator.copy(stream, target, source, "expert copy")
 
     def _copy_mapped(
         self, channel: Channel, chunk: Chunk, transfer: Transfer, slot: torch.Tensor, buffer: torch.Tensor

@@ -235,7 +235,8 @@ class Runtime:
         """
         if self._recovery is None or self._executor is None:
             return False
-        return any([self._recovery.make_room(lane, cause) for lane in self._executor.lanes])
+        shrunk = [self._recovery.make_room(lane, cause) for lane in self._executor.lanes]
+        return any(shrunk)
 
     def describe(self) -> str:
         """One line: what was decided."""

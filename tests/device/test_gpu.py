@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.device.torch_accelerator import TorchAccelerator, _without
+from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
 
 from .machine import make
 
@@ -51,17 +51,3 @@ def test_registering_shared_pages_twice() -> None:
     registered = [device.register(part) for part in memory.split(5000)]
     assert len(set(registered)) == 1
     assert torch.ones(3, device=device.device).sum().item() == 3.0
-
-
-@pytest.mark.parametrize(
-    ("pages", "taken", "left"),
-    [
-        (range(0, 4), [], [range(0, 4)]),
-        (range(0, 4), [range(4, 9)], [range(0, 4)]),
-        (range(3, 6), [range(0, 4)], [range(4, 6)]),
-        (range(0, 9), [range(2, 4), range(6, 7)], [range(0, 2), range(4, 6), range(7, 9)]),
-        (range(2, 4), [range(0, 9)], []),
-    ],
-)
-def test_pages_are_registered_once(pages: range, taken: list[range], left: list[range]) -> None:
-    assert _without(pages, taken) == left

@@ -114,7 +114,7 @@ def test_the_mapping_is_the_only_copy_until_asked(store: HostStore, emulated: Ac
     assert not torch.equal(store.parts(ExpertId(1, 0))[0], before)
     gate[0, 0] ^= 255
     store.page_lock(emulated, [2])
-    assert store.page_locked(ExpertId(1, 0)) is None and store.page_locked(ExpertId(2, 0)) is not None
+    assert not store.is_copied(1) and store.is_copied(2)
 
 
 @pytest.mark.parametrize(

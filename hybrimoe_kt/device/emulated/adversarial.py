@@ -102,8 +102,8 @@ class AdversarialAccelerator:
         again = self._released.get(num_bytes)
         return again.pop() if again else torch.full((num_bytes,), _POISON, dtype=torch.uint8)
 
-    def register(self, memory: torch.Tensor) -> bool:
-        return self._registers
+    def register(self, memory: torch.Tensor) -> object | None:
+        return memory if self._registers else None
 
     def copy(self, stream: _Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         assert target.shape == source.shape and target.dtype == source.dtype, "a copy changes neither shape nor type"

@@ -57,8 +57,8 @@ class ImmediateAccelerator:
     def page_locked(self, num_bytes: int) -> torch.Tensor:
         return self.allocate(num_bytes)
 
-    def register(self, memory: torch.Tensor) -> bool:
-        return True
+    def register(self, memory: torch.Tensor) -> object | None:
+        return memory
 
     def copy(self, stream: Stream, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
         target.copy_(source)
