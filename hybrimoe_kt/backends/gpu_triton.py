@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -164,13 +165,19 @@ class TritonGpu:
         if not slots:
             return
         assert self._space is not None, "launch before prepare"
-        with _current(kernels.memory.device):
-            if hidden.shape[0] <= CHUNK_TOKENS:
-                kernels.add(self._space, len(slots), slot_of, hidden, ids, weights, out)
-                return
-            for first in range(0, hidden.shape[0], CHUNK_TOKENS):
-                part = slice(first, first + CHUNK_TOKENS)
-                kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
+        try:
+            with _current(kernels.memory.device):
+                if hidden.shape[0] <= CHUNK_TOKENS:
+                    kernels.add(self._space, len(slots), slot_of, hidden, ids, weights, out)
+                    return
+                for first in range(0, hidden.shape[0], CHUNK_TOKENS):
+                    part = slice(first, first + CHUNK_TOKENS)
+                    kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
+        except _triton_failures() as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise KernelError(
+                f"Triton cannot run the kernels of layer {layer}: {type(error).__name__}: {reason}"
+            ) from error
 
     def _check(
         self,
@@ -209,6 +216,17 @@ class TritonGpu:
                 )
         if hidden.data_ptr() % 16 or out.data_ptr() % 16:
             raise KernelError(f"hidden and out of layer {layer} must begin at a multiple of 16 bytes")
+
+
+@functools.cache
+def _triton_failures() -> tuple[type[Exception], ...]:
+    """What Triton raises when it compiles or launches in vain, but for the driver's RuntimeErrors.
+
+    Its own errors are no RuntimeErrors; the tools it calls fail as processes, its cache folder as a file system.
+    """
+    from triton.errors import TritonError
+
+    return TritonError, subprocess.SubprocessError, OSError
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

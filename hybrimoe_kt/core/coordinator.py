@@ -94,9 +94,9 @@ class Coordinator:
         self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
         self._prefetcher.scheduler = self.scheduler
 
-    def set_pace(self, cpu: float) -> None:
-        """Predict with the CPU's experts taking `cpu` times what the profile says."""
-        paced = {id(cost): cost.at_pace(cpu) for cost in self._costs.values()}
+    def set_pace(self, cpu: float, dense: float = 1.0) -> None:
+        """Predict with the CPU's experts, and what lies between layers, taking so many times what the profile says."""
+        paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
             state.admission_value_s = self._admission_value_s(state)
@@ -104,6 +104,10 @@ class Coordinator:
     def _admission_value_s(self, state: LayerState) -> float:
         future_hits: float = self._usual.option.get("future_hits", 0.0)
         return future_hits * state.hit_s()
+
+    def between_layers_s(self, layer: int) -> float:
+        """Predicted seconds from the end of `layer`'s decode step to the next layer's routing."""
+        return self._layers[layer].cost.between_layers_s(1)
 
     def single_device_s(self) -> tuple[float, float]:
         """Predicted seconds of the last plan's step on the CPU alone and on the GPU alone."""

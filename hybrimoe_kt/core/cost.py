@@ -132,9 +132,10 @@ class CostModel:
             step_overhead_s=profile.step_overhead_s,
         )
 
-    def at_pace(self, cpu: float) -> CostModel:
-        """Return this model with the CPU's experts taking `cpu` times as long."""
+    def at_pace(self, cpu: float, dense: float = 1.0) -> CostModel:
+        """Return this model with the CPU's experts taking `cpu` times as long, and one token between layers `dense`."""
         paced = copy.copy(self)
+        paced.dense_s = dense * self.dense_s
         formula = self.cpu_expert_s
         paced.cpu_expert_s = _PerLoad(lambda load: cpu * formula[load])
         paced.cpu_call_s = cpu * self.cpu_call_s

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["default_expert_threads", "dense_threads", "physical_cores"]
+__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "physical_cores"]
+
+_SPARE_FROM = 8
+"""Cores from which one that only polls is not missed: the experts' threads have half of them, torch the rest."""
 
 
 def physical_cores() -> int:
@@ -32,6 +35,11 @@ def default_expert_threads() -> int:
     One on a 2-core machine, where two were measured to make a small call take 8-20 ms instead of 30 us.
     """
     return max(1, physical_cores() // 2)
+
+
+def has_core_to_spare() -> bool:
+    """Whether the host may poll without sleeping."""
+    return physical_cores() >= _SPARE_FROM
 
 
 def dense_threads(expert_threads: int) -> int:

@@ -21,7 +21,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.calibrate import calibrate, machine_name, profile_path, trusted_profile
 from hybrimoe_kt.device.choose import choose_accelerator
-from hybrimoe_kt.device.cores import default_expert_threads
+from hybrimoe_kt.device.cores import default_expert_threads, has_core_to_spare
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator, host_available_bytes
 from hybrimoe_kt.device.emulated.timed import SleepingGpu, TimedAccelerator
@@ -29,7 +29,7 @@ from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.slots import slots_per_layer
-from hybrimoe_kt.device.waiting import Patience
+from hybrimoe_kt.device.waiting import SPIN_S, Patience
 from hybrimoe_kt.errors import CalibrationError, CapacityError, ConfigError
 
 __all__ = ["Assembly", "assemble", "cost_of", "make_coordinator", "make_cpu_backend", "make_gpu_backend"]
@@ -62,7 +62,7 @@ class Assembly:
 
 def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[int, str]) -> Assembly:
     """Build everything for the layers in `store`; `accelerator_of` names each layer's accelerator."""
-    patience = Patience(options.deadline_s)
+    patience = Patience(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
     cpu = make_cpu_backend(options)
     for experts in store.layers.values():
         cpu.add_layer(experts)

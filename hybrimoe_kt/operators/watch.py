@@ -1,8 +1,9 @@
-"""What decode steps teach in service: how fast the CPU really is, and whether hybrid plans pay at all."""
+"""What decode steps teach in service: how fast CPU and model really are, and whether hybrid plans pay at all."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
@@ -15,6 +16,9 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger(__name__)
 
+_DENSE_LIMIT = 16.0
+"""The profile's time between layers is a guess (`device.calibrate`), so it may be further off than the CPU's."""
+
 
 class Watch:
     """Hands what steps took to `Pace` and `Fallback`, and does what they say."""
@@ -23,7 +27,8 @@ class Watch:
         self._coordinator, self._executor = coordinator, executor
         self._fallback = Fallback() if options.fallback else None
         self._pace = Pace() if options.follow_pace else None
-        self._last_read_s = 0.0
+        self._dense_pace = Pace(limit=_DENSE_LIMIT) if options.follow_pace else None
+        self._last_read_s = self._last_ended_s = 0.0
 
     @property
     def fallback_state(self) -> str:
@@ -36,8 +41,13 @@ class Watch:
         Not everything `learns`: prompts cost otherwise, and a recording's decisions follow from its routing alone.
         """
         since_s, self._last_read_s = read_s - self._last_read_s, read_s
+        ended_s, self._last_ended_s = self._last_ended_s, time.perf_counter()
         if not learns:
             return
+        if self._dense_pace is not None and ended_s:
+            predicted_s = self._coordinator.between_layers_s(plan.layer)
+            if self._dense_pace.observe(predicted_s, read_s - ended_s):
+                self._predict_anew()
         if self._fallback is not None and not self._fallback.has_fallen:
             self._compare(self._fallback, since_s)
         if self._pace is not None and plan.cpu:
@@ -48,8 +58,13 @@ class Watch:
         executor = self._executor
         is_bound = not executor.cpu_was_waited_for
         if pace.observe(self._coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
-            self._coordinator.set_pace(pace.cpu)
-            logger.debug("CPU experts take %.2f times what the profile says", pace.cpu)
+            self._predict_anew()
+
+    def _predict_anew(self) -> None:
+        assert self._pace is not None and self._dense_pace is not None, "options.follow_pace"
+        cpu, dense = self._pace.factor, self._dense_pace.factor
+        self._coordinator.set_pace(cpu, dense)
+        logger.debug("CPU experts take %.2f, what lies between layers %.2f times what the profile says", cpu, dense)
 
     def _compare(self, fallback: Fallback, seconds: float) -> None:
         """Tell the fallback what a step took, from one routing read to the next; obey it."""
