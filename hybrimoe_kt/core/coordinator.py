@@ -24,6 +24,7 @@ from hybrimoe_kt.core.scheduler import (
 from hybrimoe_kt.core.schedulers import make_scheduler
 from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Residency, Routing, Transfer
+from hybrimoe_kt.core.whole_steps import WholeSteps
 from hybrimoe_kt.errors import ConfigError
 
 _GUESSED = ("gate", "stream")
@@ -69,6 +70,7 @@ class Coordinator:
         self.prefetch_size, self.prefetch_depth = prefetch_size, prefetch_depth
         self._usual = self.scheduler
         self._task: Task | None = None
+        self._whole = WholeSteps()
         self._frequencies = frequencies or {}
         links = {spec.accelerator: Link() for spec in layers}
         self._layers: dict[int, LayerState] = {}
@@ -154,6 +156,33 @@ class Coordinator:
             self.predictor.observe(routing)
         self._open = (routing, plan)
         return plan
+
+    def decides_nothing(self, layer: int, num_tokens: int) -> bool:
+        """Whether a step of `layer` is its accelerator's whatever is routed: nothing need be read to plan it.
+
+        So it is where every expert stands in a slot and the scheduler would leave none to the CPU. `pass_over` then
+        takes the place of `plan` and `finish`.
+        """
+        state = self._layers[layer]
+        return state.is_whole and not self._whole.of(self.scheduler, state, num_tokens).cpu
+
+    def pass_over(self, layer: int, num_tokens: int) -> Sequence[int]:
+        """Advance past a step that decided nothing; return the slot of every expert."""
+        state = self._layers[layer]
+        assignment = self._whole.of(self.scheduler, state, num_tokens)
+        step_s = assignment.makespan_s + state.cost.step_overhead_s + state.cost.between_layers_s(num_tokens)
+        self.now_s += step_s
+        self.stats.elapsed_s += step_s
+        self.stats.makespan_s += assignment.makespan_s + state.cost.step_overhead_s
+        self.stats.gpu_busy_s += assignment.gpu_s
+        self.stats.num_plans += 1
+        return state.cache.slot_of
+
+    def note_hits(self, layer: int, counts: Sequence[int], last: Sequence[int]) -> None:
+        """Count what steps that were passed over turned out to route to: hits by expert, and the last token's."""
+        self._layers[layer].note_hits(counts, last)
+        self.stats.hits += sum(counts)
+        self.stats.experts_on_gpu += sum(counts)
 
     def prefetch(self, layer: int, predictions: Sequence[Routing] = ()) -> tuple[Transfer, ...]:
         """Return the transfers to start now, in link order; call it while `layer`'s plan is open.

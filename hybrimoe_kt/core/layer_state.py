@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from hybrimoe_kt.core.cache import ExpertCache
+from hybrimoe_kt.core.cache import FREE, ExpertCache
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.link import Link
 from hybrimoe_kt.core.policies import Policy
@@ -74,6 +74,12 @@ class LayerState:
         gone = self.cache.take_back(self.spec.num_stream_slots)
         return [expert for expert in gone if self.prefetched.pop(expert, None)]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every expert stands in a slot, ready."""
+        cache = self.cache
+        return cache.num_slots >= self.spec.num_experts and not cache.arrival_s and FREE not in cache.slot_of
+
     def has_all(self, experts: Collection[int]) -> bool:
         """Whether all of these are in slots or on their way."""
         slot_of = self.cache.slot_of
@@ -92,6 +98,12 @@ class LayerState:
             misses[expert] += 1
         if num_tokens == 1:
             self.last_hits, self.last_misses = ready, absent
+
+    def note_hits(self, counts: Sequence[int], last: Sequence[int]) -> None:
+        """Add hits by expert, and take note of the `last` token's, if any."""
+        self.hits = [hits + count for hits, count in zip(self.hits, counts, strict=True)]
+        if last:
+            self.last_hits, self.last_misses = list(last), []
 
     def hit_s(self) -> float:
         """Return what one more hit saves: a missing expert's time as CPU and link would share it."""

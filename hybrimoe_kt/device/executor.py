@@ -87,6 +87,16 @@ class Executor:
         with _failing(lane):
             return lane.read(hidden, ids, weights, scores)
 
+    def run_whole(
+        self, layer: int, slot_of: Sequence[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute a step of a layer whose experts all have a slot; only enqueues. See `device.whole`."""
+        lane = self._lane_of[layer]
+        with _failing(lane):
+            result = lane.whole.run(layer, slot_of, hidden, ids, weights)
+            lane.note_success()
+            return result
+
     def look_ahead(self, layer: int, step: Step, predict: Predict) -> None:
         """Ask the gates of the layers after `layer`; only enqueues, beside the step's experts."""
         lane = self._lane_of.get(layer)

@@ -23,6 +23,7 @@ from .inbox import Inbox, Step
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
 from .waiting import Patience
+from .whole import WholeLayers
 
 __all__ = ["Lane"]
 
@@ -86,6 +87,7 @@ class Lane:
         self._turn = 0
         self._shaped: _Views | None = None
         self._tables = _SlotTables(accelerator, self._num_experts)
+        self.whole = WholeLayers(self, self._num_experts)
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -120,18 +122,20 @@ class Lane:
         weights: torch.Tensor,
         scores: torch.Tensor | None,
     ) -> Step:
-        """Bring the routing to the host: the one wait of every step."""
-        if weights.dtype != torch.float32:
-            wide, narrow = self._weights[: weights.numel()].view(weights.shape), weights
+        """Bring the routing to the host: the one wait of every step that decides anything."""
+        return self.inbox.read(hidden.contiguous(), ids.contiguous(), self.widened(weights), scores)
 
-            def widen() -> None:
-                wide.copy_(narrow)
+    def widened(self, weights: torch.Tensor) -> torch.Tensor:
+        """The weights in float32, in one piece."""
+        if weights.dtype == torch.float32:
+            return weights.contiguous()
+        wide, narrow = self._weights[: weights.numel()].view(weights.shape), weights
 
-            self.accelerator.launch(
-                self.accelerator.compute, widen, reads=(narrow,), writes=(wide,), site="widen weights"
-            )
-            weights = wide
-        return self.inbox.read(hidden.contiguous(), ids.contiguous(), weights.contiguous(), scores)
+        def widen() -> None:
+            wide.copy_(narrow)
+
+        self.accelerator.launch(self.accelerator.compute, widen, reads=(narrow,), writes=(wide,), site="widen weights")
+        return wide
 
     def run(self, plan: Plan, step: Step) -> None:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
@@ -163,6 +167,18 @@ class Lane:
                 if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
             self._launch_experts(plan.layer, slots, pairs, table, step)
+
+    def launch_all(
+        self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
+    ) -> None:
+        """Enqueue a layer's experts in `pairs` (expert, slot), without transfers; `table` says it on the device."""
+        out = self._views(step).out
+        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
+        self._launch_experts(layer, slots, pairs, table, step)
+
+    def send_table(self, slot_of: Sequence[int]) -> torch.Tensor:
+        """Send a table of slots to the device, int32 `[num_experts]`, in memory of its own there."""
+        return self._tables.send_one(slot_of)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -339,6 +355,18 @@ class _SlotTables:
         self._host = accelerator.page_locked(num_bytes).view(torch.int32).view(shape)
         self._device = accelerator.allocate(num_bytes).view(torch.int32).view(shape)
         self._array: np.ndarray = self._host.numpy()
+        self._kept: list[torch.Tensor] = []
+
+    def send_one(self, slot_of: Sequence[int]) -> torch.Tensor:
+        """Copy one table, expert -> slot, to memory of its own on the device, and keep its source."""
+        num_bytes = 4 * self._array.shape[1]
+        source = self._accelerator.page_locked(num_bytes).view(torch.int32)
+        target = self._accelerator.allocate(num_bytes).view(torch.int32)
+        self._accelerator.on_host("fill slot tables", writes=(source,))
+        source.fill_(-1)[: len(slot_of)].copy_(torch.tensor(slot_of, dtype=torch.int32))
+        self._accelerator.copy(self._accelerator.compute, target, source, "slot tables to device")
+        self._kept.append(source)
+        return target
 
     def send(self, groups: Sequence[Sequence[tuple[int, int]]]) -> list[torch.Tensor]:
         """Copy one table per group to the device; returns them there."""

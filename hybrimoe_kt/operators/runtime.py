@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,6 +28,7 @@ from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
 from .health import Health
+from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
 from .watch import Watch
@@ -35,27 +36,6 @@ from .watch import Watch
 __all__ = ["RoutingRecorder", "Runtime", "Seconds"]
 
 logger = logging.getLogger(__name__)
-
-
-class RoutingRecorder(Protocol):
-    """Takes every layer's routing as it happens; the simulator's recorder is one.
-
-    While one listens, probabilities are rounded to half precision before anything is decided by them, and gates are
-    asked for guesses even where nothing could be prefetched.
-    """
-
-    def record(
-        self,
-        layer: int,
-        experts: Any,
-        weights: Any,
-        scores: Any,
-        predicted: Any,
-        predicted_scores: Any,
-        token_scores: Any,
-    ) -> None:
-        """Experts and weights `[num_tokens, top_k]`, scores `[1, num_experts]`, predictions with a depth in front;
-        token_scores `[num_tokens, num_experts]`."""
 
 
 RECORDED_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots")
@@ -301,6 +281,8 @@ class Runtime:
                 f"a recorded step has {hidden.shape[0]} tokens, one plan computes at most {size}; "
                 f"give max_chunk_tokens of at least that, or shorter steps"
             )
+        if self._decides_nothing(layer, min(hidden.shape[0], size)):
+            return self._run_whole(layer, hidden, ids, weights)
         if hidden.shape[0] <= size:
             return self._run_chunk(layer, hidden, ids, weights, logits)
         result = torch.empty_like(hidden)
@@ -310,6 +292,42 @@ class Runtime:
                 layer, hidden[chunk], ids[chunk], weights[chunk], None if logits is None else logits[chunk]
             )
         return result
+
+    def _decides_nothing(self, layer: int, num_tokens: int) -> bool:
+        """Whether nothing depends on what is routed: neither this layer's plan nor what to prefetch, nor a record."""
+        assert self.coordinator is not None and self._executor is not None, "started above"
+        if self.recorder is not None or self._log is not None or self._executor.lane(layer) is None:
+            return False
+        predict = self._predict(layer)
+        concerned = [layer] if predict is None else [layer, *predict.layers]
+        return all(self.coordinator.decides_nothing(each, num_tokens) for each in concerned)
+
+    def _run_whole(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute a step of which nothing is read; in chunks, as the buffers are that long."""
+        assert self.coordinator is not None and self._executor is not None, "started above"
+        assert self._recovery is not None, "started above"
+        began, size, out = time.perf_counter(), self.options.max_chunk_tokens, []
+        for part in zip(hidden.split(size), ids.split(size), weights.split(size), strict=True):
+            slot_of = self.coordinator.pass_over(layer, len(part[0]))
+            try:
+                out.append(self._executor.run_whole(layer, slot_of, *part))
+            except AcceleratorFailed as failure:
+                self._recovery.recover(failure)
+                out.append(self._executor.compute_on_cpu(layer, Step.on_host(*part, None)))
+            self.seconds.steps += 1
+        self.seconds.submit_and_gpu += time.perf_counter() - began
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def statistics(self) -> dict[str, float]:
+        """Every counter since the start, by name; nothing before it. Waits for what was counted on a device."""
+        if self.coordinator is None or self._executor is None:
+            return {}
+        for lane in self._executor.lanes:
+            for layer in lane.whole.layers:
+                routed = lane.whole.routed(layer)
+                if routed is not None:
+                    self.coordinator.note_hits(layer, routed.counts, routed.last)
+        return self.coordinator.stats.snapshot()
 
     def _run_chunk(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
@@ -349,7 +367,10 @@ class Runtime:
             self.coordinator.finish(plan)
             self._executor.end_streams(self.coordinator.take_closed())
         if self.recorder is not None:
-            self._record(routing, step, logits)
+            guesses = self._executor.guesses(layer, step)
+            if guesses is None and layer in self._look_ahead:  # nobody prefetches here, but a replay may
+                guesses = ask(self._look_ahead[layer], step.hidden, step.ids)
+            record(self.recorder, routing, step, logits, guesses)
         seconds.read += read - began
         seconds.plan += planned - read
         seconds.submit_and_gpu += started - planned
@@ -381,7 +402,7 @@ class Runtime:
 
     def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
         """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
-        return probabilities if self.recorder is None else probabilities.half().float()
+        return probabilities if self.recorder is None else halved(probabilities)
 
     def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
         """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""
@@ -396,22 +417,6 @@ class Runtime:
         assert self.coordinator is not None and self._recovery is not None, "a plan was made"
         self.coordinator.finish(plan)
         self._recovery.abandon(plan)
-
-    def _record(self, routing: Routing, step: Step, logits: torch.Tensor | None) -> None:
-        assert self.recorder is not None and self._executor is not None, "the caller looked"
-        guesses = self._executor.guesses(routing.layer, step)
-        if guesses is None and routing.layer in self._look_ahead:  # nobody prefetches here, but a replay may
-            guesses = ask(self._look_ahead[routing.layer], step.hidden, step.ids)
-        # Scores go in averaged, as the coordinator saw them.
-        self.recorder.record(
-            routing.layer,
-            step.host_ids.numpy(),
-            step.host_weights.numpy(),
-            None if routing.scores is None else [routing.scores],
-            None if guesses is None else guesses.ids.cpu().numpy(),
-            None if guesses is None else self._kept(guesses.scores)[:, None].cpu().numpy(),
-            None if logits is None else torch.softmax(logits.float(), dim=-1).cpu().numpy(),
-        )
 
     def _prefetch(self, layer: int, step: Step) -> tuple[Transfer, ...] | None:
         """Start transfers for later layers, by what the gates guess of their routing; None where nothing may be."""

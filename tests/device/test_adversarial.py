@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .machine import Machine, make
+from .machine import CHUNK, LAYERS, Machine, make
 
 BUSY_LINK = Path(__file__).parents[1] / "data" / "profiles" / "busy-link.json"
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -25,6 +25,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "sums in bfloat16": {"tokens": (1, 5, 1, 1), "sums": True},
     "pressure": {"tokens": (1, 6, 1, 1), "cache_size": 1, "scheduler": "gpu_only"},
+    "all resident": {"tokens": (1, 1, 9, 1, 6, 1), "cache_size": "all", "scheduler": "gpu_only"},
+    "all resident, sums": {"tokens": (1, 9, 1), "cache_size": "all", "scheduler": "gpu_only", "sums": True},
 }
 QUICK_SEEDS, ALL_SEEDS = 40, 1000
 
@@ -54,12 +56,19 @@ def check(scenario: str, seeds: range) -> None:
         machine = trial(seed, scenario)
         assert not machine.races, f"seed {seed}: {machine.races}"
         assert machine.num_failures == 0, "the CPU answered in the accelerator's place"
+        machine.runtime.statistics()  # counts what was not read when it was computed
         stats = machine.runtime.coordinator.stats
         totals["transfers"] += stats.num_transfers
         totals["prefetches"] += stats.num_prefetches
         totals["streamed"] += stats.num_streamed
         totals["aborted"] += stats.num_aborted
         totals["on both"] += min(stats.experts_on_cpu, stats.experts_on_gpu)
+    if "all resident" in scenario:
+        steps = SCENARIOS[scenario]["tokens"]
+        assert stats.num_plans == LAYERS * sum(-(-tokens // CHUNK) for tokens in steps)
+        assert totals["transfers"] == totals["on both"] == totals["prefetches"] == stats.misses == 0, totals
+        assert machine.runtime.seconds.read == 0.0, "nothing is read of a layer that holds everything"
+        return
     assert totals["transfers"] > 0, "the scenario moved nothing"
     if scenario not in ("pressure", "wrongly streamed"):
         assert totals["prefetches"] > 0 and totals["on both"] > 0, totals

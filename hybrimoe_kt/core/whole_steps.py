@@ -1,0 +1,32 @@
+"""Steps of a layer whose every expert stands in a slot: the same for the planner whatever is routed."""
+
+from __future__ import annotations
+
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.layer_state import LayerState
+from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task
+
+_MOST_KNOWN = 64
+"""Prompts end in steps of any length."""
+
+
+class WholeSteps:
+    """What a scheduler says of such steps, remembered by layer kind and length."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Scheduler, CostModel, int, int], Assignment] = {}
+
+    def of(self, scheduler: Scheduler, state: LayerState, num_tokens: int) -> Assignment:
+        """The assignment of a step whose tokens spread evenly over as many experts as they can."""
+        key = scheduler, state.cost, state.spec.num_experts, num_tokens
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            routed = num_tokens * state.spec.top_k
+            used = min(state.spec.num_experts, routed)
+            loads = dict.fromkeys(range(used), -(-routed // used))
+            shared_s = state.cost.shared_s(num_tokens)
+            task = Task(state.cost, loads, list(loads), [], layer=state.spec.layer, shared_s=shared_s, num_free=0)
+            known = self._known[key] = scheduler.assign(task)
+        return known

@@ -1,0 +1,104 @@
+"""Steps of layers whose every expert stands in a slot: launched at once, whatever was routed, and never waited for.
+
+The table of slots is sent once. What was routed is counted on the device, and read when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .inbox import Step
+
+if TYPE_CHECKING:
+    from .lane import Lane
+
+__all__ = ["Routed", "WholeLayers"]
+
+_NOTHING = torch.empty(0)
+
+
+class Routed:
+    """How often each expert of a layer was routed to since it was last asked, and the last token's choice."""
+
+    __slots__ = ("counts", "last")
+
+    def __init__(self, counts: list[int], last: list[int]) -> None:
+        """`counts [num_experts]`; `last [top_k]`, empty when no token has been decoded on its own."""
+        self.counts, self.last = counts, last
+
+
+class WholeLayers:
+    """Those of one lane."""
+
+    def __init__(self, lane: Lane, num_experts: int) -> None:
+        self._lane, self._num_experts = lane, num_experts
+        self._tables: dict[int, tuple[list[int], list[tuple[int, int]], torch.Tensor]] = {}
+        """Layer -> experts' slots, the same as pairs, and the table on the device."""
+        self._counts: dict[int, torch.Tensor] = {}
+        self._last: dict[int, torch.Tensor] = {}
+        self._read: dict[int, list[int]] = {}
+        self._ones = _NOTHING
+
+    def run(
+        self, layer: int, slot_of: Sequence[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Enqueue a step, its experts in the slots `slot_of`; returns `[num_tokens, hidden]` as `Lane.finish` does."""
+        lane = self._lane
+        step = Step(
+            hidden.contiguous(), ids.contiguous(), lane.widened(weights).contiguous(), _NOTHING, _NOTHING, _NOTHING
+        )
+        slots = lane.pool.layers[layer]
+        for place in sorted(slots.unsettled):
+            lane.queue.settle(layer, place)
+        slots.begin_step()
+        pairs, table = self._table(layer, slot_of)
+        lane.launch_all(layer, slots, pairs, table, step)
+        self._count(layer, step.ids)
+        return lane.finish(step, None, has_gpu=True)
+
+    def routed(self, layer: int) -> Routed | None:
+        """What was routed since the last call; None where no step was run here. Waits for what is under way."""
+        if layer not in self._counts:
+            return None
+        counts = self._counts[layer].tolist()
+        before = self._read.get(layer, [0] * len(counts))
+        self._read[layer] = counts
+        last = self._last.get(layer)
+        changes = [now - then for now, then in zip(counts, before, strict=True)]
+        return Routed(changes, [] if last is None else last.tolist()[0])
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers of which `routed` has something to tell."""
+        return list(self._counts)
+
+    def _table(self, layer: int, slot_of: Sequence[int]) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        known = self._tables.get(layer)
+        if known is None or known[0] != slot_of:
+            pairs = list(enumerate(slot_of))
+            known = self._tables[layer] = (list(slot_of), pairs, self._lane.send_table(slot_of))
+        return known[1], known[2]
+
+    def _count(self, layer: int, ids: torch.Tensor) -> None:
+        """Count every expert of the step once, as hits are."""
+        accelerator = self._lane.accelerator
+        counts = self._counts.get(layer)
+        if counts is None:
+            counts = self._counts[layer] = accelerator.allocate(8 * self._num_experts).view(torch.int64)
+            accelerator.launch(accelerator.compute, counts.zero_, reads=(), writes=(counts,), site="clear counts")
+        if len(ids) == 1:
+            self._last[layer] = ids
+            if len(self._ones) != ids.shape[1]:
+                self._ones = torch.ones_like(ids[0])
+        ones = self._ones
+
+        def work() -> None:
+            if len(ids) == 1:
+                counts.index_add_(0, ids[0], ones)
+            else:
+                counts.add_(torch.zeros_like(counts).index_fill_(0, ids.flatten(), 1))
+
+        accelerator.launch(accelerator.compute, work, reads=(ids,), writes=(counts,), site="count")
