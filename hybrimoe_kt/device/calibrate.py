@@ -34,7 +34,7 @@ _WORST_CROWDING = 2.0
 """How much slower CPU experts are believed to be beside the host's work: one core instead of two."""
 _GUESSED_LAYER_S = {"cpu": 1.5e-3, "gpu": 5e-4}
 """Time per decoder layer outside the experts, which no experts tell: the CPU's as in the built-in profiles, the GPU's
-from the host time of Transformers' eager modules (336 us a layer on a 5 GHz-class core, more on servers). Corrected in
+from the host time of Transformers' eager modules (336 us a layer measured on an EPYC core). Corrected in
 service, see `operators.watch`."""
 _PCIE = tuple(
     (f"PCIe {generation} x{lanes}", rate * lanes / 16)

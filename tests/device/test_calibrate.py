@@ -63,6 +63,7 @@ def test_it_finds_the_machine_it_is_given() -> None:
     assert 0.8 <= cost.gpu_s(1) / known.gpu_call_s <= 2.5
     assert all(sample.low_s <= sample.median_s <= sample.high_s for sample in found.samples.values())
     assert {"CPU, 1 expert, 1 token", "GPU, 1 expert, 1 token", "link, 32 MiB pageable"} <= found.samples.keys()
+    assert f"GPU, {TOP_K} experts, 8 tokens each" in found.samples, "one expert does not fill a large GPU"
 
 
 def test_the_file_is_a_profile(tmp_path: Path) -> None:

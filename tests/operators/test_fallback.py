@@ -87,3 +87,37 @@ def test_predictions_follow_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     at_first = runtime.coordinator.cpu_s
     decode(runtime, 64)
     assert (runtime.coordinator.cpu_s > 2 * at_first) == wanted
+
+
+@pytest.mark.parametrize("between_s", [0.001, 0.003])
+def test_the_time_between_layers_is_learnt(between_s: float) -> None:
+    """The profile guesses it; prefetches are sized by it."""
+    options = ExpertOptions(
+        accelerator="emulated:timed:default", profile="default", cpu_backend="torch_reference", cache_size="50%",
+        max_chunk_tokens=4, fallback=False,
+    )  # fmt: skip
+    runtime = Runtime(options)
+    for experts in layers():
+        runtime.add_layer(experts)
+    runtime.start()
+    guessed_s = runtime.coordinator.between_layers_s(1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        for layer in range(LAYERS):
+            ids = torch.randperm(8, generator=generator)[None, :TOP_K]
+            runtime.run(layer, torch.randn(1, HIDDEN, generator=generator), ids, torch.full((1, TOP_K), 1 / TOP_K))
+            time.sleep(between_s)
+    assert guessed_s < 0.5 * between_s
+    assert 0.9 * between_s < runtime.coordinator.between_layers_s(1) < 3 * between_s
+
+
+def test_a_runtime_that_does_not_follow_keeps_the_guess() -> None:
+    options = ExpertOptions(
+        accelerator="emulated:timed:default", profile="default", cpu_backend="torch_reference", cache_size="50%",
+        max_chunk_tokens=4, fallback=False, follow_pace=False,
+    )  # fmt: skip
+    runtime = Runtime(options)
+    for experts in layers():
+        runtime.add_layer(experts)
+    decode(runtime, 30)
+    assert runtime.coordinator.between_layers_s(1) == load_profile("default").gpu_layer_s
