@@ -33,7 +33,7 @@ from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.models import find_model
 
-EXPERTS, TOP_K, HIDDEN, LAYERS, DEPTH = 128, 8, 128, 4, 3
+EXPERTS, TOP_K, HIDDEN, LAYERS, DEPTH = 128, 8, 128, 8, 3
 _F16 = 1
 
 

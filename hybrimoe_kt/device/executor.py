@@ -228,8 +228,10 @@ class Executor:
             return torch.where(torch.isin(ids, mine), ids, -1)
         if self._mine.shape != ids.shape:
             self._mine = torch.empty_like(ids)
-            self._mine_values = self._mine.numpy()[0]
-        self._mine_values[:] = [index if index in experts else -1 for index in ids.tolist()[0]]
+            self._mine_values = memoryview(self._mine.numpy()[0])
+        values = self._mine_values
+        for place, index in enumerate(ids.tolist()[0]):
+            values[place] = index if index in experts else -1
         return self._mine
 
     def _cpu_is_computing(self) -> bool:

@@ -100,9 +100,9 @@ class _Set:
         self._views: dict[tuple[int, torch.Size, torch.dtype], torch.Tensor] = {}
         self.read, self.guessed = accelerator.event(), accelerator.event()
 
-    def guess(self, like: Guesses) -> Guesses:
-        """Buffers for guesses like these."""
-        return Guesses(like.layers, self.view(4, like.ids), self.view(5, like.scores))
+    def whole(self, place: int) -> torch.Tensor:
+        """Buffer `place`, uint8."""
+        return self._buffers[place]
 
     def view(self, place: int, like: torch.Tensor) -> torch.Tensor:
         """Buffer `place` as a tensor like `like`; making one anew costs more than all else of a read."""
@@ -114,6 +114,24 @@ class _Set:
             whole = self._buffers[place][: like.numel() * like.element_size()]
             known = self._views[key] = whole.view(like.dtype).view(like.shape)
         return known
+
+
+class _Room:
+    """Memory for guesses of one shape, ids and behind them scores, so that one copy brings both."""
+
+    def __init__(self, device: torch.Tensor, hosts: Sequence[torch.Tensor], shape: tuple[int, int, int, int]) -> None:
+        """`shape` is number of layers, tokens, top-k, experts; memory uint8."""
+        num_layers, num_tokens, top_k, num_experts = shape
+        id_bytes = num_layers * num_tokens * top_k * 8
+        num_bytes = id_bytes + num_layers * num_experts * 4
+
+        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            ids = memory[:id_bytes].view(torch.int64).view(num_layers, num_tokens, top_k)
+            return ids, memory[id_bytes:num_bytes].view(torch.float32).view(num_layers, num_experts)
+
+        self.source, self.on_device = device[:num_bytes], parts(device)
+        self.targets = [host[:num_bytes] for host in hosts]
+        self.on_host = [parts(host) for host in hosts]
 
 
 class Inbox:
@@ -131,12 +149,12 @@ class Inbox:
     ) -> None:
         self._accelerator, self._patience = accelerator, patience
         routed, scored = max_tokens * top_k * 8, num_experts * 4
-        sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored)
-        sizes = (*sizes, routed * MAX_GUESSES, scored * MAX_GUESSES)
+        guessed = (routed + scored) * MAX_GUESSES
+        sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored, guessed)
         self._sets = (_Set(accelerator, sizes), _Set(accelerator, sizes))
-        self._guessed = tuple(accelerator.allocate(size) for size in sizes[4:])
+        self._guessed = accelerator.allocate(guessed)
         """Where the gates write, on the device; the host has waited for the last guesses before it asks for others."""
-        self._shaped: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rooms: dict[tuple[int, ...], _Room] = {}
         self.gates = accelerator.stream("gates")
         self._turn = 0
         self._router = f"the router's choice on {accelerator.name}"
@@ -161,32 +179,27 @@ class Inbox:
     def ask(self, step: Step, predict: Predict) -> None:
         """Enqueue the gates and their guesses' way to the host, for the step read last."""
         accelerator, buffers, gates = self._accelerator, self._sets[self._turn], self.gates
-        made = Guesses(predict.layers, *self._room_for(predict, step.ids))
+        room = self._room_for(predict, step.ids)
+        ids, scores = room.on_device
         hidden = step.hidden  # written by now: the host has waited for a copy of it
 
         def work() -> None:
-            predict(hidden, made.ids, made.scores)
+            predict(hidden, ids, scores)
 
-        accelerator.launch(gates, work, reads=(hidden,), writes=made[1:], site="gates")
-        step.guesses = found = buffers.guess(made)
-        accelerator.copy(gates, found.ids, made.ids, "guesses to host")
-        accelerator.copy(gates, found.scores, made.scores, "guesses to host")
+        accelerator.launch(gates, work, reads=(hidden,), writes=(room.source,), site="gates")
+        accelerator.copy(gates, room.targets[self._turn], room.source, "guesses to host")
         gates.record(buffers.guessed, "guesses read")
-        step.guessed = buffers.guessed
+        step.guesses, step.guessed = Guesses(predict.layers, *room.on_host[self._turn]), buffers.guessed
 
-    def _room_for(self, predict: Predict, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Device buffers shaped for the guesses; made again only when the shape changes."""
-        num_layers, num_experts = len(predict.layers), predict.num_experts
-        shape = num_layers, *ids.shape, num_experts
-        known = self._shaped.get(shape)
+    def _room_for(self, predict: Predict, ids: torch.Tensor) -> _Room:
+        """Buffers shaped for the guesses; made again only when the shape changes."""
+        num_tokens, top_k = ids.shape
+        shape = len(predict.layers), num_tokens, top_k, predict.num_experts
+        known = self._rooms.get(shape)
         if known is None:
-            if len(self._shaped) >= _MAX_VIEWS:
-                self._shaped.clear()
-            chosen, scores = self._guessed
-            known = self._shaped[shape] = (
-                chosen[: num_layers * ids.numel() * 8].view(torch.int64).view(num_layers, *ids.shape),
-                scores[: num_layers * num_experts * 4].view(torch.float32).view(num_layers, num_experts),
-            )
+            if len(self._rooms) >= _MAX_VIEWS:
+                self._rooms.clear()
+            known = self._rooms[shape] = _Room(self._guessed, [buffers.whole(4) for buffers in self._sets], shape)
         return known
 
     def wait_guesses(self, step: Step) -> Guesses | None:

@@ -139,34 +139,67 @@ class Lane:
 
     def run(self, plan: Plan, step: Step) -> None:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
-        pool = self.pool
-        self.queue.in_use = {(plan.layer, slot) for slot in plan.slots.values()}
-        through_slots = len(set(plan.slots.values())) < len(plan.gpu)
-        self.queue.open_layer = -1 if through_slots else plan.layer
-        pool.layers[plan.layer].begin_step()
-        groups = _one_by_one(plan) if through_slots else _by_arrival(plan, pool)
+        pool, queue, layer, slot_of = self.pool, self.queue, plan.layer, plan.slots
+        own = pool.layers[layer]
+        queue.in_use = [(layer, slot) for slot in slot_of.values()]
+        through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
+        queue.open_layer = -1 if through_slots else layer
+        own.begin_step()
+        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
-        places = [[(e, pool.locate(plan.layer, plan.slots[e])[1]) for e in group] for group in groups]
+        if layer in pool.streams:
+            places = [[(e, pool.locate(layer, slot_of[e])[1]) for e in group] for group in groups]
+        else:
+            places = [[(e, slot_of[e]) for e in group] for group in groups]
         tables = self._tables.send(places)
-        waiting = deque(plan.transfers)
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        direct = self.queue.is_direct(plan.layer)
-        if direct and self.queue.num_waiting:
+        if queue.num_waiting and queue.is_direct(layer):
             self._hasten(plan)
+        if plan.transfers:
+            self._feed(plan, groups, through_slots, step, places, tables)
+            return
+        for group, pairs, table in zip(groups, places, tables, strict=True):
+            self._compute(plan, group, pairs, table, step)
+
+    def _feed(
+        self,
+        plan: Plan,
+        groups: Sequence[tuple[int, ...]],
+        through_slots: bool,
+        step: Step,
+        places: Sequence[Sequence[tuple[int, int]]],
+        tables: Sequence[torch.Tensor],
+    ) -> None:
+        """Launch group by group, and start the transfers between them.
+
+        The resident experts are launched first: that is quicker than giving the link its work. Direct transfers are
+        then all enqueued; staging takes the host's time, so no more than the next group needs is staged.
+        """
+        waiting, direct = deque(plan.transfers), self.queue.is_direct(plan.layer)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (group, pairs, table) in enumerate(zip(groups, places, tables, strict=True)):
-            # The resident experts are launched first: that is quicker than giving the link its work. Direct transfers
-            # are then all enqueued; staging takes the host's time, so no more than this group needs is staged.
             while waiting and ((direct and number > 0) or any(t.expert.index in group for t in waiting)):
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            slots = pool.locate(plan.layer, plan.slots[group[0]])[0]
+            self._compute(plan, group, pairs, table, step)
+
+    def _compute(
+        self,
+        plan: Plan,
+        group: Sequence[int],
+        pairs: Sequence[tuple[int, int]],
+        table: torch.Tensor,
+        step: Step,
+    ) -> None:
+        """Launch one group of a plan, after what is under way into its slots."""
+        slots = self.pool.locate(plan.layer, plan.slots[group[0]])[0]
+        if slots.unsettled:
             for expert, place in pairs:
                 if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
-            self._launch_experts(plan.layer, slots, pairs, table, step)
+        self._launch_experts(plan.layer, slots, pairs, table, step)
 
     def launch_all(
         self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
@@ -183,9 +216,7 @@ class Lane:
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
         arriving = {transfer.slot for transfer in plan.transfers}
-        for slot in plan.slots.values():
-            if slot not in arriving:
-                self.queue.hasten(plan.layer, slot)
+        self.queue.hasten(plan.layer, [slot for slot in plan.slots.values() if slot not in arriving])
 
     def _launch_experts(
         self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
@@ -305,9 +336,10 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
     if first.dim() == 3:
         torch.sum(first, dim=1, out=total)
         first = total
-    if second is not None:
-        first = torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=total)
-    result.copy_(first)
+    if second is None:
+        result.copy_(first)
+    else:
+        torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=result)  # rounded once, when stored
 
 
 def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
@@ -319,8 +351,17 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
     if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
         return [plan.gpu]
     arriving = {transfer.slot for transfer in plan.transfers}
-    ready: dict[int, list[int]] = {}
     late = []
+    if plan.layer not in pool.streams:
+        resident = []
+        for expert in plan.gpu:
+            slot = plan.slots[expert]
+            if slot in arriving or (slot in own.unsettled and not own.written[slot].is_done()):
+                late.append((expert,))
+            else:
+                resident.append(expert)
+        return [tuple(resident), *late] if resident else late
+    ready: dict[int, list[int]] = {}
     for expert in plan.gpu:
         slot = plan.slots[expert]
         slots, place = pool.locate(plan.layer, slot)
@@ -329,11 +370,6 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
         else:
             ready.setdefault(slots.key, []).append(expert)
     return [*map(tuple, ready.values()), *late]
-
-
-def _one_by_one(plan: Plan) -> list[tuple[int, ...]]:
-    """More arrivals than slots: in plan order, so that a slot's reader is launched before it is overwritten."""
-    return [(expert,) for expert in plan.gpu]
 
 
 def _is_read(plan: Plan, position: Mapping[int, int], transfer: Transfer, num_launched: int) -> bool:
@@ -354,12 +390,18 @@ class _SlotTables:
         num_bytes = num_experts * num_experts * 4
         self._host = accelerator.page_locked(num_bytes).view(torch.int32).view(shape)
         self._device = accelerator.allocate(num_bytes).view(torch.int32).view(shape)
-        self._array: np.ndarray = self._host.numpy()
+        self._values = memoryview(self._host.numpy().reshape(-1))
+        """The same as plain numbers, which are quicker to write one by one."""
+        self._nothing = memoryview(np.full(num_experts, -1, dtype=np.int32))
+        self._num_experts = num_experts
+        self._rows = list(self._device)
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Number of tables -> the first so many of them, on the host and on the device."""
         self._kept: list[torch.Tensor] = []
 
     def send_one(self, slot_of: Sequence[int]) -> torch.Tensor:
         """Copy one table, expert -> slot, to memory of its own on the device, and keep its source."""
-        num_bytes = 4 * self._array.shape[1]
+        num_bytes = 4 * self._num_experts
         source = self._accelerator.page_locked(num_bytes).view(torch.int32)
         target = self._accelerator.allocate(num_bytes).view(torch.int32)
         self._accelerator.on_host("fill slot tables", writes=(source,))
@@ -370,12 +412,17 @@ class _SlotTables:
 
     def send(self, groups: Sequence[Sequence[tuple[int, int]]]) -> list[torch.Tensor]:
         """Copy one table per group to the device; returns them there."""
-        source, target = self._host[: len(groups)], self._device[: len(groups)]
+        num = len(groups)
+        known = self._pairs.get(num)
+        if known is None:
+            known = self._pairs[num] = self._host[:num], self._device[:num]
+        source, target = known
         self._accelerator.on_host("fill slot tables", writes=(source,))
-        values = self._array[: len(groups)]
-        values.fill(-1)
+        values, num_experts = self._values, self._num_experts
         for row, pairs in enumerate(groups):
+            first = row * num_experts
+            values[first : first + num_experts] = self._nothing
             for expert, slot in pairs:
-                values[row, expert] = slot
+                values[first + expert] = slot
         self._accelerator.copy(self._accelerator.compute, target, source, "slot tables to device")
-        return list(target)
+        return self._rows[:num]

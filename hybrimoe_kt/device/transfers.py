@@ -11,7 +11,7 @@ land beside the slot first and are taken apart there, by the device, on the stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -62,9 +62,6 @@ class Pending:
         self.transfer, self.slots, self.place, self.chunks, self.channel = transfer, slots, place, chunks, channel
         self.next_chunk, self.plan = 0, plan
 
-    def is_for(self, layer: int, slot: int) -> bool:
-        return self.transfer.slot == slot and self.transfer.expert.layer == layer
-
 
 class TransferQueue:
     """The host's end of one accelerator's link."""
@@ -108,7 +105,8 @@ class TransferQueue:
         accelerator.compute.record(fresh, "last use of fresh memory")
         for channel in (self._on_demand, self._prefetch):
             channel.stream.wait(fresh, "fresh memory before landing")
-        self._waiting: list[Pending] = []
+        self._waiting: dict[tuple[int, int], Pending] = {}
+        """Prefetches by layer and slot, in the order taken: a slot waits for one expert at most."""
         self.log: ActivityLog | None = None
         self.number = 0
         """Of this link in the log."""
@@ -155,29 +153,29 @@ class TransferQueue:
     def enqueue(self, transfer: Transfer) -> None:
         """Take a prefetch; `pump` sends it."""
         assert (transfer.expert.layer, transfer.slot) not in self.in_use, f"{transfer} overwrites what its plan pinned"
-        pending = self._open(transfer, self._prefetch, self._chunks[transfer.expert.layer])
-        self._waiting.append(pending)
+        layer = transfer.expert.layer
+        self._waiting[layer, transfer.slot] = self._open(transfer, self._prefetch, self._chunks[layer])
 
     def pump(self, may_go_on: Callable[[], bool] | None = None) -> None:
         """Send waiting chunks while the window has room and `may_go_on()`."""
         ring = self._prefetch.ring
         while self._waiting and ring.has_room() and (may_go_on is None or may_go_on()):
-            pending = self._waiting[0]
+            place, pending = next(iter(self._waiting.items()))
             self._send(pending, paced=True)
             if pending.next_chunk == len(pending.chunks):
-                self._waiting.pop(0)
+                del self._waiting[place]
 
-    def hasten(self, layer: int, slot: int) -> None:
-        """Send what waits for `slot`, if anything does, before all others."""
-        for pending in self._waiting:
-            if pending.is_for(layer, slot):
-                self._send_all(pending)
-                self._waiting.remove(pending)
-                break
+    def hasten(self, layer: int, slots: Iterable[int]) -> None:
+        """Send what waits for `slots`, if anything does, before all others."""
+        waiting = self._waiting
+        for slot in slots:
+            if (layer, slot) in waiting:
+                self._send_all(waiting[layer, slot])
+                del waiting[layer, slot]
 
     def settle(self, layer: int, slot: int) -> None:
         """Let `compute` read `slot` once what is under way into it has arrived; sends the rest of it now."""
-        self.hasten(layer, slot)
+        self.hasten(layer, (slot,))
         slots, place = self._pool.locate(layer, slot)
         if place in slots.unsettled:
             self._accelerator.compute.wait(slots.written[place], "arrival before use")
@@ -187,22 +185,25 @@ class TransferQueue:
         """The layer's stream slots are lent no longer: send nothing into them that has not been sent."""
         stream = self._pool.streams.get(layer)
         if stream is not None:
-            self._waiting = [pending for pending in self._waiting if pending.slots is not stream]
+            self._keep(lambda pending: pending.slots is not stream)
             stream.unsettled.clear()
 
     def abort(self, transfers: Sequence[Transfer]) -> None:
         """Send no more of these; what has been sent stays ordered before whatever comes into the slot next."""
         gone = set(transfers)
-        self._waiting = [pending for pending in self._waiting if pending.transfer not in gone]
+        self._keep(lambda pending: pending.transfer not in gone)
 
     def drop_layer(self, layer: int) -> None:
         """Forget what waits for a layer whose slots are going away."""
-        self._waiting = [pending for pending in self._waiting if pending.transfer.expert.layer != layer]
+        self._keep(lambda pending: pending.transfer.expert.layer != layer)
+
+    def _keep(self, is_wanted: Callable[[Pending], bool]) -> None:
+        self._waiting = {place: pending for place, pending in self._waiting.items() if is_wanted(pending)}
 
     def doubtful_slots(self) -> set[tuple[int, int]]:
         """Drop what waits, and return layer and slot of everything that has not arrived for certain."""
-        found = {(pending.transfer.expert.layer, pending.transfer.slot) for pending in self._waiting}
-        self._waiting = []
+        found = set(self._waiting)
+        self._waiting = {}
         for layer, slots in self._pool.groups:
             for place in slots.unsettled:
                 try:
@@ -220,8 +221,8 @@ class TransferQueue:
 
     def _open(self, transfer: Transfer, channel: Channel, chunks: Sequence[Chunk | slice]) -> Pending:
         layer = transfer.expert.layer
-        if self._waiting:  # the core may have given away a slot whose prefetch it thinks long arrived
-            self._waiting = [pending for pending in self._waiting if not pending.is_for(layer, transfer.slot)]
+        # The core may have given away a slot whose prefetch it thinks long arrived.
+        self._waiting.pop((layer, transfer.slot), None)
         slots, place = self._pool.locate(layer, transfer.slot)
         slots.unsettled.add(place)
         return Pending(transfer, slots, place, chunks, channel, self.log.plan_number if self.log is not None else 0)

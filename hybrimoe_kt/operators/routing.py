@@ -39,11 +39,12 @@ def predicted_routing(guesses: Guesses, scores: torch.Tensor) -> list[Routing]:
     if guesses.ids.shape[1] > 1:
         rows = scores.tolist()
         return [routing_of(later, guesses.ids[at], None, rows[at]) for at, later in enumerate(guesses.layers)]
-    packed, size = memoryview(scores.contiguous().numpy().tobytes()).cast("f"), scores.shape[1]
-    return [
-        Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at * size : at * size + size])
-        for at, (later, chosen) in enumerate(zip(guesses.layers, guesses.ids.tolist(), strict=True))
-    ]
+    packed, size = memoryview(scores.numpy().tobytes()).cast("f"), scores.shape[1]
+    routings, at = [], 0
+    for later, chosen in zip(guesses.layers, guesses.ids.tolist(), strict=True):
+        routings.append(Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at : at + size]))
+        at += size
+    return routings
 
 
 def mean_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -296,11 +296,13 @@ class Runtime:
     def _decides_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether nothing depends on what is routed: neither this layer's plan nor what to prefetch, nor a record."""
         assert self.coordinator is not None and self._executor is not None, "started above"
-        if self.recorder is not None or self._log is not None or self._executor.lane(layer) is None:
+        decides_nothing = self.coordinator.decides_nothing
+        if not decides_nothing(layer, num_tokens) or self.recorder is not None or self._log is not None:
+            return False
+        if self._executor.lane(layer) is None:
             return False
         predict = self._predict(layer)
-        concerned = [layer] if predict is None else [layer, *predict.layers]
-        return all(self.coordinator.decides_nothing(each, num_tokens) for each in concerned)
+        return predict is None or all(decides_nothing(later, num_tokens) for later in predict.layers)
 
     def _run_whole(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute a step of which nothing is read; in chunks, as the buffers are that long."""

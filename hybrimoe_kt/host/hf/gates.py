@@ -109,18 +109,22 @@ class _Together:
         self._ratios = torch.stack(ones)[:, None] if ones else None
         present = [bias for bias in biases if bias is not None]
         self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
+        self._values = torch.empty(0)
+        """Of the chosen scores, which nobody wants."""
 
-    @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        corrected = hidden.to(self._weights.dtype)[None]
+        hidden = hidden.detach().to(self._weights.dtype)
         if self._ratios is None:
-            corrected = corrected.expand(len(self.layers), -1, -1)
+            corrected = hidden.expand(len(self.layers), -1, -1)
         else:
-            corrected = corrected * self._ratios
+            corrected = hidden * self._ratios
         logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
         _write_scores(logits, scores)
         ranked = self._choice(logits, self._biases)
-        torch.topk(ranked, ids.shape[2], dim=-1, out=(torch.empty_like(ids, dtype=ranked.dtype), ids))
+        values = self._values
+        if values.shape != ids.shape or values.dtype != ranked.dtype:
+            values = self._values = torch.empty_like(ids, dtype=ranked.dtype)
+        torch.topk(ranked, ids.shape[2], dim=-1, out=(values, ids))
 
 
 _Choice = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
