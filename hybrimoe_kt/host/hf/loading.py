@@ -29,6 +29,8 @@ from hybrimoe_kt.operators.runtime import Runtime
 from .architectures import Architecture
 from .checkpoint import CheckpointLoader
 from .device_memory import give_back_unused
+from .file_pages import bring_in
+from .gguf_file import GgufFile
 from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
 from .placement import Crossings, Placement, place_modules
@@ -150,6 +152,8 @@ def load_model(
     loaded.runtime.start()
     attach_look_ahead(loaded.model, loaded.runtime, architecture)
     source.file.release_pages()
+    if isinstance(source.file, GgufFile):
+        bring_in(loaded.runtime.experts_read_in_place, progress=progress)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
