@@ -135,15 +135,16 @@ class Crossings:
         self.num_crossings = 0
         self._at: str | None = None
         self._brought: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._begin)
+        model.register_forward_pre_hook(lambda *_: self.forget())
+        model.register_forward_hook(lambda *_: self.forget())
         for path, place in placement.places.items():
             carries_hidden = not path.endswith("rotary_emb")
             model.get_submodule(path).register_forward_pre_hook(
                 self._hook(place, carries_hidden), with_kwargs=True, prepend=True
             )
 
-    def _begin(self, *_: Any) -> None:
+    def forget(self) -> None:
+        """Let go of what a step brought along: between two steps, and when one has failed half-way."""
         self._at = None
         self._brought.clear()
 
