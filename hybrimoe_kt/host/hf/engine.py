@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
+from hybrimoe_kt.host.last_runs import RunNote
 
 from .device_memory import give_back_unused
 from .loading import LoadedModel
@@ -77,6 +78,7 @@ class Engine:
         self._cache = DynamicCache(config=self.model.config)
         self._cached_ids: list[int] = []
         self._run = Run()
+        self._note = RunNote(self.model_name)
 
     def stream(
         self,
@@ -132,6 +134,7 @@ class Engine:
         finally:
             for name, value in self.runtime_counters().items():
                 setattr(run, name, value - before[name])
+            self._note.at_end(self.runtime.health())
 
     def _generate(
         self, prompt: list[int], sampling: Sampling, draw: Draw, stop: threading.Event | None, run: Run
@@ -180,6 +183,7 @@ class Engine:
             run.prefill_s = time.perf_counter() - began
             for name, value in self.runtime_counters().items():
                 setattr(run, name, value - before[name])
+            self._note.at_end(self.runtime.health())
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
@@ -200,6 +204,7 @@ class Engine:
                 reason = first_line(error).split(". GPU ")[0]  # which goes on about the allocator
             self._make_room(reason, len(whole))  # not above: the error's frames hold what the failed step allocated
             left = whole
+        self._note.at_step(self.runtime.health())
         if logits is None:
             return None
         if not logits.sum().isfinite():
@@ -285,8 +290,8 @@ class Engine:
         return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
 
     def last_run(self) -> dict[str, Any]:
-        """The last answer's counts, times and rates."""
-        return self._run.as_dict()
+        """The last answer's counts, times and rates; `health` is of everything since the model was loaded."""
+        return self._run.as_dict() | {"health": self.runtime.health().as_dict()}
 
     def statistics(self) -> dict[str, Any]:
         """Everything counted since the model was loaded."""
@@ -295,6 +300,7 @@ class Engine:
             "model": self.model_name,
             "context_tokens": self.context_tokens,
             "runtime": self.runtime.describe(),
+            "health": self.runtime.health().as_dict(),
         } | stats
 
 
