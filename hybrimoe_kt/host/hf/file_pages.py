@@ -49,11 +49,10 @@ def _room_bytes() -> int:
 
 def _populate(address: int, num_bytes: int) -> bool:
     """Bring in a range's pages, other threads running meanwhile; False where the kernel does not."""
-    first = address // mmap.PAGESIZE * mmap.PAGESIZE
-    try:
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-    except (AttributeError, OSError, TypeError):  # no such call on this system
+    if sys.platform != "linux":  # the number means something else there, or nothing
         return False
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     if madvise(first, address + num_bytes - first, _POPULATE_READ) == 0:
         return True
