@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.host.hf import dense_weights
 from hybrimoe_kt.host.hf.checkpoint import Checkpoint
 from hybrimoe_kt.host.hf.dense_weights import LazyTensor
+from hybrimoe_kt.host.hf.device_memory import give_back_unused
 from hybrimoe_kt.host.hf.loading import _skeleton, _stored
 from hybrimoe_kt.host.hf.placement import Placement
 from hybrimoe_kt.host.hf.sources import open_source
@@ -118,3 +120,20 @@ def test_a_parameter_stands_where_its_module_was_placed() -> None:
         )
     }
     assert list(found.values()) == ["cpu", "cuda:1", "cpu", "cuda:0"]
+
+
+def test_unused_memory_is_given_back_device_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's function is of the current device; a host has none, and the meta device no memory."""
+    current: list[torch.device] = []
+    emptied: list[str] = []
+
+    @contextlib.contextmanager
+    def at(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", at)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(str(current[-1])))
+    give_back_unused([CPU, META, torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cuda:1")])
+    assert sorted(emptied) == ["cuda:0", "cuda:1"]
