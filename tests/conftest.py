@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,21 @@ if not torch.cuda.is_available():
 
 from benchmarks.generated_model import GeneratedModel, Shape, generate
 from hybrimoe_kt import models
+from hybrimoe_kt.host import last_runs
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_notes_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Failures that tests inject are nothing that the user's `hybrimoe doctor` should tell of."""
+    file = tmp_path_factory.mktemp("cache") / "last-runs.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last_runs, "state_path", lambda: file)
+        yield
 
 
 @pytest.fixture(scope="session")

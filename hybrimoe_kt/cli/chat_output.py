@@ -8,7 +8,7 @@ from typing import Any
 
 from prompt_toolkit.utils import get_cwidth
 
-__all__ = ["StreamPrinter", "flatten", "summary_line", "visible"]
+__all__ = ["StreamPrinter", "flatten", "health_word", "summary_line", "visible"]
 
 TAB = "    "
 
@@ -76,7 +76,14 @@ def summary_line(run: Mapping[str, Any]) -> str:
     ]
     if run["experts_on_gpu"] or run["transfers"]:
         parts.append(f"{run['hit_rate']:.0%} hits")
+    if word := health_word(run):
+        parts.append(word)
     return " · ".join(parts)
+
+
+def health_word(run: Mapping[str, Any]) -> str:
+    """What went wrong on an accelerator in one word, empty where nothing did: its answers look right all the same."""
+    return str(run.get("health", {}).get("word", ""))
 
 
 def short(count: int) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from hybrimoe_kt.host.diagnosis import size_text
+from hybrimoe_kt.host.last_runs import failure_text
 
 from .chat_output import flatten, visible
 
-__all__ = ["answer_rows", "total_rows"]
+__all__ = ["answer_rows", "health_text", "total_rows"]
 
 Row = tuple[str, str]
 
@@ -30,6 +31,15 @@ def answer_rows(run: Mapping[str, Any]) -> list[Row]:
 def total_rows(statistics: Mapping[str, Any]) -> list[Row]:
     """Return the lines of all answers so far (`Engine.statistics`)."""
     return _rows(statistics, _TOTAL)
+
+
+def health_text(health: Mapping[str, Any]) -> str:
+    """What failed since the start, and what the fallback decided, from `Health` as plain data; empty if clean."""
+    told = {name: failure_text(counts) for name, counts in health["accelerators"].items()}
+    parts = [f"{name}: {text}" for name, text in told.items() if text]
+    if health["fallback"] in ("cpu_only", "gpu_only"):
+        parts.append(f"fallen back to {health['fallback']}")
+    return "; ".join(parts)
 
 
 def _rows(values: Mapping[str, Any], lines: tuple[_Line, ...]) -> list[Row]:
@@ -93,6 +103,7 @@ _ANSWER = (
     _Line("prompt", ("prompt_tokens", "prefill_s", "prefill_tokens_per_s", "reused_tokens"), _prompt),
     _Line("answer", ("new_tokens", "decode_s", "decode_tokens_per_s", "finish"), _answer),
     _EXPERTS,
+    _Line("", ("health",), lambda health: ""),  # of all answers: told below
     _Line("hit rate", ("hits", "misses", "hit_rate"), _hit_rate),
     _Line("transfers", ("transfers", "transferred_bytes"), _transfers),
 )
@@ -100,6 +111,7 @@ _TOTAL = (
     _Line("model", ("model",), str),
     _Line("runs as", ("runtime",), str),
     _Line("context", ("context_tokens",), _tokens),
+    _Line("failures", ("health",), health_text),
     _Line("layer steps", ("num_plans",), str),
     _EXPERTS,
     _Line("hit rate", ("hits", "misses", "hit_rate", "pending"), _hit_rate),

@@ -102,6 +102,8 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     types = f"{there}Triton kernels run on {gpu['device']}: {', '.join(gpu['types'])}"
     yield "GPU experts", types if gpu["runs"] else f"{there}no Triton kernels: {gpu['problem']}"
     yield "calibration", _profile_row(report)
+    for name, run in report["last_runs"].items():
+        yield f"last run on {name}", _last_run_row(run)
 
 
 def _machine_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -153,6 +155,12 @@ def _profile_row(report: Mapping[str, Any]) -> str:
     if profile["measured"]:
         return f"measured on {profile['date']}"
     return "not measured" if report["accelerators"]["devices"] else "not measured, not needed without an accelerator"
+
+
+def _last_run_row(run: Mapping[str, Any]) -> str:
+    from hybrimoe_kt.host.last_runs import failure_text
+
+    return f"{failure_text(run)}; {run['model']}, {run['date']}"
 
 
 def _show_model(model: Mapping[str, Any], console: Console) -> None:

@@ -18,7 +18,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 from hybrimoe_kt.models import embedded_model
 
-from .chat_output import visible
+from .chat_output import health_word, visible
 from .inputs import read_text
 from .options import expert_overrides, parse
 from .outputs import check_writable
@@ -100,6 +100,7 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
         last = run, text
         if engine.shares is not None:
             screen.print(shares_line(engine.shares.per_token_ms()), style="dim")
+            _print_failures(run, screen)
 
     code = run_chat(engine, options, screen, after_answer=after_answer)
     _write_report(engine, options.stats_json, *last)
@@ -207,6 +208,7 @@ def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, conso
     console.print(statistics_line(run), style="dim")
     if engine.shares is not None:
         console.print(shares_line(engine.shares.per_token_ms()), style="dim")
+        _print_failures(run, console)
     _write_report(engine, options.stats_json, run, "".join(pieces))
     return 130 if stop.is_set() else 0
 
@@ -233,7 +235,15 @@ def statistics_line(run: dict[str, Any]) -> str:
     )
     if run["experts_on_gpu"] or run["transfers"]:
         line += f", hit rate {run['hit_rate']:.1%}, {run['transfers']} transfers, {run['prefetches']} prefetches"
-    return line
+    return f"{line}; {word}" if (word := health_word(run)) else line
+
+
+def _print_failures(run: dict[str, Any], console: Console) -> None:
+    """Say what the one word in the line before means."""
+    from .chat_statistics import health_text
+
+    if "health" in run and (text := health_text(run["health"])):
+        console.print(visible(f"since the start: {text}"), style="yellow", markup=False)
 
 
 def shares_line(shares: dict[str, float]) -> str:

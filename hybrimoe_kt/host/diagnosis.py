@@ -47,6 +47,7 @@ def _findings(report: Mapping[str, Any]) -> Iterator[Finding]:
     if report["model"] is not None:
         yield from _of_model(report["model"])
     yield from _of_accelerators(report)
+    yield from _of_last_runs(report)
     yield from _of_profile(report)
 
 
@@ -123,6 +124,23 @@ def _of_accelerators(report: Mapping[str, Any]) -> Iterator[Finding]:
             f"GPU experts would be computed by torch, several times slower: {kernels['problem']}",
             "pip install triton" if missing else None,
         )
+
+
+def _of_last_runs(report: Mapping[str, Any]) -> Iterator[Finding]:
+    """The CPU answered, so nobody may have noticed; a later clean run takes the finding away."""
+    for name, run in report["last_runs"].items():
+        if run["failed_steps"] or (run["given_up"] and not run["shrunk"]):
+            happened = f"was given up after {_steps(run)}" if run["given_up"] else f"failed at {_steps(run)}"
+            text = f"{name} {happened} in its last run, and the CPU answered"
+            text += f": {run['last_failure']}" if run["last_failure"] else ""
+            yield Finding(text, f"{_run(report)} --accelerator {shlex.quote(name)} --gpu_backend torch --verbose")
+        else:
+            text = f"{name} ran out of memory in its last run; give a smaller --cache_size, or a larger reserve_bytes"
+            yield Finding(text)
+
+
+def _steps(run: Mapping[str, Any]) -> str:
+    return f"{run['failed_steps']} layer step{'s' * (run['failed_steps'] != 1)}"
 
 
 def _of_profile(report: Mapping[str, Any]) -> Iterator[Finding]:

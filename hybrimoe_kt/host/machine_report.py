@@ -45,6 +45,7 @@ def report_machine() -> dict[str, Any]:
         "cpu_kernels": attempt(_cpu_kernels, runs=False, types=[]),
         "gpu_kernels": attempt(lambda: _gpu_kernels(accelerators["devices"]), runs=False, types=[], device=None),
         "profile": attempt(_profile, machine=None, path=None, measured=False, date=None),
+        "last_runs": _last_runs(),
     }
 
 
@@ -70,6 +71,15 @@ def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
     reason = unusable(torch.device(device))
     types = [type_name(kind) for kind in sorted(FORMATS)]
     return {"runs": reason is None, "types": types, "device": device, "problem": reason}
+
+
+def _last_runs() -> dict[str, Any]:
+    """Accelerators whose last run was not clean, by name; none where this cannot be told."""
+    try:
+        from .last_runs import read_last_runs
+    except (ImportError, OSError):  # it needs torch, whose absence is told elsewhere
+        return {}
+    return read_last_runs()
 
 
 def _profile() -> dict[str, Any]:

@@ -202,6 +202,13 @@ class Runtime:
         """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
         return getattr(self._executor.cpu, "num_threads", 0) if self._executor else 0
 
+    @property
+    def experts_read_in_place(self) -> list[LayerExperts]:
+        """Those that the CPU backend reads where the host store has them, not from a copy of its own."""
+        if self._executor is None:
+            return []
+        return [experts for layer, experts in self.store.layers.items() if not self._executor.cpu.copies(layer)]
+
     def health(self) -> Health:
         """What failed since the start, by accelerator, and what the fallback does; nothing before the start."""
         if self._recovery is None:

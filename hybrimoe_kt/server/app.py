@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp
 
 from hybrimoe_kt import __version__
+from hybrimoe_kt.errors import HybriMoEError
 
 from .body import BodyLimit
 from .errors import ApiError, Json, as_api_error, error_response
@@ -48,6 +49,7 @@ def make_app(service: Service) -> ASGIApp:
     page = _add_page(app)
     for kind, handler in ((ApiError, _refused), (RequestValidationError, _invalid), (HTTPException, _http)):
         app.add_exception_handler(kind, handler)
+    app.add_exception_handler(HybriMoEError, _failed)  # raised on purpose: the connection goes on
     app.add_exception_handler(Exception, _failed)
     known = {*app.openapi()["paths"], *page}
     settings = service.settings

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from hybrimoe_kt.operators.health import Health
+
 from .answer import End
 from .stats import busy_shares, moved_bytes, tokens_per_s
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from .service import Service
 
 __all__ = ["Metrics"]
+
+_FALLBACK_STATES = "off", "hybrid", "trying cpu_only", "trying gpu_only", "cpu_only", "gpu_only"
 
 
 class Metrics:
@@ -67,6 +71,7 @@ class Metrics:
         yield _gauge("queue_active", "Answers being given", queue.num_active)
         yield _gauge("queue_waiting", "Requests waiting", queue.num_waiting)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)
+        yield from _health(engine.runtime.health())
         coordinator = engine.runtime.coordinator
         if coordinator is None:
             return
@@ -82,6 +87,25 @@ class Metrics:
         for resource, share in busy_shares(stats).items():
             shares.add_metric((resource,), share)
         yield shares
+
+
+def _health(health: Health) -> Iterator[Metric]:
+    """What failed and was answered all the same; an accelerator that was given up keeps its counts."""
+    labels = ("accelerator",)
+    failed = CounterMetricFamily(
+        "hybrimoe_accelerator_failed_steps", "Layer steps the CPU computed instead", labels=labels
+    )
+    shrunk = CounterMetricFamily("hybrimoe_accelerator_cache_shrunk", "Times the expert cache shrank", labels=labels)
+    abandoned = GaugeMetricFamily("hybrimoe_accelerator_abandoned", "Whether it is not asked any more", labels=labels)
+    for name, accelerator in health.accelerators.items():
+        failed.add_metric((name,), accelerator.failed_steps)
+        shrunk.add_metric((name,), accelerator.shrunk)
+        abandoned.add_metric((name,), accelerator.given_up)
+    yield from (failed, shrunk, abandoned)
+    fallback = GaugeMetricFamily("hybrimoe_fallback", "1 for what the fallback does", labels=("state",))
+    for state in dict.fromkeys((*_FALLBACK_STATES, health.fallback)):
+        fallback.add_metric((state,), state == health.fallback)
+    yield fallback
 
 
 def _gauge(name: str, help_text: str, value: Any) -> GaugeMetricFamily:

@@ -39,6 +39,7 @@ def page_stats(service: Service) -> dict[str, Any]:
     return {
         "model": service.model_name,
         "accelerator": ", ".join(accelerator.name for accelerator in runtime.accelerators) or "none",
+        "health": runtime.health().as_dict(),
         "num_layers": len(heat["hits"]),
         "num_experts": max(map(len, heat["hits"]), default=0),
         "tokens_per_s": tokens_per_s(service),

@@ -283,6 +283,10 @@ def test_control_characters_do_not_reach_the_terminal():
 def test_summary_fits_80_columns():
     big = {"prompt_tokens": 4096, "new_tokens": 512, "prefill_tokens_per_s": 123.4, "decode_tokens_per_s": 12.34}
     assert len(summary_line(RUN | big | {"experts_on_gpu": 10**6, "transfers": 10**5})) <= 80
+    worst = {"health": {"word": "abandoned"}}
+    assert summary_line(RUN | worst).endswith(" · abandoned")
+    assert len(summary_line(RUN | big | worst | {"experts_on_gpu": 10**6, "transfers": 10**5})) <= 92  # and wraps
+    assert summary_line(RUN | {"health": {"word": ""}}) == summary_line(RUN)
     assert "hits" not in summary_line(RUN | {"experts_on_gpu": 0, "transfers": 0})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrimoe_kt.cli.chat_statistics import answer_rows, total_rows
 from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.host.hf.engine import Run
+from hybrimoe_kt.operators.health import AcceleratorHealth, Health
 
 RUN = Run(prompt_tokens=10, reused_tokens=4, new_tokens=1, prefill_s=0.5, finish="length", misses=3, experts_on_cpu=3)
 
@@ -42,6 +43,21 @@ def test_all_answers() -> None:
     assert rows["guesses"] == "6 of 8 right (75%), 50% of 12 needed"
     assert rows["busy"] == "CPU 25%, GPU 50%, link 12%, experts 50% of the predicted time"
     assert rows["num_streamed"] == "7"  # no words for it, and not lost
+
+
+FAILED = Health(
+    {"cuda": AcceleratorHealth(failed_steps=3, given_up=True, last_failure="x\x1b"), "cuda:1": AcceleratorHealth()},
+    "cpu_only",
+)
+
+
+def test_failures() -> None:
+    run = RUN.as_dict() | {"health": FAILED.as_dict()}
+    assert not [name for name, _ in answer_rows(run) if "health" in name]  # it is of all answers
+    assert dict(total_rows({"health": FAILED.as_dict()})) == {
+        "failures": "cuda: 3 failed steps (x), given up; fallen back to cpu_only"
+    }
+    assert total_rows({"health": Health({"cuda": AcceleratorHealth()}).as_dict()}) == []
 
 
 def test_every_counter_finds_its_way() -> None:

@@ -15,7 +15,8 @@ from hybrimoe_kt.backends import gpu_triton, kt_kernel_pool
 from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.device.calibrate import profile_path
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host import machine_report
+from hybrimoe_kt.host import last_runs, machine_report
+from hybrimoe_kt.operators.health import AcceleratorHealth, Health
 
 Type = GGMLQuantizationType
 GPU = {
@@ -33,6 +34,7 @@ GPU = {
 def _no_profile_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The machine under test has neither, whatever the tests run on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(last_runs, "state_path", lambda: tmp_path / "last-runs.json")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("hybrimoe_kt.device.choose.choose_accelerator", lambda name: None)
     _devices(monkeypatch)
@@ -87,7 +89,7 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys)
     assert found.keys() == {
         "hybrimoe_kt", "python", "cpu", "memory", "accelerators", "libraries", "cpu_kernels", "gpu_kernels",
-        "profile", "model", "verdict",
+        "profile", "last_runs", "model", "verdict",
     }  # fmt: skip
     assert found["cpu"]["model"] and found["cpu"]["physical_cores"] >= 1
     assert set(machine_report._CPU) | {"problem"} == found["cpu"].keys()
@@ -99,6 +101,7 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(found["libraries"][name]["version"] for name in ("torch", "transformers", "gguf"))
     assert {"Q4_K", "Q8_0"} <= set(found["cpu_kernels"]["types"])
     assert found["profile"]["path"].endswith(".json") and not found["profile"]["measured"]
+    assert found["last_runs"] == {}
     assert found["model"] is None
     assert found["verdict"].keys() == {"ready", "text", "next", "findings"}
 
@@ -300,3 +303,56 @@ def test_host_memory_of_experts(
     _devices(monkeypatch, GPU)
     model = report(capsys, "--model", file)["model"]
     assert model["host_bytes"] == model["expert_bytes"] + (int(copies * model["expert_bytes"]) if copies > 1 else 0)
+
+
+def note(**counts: Any) -> None:
+    last_runs.RunNote("a model").at_end(Health({"cuda": AcceleratorHealth(**counts)}))
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_what_the_last_run_came_to(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kt_kernel")
+    note(failed_steps=3, shrunk=1, given_up=True, last_failure="CUDA error: an illegal memory access")
+    found = report(capsys)
+    run = found["last_runs"]["cuda"]
+    assert run.pop("date").startswith("20")
+    assert run == {
+        "model": "a model", "failed_steps": 3, "shrunk": 1, "given_up": True,
+        "last_failure": "CUDA error: an illegal memory access",
+    }  # fmt: skip
+    verdict = found["verdict"]
+    assert verdict["ready"] and verdict["text"] == (
+        "ready, but cuda was given up after 3 layer steps in its last run, and the CPU answered: "
+        "CUDA error: an illegal memory access"
+    )
+    assert verdict["next"] == "ktransformers --accelerator cuda --gpu_backend torch --verbose"
+    note()  # a clean run
+    assert report(capsys)["last_runs"] == {}
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_last_run_short_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kt_kernel")
+    note(shrunk=2, last_failure="CUDA out of memory. Tried to allocate 2.00 GiB")
+    verdict = report(capsys)["verdict"]
+    assert "cuda ran out of memory in its last run; give a smaller --cache_size" in verdict["text"]
+
+
+def test_the_last_run_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    note(failed_steps=1, given_up=True, last_failure="CUDA error: an illegal memory access \x1b[2J was encountered")
+    assert doctor.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("next: "))
+    table = " ".join(shown.replace("│", " ").split())
+    assert "last run on cuda 1 failed step (CUDA error: an illegal memory access [2J was encountered), given" in table
+    assert "up; a model, 20" in table
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"accelerators": 3}', '{"accelerators": {"cuda": {"model": 1}}}'])
+def test_a_damaged_note_is_no_error(content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    last_runs.state_path().write_text(content)
+    assert report(capsys)["last_runs"] == {}
+    note(failed_steps=1)
+    assert report(capsys)["last_runs"]["cuda"]["failed_steps"] == 1

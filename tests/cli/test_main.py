@@ -16,6 +16,7 @@ import pytest
 
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
+from hybrimoe_kt.operators.health import AcceleratorHealth, Health
 from tests.timelines import check
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
@@ -207,6 +208,21 @@ def test_output_that_cannot_be_written_is_one_sentence(
     with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert "to standard output: No space left" in failure(capsys, "--prompt", "Hi")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_failures_that_the_cpu_answered_for_are_said(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verbose: bool
+) -> None:
+    told = engine.last_run() | {"health": Health({"cuda": AcceleratorHealth(failed_steps=2)}).as_dict()}
+    monkeypatch.setattr(engine, "last_run", lambda: told)
+    if verbose:
+        zero = dict.fromkeys(("experts", "attention", "overhead", "other", "total"), 0.0)
+        monkeypatch.setattr(engine, "shares", SimpleNamespace(per_token_ms=lambda: zero))
+    assert main(["--prompt", "Hi"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert next(line for line in lines if line.startswith("prompt ")).endswith(" prefetches; failed")
+    assert ("since the start: cuda: 2 failed steps" in lines) is verbose
 
 
 class Terminal(io.StringIO):

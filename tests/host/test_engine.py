@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
@@ -24,6 +25,13 @@ def engine(generated: Make) -> Engine:
     made = build_engine(generated(Shape()).path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
     made.end_ids = set()
     return made
+
+
+def test_attention_is_not_cudnns(generated: Make) -> None:
+    """It would build a plan for every length of the keys, which is every token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build_engine(generated(Shape()).path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def fresh(engine: Engine, prompt: list[int], sampling: Sampling = GREEDY) -> list[int]:

@@ -123,7 +123,7 @@ def experts_of(model: Path, layer: int) -> LayerExperts:
     for role in ("gate", "up", "down"):
         tensor = file.tensor(f"blk.{layer}.ffn_{role}_exps.weight")
         num_experts, rows, columns = tensor.shape
-        data = torch.from_numpy(tensor.data).view(num_experts, -1)
+        data = tensor.values().view(num_experts, -1)
         matrices.append(ExpertMatrix(data, tensor.ggml_type, rows, columns))
     gate, up, down = matrices
     top_k = int(file.metadata[f"{file.architecture}.expert_used_count"])

@@ -14,6 +14,7 @@ from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.host.hf.pieces import TextPieces
 from hybrimoe_kt.host.hf.sampling import Drawn, Sampling
 from hybrimoe_kt.host.hf.tokenizer import chat_prompt
+from hybrimoe_kt.operators.health import Health
 
 # Qwen's conversation, with as much of its tools as a test needs.
 QWEN = (
@@ -63,7 +64,9 @@ class ScriptedEngine:
             config=SimpleNamespace(model_type=model_type, hidden_size=8, num_hidden_layers=1),
             get_input_embeddings=lambda: SimpleNamespace(num_embeddings=len(self.tokenizer)),
         )
-        self.runtime = SimpleNamespace(coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0))
+        self.runtime = SimpleNamespace(
+            coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0), health=Health
+        )
         self.prompts: list[str] = []
         self.samplings: list[Sampling] = []
         self._run = self._new_run([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.generated_model import GeneratedModel, Shape
@@ -66,6 +67,53 @@ def test_the_metrics_agree_with_it(hybrid: Serving) -> None:
         assert metrics[f"hybrimoe_busy_share/{resource}"] == told["busy_share"][resource] > 0
     assert metrics["hybrimoe_requests_total//v1/completions/200"] >= 1
     assert metrics["process_resident_memory_bytes"] > 2**20
+
+
+def test_failures_are_counted_for_good(
+    generated: Callable[[Shape], GeneratedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator that is given up no longer serves, and keeps its counts."""
+    options = {"accelerator": "emulated", "cache_size": "all", "cpu_backend": "torch_reference"}
+    engine = build_engine(generated(Shape()).path, progress=False, option_overrides=options)
+    with serving(engine) as running:
+        before = samples(running)
+        for name in ("failed_steps_total", "cache_shrunk_total", "abandoned"):
+            assert before[f"hybrimoe_accelerator_{name}/emulated"] == 0
+        assert before["hybrimoe_fallback/off"] == 1
+        assert sum(value for name, value in before.items() if name.startswith("hybrimoe_fallback/")) == 1
+        assert running.http.get("/hybrimoe/stats").json()["health"]["word"] == ""
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("injected")
+
+        monkeypatch.setattr(engine.runtime._executor.lanes[0].gpu, "launch", fail)
+        assert running.post("/v1/completions", {"prompt": [3, 5, 7], "max_tokens": 4}).status_code == 200
+        after = samples(running)
+        assert after["hybrimoe_accelerator_failed_steps_total/emulated"] == 3
+        assert after["hybrimoe_accelerator_abandoned/emulated"] == 1
+        told = running.http.get("/hybrimoe/stats").json()
+        assert (told["accelerator"], told["health"]["word"]) == ("none", "abandoned")
+
+
+def test_a_server_goes_on_when_the_model_runs_out_of_memory(generated: Callable[[Shape], GeneratedModel]) -> None:
+    options = {"accelerator": "emulated", "cache_size": 1, "cpu_backend": "torch_reference"}
+    engine = build_engine(generated(Shape()).path, progress=False, option_overrides=options)
+    engine.end_ids = set()
+    is_full = True
+
+    def attend(*_: object) -> None:
+        if is_full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.model.model.layers[-1].self_attn.register_forward_pre_hook(attend)
+    ask = {"prompt": [3, 5, 7], "max_tokens": 4}
+    with serving(engine) as running:
+        refused = running.post("/v1/completions", ask)
+        assert refused.status_code == 500
+        assert "smaller --cache_size" in refused.json()["error"]["message"]
+        assert samples(running)["hybrimoe_accelerator_cache_shrunk_total/emulated"] == 1
+        is_full = False
+        assert running.post("/v1/completions", ask).json()["usage"]["completion_tokens"] == 4
 
 
 def test_odd_paths_do_not_become_labels(hybrid: Serving) -> None:

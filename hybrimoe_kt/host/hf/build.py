@@ -31,6 +31,7 @@ def build_engine(
     time_shares: bool = False,
 ) -> Engine:
     """Load model and tokenizer and share the machine's cores between torch and the experts."""
+    _switch_cudnn_attention_off()
     overrides = option_overrides or {}
     device = _dense_device(overrides.get("accelerator", "auto"))
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
@@ -50,6 +51,15 @@ def build_engine(
     tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
     shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
     return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
+
+
+def _switch_cudnn_attention_off() -> None:
+    """Keep cuDNN out of scaled dot product attention, for the whole process.
+
+    torch prefers it on Hopper, and it builds a plan for every new length of the keys, milliseconds each. Decoding
+    lengthens them with every token, so that it would never use a plan twice.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _dense_device(accelerator: str) -> str:

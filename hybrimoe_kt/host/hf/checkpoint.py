@@ -22,7 +22,7 @@ from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.operators.runtime import Runtime
 
-from .dense_weights import LazyTensor
+from .dense_weights import LazyTensor, Load, Where
 
 __all__ = ["Checkpoint", "CheckpointLoader", "is_checkpoint"]
 
@@ -107,7 +107,7 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
 
-    def dense_state(self, dtype: torch.dtype, float32: tuple[str, ...]) -> dict[str, LazyTensor]:
+    def dense_state(self, dtype: torch.dtype, float32: tuple[str, ...], where: Where) -> dict[str, LazyTensor]:
         """The language model's tensors but the routed experts, under the checkpoint's names, read when asked for."""
         state = {}
         for name in self.names():
@@ -115,8 +115,11 @@ class Checkpoint:
                 _, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
                 plain = f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else name
-                state[plain] = LazyTensor(shape, kept, lambda name=name: self.read(name))
+                state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))
         return state
+
+    def _load(self, name: str) -> Load:
+        return lambda dtype, device: self.read(name).to(device).to(dtype)  # converted where it will stand
 
     def release_pages(self) -> None:
         """Nothing to drop: what has been read was copied, and safetensors' mapping is the page cache's."""

@@ -12,14 +12,19 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
+from hybrimoe_kt.host.last_runs import RunNote
 
+from .device_memory import give_back_unused
 from .loading import LoadedModel
 from .pieces import TextPieces
 from .profiler import TimeShares
 from .sampling import Draw, Drawn, Sampling
+from .sources import first_line
 from .tokenizer import chat_prompt
 
 __all__ = ["Engine", "Run", "Sampling"]
+
+_OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory"
 
 
 @dataclass(slots=True)
@@ -73,6 +78,7 @@ class Engine:
         self._cache = DynamicCache(config=self.model.config)
         self._cached_ids: list[int] = []
         self._run = Run()
+        self._note = RunNote(self.model_name)
 
     def stream(
         self,
@@ -128,6 +134,7 @@ class Engine:
         finally:
             for name, value in self.runtime_counters().items():
                 setattr(run, name, value - before[name])
+            self._note.at_end(self.runtime.health())
 
     def _generate(
         self, prompt: list[int], sampling: Sampling, draw: Draw, stop: threading.Event | None, run: Run
@@ -176,15 +183,38 @@ class Engine:
             run.prefill_s = time.perf_counter() - began
             for name, value in self.runtime_counters().items():
                 setattr(run, name, value - before[name])
+            self._note.at_end(self.runtime.health())
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.
 
-        None when `stop` is set between two chunks.
+        None when `stop` is set between two chunks. Where an accelerator's memory runs out, expert caches shrink and
+        everything that was cached is computed again: some layers have the failed chunk, others have not.
         """
-        step = self.runtime.options.max_chunk_tokens
         began = time.perf_counter()
+        whole, left = self._cached_ids + ids, ids
+        while True:
+            try:
+                logits = self._append(left, stop)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = first_line(error).split(". GPU ")[0]  # which goes on about the allocator
+            self._make_room(reason, len(whole))  # not above: the error's frames hold what the failed step allocated
+            left = whole
+        self._note.at_step(self.runtime.health())
+        if logits is None:
+            return None
+        if not logits.sum().isfinite():
+            raise KernelError("the model produced NaN or infinite logits; the weights or a backend are broken")
+        if self.shares is not None:
+            self.shares.step(len(ids), time.perf_counter() - began)
+        return logits
+
+    def _append(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
+        step = self.runtime.options.max_chunk_tokens
         for at in range(0, len(ids), step):
             if stop is not None and stop.is_set() and at:
                 return None
@@ -193,13 +223,27 @@ class Engine:
             cached, self._cached_ids = self._cached_ids, []
             tokens = torch.tensor([piece], device=self.model.device)
             output = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[0, -1].float().cpu()
             self._cached_ids = cached + piece
-        logits = output.logits[0, -1].float().cpu()
-        if not logits.sum().isfinite():
-            raise KernelError("the model produced NaN or infinite logits; the weights or a backend are broken")
-        if self.shares is not None:
-            self.shares.step(len(ids), time.perf_counter() - began)
         return logits
+
+    def _make_room(self, reason: str, num_tokens: int) -> None:
+        """Forget the conversation and shrink the expert caches; CapacityError if there is nothing left to shrink.
+
+        A recording would have steps twice, so it ends as well.
+        """
+        self.reset()
+        if self.loaded.crossings is not None:
+            self.loaded.crossings.forget()
+        has_shrunk = self.runtime.make_room(torch.OutOfMemoryError(reason))
+        devices = {parameter.device for parameter in self.model.parameters()}
+        give_back_unused(devices | {accelerator.device for accelerator in self.runtime.accelerators})
+        if self.runtime.recorder is not None or not has_shrunk:
+            raise CapacityError(
+                f"out of accelerator memory with {num_tokens} tokens ({reason}); shorten the conversation, or start "
+                f"with a smaller --cache_size, --cache_lens (context_tokens) or --chunk_size, or in the rule file a "
+                f"larger reserve_bytes"
+            )
 
     def _reuse(self, prompt: list[int]) -> int:
         """Keep the cached prefix that `prompt` shares, at most all but its last token; return its length."""
@@ -246,8 +290,8 @@ class Engine:
         return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
 
     def last_run(self) -> dict[str, Any]:
-        """The last answer's counts, times and rates."""
-        return self._run.as_dict()
+        """The last answer's counts, times and rates; `health` is of everything since the model was loaded."""
+        return self._run.as_dict() | {"health": self.runtime.health().as_dict()}
 
     def statistics(self) -> dict[str, Any]:
         """Everything counted since the model was loaded."""
@@ -256,4 +300,11 @@ class Engine:
             "model": self.model_name,
             "context_tokens": self.context_tokens,
             "runtime": self.runtime.describe(),
+            "health": self.runtime.health().as_dict(),
         } | stats
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's allocator, or a library that takes memory of its own when it is first used, found none."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OUT_OF_MEMORY)

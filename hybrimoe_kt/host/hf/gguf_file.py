@@ -11,11 +11,13 @@ import math
 import mmap
 import re
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_kt.device.quant_types import type_name
@@ -30,7 +32,7 @@ _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: `data` is a uint8 view of the mapping, `[num_bytes]`; `shape` is in torch order."""
+    """One tensor: `data` is a read-only uint8 view of the mapping, `[num_bytes]`; `shape` is in torch order."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,11 +43,21 @@ class GgufTensor:
     def type_name(self) -> str:
         return type_name(self.ggml_type)
 
+    def values(self) -> torch.Tensor:
+        """The bytes as torch sees them, in place: uint8 `[num_bytes]`, never to be written to.
+
+        torch has no read-only tensors and warns; writing into the mapping would be a segmentation fault.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+            return torch.from_numpy(self.data)
+
 
 class GgufFile:
-    """A GGUF model: one file, or all files of a split one, mapped copy-on-write and never read wholesale.
+    """A GGUF model: one file, or all files of a split one, mapped and never read wholesale.
 
-    The mapping lives as long as this object or any view taken from it.
+    The mapping is shared and read-only: a driver that page-locks pages in place copies each page of a private one
+    first. It lives as long as this object or any view taken from it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -186,7 +198,7 @@ class _Header:
 def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], np.memmap]:
     if file.stat().st_size < 24:
         raise ModelError(f"{file}: not a GGUF file ({file.stat().st_size} bytes)")
-    blob = np.memmap(file, mode="c", dtype=np.uint8)
+    blob = np.memmap(file, mode="r", dtype=np.uint8)
     header = _Header(blob, file)
     if bytes(header.take(4)) != b"GGUF":
         raise ModelError(f"{file}: not a GGUF file (it does not start with the letters GGUF)")

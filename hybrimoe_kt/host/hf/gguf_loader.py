@@ -114,7 +114,7 @@ class GgufLoader:
 
 def _matrix(tensor: GgufTensor) -> ExpertMatrix:
     num_experts, rows, columns = tensor.shape
-    return ExpertMatrix(torch.from_numpy(tensor.data).view(num_experts, -1), tensor.ggml_type, rows, columns)
+    return ExpertMatrix(tensor.values().view(num_experts, -1), tensor.ggml_type, rows, columns)
 
 
 def _outline(tensor: GgufTensor) -> ExpertMatrix:

@@ -28,6 +28,9 @@ from hybrimoe_kt.operators.runtime import Runtime
 
 from .architectures import Architecture
 from .checkpoint import CheckpointLoader
+from .device_memory import give_back_unused
+from .file_pages import bring_in
+from .gguf_file import GgufFile
 from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
 from .placement import Crossings, Placement, place_modules
@@ -139,15 +142,18 @@ def load_model(
             f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights"
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
-    state = source.state(parameters, dtype)
+    state = source.state(parameters, dtype, loaded.placement.device_of)
     loader.runtime, loaded.warnings = None, []
     with _progress(progress):
         loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source)
+    give_back_unused({parameter.device for parameter in loaded.model.parameters()})  # slots come next, and are large
     if loaded.placement.is_split:
         loaded.crossings = Crossings(loaded.model, loaded.placement)
     loaded.runtime.start()
     attach_look_ahead(loaded.model, loaded.runtime, architecture)
     source.file.release_pages()
+    if isinstance(source.file, GgufFile):
+        bring_in(loaded.runtime.experts_read_in_place, progress=progress)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded

@@ -37,6 +37,11 @@ class Placement:
         devices = {path: str(_device(place)) for path, place in self.places.items()}
         return devices if len(set(devices.values())) > 1 else {"": next(iter(devices.values()), self.default)}
 
+    def device_of(self, parameter: str) -> torch.device:
+        """The torch device of a parameter, by its full name."""
+        unit = _unit_of(parameter, self.places)
+        return _device(self.places[unit] if unit is not None else self.default)
+
 
 def place_modules(
     model: nn.Module, injections: Mapping[str, Injection], default: str
@@ -130,15 +135,16 @@ class Crossings:
         self.num_crossings = 0
         self._at: str | None = None
         self._brought: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._begin)
+        model.register_forward_pre_hook(lambda *_: self.forget())
+        model.register_forward_hook(lambda *_: self.forget())
         for path, place in placement.places.items():
             carries_hidden = not path.endswith("rotary_emb")
             model.get_submodule(path).register_forward_pre_hook(
                 self._hook(place, carries_hidden), with_kwargs=True, prepend=True
             )
 
-    def _begin(self, *_: Any) -> None:
+    def forget(self) -> None:
+        """Let go of what a step brought along: between two steps, and when one has failed half-way."""
         self._at = None
         self._brought.clear()
 

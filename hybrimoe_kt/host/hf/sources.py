@@ -17,7 +17,7 @@ from hybrimoe_kt.host.config_file import read_config
 
 from .architectures import Architecture, architecture_of, architecture_of_type
 from .checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
-from .dense_weights import LazyTensor, dense_state_dict
+from .dense_weights import LazyTensor, Where, dense_state_dict
 from .gguf_file import GgufFile
 from .gguf_loader import GgufLoader
 
@@ -25,12 +25,12 @@ __all__ = ["Source", "first_line", "open_source"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
-State = Callable[[Mapping[str, tuple[int, ...]], torch.dtype], dict[str, LazyTensor]]
+State = Callable[[Mapping[str, tuple[int, ...]], torch.dtype, Where], dict[str, LazyTensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model before it is built; `state(parameters, dtype)` gives its dense weights, lazily."""
+    """A model before it is built; `state(parameters, dtype, where)` gives its dense weights, lazily."""
 
     file: GgufFile | Checkpoint
     architecture: Architecture
@@ -50,8 +50,8 @@ def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, 
     config = _config(file, architecture, model_path)
     _check_consistent(file, architecture, config)
 
-    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, LazyTensor]:
-        return dense_state_dict(file, architecture, parameters, dtype)
+    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
+        return dense_state_dict(file, architecture, parameters, dtype, where)
 
     return Source(file, architecture, config, GgufLoader(file, overrides), state)
 
@@ -61,8 +61,8 @@ def _checkpoint(path: str | Path, model_path: str | Path | None, overrides: dict
     architecture = architecture_of_type(str(path), config.model_type)
     file = Checkpoint(path)
 
-    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, LazyTensor]:
-        return file.dense_state(dtype, architecture.float32)
+    def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
+        return file.dense_state(dtype, architecture.float32, where)
 
     return Source(file, architecture, config, CheckpointLoader(file, overrides), state)
 

@@ -89,7 +89,8 @@ export class Panel {
   #show() {
     const {stats} = this;
     const device = stats.accelerator.replace(/^emulated.*/, "emulated GPU");
-    const place = this.#hasSlots ? `experts on ${device} + CPU` : "all experts on the CPU";
+    const word = stats.health?.word ? ` (${stats.health.word})` : "";
+    const place = (this.#hasSlots ? `experts on ${device} + CPU` : "all experts on the CPU") + word;
     document.title = `${stats.model} · hybrimoe_kt`;
     find("model").textContent = stats.model;
     const speed = `${stats.tokens_per_s.toFixed(1)} tokens/s`;
