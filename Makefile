@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# For make test-gpu: the environment if there is one, else whatever Python has torch and Triton.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # A machine with an NVIDIA driver gets PyTorch as kt-kernel wants it (CUDA, gigabytes); any other the CPU build.
 CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
@@ -22,7 +24,7 @@ ARGS   ?=
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device"
+	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
 	@echo "make bench-gpu  GPU kernels against the roofline; hybrid plans against one device alone"
@@ -48,8 +50,11 @@ test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+# Installs nothing: what a machine with a device and perhaps no network has must do. With pytest-xdist, eight at a time.
+test-gpu:
+	$(GPU_PYTHON) -m pytest -q -m "(gpu or kernels) and not slow" $$($(GPU_PYTHON) -c \
+	  'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")') \
+	  tests/device tests/backends tests/kernels tests/host/test_timeline.py $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -63,6 +63,21 @@ def test_importing_the_package_imports_nothing_heavy():
     assert shown.strip() == "[]"
 
 
+def test_a_bare_checkout_runs_without_being_installed():
+    """Libraries from this environment, but none of its .pth files: an editable install is one."""
+    code = """
+import sys
+sys.path[:0] = [sys.argv[1], *sys.argv[2:]]
+import hybrimoe_kt, hybrimoe_kt.kernels.formats, importlib.resources
+assert hybrimoe_kt.__file__.startswith(sys.argv[1]) and hybrimoe_kt.kernels.__file__.startswith(sys.argv[1])
+print((importlib.resources.files("hybrimoe_kt.optimize_rules") / "qwen3moe.yaml").is_file())
+"""
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    command = [sys.executable, "-S", "-c", code, str(ROOT), *libraries]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert shown.stdout.strip() == "True", shown.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """Build from a copy of the tracked and new files, so that nothing is written into the tree."""

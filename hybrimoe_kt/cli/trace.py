@@ -199,7 +199,7 @@ def _save(engine: Engine, recorder: Recorder, out: Path) -> Path | None:
     recorder.drop_unfinished()
     if not recorder.num_tokens or engine.runtime.coordinator is None:
         return None
-    counters = engine.runtime.coordinator.stats.snapshot()
+    counters = engine.runtime.statistics()
     run = {"runtime": engine.runtime.describe(), "counters": {name: counters[name] for name in COUNTERS}}
     recorder.run = engine.runtime.configuration() | run
     return recorder.save(out)

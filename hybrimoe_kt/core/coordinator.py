@@ -23,7 +23,7 @@ from hybrimoe_kt.core.scheduler import (
 )
 from hybrimoe_kt.core.schedulers import make_scheduler
 from hybrimoe_kt.core.stats import Stats
-from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Residency, Routing, Transfer
+from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.core.whole_steps import WholeSteps
 from hybrimoe_kt.errors import ConfigError
 
@@ -268,19 +268,6 @@ class Coordinator:
         state.displaced.clear()
         state.resize(num_slots)
         self._uses_link = self.prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
-
-    def residency(self, layer: int) -> Residency:
-        """Return where `layer`'s experts are now."""
-        state = self._layers[layer]
-        cache = state.cache
-        cache.settle(self.now_s)
-        return Residency(
-            layer,
-            frozenset(e for e in cache.occupant if e != FREE and e not in cache.arrival_s),
-            {e: at_s - self.now_s for e, at_s in cache.arrival_s.items()},
-            len(cache.free_slots()),
-            state.link.busy_s(self.now_s),
-        )
 
     def heat(self) -> dict[str, list[list[int]]]:
         """Hits and misses of every expert since the start, `[num_layers, num_experts]`."""

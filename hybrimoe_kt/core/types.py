@@ -55,21 +55,6 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Residency:
-    """Where one layer's experts are when a plan is made.
-
-    `resident` are in a slot and ready; `pending` maps expert index -> predicted seconds until its transfer
-    lands; `link_busy_s` is the predicted time until the layer's link is free of what it has started.
-    """
-
-    layer: int
-    resident: frozenset[int] = frozenset()
-    pending: Mapping[int, float] = field(default_factory=dict)
-    num_free_slots: int = 0
-    link_busy_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Transfer:
     """Host-to-GPU copy of one expert into `slot` (an index into its layer's slots).
 

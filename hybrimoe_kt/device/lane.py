@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from hybrimoe_kt.core.types import Plan, Transfer
@@ -20,6 +19,7 @@ from .activity import ActivityLog
 from .backend import GpuBackend
 from .host_store import HostStore
 from .inbox import Inbox, Step
+from .slot_tables import SlotTables
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
 from .waiting import Patience
@@ -86,7 +86,7 @@ class Lane:
         self._weights = accelerator.allocate(max_tokens * top_k * 4).view(torch.float32)
         self._turn = 0
         self._shaped: _Views | None = None
-        self._tables = _SlotTables(accelerator, self._num_experts)
+        self._tables = SlotTables(accelerator, self._num_experts)
         self.whole = WholeLayers(self, self._num_experts)
         self._result = accelerator.event()
         self._num_steps = 0
@@ -376,53 +376,3 @@ def _is_read(plan: Plan, position: Mapping[int, int], transfer: Transfer, num_la
     """Whether every expert of the plan that uses the transfer's slot before it has been launched."""
     before = plan.gpu[num_launched : position[transfer.expert.index]]
     return all(plan.slots[expert] != transfer.slot for expert in before)
-
-
-class _SlotTables:
-    """Expert -> slot for each launch of a step, int32 `[num_experts]`, -1 where the launch does not compute it.
-
-    Written anew in every step: its routing read has waited for everything on `compute` before.
-    """
-
-    def __init__(self, accelerator: Accelerator, num_experts: int) -> None:
-        self._accelerator = accelerator
-        shape = num_experts, num_experts  # at most one launch per expert
-        num_bytes = num_experts * num_experts * 4
-        self._host = accelerator.page_locked(num_bytes).view(torch.int32).view(shape)
-        self._device = accelerator.allocate(num_bytes).view(torch.int32).view(shape)
-        self._values = memoryview(self._host.numpy().reshape(-1))
-        """The same as plain numbers, which are quicker to write one by one."""
-        self._nothing = memoryview(np.full(num_experts, -1, dtype=np.int32))
-        self._num_experts = num_experts
-        self._rows = list(self._device)
-        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Number of tables -> the first so many of them, on the host and on the device."""
-        self._kept: list[torch.Tensor] = []
-
-    def send_one(self, slot_of: Sequence[int]) -> torch.Tensor:
-        """Copy one table, expert -> slot, to memory of its own on the device, and keep its source."""
-        num_bytes = 4 * self._num_experts
-        source = self._accelerator.page_locked(num_bytes).view(torch.int32)
-        target = self._accelerator.allocate(num_bytes).view(torch.int32)
-        self._accelerator.on_host("fill slot tables", writes=(source,))
-        source.fill_(-1)[: len(slot_of)].copy_(torch.tensor(slot_of, dtype=torch.int32))
-        self._accelerator.copy(self._accelerator.compute, target, source, "slot tables to device")
-        self._kept.append(source)
-        return target
-
-    def send(self, groups: Sequence[Sequence[tuple[int, int]]]) -> list[torch.Tensor]:
-        """Copy one table per group to the device; returns them there."""
-        num = len(groups)
-        known = self._pairs.get(num)
-        if known is None:
-            known = self._pairs[num] = self._host[:num], self._device[:num]
-        source, target = known
-        self._accelerator.on_host("fill slot tables", writes=(source,))
-        values, num_experts = self._values, self._num_experts
-        for row, pairs in enumerate(groups):
-            first = row * num_experts
-            values[first : first + num_experts] = self._nothing
-            for expert, slot in pairs:
-                values[first + expert] = slot
-        self._accelerator.copy(self._accelerator.compute, target, source, "slot tables to device")
-        return self._rows[:num]

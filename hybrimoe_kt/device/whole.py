@@ -37,9 +37,12 @@ class WholeLayers:
         self._lane, self._num_experts = lane, num_experts
         self._tables: dict[int, tuple[list[int], list[tuple[int, int]], torch.Tensor]] = {}
         """Layer -> experts' slots, the same as pairs, and the table on the device."""
-        self._counts: dict[int, torch.Tensor] = {}
+        self._place = {layer: place for place, layer in enumerate(lane.layers)}
+        self._counts: torch.Tensor | None = None
+        """On the device, int64 `[num_layers, num_experts]`."""
+        self._rows: list[torch.Tensor] = []
         self._last: dict[int, torch.Tensor] = {}
-        self._read: dict[int, list[int]] = {}
+        self._read: list[list[int]] = []
         self._ones = _NOTHING
 
     def run(
@@ -59,21 +62,18 @@ class WholeLayers:
         self._count(layer, step.ids)
         return lane.finish(step, None, has_gpu=True)
 
-    def routed(self, layer: int) -> Routed | None:
-        """What was routed since the last call; None where no step was run here. Waits for what is under way."""
-        if layer not in self._counts:
-            return None
-        counts = self._counts[layer].tolist()
-        before = self._read.get(layer, [0] * len(counts))
-        self._read[layer] = counts
-        last = self._last.get(layer)
-        changes = [now - then for now, then in zip(counts, before, strict=True)]
-        return Routed(changes, [] if last is None else last.tolist()[0])
-
-    @property
-    def layers(self) -> list[int]:
-        """Layers of which `routed` has something to tell."""
-        return list(self._counts)
+    def routed(self) -> dict[int, Routed]:
+        """What was routed in each layer since the last call. Waits for what is under way."""
+        if self._counts is None:
+            return {}
+        found, counts = {}, self._counts.tolist()
+        for place, layer in enumerate(self._lane.layers):
+            if layer in self._tables:
+                last = self._last.get(layer)
+                changes = [now - then for now, then in zip(counts[place], self._read[place], strict=True)]
+                found[layer] = Routed(changes, [] if last is None else last.tolist()[0])
+        self._read = counts
+        return found
 
     def _table(self, layer: int, slot_of: Sequence[int]) -> tuple[list[tuple[int, int]], torch.Tensor]:
         known = self._tables.get(layer)
@@ -85,10 +85,12 @@ class WholeLayers:
     def _count(self, layer: int, ids: torch.Tensor) -> None:
         """Count every expert of the step once, as hits are."""
         accelerator = self._lane.accelerator
-        counts = self._counts.get(layer)
-        if counts is None:
-            counts = self._counts[layer] = accelerator.allocate(8 * self._num_experts).view(torch.int64)
-            accelerator.launch(accelerator.compute, counts.zero_, reads=(), writes=(counts,), site="clear counts")
+        if self._counts is None:
+            shape = len(self._place), self._num_experts
+            whole = self._counts = accelerator.allocate(8 * shape[0] * shape[1]).view(torch.int64).view(shape)
+            accelerator.launch(accelerator.compute, whole.zero_, reads=(), writes=(whole,), site="clear counts")
+            self._rows, self._read = list(whole), [[0] * shape[1] for _ in range(shape[0])]
+        counts = self._rows[self._place[layer]]
         if len(ids) == 1:
             self._last[layer] = ids
             if len(self._ones) != ids.shape[1]:

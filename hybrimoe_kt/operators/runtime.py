@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from hybrimoe_kt.device.inbox import Predict, Step, ask
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, assemble, make_coordinator
+from .description import configuration, describe
 from .health import Health
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
@@ -36,10 +38,6 @@ from .watch import Watch
 __all__ = ["RoutingRecorder", "Runtime", "Seconds"]
 
 logger = logging.getLogger(__name__)
-
-
-RECORDED_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots")
-"""What a run decides of each layer; the rest of a `LayerSpec` is the model's."""
 
 
 @dataclass(slots=True)
@@ -80,6 +78,7 @@ class Runtime:
         self._executor: Executor | None = None
         self._recovery: Recovery | None = None
         self._watch: Watch | None = None
+        self._counting = threading.Lock()
 
     @classmethod
     def shared_by(cls, owner: Any, options: ExpertOptions, rule_key: str) -> Runtime:
@@ -170,17 +169,7 @@ class Runtime:
     def configuration(self) -> dict[str, Any]:
         """What decisions follow from, beside the routing, as plain data; layers in order."""
         assert self._assembly is not None, "the runtime has started"
-        options, specs = self.options, self._assembly.specs
-        named = ("scheduler", "policy", "predictor", "prefetch_size", "prefetch_depth")
-        given = ("scheduler_options", "policy_options", "predictor_options")
-        experts = [self.store.layers[spec.layer] for spec in specs]
-        return (
-            {name: getattr(options, name) for name in named}
-            | {name: dict(getattr(options, name)) for name in given}
-            | {name: [getattr(spec, name) for spec in specs] for name in RECORDED_SPEC}
-            | {"expert_macs": [3 * layer.hidden * layer.inter for layer in experts]}
-            | {"profile": asdict(self._assembly.profile)}
-        )
+        return configuration(self.options, self.store, self._assembly)
 
     def new_coordinator(self) -> Coordinator:
         """Make a coordinator in its initial state for this model and these options."""
@@ -227,22 +216,8 @@ class Runtime:
 
     def describe(self) -> str:
         """One line: what was decided."""
-        assert self._assembly is not None and self._executor is not None, "the runtime has started"
-        options, store = self.options, self.store
-        num_experts = sum(experts.num_experts for experts in store.layers.values())
-        where = f"{len(store.layers)} MoE layers, {num_experts} experts, {store.num_bytes / 1e9:.2f} GB"
-        threads = self.num_expert_threads
-        cpu = options.cpu_backend + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
-        if not self._executor.lanes:
-            return f"{where}; all on the CPU: {cpu}"
-        lanes = "; ".join(
-            f"{lane.accelerator.name}: {lane.pool.num_slots} slots, {lane.pool.num_bytes / 1e9:.2f} GB"
-            for lane in self._executor.lanes
-        )
-        return (
-            f"{where}; {lanes}; CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
-            f"prefetch {options.prefetch_size or 'off'}, profile {self._assembly.profile.name}"
-        )
+        assert self._assembly is not None, "the runtime has started"
+        return describe(self.options, self.store, self._assembly)
 
     @property
     def wants_scores(self) -> bool:
@@ -331,12 +306,11 @@ class Runtime:
         """Every counter since the start, by name; nothing before it. Waits for what was counted on a device."""
         if self.coordinator is None or self._executor is None:
             return {}
-        for lane in self._executor.lanes:
-            for layer in lane.whole.layers:
-                routed = lane.whole.routed(layer)
-                if routed is not None:
+        with self._counting:  # a server's metrics are read while it answers
+            for lane in self._executor.lanes:
+                for layer, routed in lane.whole.routed().items():
                     self.coordinator.note_hits(layer, routed.counts, routed.last)
-        return self.coordinator.stats.snapshot()
+            return self.coordinator.stats.snapshot()
 
     def _run_chunk(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None

@@ -72,10 +72,9 @@ class Metrics:
         yield _gauge("queue_waiting", "Requests waiting", queue.num_waiting)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)
         yield from _health(engine.runtime.health())
-        coordinator = engine.runtime.coordinator
-        if coordinator is None:
+        stats = engine.runtime.statistics()
+        if not stats:
             return
-        stats = coordinator.stats.snapshot()
         yield _gauge("hit_rate", "Routed experts found on the accelerator, since the start", stats["hit_rate"])
         experts = CounterMetricFamily("hybrimoe_experts", "Routed experts by residency", labels=("residency",))
         for residency, name in (("hit", "hits"), ("pending", "pending"), ("miss", "misses")):

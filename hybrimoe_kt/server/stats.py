@@ -33,7 +33,7 @@ def page_stats(service: Service) -> dict[str, Any]:
     engine, queue = service.engine, service.queue
     runtime = engine.runtime
     coordinator = runtime.coordinator
-    stats = coordinator.stats.snapshot() if coordinator else {}
+    stats = runtime.statistics()
     heat = coordinator.heat() if coordinator else {"hits": [], "misses": []}
     current = engine.last_run()["new_tokens"] if queue.num_active else 0
     return {

@@ -29,6 +29,8 @@ from hybrimoe_kt.kernels import workspace
 from hybrimoe_kt.kernels.layer import LayerKernels
 from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
 
+pytestmark = pytest.mark.kernels
+
 FLOATS = (Type.F16, Type.BF16)
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 # gate, up, down: what Q4_K_M files mix, the widths that are no multiple of 256, and no two types alike.

@@ -83,10 +83,10 @@ def test_a_failed_transfer_leaves_a_free_slot() -> None:
     plan = coordinator.plan(Routing(0, {9: 1, 10: 1}))
     coordinator.fail(plan.transfers[0])
     coordinator.finish(plan)
-    residency = coordinator.residency(0)
-    assert plan.transfers[0].expert.index not in residency.resident
-    assert plan.transfers[1].expert.index in residency.resident
-    assert residency.num_free_slots == 1
+    cache = coordinator._layers[0].cache
+    assert plan.transfers[0].expert.index not in cache.occupant
+    assert plan.transfers[1].expert.index in cache.occupant
+    assert len(cache.free_slots()) == 1
     coordinator.check_integrity()
 
 
@@ -108,8 +108,8 @@ def test_links_belong_to_accelerators() -> None:
     specs = [LayerSpec(0, 8, 2, EXPERT_BYTES, 4, accelerator=0), LayerSpec(1, 8, 2, EXPERT_BYTES, 4, accelerator=1)]
     coordinator = Coordinator(specs, cost_of("default", MODEL), scheduler="gpu_only", prefetch_size=0)
     coordinator.plan(Routing(0, dict.fromkeys(range(4), 1)))
-    assert coordinator.residency(0).link_busy_s > 0
-    assert coordinator.residency(1).link_busy_s == 0
+    busy_s = [coordinator._layers[layer].link.busy_s(coordinator.now_s) for layer in (0, 1)]
+    assert busy_s[0] > 0 and busy_s[1] == 0
 
 
 def test_bad_options_are_one_sentence() -> None:

@@ -31,6 +31,8 @@ from hybrimoe_kt.kernels.sort_pairs.kernel import sort_pairs
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
 
+pytestmark = pytest.mark.kernels
+
 TARGET = _target_of(DEVICE)
 NAN = float("nan")
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3

@@ -65,7 +65,7 @@ class ScriptedEngine:
             get_input_embeddings=lambda: SimpleNamespace(num_embeddings=len(self.tokenizer)),
         )
         self.runtime = SimpleNamespace(
-            coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0), health=Health
+            coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0), health=Health, statistics=dict
         )
         self.prompts: list[str] = []
         self.samplings: list[Sampling] = []

@@ -284,7 +284,7 @@ class Engine:
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""
-        stats = self.runtime.coordinator.stats.snapshot() if self.runtime.coordinator else {}
+        stats = self.runtime.statistics()
         names = {"transfers": "num_transfers", "prefetches": "num_prefetches"}
         wanted = ("hits", "misses", "experts_on_cpu", "experts_on_gpu", "transfers", "transferred_bytes", "prefetches")
         return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
@@ -295,7 +295,7 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """Everything counted since the model was loaded."""
-        stats = self.runtime.coordinator.stats.snapshot() if self.runtime.coordinator else {}
+        stats = self.runtime.statistics()
         return {
             "model": self.model_name,
             "context_tokens": self.context_tokens,
