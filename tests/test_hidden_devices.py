@@ -41,6 +41,7 @@ def test_only_a_run_for_devices_sees_them(expression: str, sees: bool) -> None:
     ("expression", "wanted"),
     [
         ("", False),
+        ("not slow", False),
         ("gpu", True),
         ("not gpu", False),
         ("gpu and slow", False),
