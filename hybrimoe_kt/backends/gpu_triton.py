@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import logging
 import os
-import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +21,7 @@ from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
+from hybrimoe_kt.kernels.failures import launch_failures
 from hybrimoe_kt.kernels.formats import FORMATS
 from hybrimoe_kt.kernels.prefill_gate_up import config as prefill_config
 from hybrimoe_kt.kernels.slots import MatrixInSlot
@@ -173,7 +173,7 @@ class TritonGpu:
                 for first in range(0, hidden.shape[0], CHUNK_TOKENS):
                     part = slice(first, first + CHUNK_TOKENS)
                     kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
-        except _triton_failures() as error:
+        except launch_failures() as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise KernelError(
                 f"Triton cannot run the kernels of layer {layer}: {type(error).__name__}: {reason}"
@@ -216,17 +216,6 @@ class TritonGpu:
                 )
         if hidden.data_ptr() % 16 or out.data_ptr() % 16:
             raise KernelError(f"hidden and out of layer {layer} must begin at a multiple of 16 bytes")
-
-
-@functools.cache
-def _triton_failures() -> tuple[type[Exception], ...]:
-    """What Triton raises when it compiles or launches in vain, but for the driver's RuntimeErrors.
-
-    Its own errors are no RuntimeErrors; the tools it calls fail as processes, its cache folder as a file system.
-    """
-    from triton.errors import TritonError
-
-    return TritonError, subprocess.SubprocessError, OSError
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.host.diagnosis import diagnose, size_text
 
 from .chat_output import visible
@@ -70,7 +71,7 @@ def examine(model: Path | None) -> dict[str, Any]:
 def _judge(model: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     try:
         from hybrimoe_kt.host.hf.model_report import report_model
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, HostCompatibilityError) as error:
         return {"file": str(model), "problem": f"reading it needs more than is installed: {error}"}
     return report_model(model, machine)
 
