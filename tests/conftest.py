@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests import interpreter
+
 if TYPE_CHECKING:
     from benchmarks.generated_model import GeneratedModel, Shape
 
@@ -42,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(_HIDDEN)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any of ours is imported
+        interpreter.mend()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:

@@ -87,9 +87,10 @@ class WholeLayers:
         accelerator = self._lane.accelerator
         if self._counts is None:
             shape = len(self._place), self._num_experts
-            whole = self._counts = accelerator.allocate(8 * shape[0] * shape[1]).view(torch.int64).view(shape)
+            whole = accelerator.allocate(8 * shape[0] * shape[1]).view(torch.int64).view(shape)
             accelerator.launch(accelerator.compute, whole.zero_, reads=(), writes=(whole,), site="clear counts")
             self._rows, self._read = list(whole), [[0] * shape[1] for _ in range(shape[0])]
+            self._counts = whole
         counts = self._rows[self._place[layer]]
         if len(ids) == 1:
             self._last[layer] = ids

@@ -33,11 +33,18 @@ def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=COMPILING)
 
 
+KNOWN = {
+    "3.6": ["gfx1100 prefill_down[Q6_K bf16 x16]: has 0 16-byte loads in its main loop, 1 are claimed"],
+}
+"""Triton version -> what the gate, whose demands were read from 3.7.1's code, rejects of its code, rightly."""
+
+
 @compiles
 def test_the_reduced_gate_is_green() -> None:
-    done = gate("--reduced")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^28 kernels, 0 rejections", done.stdout)
+    done, known = gate("--reduced"), KNOWN.get(version("triton")[:3], [])
+    assert done.stderr.splitlines() == known
+    assert done.returncode == bool(known)
+    assert re.search(rf"^28 kernels, {len(known)} rejections", done.stdout)
 
 
 def test_half_a_table_is_never_written() -> None:

