@@ -67,16 +67,22 @@ class AbsorbedMLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`hidden_states [batch, tokens, hidden]` -> the same shape; `position_embeddings` as the stock module's."""
+        """`hidden_states [batch, tokens, hidden]` -> the same shape; `position_embeddings` as the stock module's.
+
+        The cache is `past_key_values`, from Transformers 5.24 on `cache`.
+        """
+        stored = {"past_key_values": past_key_values} if cache is None else {"cache": cache}
+        past_key_values = past_key_values if cache is None else cache
         batch, tokens, _ = hidden_states.shape
         if tokens > 1 and not self.absorb_for_prefill:
             return self._stock(  # type: ignore[no-any-return]  # by name: families order these differently
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **stored,
                 **kwargs,
             )
         query = self.q_proj(hidden_states) if self.q_proj is not None else self._low_rank_query(hidden_states)

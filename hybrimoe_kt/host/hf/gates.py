@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Gate", "GateRow"]
+__all__ = ["Gate", "GateRow", "logits_and_ids"]
 
 _TRIED = 64
 """Random states by which a gate's way of choosing is found out; ties aside all must agree."""
@@ -42,8 +42,7 @@ class Gate:
     def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[num_tokens, num_experts]` and ids `[num_tokens, top_k]` for `hidden`, normalised for this gate."""
         # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
-        logits, _, ids = self.module.forward(hidden, *self.inputs)
-        return logits, ids
+        return logits_and_ids(self.module.forward(hidden, *self.inputs))
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -51,6 +50,12 @@ class Gate:
         own = getattr(self.module, "e_score_correction_bias", None)
         given = [value for value in (own, *self.inputs) if isinstance(value, torch.Tensor)]
         return given[0].detach().float().flatten() if given else None
+
+
+def logits_and_ids(output: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a router returns beside the weights in the middle; Granite's had them in the other order up to 5.20."""
+    first, _, last = output
+    return (first, last) if first.is_floating_point() else (last, first)
 
 
 class GateRow:
