@@ -1,0 +1,98 @@
+"""Which models are generated: dimensions of released ones, as many of their layers as this machine has room for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.generated_metadata import Shape
+from benchmarks.random_blocks import Type
+
+from .plan import Plan
+
+__all__ = ["Chosen", "choose", "full_shape", "tiny_shape"]
+
+_FULL = {
+    "qwen3-30b-a3b": Shape(
+        architecture="qwen3moe", layers=48, hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, top_k=8,
+        inter=768, context=40960, types=(Type.Q4_K, Type.Q4_K, Type.Q4_K), unused_tokens=151936 - 261,
+    ),
+    "deepseek-v2-lite": Shape(
+        architecture="deepseek2", layers=27, hidden=2048, heads=16, kv_heads=16, head_dim=128, experts=64, top_k=6,
+        inter=1408, dense_inter=10944, dense_layers=1, shared_experts=2, kv_lora_rank=512, rope_dim=64, context=32768,
+        types=(Type.Q4_K, Type.Q4_K, Type.Q5_0), unused_tokens=102400 - 261,
+    ),
+    "mixtral-8x7b": Shape(
+        architecture="llama", layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, experts=8, top_k=2,
+        inter=14336, context=32768, types=(Type.Q4_K, Type.Q4_K, Type.Q4_K), unused_tokens=32000 - 261,
+    ),
+}  # fmt: skip
+_LAYER_BYTES = {"qwen3-30b-a3b": 375e6, "deepseek-v2-lite": 385e6, "mixtral-8x7b": 880e6}
+_OTHER_BYTES = {"qwen3-30b-a3b": 0.45e9, "deepseek-v2-lite": 0.3e9, "mixtral-8x7b": 0.2e9}
+"""Of the file: a layer, and everything else; a little more than they are."""
+_HOST_COPIES = {"deepseek-v2-lite": 2.2}
+"""RAM in files' sizes: DeepSeek's experts are padded for the CPU, so it has a copy beside the file's pages."""
+_LEAST_LAYERS = 2
+_ROOM = 1.3
+_OTHER_RAM = 6e9
+"""For the program, its libraries and the dense weights on their way to the card."""
+
+
+class Chosen(NamedTuple):
+    """What to generate, where, and what to tell of it."""
+
+    shape: Shape
+    path: Path
+    note: str
+
+
+def full_shape(model: str) -> Shape:
+    """The released model's dimensions."""
+    return _FULL[model]
+
+
+def tiny_shape(model: str) -> Shape:
+    """The same architecture and expert counts that a CPU answers for in milliseconds."""
+    return replace(
+        _FULL[model], layers=3, hidden=256, heads=4, kv_heads=4 if "deepseek" in model else 2, head_dim=64,
+        experts=8 if "mixtral" in model else 16, top_k=2 if "mixtral" in model else 4, inter=256, dense_inter=512,
+        kv_lora_rank=64, rope_dim=32, q_lora_rank=0, context=1024, unused_tokens=200,
+    )  # fmt: skip
+
+
+def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
+    """What of `model` fits in `ram_bytes` and in some folder, or why nothing does."""
+    file = f"on-gpu-{os.getpid()}-{model}.gguf"
+    out = Path(plan.out)
+    if plan.is_emulated:
+        return Chosen(tiny_shape(model), out / file, "tiny")
+    shape = _FULL[model]
+    folder, free = _folder(plan, _bytes(model, shape.layers), ram_bytes)
+    copies = max(_ROOM, _HOST_COPIES.get(model, 0.0)) + (1.0 if folder != out else 0.0)
+    room = min((ram_bytes - _OTHER_RAM) / copies, 0.95 * free)
+    layers = min(shape.layers, int((room - _OTHER_BYTES[model]) / _LAYER_BYTES[model]))
+    if layers < _LEAST_LAYERS + shape.dense_layers:
+        return f"no room: {ram_bytes / 1e9:.0f} GB of RAM are available, {free / 1e9:.0f} GB in {folder}"
+    if layers == shape.layers:
+        return Chosen(shape, folder / file, f"all {layers} layers")
+    if shape.architecture == "deepseek2":  # llama.cpp takes every file of other than 27 layers for the large model
+        shape = replace(shape, q_lora_rank=1536)
+    note = f"{layers} of {shape.layers} layers, there is no room for more: a token of all takes {shape.layers / layers:.1f} times as long"
+    return Chosen(replace(shape, layers=layers), folder / file, note)
+
+
+def _bytes(model: str, layers: int) -> float:
+    return layers * _LAYER_BYTES[model] + _OTHER_BYTES[model]
+
+
+def _folder(plan: Plan, num_bytes: float, ram_bytes: int) -> tuple[Path, int]:
+    """RAM if there is plenty, as writing to a disk takes longer than all measurements; else the output folder."""
+    memory = Path("/dev/shm")
+    if not plan.keep_model and memory.is_dir() and os.access(memory, os.W_OK):
+        free = shutil.disk_usage(memory).free
+        if free > 1.1 * num_bytes and ram_bytes > 3.3 * num_bytes + _OTHER_RAM:
+            return memory, free
+    return Path(plan.out), shutil.disk_usage(plan.out).free
