@@ -30,7 +30,13 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
     if code is None:
         done = sum(len(dots) for dots in re.findall(r"^([.sFExX]+)", text, re.MULTILINE))
         failed = sum(dots.count("F") + dots.count("E") for dots in re.findall(r"^([.sFExX]+)", text, re.MULTILINE))
-        results.add(STEP, "tests", name, {"passed": done - failed, "failed": failed}, note="cut: out of time, give more --minutes")
+        results.add(
+            STEP,
+            "tests",
+            name,
+            {"passed": done - failed, "failed": failed},
+            note="cut: out of time, give more --minutes",
+        )
         return
     counts = {word: int(number) for number, word in _COUNT.findall((text.strip().splitlines() or [""])[-1])}
     if not counts:
@@ -48,7 +54,12 @@ def output_of(arguments: Sequence[str], plan: Plan, limit_s: float) -> tuple[str
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(plan), timeout=limit_s, check=False
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(plan),
+            timeout=limit_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as late:
         return (late.stdout or b"").decode(errors="replace"), None

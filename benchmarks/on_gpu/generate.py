@@ -76,8 +76,12 @@ class _Tensors(Builder):
         if layer % 2:
             down = {Type.Q4_K: Type.Q6_K, Type.Q5_0: Type.Q8_0}.get(down, down)
         for role, kind in (("gate", gate), ("up", up)):
-            self.found.append(_Tensor(f"blk.{layer}.ffn_{role}_exps.weight", (shape.experts, shape.inter, shape.hidden), kind))
-        self.found.append(_Tensor(f"blk.{layer}.ffn_down_exps.weight", (shape.experts, shape.hidden, shape.inter), down))
+            self.found.append(
+                _Tensor(f"blk.{layer}.ffn_{role}_exps.weight", (shape.experts, shape.inter, shape.hidden), kind)
+            )
+        self.found.append(
+            _Tensor(f"blk.{layer}.ffn_down_exps.weight", (shape.experts, shape.hidden, shape.inter), down)
+        )
 
 
 def _nothing(size: tuple[int, ...]) -> np.ndarray:
@@ -158,7 +162,9 @@ def _pool(rng: np.random.Generator, tensor: _Tensor, pool_bytes: dict[bool, int]
     return random_blocks(rng, tensor.kind, rows, tensor.size[-1]).reshape(-1)
 
 
-def _pieces(view: np.ndarray, pool: np.ndarray, row: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _pieces(
+    view: np.ndarray, pool: np.ndarray, row: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     step = max(1, PIECE_BYTES // row) * row
     for begin in range(0, len(view), step):
         yield view[begin : begin + step], pool, int(rng.integers(0, len(pool) // row)) * row

@@ -55,7 +55,13 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
 
     device = torch.device("cpu") if plan.is_emulated else torch.device(plan.accelerator)
     bandwidth = copy_bandwidth(device, 1 << 20 if plan.is_emulated else 1 << 30)
-    results.add(STEP, "bandwidth", "copy of random bytes on the card", {"value": bandwidth / 1e9, "unit": "GB/s"}, note="read and written together")
+    results.add(
+        STEP,
+        "bandwidth",
+        "copy of random bytes on the card",
+        {"value": bandwidth / 1e9, "unit": "GB/s"},
+        note="read and written together",
+    )
     reason = unusable(device)
     if reason is not None:
         results.leave_out(STEP, TABLE, "all", f"{reason}; experts are dequantised and multiplied by torch")
@@ -68,7 +74,15 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
 
 
 def _rows(
-    spec: ModelSpec, kinds: Kinds, counts: tuple[int, ...], device: torch.device, bandwidth: float, results: Results, ends_s: float, *, launches: int
+    spec: ModelSpec,
+    kinds: Kinds,
+    counts: tuple[int, ...],
+    device: torch.device,
+    bandwidth: float,
+    results: Results,
+    ends_s: float,
+    *,
+    launches: int,
 ) -> None:
     layer = None
     for num_tokens in counts:
@@ -124,7 +138,10 @@ def measure(
     work = _Work(TritonGpu(), layer, num_tokens, launches)
     work()  # compiles
     host = host_s(work, device, 3) / launches
-    seconds = on_device_s(_captured(work) if device.type == "cuda" else work, device, 15 if device.type == "cuda" else 1) / launches
+    seconds = (
+        on_device_s(_captured(work) if device.type == "cuda" else work, device, 15 if device.type == "cuda" else 1)
+        / launches
+    )
     plain = _Work(TorchGpu(), layer, num_tokens, 1)
     plain()
     torch_s = on_device_s(plain, device, 3)

@@ -57,7 +57,9 @@ class Link:
 
     def locked(self, num_bytes: int) -> torch.Tensor:
         """Page-locked memory of random bytes."""
-        return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).pin_memory() if self.is_cuda else _random(num_bytes)
+        return (
+            torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).pin_memory() if self.is_cuda else _random(num_bytes)
+        )
 
     def rate(self, work: Callable[[], object], num_bytes: int, repeats: int = 5) -> float:
         return num_bytes / whole_s(work, self.device, repeats) / 1e9
@@ -73,7 +75,12 @@ class Link:
         for expert in (1 << 20, 3 << 20, 16 << 20):
             part = min(expert, size)
             rate = self.rate(lambda part=part: target[:part].copy_(locked[:part], non_blocking=True), part, 20)
-            self.say(f"to the device, page-locked, one of {expert >> 20} MiB alone", rate, "GB/s", "host's call and wait included")
+            self.say(
+                f"to the device, page-locked, one of {expert >> 20} MiB alone",
+                rate,
+                "GB/s",
+                "host's call and wait included",
+            )
 
     def registered(self) -> None:
         """Page-locking a file's pages in place: how fast, what it costs in RAM, what a copy from there does."""
@@ -94,7 +101,11 @@ class Link:
                     for _ in range(FILE_BYTES >> 24):
                         out.write(block)
                 for kind, name in names.items():
-                    self._register(file, f"{name}, in {'RAM (tmpfs)' if where == Path('/dev/shm') else 'the output folder'}", kind == "private")
+                    self._register(
+                        file,
+                        f"{name}, in {'RAM (tmpfs)' if where == Path('/dev/shm') else 'the output folder'}",
+                        kind == "private",
+                    )
             finally:
                 file.unlink(missing_ok=True)
 
@@ -114,7 +125,9 @@ class Link:
             print(error, flush=True)
         seconds, after = time.perf_counter() - began, _meminfo()
         if code != 0:
-            self.results.leave_out(STEP, TABLE, name, f"refused by the driver (code {code}): transfers go through staging")
+            self.results.leave_out(
+                STEP, TABLE, name, f"refused by the driver (code {code}): transfers go through staging"
+            )
             try:
                 torch.zeros(1, device=self.device)  # the refusal stays pending until a launch reports it
             except RuntimeError as error:
@@ -124,7 +137,12 @@ class Link:
         size = min(FILE_BYTES, self.target.numel())
         rate = self.rate(lambda: self.target[:size].copy_(source[:size], non_blocking=True), size, 2)
         runtime.cudaHostUnregister(source.data_ptr())
-        self.say(name, FILE_BYTES / seconds / 1e9, "GB/s", f"RAM grew by {grown} MiB for {FILE_BYTES >> 20} MiB; copies from it run at {rate:.1f} GB/s")
+        self.say(
+            name,
+            FILE_BYTES / seconds / 1e9,
+            "GB/s",
+            f"RAM grew by {grown} MiB for {FILE_BYTES >> 20} MiB; copies from it run at {rate:.1f} GB/s",
+        )
 
     def small_copies(self) -> None:
         """The wait of every layer: small copies to the host, a mark, polling until it is seen."""
@@ -171,7 +189,12 @@ class Link:
                     pass
                 samples.append(time.perf_counter() - began)
             name = f"8 KiB to the device, {'beside a large copy' if busy else 'link idle'}"
-            self.say(name, statistics.median(samples) * 1e6, "us", f"the large copy takes {large.numel() / 2**20:.0f} MiB" if busy else "")
+            self.say(
+                name,
+                statistics.median(samples) * 1e6,
+                "us",
+                f"the large copy takes {large.numel() / 2**20:.0f} MiB" if busy else "",
+            )
 
     def calls(self) -> None:
         """What the host pays for calls that are made many times a layer."""
@@ -200,7 +223,9 @@ class Link:
             for length in range(900, 912):
                 keys = torch.randn(1, 4, length, 128, dtype=torch.bfloat16, device=self.device)
                 for samples in (first, again):
-                    samples.append(whole_s(lambda keys=keys: attend(query, keys, keys, enable_gqa=True), self.device, 1))
+                    samples.append(
+                        whole_s(lambda keys=keys: attend(query, keys, keys, enable_gqa=True), self.device, 1)
+                    )
             note = f"{statistics.median(again[2:]) * 1e6:.0f} us when the length is seen again"
             self.say(f"attention of one token at a new length, {name}", statistics.median(first[2:]) * 1e6, "us", note)
 

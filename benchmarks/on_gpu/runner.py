@@ -24,7 +24,11 @@ Command = Callable[[Step, float], Sequence[str]]
 
 
 def run_steps(
-    plan: Plan, steps: Sequence[Step], results: Results, say: Callable[[str], None] = print, command: Command | None = None
+    plan: Plan,
+    steps: Sequence[Step],
+    results: Results,
+    say: Callable[[str], None] = print,
+    command: Command | None = None,
 ) -> Results:
     """Run all `steps`; returns what they have found. `say` gets a line before and after each."""
     ends_s = time.monotonic() + 60 * plan.minutes
@@ -58,7 +62,13 @@ def run_one(command: Sequence[str], log: Path, limit_s: float, env: dict[str, st
     began = time.monotonic()
     with open(log, "wb") as out:
         child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=ROOT, start_new_session=True
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             code = child.wait(limit_s)
