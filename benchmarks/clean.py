@@ -1,4 +1,4 @@
-"""Times are printed of clean runs only: an accelerator that fails is answered for by the CPU, which only the clock shows."""
+"""Times are printed of clean runs only: where an accelerator fails the CPU answers, which only the clock shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def what_happened(health: Health) -> str:
 
 
 def refuse_unless_clean(runtime: Runtime) -> None:
-    """Raise SystemExit with one sentence if anything failed since the start: the times are not of what was asked for."""
+    """Raise SystemExit with one sentence if anything failed since the start: times are not of what was asked for."""
     said = what_happened(runtime.health())
     if said:
         raise SystemExit(f"no times: the run was not clean ({said}); they would be the CPU's, which answered instead")

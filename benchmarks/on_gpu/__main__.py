@@ -5,10 +5,10 @@
     python -m benchmarks.on_gpu --minutes 30 --models mixtral-8x7b --llama-bench ~/llama.cpp/build/bin/llama-bench
     python -m benchmarks.on_gpu --accelerator emulated --quick      without a card: shows what there is to see
 
-Steps: the machine, the project's tests, the link, the kernels, whole models with random weights (RAM or disk for files of
-10 to 27 GB, fewer layers where there is no room), llama.cpp on the same files, plans on the clock. Every step is a process
-with a time limit; a failing one does not stop the rest. report.md and results.json in the output folder are complete
-at any moment. Nothing is downloaded or installed.
+Steps: the machine, the project's tests, the link, the kernels, whole models with random weights (RAM or disk for files
+of 10 to 27 GB, fewer layers where there is no room), llama.cpp on the same files, plans on the clock. Every step is a
+process with a time limit; a failing one does not stop the rest. report.md and results.json in the output folder are
+complete at any moment. Nothing is downloaded or installed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 STEP = "tests"
 ON_A_CARD = ("-m", "(gpu or kernels) and not slow", "tests/device", "tests/backends", "tests/kernels", "tests/host")
-EMULATED = ("-m", "not slow and not gpu", "tests/device/test_slots.py", "tests/device/test_page_locks.py")
+EMULATED = ("-m", "not slow and not gpu", "tests/device/test_slots.py")
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)s?\b")
 _NAMED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.MULTILINE)
 _MOST_NAMED = 12

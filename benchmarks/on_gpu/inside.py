@@ -1,4 +1,4 @@
-"""All that this package does to the private parts of engine and runtime, so that one load serves every configuration."""
+"""All that this package does to private parts of engine and runtime, so that one load serves every configuration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.core.types import Plan, Routing
+from hybrimoe_kt.device.calibrate import Calibration, calibrate
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Engine
 from hybrimoe_kt.operators import assembly
@@ -19,7 +20,7 @@ from hybrimoe_kt.operators.runtime import Runtime
 
 from .timing import synchronize
 
-__all__ = ["load", "poison_workspace", "poisoned", "restart", "watched_plans"]
+__all__ = ["calibrated", "load", "poison_workspace", "poisoned", "restart", "watched_plans"]
 
 _POISON = 0xFF
 """As any float NaN, as any integer -1."""
@@ -27,7 +28,7 @@ _LARGE_BYTES = 2**26
 
 
 def load(file: Path, options: dict[str, Any]) -> Engine:
-    """Build an engine whose runtime may be started again: CPU backend and page-locked copies are kept between starts."""
+    """Build an engine whose runtime may start again: CPU backend and page-locked copies are kept between starts."""
     make, kept = assembly.make_cpu_backend, {}
 
     def one_backend(options: Any) -> Any:  # kt-kernel's kernels hold buffers, so one set serves all
@@ -67,6 +68,18 @@ def restart(engine: Engine, changes: dict[str, Any]) -> None:
         torch.cuda.empty_cache()
     runtime.options = runtime.options.replace(changes)
     runtime.start()
+
+
+def calibrated(runtime: Runtime, repeats: int) -> Calibration:
+    """Measure what plans are predicted with, beside the running lanes, whose kernels are left alone."""
+    executor = runtime._executor
+    assert executor is not None, "the runtime has started"
+    device, store = executor.lanes[0].accelerator, runtime.store
+    gpu = assembly.make_gpu_backend(runtime.options, device, store)
+    layer = executor.lanes[0].layers[0]
+    return calibrate(
+        store, layer, executor.cpu, device, gpu, max_tokens=runtime.options.max_chunk_tokens, repeats=repeats
+    )
 
 
 @contextlib.contextmanager

@@ -137,11 +137,9 @@ def measure(
     device = layer.memory.device
     work = _Work(TritonGpu(), layer, num_tokens, launches)
     work()  # compiles
-    host = host_s(work, device, 3) / launches
-    seconds = (
-        on_device_s(_captured(work) if device.type == "cuda" else work, device, 15 if device.type == "cuda" else 1)
-        / launches
-    )
+    is_card = device.type == "cuda"
+    host = host_s(work, device, 3 if is_card else 1) / launches
+    seconds = on_device_s(_captured(work) if is_card else work, device, 15 if is_card else 1) / launches
     plain = _Work(TorchGpu(), layer, num_tokens, 1)
     plain()
     torch_s = on_device_s(plain, device, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import statistics
 import time
 import warnings
@@ -92,8 +93,10 @@ class Link:
                 else:
                     self.results.leave_out(STEP, TABLE, name, "not used on ROCm")
             return
-        folder = Path("/dev/shm") if os.path.isdir("/dev/shm") else self.results.folder
-        for where in dict.fromkeys((folder, self.results.folder)):
+        places = [folder for folder in (Path("/dev/shm"), self.results.folder) if _has_room(folder)]
+        if not places:
+            self.results.leave_out(STEP, TABLE, "a file's pages registered", "no room for a file of 1 GiB")
+        for where in places:
             file = where / f"on-gpu-probe-{os.getpid()}.bin"
             try:
                 block = os.urandom(1 << 24)
@@ -228,6 +231,10 @@ class Link:
                     )
             note = f"{statistics.median(again[2:]) * 1e6:.0f} us when the length is seen again"
             self.say(f"attention of one token at a new length, {name}", statistics.median(first[2:]) * 1e6, "us", note)
+
+
+def _has_room(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * FILE_BYTES
 
 
 def _random(num_bytes: int) -> torch.Tensor:

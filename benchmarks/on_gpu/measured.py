@@ -36,12 +36,16 @@ class Sizes:
     warm_up: int
     passes: int
     prompts: tuple[int, int]
+    repeats: int
+    """Of each piece of the calibration."""
 
     @classmethod
     def of(cls, plan: Plan) -> Sizes:
         if plan.is_emulated:
-            return cls(tokens=5, warm_up=2, passes=4, prompts=(24, 64))
-        return cls(tokens=16 if plan.quick else 40, warm_up=10, passes=10, prompts=(512, 4096))
+            return cls(tokens=3, warm_up=1, passes=2, prompts=(9, 24), repeats=1)
+        return cls(
+            tokens=16 if plan.quick else 40, warm_up=10, passes=10, prompts=(512, 4096), repeats=3 if plan.quick else 7
+        )
 
 
 class Measured:
@@ -83,6 +87,12 @@ class Measured:
         with inside.poisoned():
             inside.restart(self.engine, self.options | changes)
         inside.poison_workspace(self.runtime)
+
+    def calibrate(self, folder: Path) -> str:
+        """Measure the profile that plans are predicted with, from now on; returns its verdict."""
+        found = inside.calibrated(self.runtime, self.sizes.repeats)
+        self.options = self.options | {"profile": str(found.save(folder / "profile.json"))}
+        return found.verdict
 
     def errors(self, num_tokens: int) -> dict[int, float]:
         """Relative error of some layers' answers to a prompt against their experts dequantised to float32."""

@@ -62,7 +62,8 @@ def run(plan: Plan, results: Results, ends_s: float, model: str) -> None:
 def _measure(plan: Plan, results: Results, ends_s: float, step: str, file: Path) -> None:
     from .measured import Measured
 
-    options = {"accelerator": plan.accelerator, "fallback": False, "cache_size": "50%"} | METHODS["hybrid"]
+    options = {"accelerator": plan.accelerator, "fallback": False, "cache_size": "50%", "profile": "default"}
+    options |= METHODS["hybrid"]
     if plan.is_emulated:
         options |= {"cpu_backend": "torch_reference", "gpu_backend": "torch_reference"}
     machine = Measured(file, plan, options)
@@ -70,6 +71,8 @@ def _measure(plan: Plan, results: Results, ends_s: float, step: str, file: Path)
         step, "model", "loaded", {"load_s": machine.load_s}, health=machine.health, note=machine.runtime.describe()
     )
     _check(results, step, machine)
+    if not plan.is_emulated:
+        _calibrate(results, step, machine)
     costs: list[float] = []
     for cache, method in configurations():
         name = f"{cache}, {method}"
@@ -102,6 +105,18 @@ def _check(results: Results, step: str, machine: Any) -> None:
             results.leave_out(step, "right", name, f"does not fit: {error}")
         except Exception as error:
             results.fail(step, "right", name, _first_line(error))
+
+
+def _calibrate(results: Results, step: str, machine: Any) -> None:
+    """Plans of all rows are made with this machine's numbers, measured now: pages are there, kernels compiled."""
+    began = time.perf_counter()
+    try:
+        machine.restart({})
+        verdict = machine.calibrate(results.folder)
+    except Exception as error:
+        results.fail(step, "model", "calibrated", f"{_first_line(error)}; plans are made with the default profile")
+    else:
+        results.add(step, "model", "calibrated", {"load_s": time.perf_counter() - began}, note=verdict)
 
 
 def _row(results: Results, step: str, machine: Any, cache: str, method: str, left_s: float) -> None:

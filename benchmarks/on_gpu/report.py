@@ -71,9 +71,11 @@ def _seconds(value: float | None) -> str:
 def _in_short(data: Data) -> list[str]:
     rows, plan = data["rows"], Plan.from_dict(data["plan"])
     card = next((row["values"]["value"] for row in rows if row["name"] == "card"), plan.accelerator)
-    lines = [f"Card: {card}", *_is_right(rows), *_unclean(rows), *_kernels(rows)]
-    for model in plan.models:
-        lines += _fastest(rows, model)
+    lines = [f"Card: {card}", *_is_right(rows), *_unclean(rows)]
+    if not plan.is_emulated:
+        lines += _kernels(rows)
+        for model in plan.models:
+            lines += _fastest(rows, model)
     steps = [data["steps"].get(step.name, {}) for step in steps_of(plan)]
     bad = [said["title"] for said in steps if said.get("state") in ("failed", "cut", "not begun")]
     return [*lines, f"**Did not come off**: {', '.join(bad)}; the steps below say why."] if bad else lines

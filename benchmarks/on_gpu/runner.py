@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -84,10 +85,8 @@ def run_one(command: Sequence[str], log: Path, limit_s: float, env: dict[str, st
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the step and everything it started: they are a process group of their own."""
     if child.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.wait()
 
 

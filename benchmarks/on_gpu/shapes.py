@@ -80,7 +80,9 @@ def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
         return Chosen(shape, folder / file, f"all {layers} layers")
     if shape.architecture == "deepseek2":  # llama.cpp takes every file of other than 27 layers for the large model
         shape = replace(shape, q_lora_rank=1536)
-    note = f"{layers} of {shape.layers} layers, there is no room for more: a token of all takes {shape.layers / layers:.1f} times as long"
+    times = shape.layers / layers
+    few = f"{layers} of {shape.layers} layers, as there is no room for more"
+    note = f"{few}: with all of them a token takes {times:.1f} times as long"
     return Chosen(replace(shape, layers=layers), folder / file, note)
 
 

@@ -39,7 +39,7 @@ def _percent(value: Any) -> str:
 
 
 def _signed(value: Any) -> str:
-    return f"{100 * value:+.0f} %"
+    return f"{100 * value:+.0f} %" if value < 10 else f"{value + 1:.0f}x"
 
 
 def _times(value: Any) -> str:
@@ -120,7 +120,10 @@ def markdown(table: Table, rows: Sequence[dict[str, Any]], *, notes: bool) -> st
     ]
     with_notes = notes and any(row["note"] for row in rows)
     titles = [table.head, *(column.title for column in columns), *(["note"] if with_notes else [])]
-    lines = [_line(titles), "|---|" + "--:|" * len(columns) + ("---|" if with_notes else "")]
+    lines = [
+        _line(titles),
+        "|---|" + "".join(_rule(column, rows) for column in columns) + ("---|" if with_notes else ""),
+    ]
     for row in rows:
         cells = [_cell(column, row["values"]) for column in columns]
         if row["state"] != "measured":
@@ -128,6 +131,11 @@ def markdown(table: Table, rows: Sequence[dict[str, Any]], *, notes: bool) -> st
             cells = [f"**{word}**", *("-" for _ in columns[1:])]
         lines.append(_line([row["name"], *cells, *([row["note"]] if with_notes else [])]))
     return "\n".join(lines) if rows else ""
+
+
+def _rule(column: Column, rows: Sequence[dict[str, Any]]) -> str:
+    """Numbers to the right, words to the left."""
+    return "---|" if any(isinstance(row["values"].get(column.key), str) for row in rows) else "--:|"
 
 
 def _prompts(table: Table, rows: Sequence[dict[str, Any]]) -> list[Column]:

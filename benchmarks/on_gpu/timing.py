@@ -18,7 +18,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def whole_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Best of `repeats`, from an idle device to an idle device: for copies, where the least disturbed run is the rate."""
+    """Best of `repeats`, from an idle device to an idle one: for copies, whose least disturbed run is the rate."""
     best = float("inf")
     for _ in range(repeats):
         synchronize(device)
