@@ -31,7 +31,7 @@ WHAT_TO_DO = "\n".join(
         ),
         (
             "abandoned, failed, shrunk or fallback in place of times",
-            "the accelerator failed or ran out of memory in that row and the CPU answered: its times would be the CPU's",
+            "the accelerator failed or ran out of memory in that row and the CPU answered in its place",
             "the note counts and names the cause; out of memory: close what else uses the card",
         ),
     )

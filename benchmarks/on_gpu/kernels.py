@@ -31,7 +31,7 @@ __all__ = ["Layer", "copy_bandwidth", "make_layer", "measure", "run"]
 STEP, TABLE = "kernels", "kernels"
 LAUNCHES = {1: 32, 2: 24, 4: 16, 8: 12, 16: 8, 64: 6, 512: 3}
 """Tokens -> launches in one graph."""
-TINY = ModelSpec("tiny", (0,), 1, num_experts=4, top_k=2, hidden=256, expert_width=256, attention=0)
+TINY = ModelSpec("tiny", (0,), 1, num_experts=2, top_k=1, hidden=256, expert_width=256, attention=0)
 Kinds = tuple[int, int, int]
 
 
@@ -67,7 +67,7 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
         results.leave_out(STEP, TABLE, "all", f"{reason}; experts are dequantised and multiplied by torch")
         return
     specs = [TINY] if plan.is_emulated else [MODELS[name] for name in plan.models]
-    counts = (1, 16) if plan.is_emulated else (1, 8, 64, 512) if plan.quick else tuple(LAUNCHES)
+    counts = (1, 9) if plan.is_emulated else (1, 8, 64, 512) if plan.quick else tuple(LAUNCHES)
     for spec in specs:
         for kinds in mixes_of(spec.name)[: 1 if plan.is_emulated or plan.quick else None]:
             _rows(spec, kinds, counts, device, bandwidth, results, ends_s, launches=1 if plan.is_emulated else 0)

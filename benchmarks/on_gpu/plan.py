@@ -85,4 +85,6 @@ def environment(plan: Plan) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     found |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     found |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-    return found | ({"TRITON_INTERPRET": "1"} if plan.is_emulated else {})
+    if plan.is_emulated:  # tiny products: a second thread costs more than it brings
+        found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return found

@@ -55,11 +55,12 @@ def full_shape(model: str) -> Shape:
 
 
 def tiny_shape(model: str) -> Shape:
-    """The same architecture and expert counts that a CPU answers for in milliseconds."""
+    """The same architecture, so small that a CPU answers in milliseconds."""
+    is_deepseek = "deepseek" in model
     return replace(
-        _FULL[model], layers=3, hidden=256, heads=4, kv_heads=4 if "deepseek" in model else 2, head_dim=64,
-        experts=8 if "mixtral" in model else 16, top_k=2 if "mixtral" in model else 4, inter=256, dense_inter=512,
-        kv_lora_rank=64, rope_dim=32, q_lora_rank=0, context=1024, unused_tokens=200,
+        _FULL[model], layers=3 if is_deepseek else 2, hidden=256, heads=4, kv_heads=4 if is_deepseek else 2,
+        head_dim=64, experts=8, top_k=2, inter=256, dense_inter=512, kv_lora_rank=64, rope_dim=32, context=1024,
+        unused_tokens=200,
     )  # fmt: skip
 
 
