@@ -29,7 +29,7 @@ _ACCELERATORS = "cuda, cuda:N (ROCm as well), or emulated"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run everything; 0 if every step was done and nothing failed, 1 otherwise, 2 if there is nothing to run on."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.step:
         return _run_step(options)
     refusal = _refusal(options)
@@ -60,30 +60,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if _is_good(results) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes; its help is the page's."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__, formatter_class=raw)
-    parser.add_argument("--minutes", type=float, metavar="N", help="most that all steps take together (default 8)")
-    parser.add_argument(
+    made = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__, formatter_class=raw)
+    made.add_argument("--minutes", type=float, metavar="N", help="most that all steps take together (default 8)")
+    made.add_argument(
         "--quick", action="store_true", help=f"{QUICK_MINUTES:.0f} minutes and one model, unless more is asked for"
     )
-    parser.add_argument("--accelerator", default="", metavar="NAME", help=f"{_ACCELERATORS} (default: the card found)")
-    parser.add_argument(
+    made.add_argument("--accelerator", default="", metavar="NAME", help=f"{_ACCELERATORS} (default: the card found)")
+    made.add_argument(
         "--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)} (default: all)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--out", default=".cache/on_gpu", metavar="FOLDER", help="report, results and logs (default %(default)s)"
     )
-    parser.add_argument("--write-docs", action="store_true", help="write docs/gpu.md from what was found")
-    parser.add_argument(
+    made.add_argument("--write-docs", action="store_true", help="write docs/gpu.md from what was found")
+    made.add_argument(
         "--keep-model", action="store_true", help="do not delete the generated files; they lie in the output folder"
     )
-    parser.add_argument(
+    made.add_argument(
         "--llama-bench", default="", metavar="PATH", help="llama.cpp's benchmark (default: the one on PATH)"
     )
-    parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--limit-s", type=float, default=60.0, help=argparse.SUPPRESS)
-    return parser
+    made.add_argument("--step", help=argparse.SUPPRESS)
+    made.add_argument("--limit-s", type=float, default=60.0, help=argparse.SUPPRESS)
+    return made
 
 
 def _refusal(options: argparse.Namespace) -> str:

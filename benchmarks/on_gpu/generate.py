@@ -19,7 +19,7 @@ from benchmarks.generated_metadata import Shape, write_metadata
 from benchmarks.generated_model import LAYERS, Builder
 from benchmarks.random_blocks import Type, random_blocks
 
-__all__ = ["write_model"]
+__all__ = ["file_bytes", "write_model"]
 
 PIECE_BYTES = 1 << 24
 """Filled at once by a thread; every piece begins at another row of its pool."""
@@ -107,6 +107,11 @@ def _tensors(shape: Shape) -> list[_Tensor]:
     build.norm("", "output_norm.weight", shape.hidden)
     build.dense("", "output.weight", shape.vocab, shape.hidden)
     return build.found
+
+
+def file_bytes(shape: Shape) -> int:
+    """How large the file of `shape` will be, but for its metadata."""
+    return sum(tensor.num_bytes for tensor in _tensors(shape))
 
 
 def write_model(shape: Shape, path: Path, pool_bytes: dict[bool, int] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from benchmarks.generated_metadata import Shape
 from benchmarks.random_blocks import Type
 
+from .generate import file_bytes
 from .plan import Plan
 
 __all__ = ["Chosen", "choose", "full_shape", "tiny_shape"]
@@ -30,9 +31,6 @@ _FULL = {
         inter=14336, context=32768, types=(Type.Q4_K, Type.Q4_K, Type.Q4_K), unused_tokens=32000 - 261,
     ),
 }  # fmt: skip
-_LAYER_BYTES = {"qwen3-30b-a3b": 375e6, "deepseek-v2-lite": 385e6, "mixtral-8x7b": 880e6}
-_OTHER_BYTES = {"qwen3-30b-a3b": 0.45e9, "deepseek-v2-lite": 0.3e9, "mixtral-8x7b": 0.2e9}
-"""Of the file: a layer, and everything else; a little more than they are."""
 _HOST_COPIES = {"deepseek-v2-lite": 2.2}
 """RAM in files' sizes: DeepSeek's experts are padded for the CPU, so it has a copy beside the file's pages."""
 _LEAST_LAYERS = 2
@@ -71,11 +69,13 @@ def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
     if plan.is_emulated:
         return Chosen(tiny_shape(model), out / file, "tiny")
     shape = _FULL[model]
-    folder, free = _folder(plan, _bytes(model, shape.layers), ram_bytes)
+    folder, free = _folder(plan, file_bytes(shape), ram_bytes)
     copies = max(_ROOM, _HOST_COPIES.get(model, 0.0)) + (1.0 if folder != out else 0.0)
     room = min((ram_bytes - _OTHER_RAM) / copies, 0.95 * free)
-    layers = min(shape.layers, int((room - _OTHER_BYTES[model]) / _LAYER_BYTES[model]))
-    if layers < _LEAST_LAYERS + shape.dense_layers:
+    least = _LEAST_LAYERS + (shape.dense_layers if shape.architecture == "deepseek2" else 0)
+    fitting = (n for n in range(shape.layers, least - 1, -1) if file_bytes(replace(shape, layers=n)) <= room)
+    layers = next(fitting, 0)
+    if not layers:
         return f"no room: {ram_bytes / 1e9:.0f} GB of RAM are available, {free / 1e9:.0f} GB in {folder}"
     if layers == shape.layers:
         return Chosen(shape, folder / file, f"all {layers} layers")
@@ -87,11 +87,7 @@ def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
     return Chosen(replace(shape, layers=layers), folder / file, note)
 
 
-def _bytes(model: str, layers: int) -> float:
-    return layers * _LAYER_BYTES[model] + _OTHER_BYTES[model]
-
-
-def _folder(plan: Plan, num_bytes: float, ram_bytes: int) -> tuple[Path, int]:
+def _folder(plan: Plan, num_bytes: int, ram_bytes: int) -> tuple[Path, int]:
     """RAM if there is plenty, as writing to a disk takes longer than all measurements; else the output folder."""
     memory = Path("/dev/shm")
     if not plan.keep_model and memory.is_dir() and os.access(memory, os.W_OK):
