@@ -25,15 +25,17 @@ __all__ = ["calibrated", "load", "poison_workspace", "poisoned", "restart", "wat
 _POISON = 0xFF
 """As any float NaN, as any integer -1."""
 _LARGE_BYTES = 2**26
+_make_cpu_backend = assembly.make_cpu_backend
 
 
 def load(file: Path, options: dict[str, Any]) -> Engine:
     """Build an engine whose runtime may start again: CPU backend and page-locked copies are kept between starts."""
-    make, kept = assembly.make_cpu_backend, {}
+    kept: dict[str, Any] = {}
 
     def one_backend(options: Any) -> Any:  # kt-kernel's kernels hold buffers, so one set serves all
         if options.cpu_backend not in kept:
-            backend = kept[options.cpu_backend] = make(options)
+            backend: Any = _make_cpu_backend(options)
+            kept[options.cpu_backend] = backend
             add, known = backend.add_layer, set()
 
             def add_once(experts: Any) -> None:
