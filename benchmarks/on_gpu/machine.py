@@ -42,7 +42,7 @@ def _card(plan: Plan) -> dict[str, Any]:
     assert device is not None, "the command line has checked it"
     properties = torch.cuda.get_device_properties(device.device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
-    found = {"card": f"{device.describe()}, {memory}, {properties.multi_processor_count} cores of its kind"}
+    found = {"card": f"{device.describe()}, {memory}, {properties.multi_processor_count} multiprocessors"}
     found["driver"] = _driver() or "not told"
     return found | ({"link": link} if (link := _pcie()) else {})
 

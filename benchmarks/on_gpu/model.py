@@ -46,7 +46,7 @@ def run(plan: Plan, results: Results, ends_s: float, model: str) -> None:
 
     step = f"model:{model}"
     limit = inspect_memory()["container_limit_bytes"]
-    chosen = choose(plan, model, min(host_available_bytes(), limit or 2**62))
+    chosen = choose(plan, model, min(host_available_bytes(), limit or 2**62), ends_s - time.monotonic())
     if isinstance(chosen, str):
         results.leave_out(step, "model", model, chosen)
         return

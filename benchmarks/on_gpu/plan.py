@@ -65,19 +65,19 @@ class Step:
 
 def steps_of(plan: Plan) -> list[Step]:
     """All steps of a run, in order."""
+    tests, link, kernels = (25, 12, 20) if plan.quick and not plan.is_emulated else (240, 60, 120)
     steps = [
-        Step("machine", "the machine", 0.2, 5, 30),
-        Step("tests", "is it right: the project's tests", 0.35, 10, 240),
-        Step("link", "the link", 0.2, 10, 90),
-        Step("kernels", "the kernels", 0.25, 15, 150),
+        Step("machine", "the machine", 0.2, 5, 20),
+        Step("tests", "is it right: the project's tests", 0.3, 10, tests),
+        Step("link", "the link", 0.2, 10, link),
+        Step("kernels", "the kernels", 0.25, 12, kernels),
     ]
-    least = 15 if plan.is_emulated else 45
     for number, model in enumerate(plan.models):
-        later = len(plan.models) - 1 - number
-        share = 0.75 if later == 0 else 0.5
+        is_last = number == len(plan.models) - 1
+        share, least = (0.85 if is_last else 0.5), (15 if plan.is_emulated else 25)
         steps.append(Step("model", f"{model}, the whole model", share, least, 900, model))
-        steps.append(Step("llama", f"{model}, llama.cpp on the same file", 0.5 if later == 0 else 0.3, 5, 120, model))
-    return [*steps, Step("clock", "plans on the clock", 1.0, 30 if not plan.is_emulated else 5, 240)]
+        steps.append(Step("llama", f"{model}, llama.cpp on the same file", 0.3, 5, 120, model))
+    return [*steps, Step("clock", "plans on the clock", 1.0, 5 if plan.is_emulated else 30, 240)]
 
 
 def environment(plan: Plan) -> dict[str, str]:

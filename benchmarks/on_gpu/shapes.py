@@ -35,6 +35,8 @@ _HOST_COPIES = {"deepseek-v2-lite": 2.2}
 """RAM in files' sizes: DeepSeek's experts are padded for the CPU, so it has a copy beside the file's pages."""
 _LEAST_LAYERS = 2
 _ROOM = 1.3
+_BYTES_PER_S = 2e8
+"""Of a file for every second that a model may take: writing and loading it then take less than half. An assumption."""
 _OTHER_RAM = 6e9
 """For the program, its libraries and the dense weights on their way to the card."""
 
@@ -62,8 +64,8 @@ def tiny_shape(model: str) -> Shape:
     )  # fmt: skip
 
 
-def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
-    """What of `model` fits in `ram_bytes` and in some folder, or why nothing does."""
+def choose(plan: Plan, model: str, ram_bytes: int, left_s: float) -> Chosen | str:
+    """What of `model` fits in `ram_bytes`, in some folder and in `left_s` seconds, or why nothing does."""
     file = f"on-gpu-{os.getpid()}-{model}.gguf"
     out = Path(plan.out)
     if plan.is_emulated:
@@ -71,18 +73,18 @@ def choose(plan: Plan, model: str, ram_bytes: int) -> Chosen | str:
     shape = _FULL[model]
     folder, free = _folder(plan, file_bytes(shape), ram_bytes)
     copies = max(_ROOM, _HOST_COPIES.get(model, 0.0)) + (1.0 if folder != out else 0.0)
-    room = min((ram_bytes - _OTHER_RAM) / copies, 0.95 * free)
+    room = min((ram_bytes - _OTHER_RAM) / copies, 0.95 * free, left_s * _BYTES_PER_S)
     least = _LEAST_LAYERS + (shape.dense_layers if shape.architecture == "deepseek2" else 0)
     fitting = (n for n in range(shape.layers, least - 1, -1) if file_bytes(replace(shape, layers=n)) <= room)
     layers = next(fitting, 0)
     if not layers:
-        return f"no room: {ram_bytes / 1e9:.0f} GB of RAM are available, {free / 1e9:.0f} GB in {folder}"
+        return f"no room, or too few of the {left_s:.0f} s: {ram_bytes / 1e9:.0f} GB of RAM are available, {free / 1e9:.0f} GB in {folder}"
     if layers == shape.layers:
         return Chosen(shape, folder / file, f"all {layers} layers")
     if shape.architecture == "deepseek2":  # llama.cpp takes every file of other than 27 layers for the large model
         shape = replace(shape, q_lora_rank=1536)
     times = shape.layers / layers
-    few = f"{layers} of {shape.layers} layers, as there is no room for more"
+    few = f"{layers} of {shape.layers} layers, for want of room or time"
     note = f"{few}: with all of them a token takes {times:.1f} times as long"
     return Chosen(replace(shape, layers=layers), folder / file, note)
 

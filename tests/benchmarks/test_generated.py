@@ -52,15 +52,17 @@ def test_full_ones_are_about_as_large_as_released_q4_k_m_files(model: str, gigab
 
 def test_fewer_layers_where_there_is_no_room(tmp_path: Path) -> None:
     plan = Plan("cuda", out=str(tmp_path))
-    few = shapes.choose(plan, "mixtral-8x7b", int(20e9))
+    few = shapes.choose(plan, "mixtral-8x7b", int(20e9), 600)
     assert isinstance(few, shapes.Chosen)
     assert 2 <= few.shape.layers < 32 and f"{few.shape.layers} of 32 layers" in few.note
-    none = shapes.choose(plan, "mixtral-8x7b", int(7e9))
+    hurried = shapes.choose(plan, "mixtral-8x7b", int(20e9), 20)
+    assert isinstance(hurried, shapes.Chosen) and hurried.shape.layers < few.shape.layers
+    none = shapes.choose(plan, "mixtral-8x7b", int(7e9), 600)
     assert isinstance(none, str) and "no room" in none
 
 
 def test_a_shorter_deepseek_is_one_that_llama_cpp_reads(tmp_path: Path) -> None:
-    few = shapes.choose(Plan("cuda", out=str(tmp_path)), "deepseek-v2-lite", int(12e9))
+    few = shapes.choose(Plan("cuda", out=str(tmp_path)), "deepseek-v2-lite", int(12e9), 600)
     assert isinstance(few, shapes.Chosen)
     assert few.shape.layers < 27 and few.shape.q_lora_rank == 1536
 

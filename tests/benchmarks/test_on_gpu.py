@@ -17,7 +17,7 @@ from benchmarks.on_gpu.__main__ import main
 from benchmarks.on_gpu.docs import PAGE, page
 from benchmarks.on_gpu.explain import STEPS
 from benchmarks.on_gpu.model import CHECKED_TOKENS, METHODS, _row, configurations
-from benchmarks.on_gpu.plan import Plan, Step, steps_of
+from benchmarks.on_gpu.plan import MODELS, Plan, Step, steps_of
 from benchmarks.on_gpu.results import Results
 from hybrimoe_kt.operators.health import AcceleratorHealth, Health
 
@@ -159,6 +159,19 @@ def test_a_step_without_time_is_not_begun(tmp_path: Path) -> None:
     results, said = play(tmp_path, {"link": "pass"}, minutes=0.001)
     assert results.data["steps"]["link"]["state"] == "not begun"
     assert "give more --minutes" in said[0]
+
+
+@pytest.mark.parametrize(("quick", "minutes", "models"), [(True, 2.0, 1), (False, 8.0, 3), (False, 30.0, 3)])
+def test_every_model_gets_time_though_the_steps_before_take_all_of_theirs(
+    quick: bool, minutes: float, models: int
+) -> None:
+    plan = Plan("cuda", models=MODELS[:models], quick=quick, minutes=minutes)
+    left_s, found = 60 * minutes, {}
+    for step in steps_of(plan):
+        found[step.name] = step.limit_s(left_s)
+        left_s -= 0 if step.kind == "llama" else found[step.name]
+    assert all(found[f"model:{model}"] >= 25 for model in plan.models), found
+    assert left_s >= 0 and sum(found.values()) > 0.5 * 60 * minutes
 
 
 BROKEN = Health({"cuda": AcceleratorHealth(failed_steps=3, last_failure="an illegal access")})
