@@ -6,7 +6,7 @@
     python -m benchmarks.on_gpu --accelerator emulated --quick      without a card: shows what there is to see
 
 Steps: the machine, the project's tests, the link, the kernels, whole models with random weights (RAM or disk for files
-of 10 to 27 GB, fewer layers where there is no room), llama.cpp on the same files, plans on the clock. Every step is a
+of 10 to 28 GB, fewer layers where there is no room), llama.cpp on the same files, plans on the clock. Every step is a
 process with a time limit; a failing one does not stop the rest. report.md and results.json in the output folder are
 complete at any moment. Nothing is downloaded or installed.
 """
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         minutes=options.minutes or (QUICK_MINUTES if options.quick else 8.0),
         quick=options.quick,
         keep_model=options.keep_model,
-        llama_bench=options.llama_bench,
+        llama_bench=str(Path(options.llama_bench).expanduser().resolve()) if options.llama_bench else "",
     )
     results = Results.begin(plan)
     try:

@@ -22,8 +22,8 @@ make bench-gpu ARGS="--accelerator emulated --quick"   # without a card: what a 
 ```
 
 It needs a CUDA or ROCm build of PyTorch with Triton, and what the package needs anyway; it installs and downloads
-nothing. Models have a released one's dimensions and random weights: files of 10 to 27 GB, written in seconds where RAM
-or disk has room, deleted afterwards; with less room, fewer layers. The report, `report.md`, and all numbers,
+nothing. Models have a released one's dimensions and random weights: files of 10 to 28 GB, written in seconds where RAM
+or disk has room, deleted afterwards; with less room or time, fewer layers. The report, `report.md`, and all numbers,
 `results.json`, lie in `.cache/on_gpu` and are complete at any moment; `python -m benchmarks.on_gpu --help` has the
 options. With llama.cpp's `llama-bench` on PATH, or named by `--llama-bench`, it is measured on the same files.
 

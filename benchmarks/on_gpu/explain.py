@@ -101,7 +101,8 @@ and that `all` is several times faster than 50 %.
 
 *Where a layer's time goes*: our five parts of a layer's time on the host, microseconds: reading the routing (it
 waits for the card's attention), planning, submitting the work, deciding prefetches, waiting for the CPU's share. A
-card that is fast and a model that is small make `plan`, `submit` and `prefetch` the limit.
+card that is fast and a model that is small make `plan`, `submit` and `prefetch` the limit. Where all experts are on the
+card nothing is read or planned, so these are near 0.
 
 *Overlap* is the share of a decode step in which CPU, card and link were busy with experts, and at the same time
 (the card's attention is not counted, so 100 % is not reached). *Predicted* and *step* are a layer's planned and

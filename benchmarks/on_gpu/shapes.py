@@ -78,7 +78,8 @@ def choose(plan: Plan, model: str, ram_bytes: int, left_s: float) -> Chosen | st
     fitting = (n for n in range(shape.layers, least - 1, -1) if file_bytes(replace(shape, layers=n)) <= room)
     layers = next(fitting, 0)
     if not layers:
-        return f"no room, or too few of the {left_s:.0f} s: {ram_bytes / 1e9:.0f} GB of RAM are available, {free / 1e9:.0f} GB in {folder}"
+        found = f"{ram_bytes / 1e9:.0f} GB of RAM, {free / 1e9:.0f} GB in {folder}, {left_s:.0f} s"
+        return f"no room or no time for {least} layers: there are {found}"
     if layers == shape.layers:
         return Chosen(shape, folder / file, f"all {layers} layers")
     if shape.architecture == "deepseek2":  # llama.cpp takes every file of other than 27 layers for the large model
