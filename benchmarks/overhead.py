@@ -165,6 +165,7 @@ def main() -> None:
         profiler = cProfile.Profile() if arguments.profile else None
         if profiler is not None:
             profiler.runcall(walk.run)
+            refuse_unless_clean(runtime)
             pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
             return
         walk.run()

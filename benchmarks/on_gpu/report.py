@@ -42,6 +42,8 @@ def _tables(data: Data, name: str, kind: str) -> list[str]:
         rows = [row for row in data["rows"] if row["step"] == name and row["table"] == table.source]
         if table.source in noted:  # what was not measured is said once
             rows = [row for row in rows if row["state"] == "measured"]
+        if table.source == "methods":  # measured in another order, the most telling first
+            rows.sort(key=lambda row: (row["name"].startswith("all"), row["name"].split(",")[0]))
         text = markdown(table, rows, notes=table.source not in noted)
         noted.add(table.source)
         if text:
@@ -81,6 +83,10 @@ def _in_short(data: Data) -> list[str]:
     return [*lines, f"**Did not come off**: {', '.join(bad)}; the steps below say why."] if bad else lines
 
 
+def _model(row: Data) -> str:
+    return str(row["step"]).partition(":")[2] or str(row["step"])
+
+
 def _is_right(rows: list[Data]) -> list[str]:
     lines = []
     tests = [row for row in rows if row["table"] == "tests" and "failed" in row["values"]]
@@ -97,12 +103,12 @@ def _is_right(rows: list[Data]) -> list[str]:
         lines.append(
             f"Answers of whole models: {len(measured)} checks right, at most {worst:.1g} off (rounding is up to 0.03)"
         )
-    wrong = [row["name"] for row in checks if row["state"] in ("failed", "unclean")]
+    wrong = [f"{_model(row)} ({row['name']})" for row in checks if row["state"] in ("failed", "unclean")]
     return [*lines, f"Answers of whole models: **wrong or failed** in {', '.join(wrong)}"] if wrong else lines
 
 
 def _unclean(rows: list[Data]) -> list[str]:
-    unclean = [row["name"] for row in rows if row["state"] == "unclean"]
+    unclean = [f"{_model(row)} ({row['name']})" for row in rows if row["state"] == "unclean"]
     if not unclean:
         return []
     return [f"**Not clean, so without times**: {', '.join(unclean)}: the CPU answered where the accelerator failed"]
