@@ -137,7 +137,7 @@ def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedM
     write_metadata(build.writer, shape)
     build.dense("model.embed_tokens.weight", "token_embd.weight", shape.vocab, shape.hidden, scale=1.0)
     for layer in range(shape.layers):
-        _LAYERS[shape.architecture](build, layer)
+        LAYERS[shape.architecture](build, layer)
     norm = plus_one_norm if shape.architecture in ("qwen3next", "qwen35moe") else Builder.norm
     norm(build, "model.norm.weight", "output_norm.weight", shape.hidden)
     build.dense("lm_head.weight", "output.weight", shape.vocab, shape.hidden)
@@ -305,12 +305,10 @@ def _kv_b(build: Builder, hf: str, gguf: str) -> None:
     if not shape.split_kv_b:
         build.dense(name, f"{gguf}.attn_kv_b.weight", shape.heads * per_head, shape.kv_lora_rank)
         return
-    whole = (
-        build.random.standard_normal((shape.heads, per_head, shape.kv_lora_rank)) * shape.kv_lora_rank**-0.5
-    ).astype(np.float32)
+    whole = build.draw(shape.heads, per_head, shape.kv_lora_rank)
     k_b, v_b = whole[:, : shape.head_dim], whole[:, shape.head_dim :]
-    build.writer.add_tensor(f"{gguf}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1)))
-    build.writer.add_tensor(f"{gguf}.attn_v_b.weight", np.ascontiguousarray(v_b))
+    build.write(f"{gguf}.attn_k_b.weight", k_b.transpose(0, 2, 1))
+    build.write(f"{gguf}.attn_v_b.weight", v_b)
     build.remember(name, whole.reshape(shape.heads * per_head, shape.kv_lora_rank))
 
 
@@ -320,7 +318,7 @@ def _ffn(build: Builder, hf: str, gguf: str, inter: int) -> None:
     build.dense(f"{hf}.down_proj.weight", gguf.format("down") + ".weight", build.shape.hidden, inter)
 
 
-_LAYERS: dict[str, Callable[[Builder, int], None]] = {
+LAYERS: dict[str, Callable[[Builder, int], None]] = {
     "qwen3moe": _qwen3moe_layer,
     "qwen2moe": _qwen2moe_layer,
     "llama": _mixtral_layer,

@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.clean import refuse_unless_clean
 from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import calibrate
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
+from hybrimoe_kt.device.page_locks import PAGE, fresh_pages
 from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
 from hybrimoe_kt.operators.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
@@ -48,12 +50,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def random_layer(number: int) -> LayerExperts:
-    """One MoE layer of DeepSeek-V2-Lite; all experts hold the same bytes, each in memory of its own."""
+    """One MoE layer of DeepSeek-V2-Lite; all experts hold the same bytes, each in memory of its own.
+
+    Whole pages: a driver page-locks those in place for every method alike, where it would refuse memory of the heap.
+    """
     draw = np.random.default_rng(number)
 
     def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
-        one = random_blocks(draw, kind, rows, columns).reshape(1, -1)
-        return ExpertMatrix(torch.from_numpy(np.repeat(one, EXPERTS, axis=0)), int(kind), rows, columns)
+        one = torch.from_numpy(random_blocks(draw, kind, rows, columns).reshape(1, -1))
+        pages = fresh_pages(EXPERTS * one.numel())
+        assert pages is not None and pages.numel() % PAGE == 0, "else its last page is not all its own"
+        return ExpertMatrix(pages.view(EXPERTS, -1).copy_(one), int(kind), rows, columns)
 
     gate, up = matrix(TYPES[0], INTER, HIDDEN), matrix(TYPES[1], INTER, HIDDEN)
     return LayerExperts(number, EXPERTS, TOP_K, HIDDEN, INTER, gate, up, matrix(TYPES[2], HIDDEN, INTER))
@@ -222,6 +229,8 @@ def main() -> None:
         base = base.replace({"profile": str(profile)})
         for cache in arguments.cache:
             methods = compare(layers, trace, base, cache, layer_s, arguments.warm_up)
+            for method in methods.values():
+                refuse_unless_clean(method.runtime)
             found[cache] = [row(name, method, methods["hybrid"]) for name, method in methods.items()]
             print(f"\ncache {cache}: {LAYERS} layers of {EXPERTS} experts, top-{TOP_K}, {arguments.tokens} tokens\n")
             print("| method | ms per token | hybrid is faster by | step ms | predicted ms | off by | hit rate |")

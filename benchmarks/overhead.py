@@ -23,6 +23,7 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeTopKRouter
 
+from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
@@ -164,9 +165,11 @@ def main() -> None:
         profiler = cProfile.Profile() if arguments.profile else None
         if profiler is not None:
             profiler.runcall(walk.run)
+            refuse_unless_clean(runtime)
             pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
             return
         walk.run()
+    refuse_unless_clean(runtime)
     seconds, steps = runtime.seconds, runtime.seconds.steps
     print(f"{EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, {steps} layer steps, {arguments.policy} policy")
     print("| part | mean us |\n|---|---|")

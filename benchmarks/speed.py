@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.models import embedded_model
 
 PROMPT = [5 + (37 * at) % 200 for at in range(24)]
@@ -150,6 +151,7 @@ def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, 
     for _ in range(more):
         next(tokens)
     cache = sum(layer.keys.numel() + layer.values.numel() for layer in engine._cache.layers) * 4 / MIB
+    refuse_unless_clean(engine.runtime)
     assert engine.shares is not None
     return {
         "tokens_per_s": rate,

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from benchmarks.model_memory import CARDS_GIB, GIB, PLACES, RELEASES, Release, memory, with_table
+from benchmarks.on_gpu.__main__ import parser as on_gpu_parser
 from hybrimoe_kt.cli import main, options, tools
 from hybrimoe_kt.cli.plot import PICTURES
 from hybrimoe_kt.host.rule_file import load_rules
@@ -93,6 +94,8 @@ WITHOUT_EFFECT = {f"--{flag}" for flag in options._WITHOUT_EFFECT}  # taken, and
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_options_in_the_text_exist(page: Path) -> None:
     everything = FOREIGN.union(WITHOUT_EFFECT, *map(flags_of, EVERY_COMMAND))
+    if page.name == "gpu.md":
+        everything |= set(_FLAG.findall(on_gpu_parser().format_help()))
     for quoted in re.findall(r"`([^`\n]+)`", prose(page.read_text(encoding="utf-8"))):
         if quoted.startswith(("python -m benchmarks", "make ")):
             continue

@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: its arithmetic, the tables made of it, and that it runs at all."""
+"""The kernels' benchmark without a GPU: its arithmetic, the tables made of it, and that it runs at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_kernels
 from benchmarks.gpu_roofline import expert_bytes, experts_used, mean_roofline, mixes_of, roofline, table
+from benchmarks.on_gpu import kernels
 from hybrimoe_kt.kernels.targets import TARGETS
-from hybrimoe_kt.sim.models import MODELS, ModelSpec
+from hybrimoe_kt.sim.models import MODELS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -50,15 +50,10 @@ def test_the_document_shows_these_tables(num_tokens: int) -> None:
 
 def test_it_measures_something_even_in_the_interpreter() -> None:
     """Figures mean nothing here; that every part of the benchmark runs does."""
-    spec = ModelSpec("tiny", (0,), 1, num_experts=4, top_k=2, hidden=256, expert_width=256, attention=0)
-    found = gpu_kernels.measure(spec, (12, 12, 14), 1, gpu_kernels.torch.device("cpu"), rounds=1)
-    assert found.kernels_s > 0 < found.torch_s
-    assert found.of_roofline == found.roofline_s / found.kernels_s
-    text = gpu_kernels.row(spec, (12, 12, 14), 1, found)
-    assert "Q4_K/Q4_K/Q6_K" in text and "1 tokens" in text
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_kernels.main([]) == 1
-    assert "needs a CUDA or HIP device, torch finds none" in capsys.readouterr().out
+    layer = kernels.make_layer(kernels.TINY, (12, 12, 14), torch.device("cpu"))
+    found = kernels.measure(layer, kernels.TINY, (12, 12, 14), 1, bandwidth=1e9, launches=2)
+    assert found["experts"] == kernels.TINY.top_k
+    read = found["experts"] * expert_bytes(kernels.TINY, (12, 12, 14))
+    assert found["gb_per_s"] == pytest.approx(read / found["us"] / 1e3)
+    assert found["of_copy"] == pytest.approx(found["gb_per_s"] / 1.0)
+    assert found["of_roofline"] > 0 < found["over_torch"]
