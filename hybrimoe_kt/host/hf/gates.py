@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Gate", "GateRow"]
+__all__ = ["Gate", "GateRow", "logits_and_ids"]
 
 _TRIED = 64
 """Random states by which a gate's way of choosing is found out; ties aside all must agree."""
 _AGREE = 0.98
+
+
+def logits_and_ids(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of what a gate answers: logits, weights, ids; in reverse for Granite up to Transformers 5.20."""
+    first, _, last = output
+    return (first, last) if first.is_floating_point() else (last, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,7 @@ class Gate:
     def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[num_tokens, num_experts]` and ids `[num_tokens, top_k]` for `hidden`, normalised for this gate."""
         # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
-        logits, _, ids = self.module.forward(hidden, *self.inputs)
-        return logits, ids
+        return logits_and_ids(self.module.forward(hidden, *self.inputs))
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.runtime import Runtime
 
 from .architectures import Architecture
-from .gates import Gate, GateRow
+from .gates import Gate, GateRow, logits_and_ids
 
 __all__ = ["attach_look_ahead", "look_ahead"]
 
@@ -44,7 +44,7 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
 def _noting(runtime: Runtime, layer: int) -> Any:
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if runtime.wants_scores:
-            runtime.note_scores(layer, output[0])
+            runtime.note_scores(layer, logits_and_ids(output)[0])
 
     return note
 
