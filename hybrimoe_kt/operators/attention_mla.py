@@ -7,6 +7,8 @@ section 2.1; 341 ms -> 22 ms per layer and step at 4096 tokens on one AVX2 core,
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ _ADOPTED = (
     "kv_b_proj",
     "o_proj",
 )
+_TAKEN = frozenset({"hidden_states", "attention_mask", "past_key_values", "cache", "position_embeddings", "kwargs"})
 
 
 class AbsorbedMLA(nn.Module):
@@ -51,6 +54,12 @@ class AbsorbedMLA(nn.Module):
             raise HostCompatibilityError(
                 f"{key}: AbsorbedMLA replaces latent attention (with a kv_b_proj), found {type(orig_module).__name__}"
             )
+        if unknown := sorted(inspect.signature(orig_module.forward).parameters.keys() - _TAKEN):
+            found = importlib.metadata.version("transformers")
+            raise HostCompatibilityError(
+                f"{key}: attention in transformers {found} takes {unknown[0]!r}, which AbsorbedMLA does not know; "
+                f"install an older version, or leave the rule out"
+            )
         self.layer_idx: int = orig_module.layer_idx
         self.config, self.scaling = config, orig_module.scaling
         self.num_heads, self.kv_lora_rank = config.num_attention_heads, config.kv_lora_rank
@@ -67,22 +76,21 @@ class AbsorbedMLA(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: Any = None,
+        *,
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states [batch, tokens, hidden]` -> the same shape; `position_embeddings` as the stock module's.
 
-        The cache is `past_key_values`, from Transformers 5.24 on `cache`.
+        Transformers calls the cache `past_key_values` up to 5.23, and `cache` from 5.24 on.
         """
-        stored = {"past_key_values": past_key_values} if cache is None else {"cache": cache}
-        past_key_values = past_key_values if cache is None else cache
         batch, tokens, _ = hidden_states.shape
         if tokens > 1 and not self.absorb_for_prefill:
+            kwargs |= {"past_key_values": past_key_values} if cache is None else {"cache": cache}
             return self._stock(  # type: ignore[no-any-return]  # by name: families order these differently
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                **stored,
                 **kwargs,
             )
         query = self.q_proj(hidden_states) if self.q_proj is not None else self._low_rank_query(hidden_states)
@@ -93,8 +101,9 @@ class AbsorbedMLA(nn.Module):
         latent = self.kv_a_layernorm(latent).view(batch, 1, tokens, self.kv_lora_rank)
         key_rope = key_rope.view(batch, 1, tokens, self.rope)
         query_rope, key_rope = self._rotate(query_rope, key_rope, position_embeddings)
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        past = past_key_values if cache is None else cache
+        if past is not None:
+            latent, key_rope = past.update(latent, key_rope, self.layer_idx)
 
         up = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.kv_lora_rank)
         query_latent = query_nope @ up[:, : self.nope]  # [batch, heads, tokens, rank]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache
@@ -30,6 +32,12 @@ def config(q_lora_rank: int | None, family: str = "v2") -> DeepseekV2Config | De
     return made
 
 
+def cached(module: torch.nn.Module, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The cache under the name that the installed Transformers gives it."""
+    names = inspect.signature(module.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("absorb_for_prefill", [True, False])
 @pytest.mark.parametrize("q_lora_rank", [None, 28])
@@ -48,8 +56,9 @@ def test_equals_stock_over_prompt_and_steps(
         hidden, positions = torch.randn(batch, tokens, 96), torch.arange(at, at + tokens)[None]
         mask = torch.ones(tokens, at + tokens, dtype=torch.bool).tril(at)[None, None]
         angles = rotary(hidden, positions)
-        wanted = stock(hidden, attention_mask=mask, past_key_values=caches[0], position_embeddings=angles)[0]
-        found = ours(hidden, mask if tokens > 1 else None, caches[1], angles)[0]
+        wanted = stock(hidden, attention_mask=mask, position_embeddings=angles, **cached(stock, caches[0]))[0]
+        masked = mask if tokens > 1 else None
+        found = ours(hidden, attention_mask=masked, position_embeddings=angles, **cached(stock, caches[1]))[0]
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         at += tokens
 
@@ -68,6 +77,27 @@ def test_additive_masks_and_no_mask_mean_the_same() -> None:
     results = [ours(hidden, mask, None, angles)[0] for mask in (boolean, additive, None)]
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.inference_mode()
+def test_a_step_reads_the_cache_by_either_name(name: str) -> None:
+    """Under a name that it did not know the cache would be ignored, and answers wrong without a word."""
+    settings = config(None)
+    ours = AbsorbedMLA("model.layers.0.self_attn", None, settings, DeepseekV2Attention(settings, 0))
+    cache, rotary = DynamicCache(config=settings), DeepseekV2RotaryEmbedding(settings)
+    for at in range(3):
+        angles = rotary(torch.randn(1, 1, 96), torch.tensor([[at]]))
+        ours(torch.randn(1, 1, 96), position_embeddings=angles, **{name: cache})
+        assert cache.get_seq_length() == at + 1
+
+
+def test_an_argument_that_only_a_later_version_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: object, hidden_states: object, memory: object = None, **kwargs: object) -> None: ...
+
+    monkeypatch.setattr(DeepseekV2Attention, "forward", forward)
+    with pytest.raises(HostCompatibilityError, match=r"transformers 5\.\S+ takes 'memory', which"):
+        AbsorbedMLA("model.layers.0.self_attn", None, config(None), DeepseekV2Attention(config(None), 0))
 
 
 def test_other_attention_is_refused() -> None:

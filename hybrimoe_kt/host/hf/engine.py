@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,8 @@ class Engine:
         ends = self.model.config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         self._cache = DynamicCache(config=self.model.config)
+        names = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
         self._cached_ids: list[int] = []
         self._run = Run()
         self._note = RunNote(self.model_name)
@@ -222,7 +225,8 @@ class Engine:
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
             tokens = torch.tensor([piece], device=self.model.device)
-            output = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            given = {self._cache_name: self._cache}
+            output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **given)
             logits = output.logits[0, -1].float().cpu()
             self._cached_ids = cached + piece
         return logits

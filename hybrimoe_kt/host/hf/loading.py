@@ -145,7 +145,7 @@ def load_model(
     state = source.state(parameters, dtype, loaded.placement.device_of)
     loader.runtime, loaded.warnings = None, []
     with _progress(progress):
-        loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source)
+        loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source, parameters)
     give_back_unused({parameter.device for parameter in loaded.model.parameters()})  # slots come next, and are large
     if loaded.placement.is_split:
         loaded.crossings = Crossings(loaded.model, loaded.placement)
@@ -174,6 +174,7 @@ def _build(
     dtype: torch.dtype,
     placement: Placement,
     source: Source,
+    parameters: Mapping[str, tuple[int, ...]],
 ) -> PreTrainedModel:
     different = "the weights and the configuration belong to different models"
     model, report = cls.from_pretrained(
@@ -190,10 +191,16 @@ def _build(
     remove_hook_from_submodules(model)  # accelerate's, where devices differ: `Crossings` moves each tensor once
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source.file.path}: no tensor for {missing[0]}; {different}")
-    if mismatched := sorted(report["mismatched_keys"]):
+    if mismatched := sorted(report["mismatched_keys"]) or _mismatched(model, parameters):
         name, found, wanted = mismatched[0]
         raise ModelError(f"{source.file.path}: {name} is {list(found)}, expected {list(wanted)}; {different}")
     return model
+
+
+def _mismatched(model: nn.Module, parameters: Mapping[str, tuple[int, ...]]) -> list[tuple[str, Any, Any]]:
+    """What up to 5.22 is loaded in any shape: under a quantizer Transformers does not look."""
+    found = {name: tuple(value.shape) for name, value in _stored(model).items()}
+    return sorted((name, found[name], shape) for name, shape in parameters.items() if found.get(name, shape) != shape)
 
 
 def _lacking_device(injection: rule_engine.Injection, device: str) -> str:

@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.utils import logging as transformers_logging
-
-try:
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-except ImportError:  # 5.17
-    from transformers.integrations.ggml import convert_gguf_tokenizer
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
 from hybrimoe_kt.errors import ConfigError, ModelError
 
