@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import random
-from collections.abc import Mapping
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,6 @@ import pytest
 import torch
 
 from benchmarks.generated_model import Type, random_blocks
-from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
@@ -31,20 +33,44 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @functools.cache
 def layers() -> tuple[LayerExperts, ...]:
-    """Three layers in formats of both kinds: file order and planes."""
+    """Three layers in formats of both kinds, file order and planes, in a file's mapping as a model's are.
+
+    So a device may page-lock them, and pages are shared by matrices.
+    """
     draw = np.random.default_rng(0)
 
-    def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
-        raw = random_blocks(draw, kind, EXPERTS * rows, columns).reshape(EXPERTS, -1)
-        return ExpertMatrix(torch.from_numpy(np.ascontiguousarray(raw)), int(kind), rows, columns)
+    def drawn(kind: Type, rows: int, columns: int) -> np.ndarray:
+        return random_blocks(draw, kind, EXPERTS * rows, columns).reshape(EXPERTS, -1)
 
+    shapes = [
+        (kind, rows, columns)
+        for kind, down in _TYPES
+        for kind, rows, columns in ((kind, INTER, HIDDEN), (kind, INTER, HIDDEN), (down, HIDDEN, INTER))
+    ]
+    mapped = _in_a_file([drawn(*shape) for shape in shapes])
+    matrices = (
+        ExpertMatrix(data, int(kind), rows, columns) for data, (kind, rows, columns) in zip(mapped, shapes, strict=True)
+    )
     return tuple(
-        LayerExperts(
-            number, EXPERTS, TOP_K, HIDDEN, INTER,
-            matrix(kind, INTER, HIDDEN), matrix(kind, INTER, HIDDEN), matrix(down, HIDDEN, INTER),
-        )
-        for number, (kind, down) in enumerate(_TYPES)
-    )  # fmt: skip
+        LayerExperts(number, EXPERTS, TOP_K, HIDDEN, INTER, next(matrices), next(matrices), next(matrices))
+        for number in range(LAYERS)
+    )
+
+
+def _in_a_file(arrays: list[np.ndarray]) -> Iterator[torch.Tensor]:
+    """The same bytes in a mapping of one file, one after the other."""
+    with tempfile.TemporaryFile() as file:
+        for array in arrays:
+            file.write(array.tobytes())
+        file.flush()
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin = 0
+    for array in arrays:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what is not writable
+            flat = torch.from_numpy(np.frombuffer(mapping, np.uint8, array.nbytes, begin))
+        yield flat.view(array.shape)
+        begin += array.nbytes
 
 
 @functools.cache
@@ -191,8 +217,8 @@ def make(
 ) -> Machine:
     """A machine whose guesses of the next layers' routing are right with the given probability.
 
-    `sums`: bfloat16 models whose backends answer sums, the CPU's in a buffer it uses again. `accelerator`: instead of
-    emulated ones.
+    `sums`: bfloat16 models whose backends answer sums, the CPU's in a buffer it uses again; the GPU's is torch's unless
+    `gpu_backend` names one. `accelerator`: instead of emulated ones.
     """
     adversary = Adversary(seed, ignore=ignore)
     names = [f"emulated:{number}" for number in range(num_accelerators)]
@@ -204,7 +230,7 @@ def make(
     patch.setattr(assembly, "choose_accelerator", made.get)
     if sums:
         patch.setattr(assembly, "make_cpu_backend", lambda options: SummingCpu())
-        patch.setattr(assembly, "make_gpu_backend", lambda *_: TorchGpu())
+        options.setdefault("gpu_backend", "torch")
     defaults: dict[str, Any] = {
         "cpu_backend": "torch_reference", "profile": "default", "transfer_chunk_bytes": 4096,
         "max_chunk_tokens": CHUNK, "cache_size": 3, "prefetch_size": 3, "prefetch_depth": 2, "deadline_s": 5.0,

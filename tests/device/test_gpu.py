@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-import mmap
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hybrimoe_kt.backends.gpu_triton import unusable
 from hybrimoe_kt.device.page_locks import LOCKS, PAGE, fresh_pages
 from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
 
-from .machine import make
+from .machine import layers, make
 
 HARDWARE = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else ""
-LOCKS_IN_PLACE = HARDWARE == "cuda" and torch.version.hip is None
 
 
 def on_hardware(test: Any) -> Any:
@@ -35,62 +31,67 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "streamed prompt": {"tokens": (6, 5, 1, 6), "prefill_streaming_bytes": 2**20, "prefetch_size": 1},
     "sums in bfloat16": {"tokens": (1, 5, 1), "sums": True},
 }
-TOLERANCE = {"torch_reference": 1e-4, "triton": 2e-2}
-"""Float32 products that round in another order; the decode kernels also round activations to 8 bits, 0.8 %."""
 
 
-def play(monkeypatch: pytest.MonkeyPatch, scenario: str, backend: str, seeds: int, **options: Any) -> None:
-    options |= {key: value for key, value in SCENARIOS[scenario].items() if key != "tokens"}
+def play(patch: pytest.MonkeyPatch, scenario: str, tolerance: float, seeds: int, **options: Any) -> None:
+    """A scenario through one backend of the device, with `options` beside its own."""
+    given = {key: value for key, value in SCENARIOS[scenario].items() if key != "tokens"}
     for seed in range(seeds):
         device = TorchAccelerator(HARDWARE, torch.device(HARDWARE))
-        machine = make(monkeypatch, seed, accelerator=device, gpu_backend=backend, deadline_s=30.0, **options)
-        machine.tolerance = machine.tolerance or TOLERANCE[backend]
+        machine = make(patch, seed, accelerator=device, deadline_s=60.0, **given | options)
+        machine.tolerance = max(machine.tolerance, tolerance)
         machine.play(*SCENARIOS[scenario]["tokens"])
         assert machine.runtime.health().is_clean, "the CPU answered in the accelerator's place"
 
 
 @on_hardware
 @pytest.mark.parametrize("host_store", ["mapped", "page_locked"])
+@pytest.mark.parametrize("backend", ["torch_reference", "torch"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_device_answers_as_the_reference(monkeypatch: pytest.MonkeyPatch, scenario: str, host_store: str) -> None:
-    play(monkeypatch, scenario, "torch_reference", 5, host_store=host_store)
+def test_a_device_answers_as_the_reference(
+    monkeypatch: pytest.MonkeyPatch, scenario: str, backend: str, host_store: str
+) -> None:
+    """Within float32 rounding: a device's products round in another order."""
+    play(monkeypatch, scenario, 1e-4, seeds=3, host_store=host_store, gpu_backend=backend)
 
 
 @on_hardware
-@pytest.mark.skipif(HARDWARE != "cuda", reason="the Triton kernels need a CUDA or HIP device")
+@pytest.mark.parametrize("host_store", ["mapped", "page_locked"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_and_so_do_its_kernels(monkeypatch: pytest.MonkeyPatch, scenario: str) -> None:
-    play(monkeypatch, scenario, "triton", 2, host_store="page_locked")
+def test_the_kernels_answer_as_the_reference(monkeypatch: pytest.MonkeyPatch, scenario: str, host_store: str) -> None:
+    """Within what decode loses by rounding activations to 8 bits, 0.8 % in Triton's interpreter."""
+    if reason := unusable(torch.device(HARDWARE)):
+        pytest.skip(reason)
+    play(monkeypatch, scenario, 2e-2, seeds=2, host_store=host_store, gpu_backend="triton")
 
 
 @on_hardware
-def test_registering_shared_pages_twice(tmp_path: Path) -> None:
-    """Tensors of one file share pages; a refusal must leave no error behind for the next launch."""
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(range(256)) * (5 * PAGE // 256) + b"rest")
-    with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of what is not writable
-        memory = torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8))
-    one, other = (TorchAccelerator(HARDWARE, torch.device(HARDWARE)) for _ in range(2))
-    locks = [accelerator.register(part) for part in memory.split(5000) for accelerator in (one, other)]
-    assert len({lock is None for lock in locks}) == 1, "all, or where the driver does not allow it none"
-    assert torch.ones(3, device=one.device).sum().item() == 3.0
-    target = torch.empty(len(memory), dtype=torch.uint8, device=one.device)
-    one.copy(one.stream("copies"), target, memory, "expert copy")
-    torch.accelerator.synchronize()
-    assert torch.equal(target.cpu(), memory)
-    locked = LOCKS.num_bytes
-    del locks
-    gc.collect()
-    assert LOCKS.num_bytes < locked or not locked
+def test_a_file_s_pages_are_registered_once_and_given_back() -> None:
+    """Matrices of one file share pages; whatever the driver answers must leave no error behind for the next launch."""
+    device = TorchAccelerator(HARDWARE, torch.device(HARDWARE))
+    parts = [matrix.data for experts in layers() for matrix in experts.matrices]
+    before = LOCKS.num_bytes
+    locks = [device.register(part) for part in parts]
+    assert len({lock is None for lock in locks}) == 1, "some were refused for sharing pages with the others"
+    for part, lock in zip(parts, locks, strict=True):
+        copied = part.to(device.device, non_blocking=True)
+        assert torch.equal(copied.cpu(), part)
+        if lock is not None:
+            lock.release()
+    assert LOCKS.num_bytes == before
+    assert torch.ones(3, device=device.device).sum().item() == 3.0
 
 
 @on_hardware
-@pytest.mark.skipif(not LOCKS_IN_PLACE, reason="only CUDA's driver is asked to lock memory in place")
-def test_memory_of_its_own_pages_can_be_locked_and_the_heap_cannot() -> None:
-    accelerator = TorchAccelerator(HARDWARE, torch.device(HARDWARE))
+def test_only_pages_of_its_own_are_registered() -> None:
+    """Around a tensor on the heap lie strangers' bytes, which the device could then only read."""
+    device = TorchAccelerator(HARDWARE, torch.device(HARDWARE))
+    heap = torch.from_numpy(np.zeros(5 * PAGE + 100, dtype=np.uint8))
+    assert device.register(heap[8:]) is None
     own = fresh_pages(3 * PAGE)
-    assert own is not None and accelerator.register(own) is not None
-    assert accelerator.register(torch.zeros(3 * PAGE + 1, dtype=torch.uint8)[1:]) is None
+    assert own is not None
+    lock = device.register(own)
+    assert torch.equal(own.to(device.device).cpu(), own)
+    if lock is not None:
+        lock.release()
+    assert torch.ones(3, device=device.device).sum().item() == 3.0
