@@ -281,7 +281,8 @@ class Runtime:
         decides_nothing = self.coordinator.decides_nothing
         if not decides_nothing(layer, num_tokens) or self.recorder is not None or self._log is not None:
             return False
-        if self._executor.lane(layer) is None:
+        lane = self._executor.lane(layer)
+        if lane is None or not lane.gpu.finds_routed:
             return False
         predict = self._predict(layer)
         return predict is None or all(decides_nothing(later, num_tokens) for later in predict.layers)
