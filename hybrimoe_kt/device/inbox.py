@@ -97,22 +97,27 @@ class _Set:
 
     def __init__(self, accelerator: Accelerator, sizes: Sequence[int]) -> None:
         self._buffers = [accelerator.page_locked(size) for size in sizes]
-        self._views: dict[tuple[int, torch.Size, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[torch.Size, torch.dtype, torch.Size, torch.Size], list[torch.Tensor]] = {}
         self.read, self.guessed = accelerator.event(), accelerator.event()
 
     def whole(self, place: int) -> torch.Tensor:
         """Buffer `place`, uint8."""
         return self._buffers[place]
 
-    def view(self, place: int, like: torch.Tensor) -> torch.Tensor:
-        """Buffer `place` as a tensor like `like`; making one anew costs more than all else of a read."""
-        key = place, like.shape, like.dtype
+    def views(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The buffers as hidden states, ids, weights and perhaps scores like these.
+
+        Making them anew would cost more than all else of a read.
+        """
+        key = like[0].shape, like[0].dtype, like[1].shape, like[-1].shape
         known = self._views.get(key)
         if known is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            whole = self._buffers[place][: like.numel() * like.element_size()]
-            known = self._views[key] = whole.view(like.dtype).view(like.shape)
+            known = self._views[key] = [
+                buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+                for buffer, tensor in zip(self._buffers, like, strict=False)
+            ]
         return known
 
 
@@ -166,10 +171,9 @@ class Inbox:
         accelerator, buffers = self._accelerator, self._sets[self._turn]
         compute = accelerator.compute
         tensors = (hidden, ids, weights) if scores is None else (hidden, ids, weights, scores)
-        views = []
-        for place, tensor in enumerate(tensors):
-            views.append(buffers.view(place, tensor))
-            accelerator.copy(compute, views[place], tensor, "routing to host")
+        views = buffers.views(tensors)
+        for view, tensor in zip(views, tensors, strict=True):
+            accelerator.copy(compute, view, tensor, "routing to host")
         compute.record(buffers.read, "routing read")
         self._patience.wait(buffers.read.is_done, self._router)
         accelerator.on_host("planning", reads=views)

@@ -141,7 +141,7 @@ class Lane:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
         pool, queue, layer, slot_of = self.pool, self.queue, plan.layer, plan.slots
         own = pool.layers[layer]
-        queue.in_use = [(layer, slot) for slot in slot_of.values()]
+        queue.in_use_layer, queue.in_use = layer, slot_of.values()
         through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
         queue.open_layer = -1 if through_slots else layer
         own.begin_step()

@@ -34,6 +34,7 @@ NUM_WHOLE = 2
 """Prefetches under way where experts are sent whole: one being copied, one waiting. An on-demand transfer may have to
 wait for both."""
 _WHOLE = 2**62
+_NO_SLOTS: Collection[int] = ()
 
 
 class Channel:
@@ -110,8 +111,8 @@ class TransferQueue:
         self.log: ActivityLog | None = None
         self.number = 0
         """Of this link in the log."""
-        self.in_use: Collection[tuple[int, int]] = ()
-        """Layer and slot of everything the open plan computes with; prefetches must leave it alone."""
+        self.in_use_layer, self.in_use = -1, _NO_SLOTS
+        """The open plan's layer and the slots that it computes with; prefetches must leave them alone."""
         self.open_layer = -1
         """The open plan's layer, while none of its slots is read and then overwritten by the plan itself; else -1."""
 
@@ -135,7 +136,7 @@ class TransferQueue:
 
     def close_plan(self) -> None:
         """No plan is open on this accelerator."""
-        self.in_use, self.open_layer = (), -1
+        self.in_use_layer = self.open_layer = -1
 
     def start(self, transfer: Transfer) -> None:
         """Hand an on-demand transfer to the device, whole, before anything that waits here.
@@ -152,8 +153,9 @@ class TransferQueue:
 
     def enqueue(self, transfer: Transfer) -> None:
         """Take a prefetch; `pump` sends it."""
-        assert (transfer.expert.layer, transfer.slot) not in self.in_use, f"{transfer} overwrites what its plan pinned"
         layer = transfer.expert.layer
+        is_pinned = layer == self.in_use_layer and transfer.slot in self.in_use
+        assert not is_pinned, f"{transfer} overwrites what its plan pinned"
         self._waiting[layer, transfer.slot] = self._open(transfer, self._prefetch, self._chunks[layer])
 
     def pump(self, may_go_on: Callable[[], bool] | None = None) -> None:

@@ -50,5 +50,5 @@ def predicted_routing(guesses: Guesses, scores: torch.Tensor) -> list[Routing]:
 def mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """The router's probabilities averaged over the tokens, float32 `[num_experts]`."""
     if logits.shape[0] == 1:
-        return torch.softmax(logits[0].float(), dim=-1)
+        return torch.softmax(logits[0], dim=-1, dtype=torch.float32)
     return torch.softmax(logits.float(), dim=-1).mean(dim=0)
