@@ -65,7 +65,7 @@ class FreeCpu:
 class FreeGpu:
     """A GPU backend that adds nothing."""
 
-    name, answers_pairs = "free", False
+    name, answers_pairs, finds_routed = "free", False, True
 
     def refuses(self, experts: LayerExperts) -> None:
         return None

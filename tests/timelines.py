@@ -50,7 +50,7 @@ def check(file: Path, lanes_expected: set[str], clocks_us: float = ROUNDING_US) 
     link = [event for name, events in lanes.items() if name.startswith("link") for event in events]
     _each_expert_where_planned(plans, [e for e in gpu if e["args"]["work"] == "experts"], lanes.get("CPU", []))
     _each_transfer_once(plans, link)
-    _arrivals_before_use([e for e in gpu if e["args"]["work"] == "experts"], link)
+    arrivals_before_use([e for e in gpu if e["args"]["work"] == "experts"], link, clocks_us)
     for event in [*gpu, *lanes.get("CPU", []), *link]:
         if "plan" in event["args"]:
             plan = plans[event["args"]["plan"]]
@@ -79,7 +79,11 @@ def _each_transfer_once(plans: dict[int, Event], link: list[Event]) -> None:
     assert arrived == planned
 
 
-def _arrivals_before_use(gpu: list[Event], link: list[Event]) -> None:
+def arrivals_before_use(gpu: list[Event], link: list[Event], clocks_us: float) -> None:
+    """Check that no expert was used before its last transfer had ended.
+
+    A device's two times are compared, but its clock may have been tied to the host's anew between them.
+    """
     uses = 0
     for event in gpu:
         layer, number = event["args"]["layer"], event["args"]["plan"]
@@ -93,5 +97,5 @@ def _arrivals_before_use(gpu: list[Event], link: list[Event]) -> None:
             last = max(brought, key=lambda copy: (copy["args"]["plan"], copy["ts"]), default=None)
             if last is not None:
                 uses += 1
-                assert last["ts"] + last["dur"] <= event["ts"] + ROUNDING_US, f"{event} used before {last}"
+                assert last["ts"] + last["dur"] <= event["ts"] + clocks_us, f"{event} used before {last}"
     assert uses or not link, "what was transferred is used at least once"

@@ -25,6 +25,7 @@ class TorchGpu:
 
     name = "torch"
     answers_pairs = False
+    finds_routed = False
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[LayerExperts, SlotLayout, torch.Tensor]] = {}

@@ -100,6 +100,7 @@ class TritonGpu:
 
     name = "triton"
     answers_pairs = False
+    finds_routed = True
 
     def __init__(self, target: Target | None = None) -> None:
         """`target` overrides what the slots' device says."""
@@ -107,6 +108,8 @@ class TritonGpu:
         self._layers: dict[int, LayerKernels] = {}
         self._space: Workspace | None = None
         self._max_tokens = 0
+        self._whole: dict[int, Sequence[tuple[int, int]]] = {}
+        """Layer -> slots of all its experts, as checked last."""
 
     def refuses(self, experts: LayerExperts) -> str | None:
         return refusal(experts)
@@ -127,6 +130,7 @@ class TritonGpu:
 
         matrices = (_in_slot(matrix, layout, number) for number, matrix in enumerate(experts.matrices))
         shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
+        self._whole.pop(experts.layer, None)
         self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *matrices)
         if self._max_tokens:
             self._make_room()
@@ -191,11 +195,14 @@ class TritonGpu:
         out: torch.Tensor,
     ) -> None:
         num_slots, shape = kernels.memory.shape[0], kernels.shape
-        for expert, slot in slots:
+        is_known = self._whole.get(layer) is slots  # the same object as before: all of a layer's, step after step
+        for expert, slot in () if is_known else slots:
             if not 0 <= slot < num_slots:
                 raise KernelError(f"expert {expert} of layer {layer} is said to be in slot {slot} of {num_slots}")
             if not 0 <= expert < shape.num_experts:
                 raise KernelError(f"expert {expert} launched in layer {layer}, which has {shape.num_experts}")
+        if len(slots) == shape.num_experts:
+            self._whole[layer] = slots
         num_tokens = hidden.shape[0]
         if num_tokens > self._max_tokens:
             raise KernelError(f"{num_tokens} tokens in one call, prepared for up to {self._max_tokens}")

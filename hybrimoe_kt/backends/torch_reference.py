@@ -80,6 +80,7 @@ class TorchReferenceGpu:
 
     name = "torch_reference"
     answers_pairs = True
+    finds_routed = True
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[LayerExperts, SlotLayout, torch.Tensor]] = {}

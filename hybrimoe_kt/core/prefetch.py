@@ -72,17 +72,25 @@ class Prefetcher:
             benefit.tick()
         if self.benefit["gate"].is_on:
             start_s = next_s
-            for ahead, routing in enumerate(predictions):
+            if predictions:
+                self._layers[predictions[0].layer].predicted = predictions[0].loads
+            for ahead, routing in enumerate(predictions[: self._num_lacking(predictions)]):
                 state = self._layers[routing.layer]
-                if ahead == 0:
-                    state.predicted = routing.loads
-                if len(result) >= self._size or (ahead + 1 == len(predictions) and state.has_all(routing.loads)):
-                    break  # nothing more to start, or to start it for
+                if len(result) >= self._size:
+                    break
                 makespan_s = self._fill(state, routing, now_s, start_s, start_s if ahead else float("inf"), result)
                 start_s += makespan_s + state.cost.between_layers_s(routing.num_tokens)
         if self._admission and self.benefit["admission"].is_on:
             self._admit(plan, now_s, next_s, result)
         return result
+
+    def _num_lacking(self, predictions: Sequence[Routing]) -> int:
+        """How many predictions there are up to the last of which an expert is missing."""
+        for number in range(len(predictions), 0, -1):
+            routing = predictions[number - 1]
+            if not self._layers[routing.layer].has_all(routing.loads):
+                return number
+        return 0
 
     def stream(self, routing: Routing, now_s: float, start_s: float) -> list[Transfer]:
         """Book and return what to bring of the next layer of a prompt, at `start_s`, beside what its cache holds.

@@ -50,6 +50,8 @@ class GpuBackend(Protocol):
     name: str
     answers_pairs: bool
     """Whether `out` is `[num_tokens, top_k, hidden]` (pairs) rather than `[num_tokens, hidden]` (sum)."""
+    finds_routed: bool
+    """Whether a launch costs what is routed and not what is in `slots`, so that all of a layer may be named."""
 
     def refuses(self, experts: LayerExperts) -> str | None:
         """Return why no kernel here reads these experts ("down experts are MXFP4"), None when one does."""

@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -33,32 +32,12 @@ from .health import Health
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
+from .seconds import Seconds
 from .watch import Watch
 
 __all__ = ["RoutingRecorder", "Runtime", "Seconds"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Seconds:
-    """Where this runtime's wall-clock time went, seconds since the last reset."""
-
-    read: float = 0.0
-    plan: float = 0.0
-    prefetch: float = 0.0
-    submit_and_gpu: float = 0.0
-    wait: float = 0.0
-    steps: int = 0
-
-    def reset(self) -> None:
-        for name in fields(self):
-            setattr(self, name.name, 0)
-
-    @property
-    def total(self) -> float:
-        """All time inside the experts operators."""
-        return self.read + self.plan + self.prefetch + self.submit_and_gpu + self.wait
 
 
 class Runtime:
@@ -281,7 +260,8 @@ class Runtime:
         decides_nothing = self.coordinator.decides_nothing
         if not decides_nothing(layer, num_tokens) or self.recorder is not None or self._log is not None:
             return False
-        if self._executor.lane(layer) is None:
+        lane = self._executor.lane(layer)
+        if lane is None or not lane.gpu.finds_routed:
             return False
         predict = self._predict(layer)
         return predict is None or all(decides_nothing(later, num_tokens) for later in predict.layers)

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("triton")
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends import gpu_triton
@@ -26,7 +25,6 @@ from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels import workspace
-from hybrimoe_kt.kernels.layer import LayerKernels
 from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
 
 pytestmark = pytest.mark.kernels
@@ -391,34 +389,3 @@ def test_a_launch_can_be_captured_in_a_graph(num_tokens: int) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, wanted)
-
-
-@pytest.mark.parametrize(
-    "raised",
-    [
-        OutOfResources(240_000, 101_376, "shared memory"),
-        PTXASError("ptxas died"),
-        subprocess.CalledProcessError(1, ["gcc"]),
-        OSError(28, "No space left on device"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_what_triton_fails_with_is_a_failure_like_any_other(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
-    """None of these is a RuntimeError; the layer above knows KernelError and lets the CPU answer."""
-    layer = slotted_layer(Type.Q4_0)
-    backend, inputs = backend_for(layer), routed(layer, 1)
-
-    def fail(*_: object, **__: object) -> None:
-        raise raised
-
-    monkeypatch.setattr(LayerKernels, "add", fail)
-    with pytest.raises(KernelError, match=rf"Triton cannot run the kernels of layer \d+: {type(raised).__name__}"):
-        launched(layer, inputs, backend)
-
-
-def test_a_mistake_of_ours_is_not_taken_for_one_of_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = slotted_layer(Type.Q4_0)
-    backend, inputs = backend_for(layer), routed(layer, 1)
-    monkeypatch.setattr(LayerKernels, "add", lambda: None)
-    with pytest.raises(TypeError):
-        launched(layer, inputs, backend)

@@ -67,7 +67,8 @@ def check(scenario: str, seeds: range) -> None:
         steps = SCENARIOS[scenario]["tokens"]
         assert stats.num_plans == LAYERS * sum(-(-tokens // CHUNK) for tokens in steps)
         assert totals["transfers"] == totals["on both"] == totals["prefetches"] == stats.misses == 0, totals
-        assert machine.runtime.seconds.read == 0.0, "nothing is read of a layer that holds everything"
+        is_read = machine.runtime.seconds.read > 0.0
+        assert is_read == ("sums" in scenario), "nothing is read but for a backend that must be told what is routed"
         return
     assert totals["transfers"] > 0, "the scenario moved nothing"
     if scenario not in ("pressure", "wrongly streamed"):

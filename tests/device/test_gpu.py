@@ -65,6 +65,18 @@ def test_the_kernels_answer_as_the_reference(monkeypatch: pytest.MonkeyPatch, sc
     play(monkeypatch, scenario, 2e-2, seeds=2, host_store=host_store, gpu_backend="triton")
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(bool(HARDWARE), reason="the test above does it on the device")
+def test_in_the_interpreter_they_stay_within_the_same_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of a token and one of three: they take seconds."""
+    if reason := unusable(torch.device("cpu")):
+        pytest.skip(reason)
+    machine = make(monkeypatch, 1, gpu_backend="triton", deadline_s=60.0, scheduler="gpu_only")
+    machine.tolerance = 2e-2
+    machine.play(1, 3)
+    assert machine.runtime.health().is_clean and machine.races == []
+
+
 @on_hardware
 def test_a_file_s_pages_are_registered_once_and_given_back() -> None:
     """Matrices of one file share pages; whatever the driver answers must leave no error behind for the next launch."""

@@ -103,6 +103,20 @@ def test_a_layer_that_is_whole_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert last["misses"][0] == []
 
 
+def test_a_backend_that_computes_all_it_is_given_is_given_what_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named all of a layer's experts, plain torch would dequantise every one of them in every step."""
+    machine, accelerator = journal(monkeypatch, cache_size="all", scheduler="gpu_only", sums=True)
+    gpu = machine.runtime._executor.lanes[0].gpu
+    given: list[int] = []
+    launch = gpu.launch
+    monkeypatch.setattr(
+        gpu, "launch", lambda layer, slots, *rest: (given.append(len(slots)), launch(layer, slots, *rest))[1]
+    )
+    machine.play(1)
+    assert given == [TOP_K] * LAYERS
+    assert "routing to host" in accelerator.sites
+
+
 def test_one_that_the_scheduler_shares_with_the_cpu_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """These experts are so small that a launch takes longer than the CPU."""
     machine, accelerator = journal(monkeypatch, cache_size="all", scheduler="balanced", prefetch_size=0)

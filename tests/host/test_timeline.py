@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Engine, Sampling
 from hybrimoe_kt.sim.timeline import read_timeline, write_timeline
-from tests.timelines import check, read
+from tests.timelines import arrivals_before_use, check, read
 
 LANES = {"steps", "scheduler", "GPU 0", "CPU", "link 0"}
 Build = Callable[..., Engine]
@@ -133,6 +134,15 @@ def test_these_checks_can_fail(build: Build, tmp_path: Path, spoil: Callable[[li
     file.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(AssertionError):
         check(file, LANES)
+
+
+@pytest.mark.parametrize(("clocks_us", "is_right"), [(0.002, False), (25.0, False), (100.0, True)])
+def test_clocks_may_contradict_each_other_by_so_much(clocks_us: float, is_right: bool) -> None:
+    """An expert used 30 us before it is there."""
+    about = {"layer": 0, "experts": [3], "plan": 1}
+    link, gpu = {"ts": 10.0, "dur": 40.0, "args": about}, {"ts": 20.0, "dur": 5.0, "args": about}
+    with contextlib.nullcontext() if is_right else pytest.raises(AssertionError, match="used before"):
+        arrivals_before_use([gpu], [link], clocks_us)
 
 
 @pytest.mark.gpu

@@ -150,6 +150,7 @@ class SleepingGpu:
 
     name = "sleeping"
     answers_pairs = False
+    finds_routed = False
 
     def __init__(self, accelerator: TimedAccelerator, costs: Mapping[int, CostModel]) -> None:
         self._accelerator, self._costs = accelerator, costs

@@ -118,11 +118,8 @@ class _Together:
         """Of the chosen scores, which nobody wants."""
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        hidden = hidden.detach().to(self._weights.dtype)
-        if self._ratios is None:
-            corrected = hidden.expand(len(self.layers), -1, -1)
-        else:
-            corrected = hidden * self._ratios
+        hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
+        corrected = hidden.expand(len(self.layers), -1, -1) if self._ratios is None else hidden * self._ratios
         logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
         _write_scores(logits, scores)
         ranked = self._choice(logits, self._biases)
