@@ -14,12 +14,13 @@ complete at any moment. Nothing is downloaded or installed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .plan import MODELS, Plan, steps_of
+from .plan import MODELS, Plan, steps_of, visible_card
 from .results import Results
 from .runner import run_steps
 
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.on_gpu: {refusal}", file=sys.stderr)
         return 2
     plan = Plan(
-        accelerator=options.accelerator or "cuda",
+        accelerator=(options.accelerator or "cuda").partition(":")[0],
+        card="" if options.accelerator == "emulated" else visible_card(int(options.accelerator.partition(":")[2] or 0)),
         models=tuple(dict.fromkeys(options.models or (MODELS[:1] if options.quick else MODELS))),
         out=str(Path(options.out).resolve()),
         minutes=options.minutes or (QUICK_MINUTES if options.quick else 8.0),
@@ -163,5 +165,13 @@ def _closing(results: Results) -> str:
     return f"{len(rows)} rows: " + ", ".join(f"{number} {state}" for state, number in counts.items())
 
 
+def _end_in_order() -> None:
+    """Let signals that end a process unwind it: else its step would go on, and a model's file stay in RAM."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    _end_in_order()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ STEP = "tests"
 ROOT = Path(__file__).parents[2]
 ON_A_CARD = ("tests/device", "tests/backends", "tests/kernels", "tests/host")
 EMULATED = ("-m", "not slow and not gpu", "tests/device/test_slots.py")
+PROCESSES = 8
+"""That share the card, as in `make test-gpu`."""
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)s?\b")
 _NAMED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.MULTILINE)
 _MOST_NAMED = 12
@@ -25,7 +28,7 @@ _MOST_NAMED = 12
 
 def run(plan: Plan, results: Results, ends_s: float) -> None:
     """Run them; one row with the counts, one for each that failed."""
-    chosen = EMULATED if plan.is_emulated else ("-m", _marks(), *ON_A_CARD)
+    chosen = EMULATED if plan.is_emulated else ("-m", _marks(), *_in_parallel(), *ON_A_CARD)
     name = "a small selection, emulated" if plan.is_emulated else "tests on the card"
     text, code = output_of(chosen, plan, max(1.0, ends_s - time.monotonic()))
     print(text, flush=True)
@@ -46,9 +49,17 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
         results.fail(STEP, "tests", name, f"pytest ended with code {code}: {last}")
         return
     counts["failed"] = counts.get("failed", 0) + counts.pop("error", 0)
+    if not counts.get("passed") and not counts["failed"]:
+        results.fail(STEP, "tests", name, f"no test ran, {counts.get('skipped', 0)} were skipped: see tests.log")
+        return
     results.add(STEP, "tests", name, {"passed": 0, "skipped": 0} | counts)
     for test, why in _NAMED.findall(text)[:_MOST_NAMED]:
         results.fail(STEP, "tests", test, why or "see tests.log")
+
+
+def _in_parallel() -> tuple[str, ...]:
+    """Most of the time goes into compiling kernels, on the CPU."""
+    return ("-n", str(PROCESSES)) if importlib.util.find_spec("xdist") else ()
 
 
 def _marks() -> str:

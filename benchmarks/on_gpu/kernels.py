@@ -96,6 +96,8 @@ def _rows(
         except Exception as error:  # the rest may do
             results.fail(STEP, TABLE, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             continue
+        if device.type == "cpu":
+            del found["of_roofline"]  # nobody publishes an interpreter's rates
         results.add(STEP, TABLE, name, found)
 
 

@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,13 +22,12 @@ __all__ = ["run"]
 
 STEP, TABLE = "link", "link"
 _REGISTER_READ_ONLY = 8
-FILE_BYTES = 1 << 30
 
 
 def run(plan: Plan, results: Results, ends_s: float) -> None:
     """Every probe by itself: one that fails is a row, and the rest goes on."""
     device = torch.device("cpu") if plan.is_emulated else torch.device(plan.accelerator)
-    link = Link(device, results, 1 << 16 if plan.is_emulated else 1 << 30)
+    link = Link(device, results, 1 << 16 if plan.is_emulated else 1 << 28 if plan.quick else 1 << 30)
     probes: dict[str, Callable[[], None]] = {
         "large copies": link.large_copies, "registered mappings": link.registered, "small copies": link.small_copies,
         "small beside large": link.beside_a_large_copy, "host's calls": link.calls, "attention": link.attention,
@@ -93,36 +93,33 @@ class Link:
                 else:
                     self.results.leave_out(STEP, TABLE, name, "not used on ROCm")
             return
-        places = [folder for folder in (Path("/dev/shm"), self.results.folder) if _has_room(folder)]
+        places = [folder for folder in (Path("/dev/shm"), self.results.folder) if _has_room(folder, self.num_bytes)]
         if not places:
-            self.results.leave_out(STEP, TABLE, "a file's pages registered", "no room for a file of 1 GiB")
+            why = f"no room for a file of {self.num_bytes >> 20} MiB"
+            self.results.leave_out(STEP, TABLE, "a file's pages registered", why)
         for where in places:
-            file = where / f"on-gpu-probe-{os.getpid()}.bin"
-            try:
-                block = os.urandom(1 << 24)
-                with open(file, "wb") as out:
-                    for _ in range(FILE_BYTES >> 24):
-                        out.write(block)
+            named = "RAM (tmpfs)" if where == Path("/dev/shm") else "the output folder"
+            block = os.urandom(1 << 24)
+            with tempfile.TemporaryFile(
+                dir=where
+            ) as file:  # without a name: gone with this process, also when it is cut
+                for _ in range(self.num_bytes >> 24):
+                    file.write(block)
+                file.flush()
                 for kind, name in names.items():
-                    self._register(
-                        file,
-                        f"{name}, in {'RAM (tmpfs)' if where == Path('/dev/shm') else 'the output folder'}",
-                        kind == "private",
-                    )
-            finally:
-                file.unlink(missing_ok=True)
+                    self._register(file.fileno(), f"{name}, in {named}", kind == "private")
 
-    def _register(self, file: Path, name: str, is_private: bool) -> None:
+    def _register(self, file: int, name: str, is_private: bool) -> None:
         flags = mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
         access = mmap.PROT_READ | (mmap.PROT_WRITE if is_private else 0)
-        with open(file, "r+b") as opened:
-            mapped = mmap.mmap(opened.fileno(), FILE_BYTES, flags=flags, prot=access)
+        size = self.num_bytes
+        mapped = mmap.mmap(file, size, flags=flags, prot=access)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the memory is read-only, and nobody writes to it
             source = torch.frombuffer(mapped, dtype=torch.uint8)
         runtime, before, began = torch.cuda.cudart(), _meminfo(), time.perf_counter()
         try:
-            code = int(runtime.cudaHostRegister(source.data_ptr(), FILE_BYTES, _REGISTER_READ_ONLY))
+            code = int(runtime.cudaHostRegister(source.data_ptr(), size, _REGISTER_READ_ONLY))
         except RuntimeError as error:
             code = -1
             print(error, flush=True)
@@ -137,14 +134,13 @@ class Link:
                 print(error, flush=True)
             return
         grown = after["AnonPages"] - before["AnonPages"]
-        size = min(FILE_BYTES, self.target.numel())
-        rate = self.rate(lambda: self.target[:size].copy_(source[:size], non_blocking=True), size, 2)
+        rate = self.rate(lambda: self.target.copy_(source, non_blocking=True), size, 2)
         runtime.cudaHostUnregister(source.data_ptr())
         self.say(
             name,
-            FILE_BYTES / seconds / 1e9,
+            size / seconds / 1e9,
             "GB/s",
-            f"RAM grew by {grown} MiB for {FILE_BYTES >> 20} MiB; copies from it run at {rate:.1f} GB/s",
+            f"RAM grew by {grown} MiB for {size >> 20} MiB; copies from it run at {rate:.1f} GB/s",
         )
 
     def small_copies(self) -> None:
@@ -233,8 +229,8 @@ class Link:
             self.say(f"attention of one token at a new length, {name}", statistics.median(first[2:]) * 1e6, "us", note)
 
 
-def _has_room(folder: Path) -> bool:
-    return folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * FILE_BYTES
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * num_bytes
 
 
 def _random(num_bytes: int) -> torch.Tensor:

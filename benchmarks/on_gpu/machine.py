@@ -43,25 +43,27 @@ def _card(plan: Plan) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device.device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
     found = {"card": f"{device.describe()}, {memory}, {properties.multi_processor_count} multiprocessors"}
-    found["driver"] = _driver() or "not told"
-    return found | ({"link": link} if (link := _pcie()) else {})
+    uuid = getattr(properties, "uuid", None)  # nvidia-smi counts cards in an order of its own, hidden ones too
+    card = f"GPU-{uuid}" if uuid is not None else "0"
+    found["driver"] = _driver(card) or "not told"
+    return found | ({"link": link} if (link := _pcie(card)) else {})
 
 
-def _driver() -> str:
-    if said := _nvidia_smi("driver_version"):
+def _driver(card: str) -> str:
+    if said := _nvidia_smi(card, "driver_version"):
         return f"NVIDIA {said}"
     file = Path("/sys/module/amdgpu/version")
     return f"amdgpu {file.read_text(encoding='ascii').strip()}" if file.is_file() else ""
 
 
-def _pcie() -> str:
+def _pcie(card: str) -> str:
     """The link's generation and width at most; at rest it may run slower."""
-    said = _nvidia_smi("pcie.link.gen.max,pcie.link.width.max").split(",")
+    said = _nvidia_smi(card, "pcie.link.gen.max,pcie.link.width.max").split(",")
     return f"PCIe {said[0].strip()}.0 x{said[1].strip()}" if len(said) == 2 else ""
 
 
-def _nvidia_smi(query: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+def _nvidia_smi(card: str, query: str) -> str:
+    command = ["nvidia-smi", "-i", card, f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

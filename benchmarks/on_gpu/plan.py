@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MODELS", "Plan", "Step", "steps_of"]
+__all__ = ["MODELS", "Plan", "Step", "environment", "steps_of", "visible_card"]
 
 MODELS = ("qwen3-30b-a3b", "deepseek-v2-lite", "mixtral-8x7b")
 """Generated on the spot, in this order: the first gets most of the time."""
@@ -18,6 +18,9 @@ class Plan:
     """The command line; handed from process to process in the results file."""
 
     accelerator: str
+    """"cuda", of which steps see the one card that was named, or "emulated"."""
+    card: str = ""
+    """That one, as a setting of the environment, see `visible_card`; empty: as the environment has it."""
     models: tuple[str, ...] = MODELS
     out: str = ".cache/on_gpu"
     minutes: float = 8.0
@@ -80,11 +83,26 @@ def steps_of(plan: Plan) -> list[Step]:
     return [*steps, Step("clock", "plans on the clock", 1.0, 5 if plan.is_emulated else 30, 240)]
 
 
+def visible_card(number: int) -> str:
+    """What lets a process see only the card that this one counts as `number`: "CUDA_VISIBLE_DEVICES=2"."""
+    for name in ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):  # ROCm heeds the second where the first is missing
+        listed = [card.strip() for card in os.environ.get(name, "").split(",") if card.strip()]
+        if number < len(listed):
+            return f"{name}={listed[number]}"
+    return f"CUDA_VISIBLE_DEVICES={number}"
+
+
 def environment(plan: Plan) -> dict[str, str]:
-    """What the steps' processes are started with: no network, no progress bars, Triton's interpreter without a GPU."""
+    """What the steps' processes are started with: one card, no network, no progress bars.
+
+    Triton's interpreter without a card.
+    """
     found = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     found |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     found |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    if plan.card:  # tests, graphs and llama.cpp take the current card, or all they see
+        name, _, value = plan.card.partition("=")
+        found[name] = value
     if plan.is_emulated:  # tiny products: a second thread costs more than it brings
         found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return found

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .plan import Plan, Step, environment
@@ -60,34 +60,53 @@ def _own_command(plan: Plan, step: Step, limit_s: float) -> list[str]:
 
 def run_one(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) -> tuple[str, float, str]:
     """Run a command; return its state, its seconds, and what its log says last where it failed."""
-    began = time.monotonic()
+    began, child = time.monotonic(), None
     with open(log, "wb") as out:
-        child = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=env,
-            cwd=ROOT,
-            start_new_session=True,
-        )
         try:
+            with _signals_held():  # one that ended us while a child begins would leave it behind
+                child = subprocess.Popen(
+                    command,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=env,
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             return CUT, _seconds(began), f"it ran past its {limit_s:.0f} s, {log.name} says how far it came"
         finally:
-            _end(child)
+            if child is not None:
+                _end(child)
     if code == 0:
         return DONE, _seconds(began), ""
     return FAILED, _seconds(began), f"{_last_line(log)} (exit code {code}, all of it in {log.name})"
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What would end this process meanwhile does so afterwards."""
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            os.kill(os.getpid(), number)
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the step and everything it started: they are a process group of their own."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    """End the step and everything it started: a process group of their own, which outlives a step that broke off."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _seconds(began: float) -> float:

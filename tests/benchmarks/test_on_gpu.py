@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from benchmarks.on_gpu import runner
+from benchmarks import hybrid
+from benchmarks.on_gpu import __main__ as on_gpu
+from benchmarks.on_gpu import clock, correctness, runner
 from benchmarks.on_gpu.__main__ import main
 from benchmarks.on_gpu.docs import PAGE, page
 from benchmarks.on_gpu.explain import STEPS
 from benchmarks.on_gpu.model import CHECKED_TOKENS, METHODS, _row, configurations
-from benchmarks.on_gpu.plan import MODELS, Plan, Step, steps_of
+from benchmarks.on_gpu.plan import MODELS, Plan, Step, environment, steps_of, visible_card
 from benchmarks.on_gpu.results import Results
 from hybrimoe_kt.operators.health import AcceleratorHealth, Health
 
@@ -38,6 +43,7 @@ class Run(NamedTuple):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("on_gpu")
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--accelerator", "emulated", "--quick", "--out", str(folder)]
+    command += ["--minutes", "8"]  # it takes 25 s of a core; limits of two minutes' worth would be a busy machine's
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -153,6 +159,111 @@ def test_an_overrunning_step_is_cut_with_all_it_started(tmp_path: Path) -> None:
     alive.unlink(missing_ok=True)
     time.sleep(0.3)
     assert not alive.exists(), "what the step had started is still running"
+
+
+def test_what_a_failed_step_had_started_ends_with_it(tmp_path: Path) -> None:
+    """It would compete with whatever is measured next."""
+    alive = tmp_path / "alive"
+    grandchild = f"import time, pathlib\nwhile True: pathlib.Path({str(alive)!r}).write_text('x'); time.sleep(0.05)"
+    script = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\nsys.exit('broke off')"
+    results, _ = play(tmp_path, {"tests": script})
+    assert results.data["steps"]["tests"]["state"] == "failed"
+    time.sleep(0.2)
+    alive.unlink(missing_ok=True)
+    time.sleep(0.5)
+    assert not alive.exists()
+
+
+def test_a_command_that_is_ended_ends_its_step(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "benchmarks.on_gpu", "--accelerator", "emulated", "--quick"]
+    running = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None and "[1/7]" in running.stdout.readline()
+    running.terminate()
+    assert running.wait(30) == 128 + signal.SIGTERM
+    running.stdout.close()
+    assert not [line for line in commands_running() if str(tmp_path) in line]
+
+
+def commands_running() -> list[str]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(file.read_bytes().decode(errors="replace"))
+    return found
+
+
+def test_a_command_that_is_ended_leaves_no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.touch()
+
+    def ended(plan: Plan, steps: Any, results: Results, say: Any) -> Results:
+        results.note_step("model:qwen3-30b-a3b", file=str(model))
+        raise SystemExit(128 + signal.SIGTERM)
+
+    monkeypatch.setattr(on_gpu, "run_steps", ended)
+    with pytest.raises(SystemExit):
+        main(["--accelerator", "emulated", "--quick", "--out", str(tmp_path)])
+    assert not model.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment_has", "number", "setting"),
+    [
+        ({}, 1, "CUDA_VISIBLE_DEVICES=1"),
+        ({"CUDA_VISIBLE_DEVICES": "3, 5"}, 1, "CUDA_VISIBLE_DEVICES=5"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-ab,MIG-cd"}, 0, "CUDA_VISIBLE_DEVICES=GPU-ab"),
+        ({"HIP_VISIBLE_DEVICES": "2,4"}, 1, "HIP_VISIBLE_DEVICES=4"),
+    ],
+)
+def test_every_process_sees_the_one_card_that_was_named(
+    monkeypatch: pytest.MonkeyPatch, environment_has: dict[str, str], number: int, setting: str
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment_has.items():
+        monkeypatch.setenv(name, value)
+    assert visible_card(number) == setting
+    name, _, value = setting.partition("=")
+    seen = environment(Plan("cuda", card=setting))
+    assert seen[name] == value
+    monkeypatch.setenv(name, value)  # as a step's own processes get it
+    assert environment(Plan("cuda", card=setting))[name] == value
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "state"),
+    [
+        ("12 skipped in 0.3s", 0, "failed"),
+        ("40 deselected in 0.3s", 5, "failed"),
+        ("FAILED tests/a.py::b - wrong\n1 failed, 3 passed in 2.0s", 1, "measured"),
+        ("3 passed, 12 skipped in 2.0s", 0, "measured"),
+    ],
+)
+def test_tests_that_did_not_run_are_not_taken_for_passed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, code: int, state: str
+) -> None:
+    results = Results.begin(plan_in(tmp_path))
+    monkeypatch.setattr(correctness, "output_of", lambda *_: (said, code))
+    correctness.run(results.plan, results, time.monotonic() + 60)
+    assert results.data["rows"][0]["state"] == state
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert ("no result" in report) == (state == "failed")
+
+
+def test_a_ratio_to_a_hybrid_run_that_failed_is_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def method(health: Health) -> Any:
+        return SimpleNamespace(runtime=SimpleNamespace(health=lambda: health))
+
+    profile = tmp_path / "profile.json"
+    profile.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(hybrid, "random_layer", lambda number: number)
+    monkeypatch.setattr(hybrid, "calibrated", lambda *_: (profile, 0.0))
+    monkeypatch.setattr(hybrid, "compare", lambda *_: {"hybrid": method(BROKEN), "static": method(Health())})
+    monkeypatch.setattr(hybrid, "row", lambda name, *_: {"method": name, "token_ms": 12.5, "hybrid_speedup": 3.75})
+    results = Results.begin(plan_in(tmp_path, accelerator="cuda"))
+    clock.run(results.plan, results, time.monotonic() + 60)
+    values = {row["name"]: row["values"] for row in results.data["rows"]}
+    assert values["50%, hybrid"] == {} and values["50%, static"] == {"token_ms": 12.5}
 
 
 def test_a_step_without_time_is_not_begun(tmp_path: Path) -> None:
