@@ -32,7 +32,7 @@ class Fallback:
 
     @property
     def state(self) -> str:
-        """ "hybrid", "trying cpu_only" or, once it has fallen, "cpu_only"; or gpu_only."""
+        """In a word or two: hybrid, trying cpu_only or, once it has fallen, cpu_only; gpu_only likewise."""
         if self.scheduler is None:
             return "hybrid"
         return self.scheduler if self.has_fallen else f"trying {self.scheduler}"

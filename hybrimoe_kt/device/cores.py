@@ -11,7 +11,7 @@ import os
 __all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "physical_cores"]
 
 _SPARE_FROM = 8
-"""Cores from which one that only polls is not missed: the experts' threads have half of them, torch the rest."""
+"""Cores from which one that only polls is not missed: experts' threads have half of them, torch the rest. Estimated."""
 
 
 def physical_cores() -> int:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_IN_A_ROW = 3
 _MOST_OF_STEPS = 8, 64
-"""Failures, of so many steps in a row, that say a device will not recover, though steps between them succeed."""
+"""Failures, of so many steps in a row, that say a device will not recover, though steps between succeed: a choice."""
 
 
 class Lane:
@@ -222,7 +222,8 @@ class Lane:
         self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
     ) -> None:
         out = self._views(step).out
-        reads = [slots.views[slot] for _, slot in pairs]
+        is_whole = len(pairs) == len(slots.views)
+        reads = [slots.memory] if is_whole else [slots.views[slot] for _, slot in pairs]
         reads += (table, step.hidden, step.ids, step.weights)
 
         def work() -> None:

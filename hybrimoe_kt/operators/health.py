@@ -36,7 +36,8 @@ class Health:
 
     accelerators: dict[str, AcceleratorHealth] = field(default_factory=dict)
     fallback: str = "off"
-    """"off", "hybrid" (watching, hybrid plans pay so far), "trying cpu_only", "cpu_only" (for good); or gpu_only."""
+    """Either off, or hybrid (it watches, and hybrid plans pay so far), trying cpu_only, cpu_only (for good); gpu_only
+    likewise."""
 
     @property
     def is_clean(self) -> bool:
