@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from hybrimoe_kt.backends.cpu_cpuinfer import CpuInferBackend
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
@@ -90,8 +92,8 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
         _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
         streamed = _stream_slots(options, store, [layer for layer in usable if slots[layer]])
         num_streamed |= streamed
-        lanes.append(
-            Lane(
+        try:
+            lane = Lane(
                 device,
                 gpus[name],
                 store,
@@ -103,7 +105,12 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
                 patience=patience,
                 whole_bytes=0 if options.transfer_chunk_bytes else _WHOLE_BYTES,
             )
-        )
+        except torch.OutOfMemoryError:
+            raise CapacityError(
+                f"{name} has no memory left beside the expert cache for the kernels' workspace; give a smaller "
+                f"cache_size, or a larger reserve_bytes"
+            ) from None
+        lanes.append(lane)
     number = {layer: place for place, layers in enumerate(served.values()) for layer in layers}
     specs = tuple(
         LayerSpec(

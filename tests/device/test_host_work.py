@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_kt.backends.torch_reference import TorchReferenceGpu
 from hybrimoe_kt.device import cores, waiting
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
@@ -246,3 +247,14 @@ def test_a_cache_shrinks_for_somebody_else_s_sake(monkeypatch: pytest.MonkeyPatc
     assert machine.runtime.num_slots == 0
     assert not machine.runtime.make_room(torch.OutOfMemoryError("in attention")), "nothing is left to give"
     machine.play(1)
+
+
+def test_no_memory_for_the_workspace_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` may have filled the card by then."""
+
+    def prepare(self: object, max_tokens: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TorchReferenceGpu, "prepare", prepare)
+    with pytest.raises(CapacityError, match=r"emulated:0 has no memory left .* larger reserve_bytes"):
+        make(monkeypatch, 0, accelerator=Journal())
