@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -32,6 +34,15 @@ def endless() -> dict[str, object]:
     metadata = GgufFile(embedded_model()).metadata
     ends = {int(metadata[f"tokenizer.ggml.{name}_token_id"]) for name in ("eos", "bos")}
     return STORY | {"logit_bias": {str(end): -100 for end in ends}}
+
+
+@contextlib.contextmanager
+def waiting_behind(
+    server: ServerProcess, asked: dict[str, object], headers: dict[str, str] | None = None
+) -> Iterator[list[httpx.Response]]:
+    """Three more answers in the queue: one alone, of at most a thousand tokens, may be over before it is looked at."""
+    with contextlib.ExitStack() as streams, httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+        yield [streams.enter_context(http.stream("POST", "/v1/chat/completions", json=asked)) for _ in range(3)]
 
 
 def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> None:
@@ -78,10 +89,13 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
             listener = threading.Thread(target=listen)
             listener.start()
             assert begun.wait(20)
-            server.process.send_signal(signal.SIGTERM)
-            assert eventually(lambda: http.get("/health").status_code == 503, 20)
-            assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
-            listener.join(60)
+            with waiting_behind(server, endless | {"max_tokens": 150}, headers) as others:
+                server.process.send_signal(signal.SIGTERM)
+                assert eventually(lambda: http.get("/health").status_code == 503, 20)
+                assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+                listener.join(60)
+                for other in others:
+                    assert list(other.iter_lines())[-2] == "data: [DONE]"
             assert sum('"content"' in line for line in lines) > 50
             assert '"finish_reason":"length"' in lines[-4]
             assert lines[-2] == "data: [DONE]"
@@ -92,11 +106,13 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
 def test_the_second_signal_ends_at_once(endless: dict[str, object]) -> None:
     with (
         ServerProcess() as server,
-        httpx.stream("POST", f"{server.url}/v1/chat/completions", json=endless, timeout=60) as answer,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        http.stream("POST", "/v1/chat/completions", json=endless) as answer,
+        waiting_behind(server, endless),
     ):
         next(answer.iter_lines())
         server.process.send_signal(signal.SIGINT)
-        assert eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503, 20)
+        assert eventually(lambda: http.get("/health").status_code == 503, 20)
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 1
 
