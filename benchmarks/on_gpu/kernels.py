@@ -18,7 +18,7 @@ from benchmarks.gpu_roofline import expert_bytes, mixes_of, roofline
 from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
@@ -114,7 +114,7 @@ def make_layer(spec: ModelSpec, kinds: Kinds, device: torch.device) -> Layer:
     experts = LayerExperts(0, spec.num_experts, spec.top_k, spec.hidden, spec.expert_width, gate, up, down)
     layout = SlotLayout(experts)
     slot = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
-    layout.write((parts[0], parts[1], parts[2]), slot)
+    layout.write(parts, slot)
     memory = slot.to(device).repeat(spec.num_experts, 1)
     return Layer(experts, layout, memory, torch.arange(spec.num_experts, dtype=torch.int32, device=device))
 

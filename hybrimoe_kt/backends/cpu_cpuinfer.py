@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
 from .cpu_llamafile import LlamafileBackend

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError
 
 from . import llamafile_shapes

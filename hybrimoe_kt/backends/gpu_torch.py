@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 
@@ -62,9 +62,9 @@ class TorchGpu:
 
     def _matrices(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dequantise gate, up `[inter, H]` and down `[H, inter]` of a slot."""
-        experts, layout, memory = self._layers[layer]
+        _, layout, memory = self._layers[layer]
         gate, up, down = (
-            dequantize(layout.read(memory[slot], number), matrix.ggml_type, (matrix.rows, matrix.columns))
-            for number, matrix in enumerate(experts.matrices)
+            dequantize(matrix.read(memory[slot]), matrix.type.number, (matrix.rows, matrix.columns))
+            for matrix in layout.matrices
         )
         return gate, up, down

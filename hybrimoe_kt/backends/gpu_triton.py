@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
@@ -239,9 +239,7 @@ def _target_of(device: torch.device) -> Target:
 
 
 def _in_slot(matrix: ExpertMatrix, layout: SlotLayout, number: int) -> MatrixInSlot:
-    starts = {segment.plane.name: segment.start_bytes for segment in layout.segments_of(number)}
-    first, second, third, fourth = ([starts[name] for name in FORMATS[matrix.ggml_type].planes] + [0] * 3)[:4]
-    return MatrixInSlot(matrix.ggml_type, matrix.rows, matrix.columns, (first, second, third, fourth))
+    return MatrixInSlot(matrix.ggml_type, matrix.rows, matrix.columns, layout.matrices[number].offsets)
 
 
 def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:

@@ -6,14 +6,12 @@ import math
 
 import torch
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.quant_types import row_bytes
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.quants import TYPES, row_bytes
 
-__all__ = ["GATE_TYPES", "check_layer", "copied_bytes", "padded", "padded_width", "refusal"]
+__all__ = ["check_layer", "copied_bytes", "padded", "padded_width", "refusal"]
 
-GATE_TYPES = frozenset({0, 1, 2, 6, 8, 10, 11, 12, 13, 14})
-"""F32, F16, Q4_0, Q5_0, Q8_0, Q2_K to Q6_K. The others abort the process or come back wrong (kt-kernel 0.7.2)."""
 _WIDTH_STEP = 256
 _MAX_TOP_K = 64
 
@@ -40,8 +38,8 @@ def copied_bytes(experts: LayerExperts) -> int:
 
 def check_layer(experts: LayerExperts) -> None:
     """Raise ModelError for experts whose types or shapes the kernels get wrong."""
-    for role, matrix in zip(("gate", "up", "down"), experts.matrices, strict=True):
-        if matrix.ggml_type not in GATE_TYPES:
+    for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        if not TYPES[matrix.ggml_type].llamafile:
             raise ModelError(
                 f"layer {experts.layer}: {role} experts are {matrix.type_name}, which the llamafile CPU backend "
                 f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.nn import functional
 
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 
@@ -110,5 +110,5 @@ class TorchReferenceGpu:
         for index, slot in slots:
             if told[index] != slot or not 0 <= slot < len(memory):
                 raise KernelError(f"layer {layer}: expert {index} is said to be in slots {slot} and {told[index]}")
-            parts = (layout.read(memory[slot], matrix) for matrix in range(3))
+            parts = (matrix.read(memory[slot]) for matrix in layout.matrices)
             _add_pairs(experts, index, parts, hidden.float(), ids, weights, out)

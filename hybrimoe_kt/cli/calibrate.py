@@ -20,7 +20,7 @@ from .parsing import Parser
 
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration
-    from hybrimoe_kt.device.host_store import LayerExperts
+    from hybrimoe_kt.device.experts import LayerExperts
 
 __all__ = ["build_parser", "main"]
 
@@ -144,8 +144,8 @@ def _random_experts() -> LayerExperts:
     import torch
     from gguf import GGMLQuantizationType
 
-    from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-    from hybrimoe_kt.device.quant_types import row_bytes
+    from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+    from hybrimoe_kt.quants import row_bytes
 
     kind = int(GGMLQuantizationType.Q4_K)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from .host_store import LayerExperts
+from .experts import LayerExperts
 from .layout import SlotLayout
 
 __all__ = ["CpuBackend", "GpuBackend"]

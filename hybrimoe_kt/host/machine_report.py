@@ -15,6 +15,7 @@ from hybrimoe_kt.device.inspect_machine import (
     inspect_library,
     inspect_memory,
 )
+from hybrimoe_kt.quants import kernel_types, llamafile_types
 
 __all__ = ["report_machine"]
 
@@ -52,11 +53,9 @@ def report_machine() -> dict[str, Any]:
 def _cpu_kernels() -> dict[str, Any]:
     """Whether kt-kernel's llamafile backend imports; its threads are not started."""
     from hybrimoe_kt.backends.kt_kernel_pool import unusable
-    from hybrimoe_kt.backends.llamafile_shapes import GATE_TYPES
-    from hybrimoe_kt.device.quant_types import type_name
 
     reason = unusable()
-    return {"runs": reason is None, "types": [type_name(kind) for kind in sorted(GATE_TYPES)], "problem": reason}
+    return {"runs": reason is None, "types": [kind.name for kind in llamafile_types()], "problem": reason}
 
 
 def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,12 +63,10 @@ def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
     from hybrimoe_kt.backends.gpu_triton import unusable
-    from hybrimoe_kt.device.quant_types import type_name
-    from hybrimoe_kt.kernels.formats import FORMATS
 
     device = devices[0]["name"] if devices else "cpu"
     reason = unusable(torch.device(device))
-    types = [type_name(kind) for kind in sorted(FORMATS)]
+    types = [kind.name for kind in kernel_types()]
     return {"runs": reason is None, "types": types, "device": device, "problem": reason}
 
 

@@ -22,7 +22,8 @@ from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
-from hybrimoe_kt.device.host_store import HostStore, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.inbox import Predict, Step, ask
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 

@@ -21,7 +21,7 @@ from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, gpu_backend, refusal, unusable
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels import workspace
@@ -365,8 +365,7 @@ def test_a_layer_of_the_embedded_model(embedded_model: Path) -> None:
     layout = SlotLayout(experts)
     memory = torch.zeros(experts.num_experts, layout.slot_bytes, dtype=torch.uint8)
     for number in range(experts.num_experts):
-        gate, up, down = (matrix.data[number] for matrix in experts.matrices)
-        layout.write((gate, up, down), memory[number])
+        layout.write(experts.parts(number), memory[number])
     slot_of = torch.arange(experts.num_experts, dtype=torch.int32)
     layer = SlottedLayer(experts, layout, memory.to(DEVICE), slot_of.to(DEVICE))
     for num_tokens, limit in ((1, INT8_ERROR), (8, INT8_ERROR), (40, HALF_ERROR)):

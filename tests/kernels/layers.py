@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 
 from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import expert_ffn
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 
 KINDS = (Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.Q5_0, Type.Q4_0, Type.F16, Type.BF16)
@@ -88,8 +88,7 @@ def slotted_layer(
     memory = torch.full((num_experts, layout.slot_bytes), 0xFF, dtype=torch.uint8)
     for expert, slot in enumerate(slot_of.tolist()):
         if slot >= 0:
-            parts = tuple(m.data[expert] for m in matrices)
-            layout.write(parts, memory[slot])  # type: ignore[arg-type]
+            layout.write(experts.parts(expert), memory[slot])
     return SlottedLayer(experts, layout, memory.to(DEVICE), slot_of.to(DEVICE))
 
 

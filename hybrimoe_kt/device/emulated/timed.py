@@ -18,7 +18,7 @@ import torch
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile, load_profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.slots import stream_key
 from hybrimoe_kt.errors import ConfigError

@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -26,7 +26,6 @@ from .dense_weights import LazyTensor, Load, Where
 
 __all__ = ["Checkpoint", "CheckpointLoader", "is_checkpoint"]
 
-_ROLES = ("gate", "up", "down")
 _TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 _HELD = {
     torch.float16: (GGMLQuantizationType.F16, torch.float16),
@@ -45,7 +44,7 @@ class _Layout:
 
 
 _LAYOUTS = (
-    _Layout(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in _ROLES)),
+    _Layout(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES)),
     _Layout(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2"))),
     # gate and up stacked as one tensor: the first half of its rows are the gate's
     _Layout("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),

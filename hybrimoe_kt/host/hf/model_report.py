@@ -10,7 +10,7 @@ from typing import Any
 
 from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 
 from .architectures import architecture_of
