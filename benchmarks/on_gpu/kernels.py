@@ -20,6 +20,7 @@ from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.errors import summary
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
 from .plan import Plan
@@ -94,7 +95,7 @@ def _rows(
             layer = layer or make_layer(spec, kinds, device)
             found = measure(layer, spec, kinds, num_tokens, bandwidth, launches or LAUNCHES[num_tokens])
         except Exception as error:  # the rest may do
-            results.fail(STEP, TABLE, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            results.fail(STEP, TABLE, name, summary(error))
             continue
         if device.type == "cpu":
             del found["of_roofline"]  # nobody publishes an interpreter's rates

@@ -19,7 +19,7 @@ import torch
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-from hybrimoe_kt.errors import KernelError
+from hybrimoe_kt.errors import KernelError, summary
 from hybrimoe_kt.kernels.configs import decode_config, prefill_configs
 from hybrimoe_kt.kernels.failures import launch_failures
 from hybrimoe_kt.kernels.targets import INTERPRETER, Target, of_capability
@@ -175,10 +175,7 @@ class TritonGpu:
                     part = slice(first, first + CHUNK_TOKENS)
                     kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
         except launch_failures() as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise KernelError(
-                f"Triton cannot run the kernels of layer {layer}: {type(error).__name__}: {reason}"
-            ) from error
+            raise KernelError(f"Triton cannot run the kernels of layer {layer}: {summary(error)}") from error
 
     def _check(
         self,

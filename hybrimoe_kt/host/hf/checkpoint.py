@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
 from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.operators.runtime import Runtime
 
 from .dense_weights import LazyTensor, Load, Where
@@ -74,7 +74,7 @@ class Checkpoint:
             try:
                 opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                reason = (str(error).splitlines() or ["unreadable"])[0]
+                reason = first_line(error)
                 raise ModelError(f"{file}: damaged safetensors file ({reason}); download it again") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         # a model that also sees has its language model one level deeper

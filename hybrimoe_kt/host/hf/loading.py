@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host import rules as rule_engine
 from hybrimoe_kt.operators.runtime import Runtime
 
@@ -34,7 +34,7 @@ from .gguf_file import GgufFile
 from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
 from .placement import Crossings, Placement, place_modules
-from .sources import Source, first_line, open_source
+from .sources import Source, open_source
 
 __all__ = ["LoadedModel", "load_model"]
 
