@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .backends.registry import CPU_BACKENDS, DEFAULT_CPU, GPU_BACKENDS, check_name
 from .core.policies import POLICIES
 from .core.predictors import PREDICTORS
 from .core.schedulers import SCHEDULERS
@@ -27,9 +28,6 @@ ACCELERATORS = (
     "cuda[:N]",
     "xpu[:N]",
 )
-CPU_BACKENDS = ("llamafile", "cpuinfer", "torch_reference")
-GPU_BACKENDS = ("auto", "triton", "torch", "torch_reference")
-
 HOST_STORES = ("auto", "mapped", "page_locked")
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -109,9 +107,10 @@ class ExpertOptions:
 
     Layers may name different ones, in rules of their own. See `device.choose`.
     """
-    cpu_backend: str = "llamafile"
+    cpu_backend: str = DEFAULT_CPU
+    """Who computes experts on the CPU: a name of `backends.registry`, or a class, "package.module:Class"."""
     gpu_backend: str = "auto"
-    """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch.
+    """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch. Or a class.
 
     On an emulated accelerator auto is torch_reference, slow and exact; triton runs there in Triton's interpreter.
     """
@@ -166,8 +165,8 @@ class ExpertOptions:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
         _check_accelerator(self.accelerator)
-        _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
-        _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
+        check_name("cpu_backend", self.cpu_backend, CPU_BACKENDS)
+        check_name("gpu_backend", self.gpu_backend, ("auto", *GPU_BACKENDS))
         for kind, known in (("policy", POLICIES), ("scheduler", SCHEDULERS), ("predictor", PREDICTORS)):
             if getattr(self, kind) not in known:
                 raise ConfigError(unknown_name(kind, getattr(self, kind), known))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Container
 
 import numpy as np
@@ -11,10 +10,13 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as numpy_dequantize
 
+from hybrimoe_kt.dotted import load_dotted
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.quants import TYPES, type_name
 
 __all__ = ["dequantize", "dequantize_q5_0"]
+
+_routine = functools.cache(load_dotted)
 
 
 def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -33,13 +35,6 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     if ggml_type in known:
         return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
-
-
-@functools.cache
-def _routine(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    module, _, name = path.partition(":")
-    routine: Callable[[torch.Tensor], torch.Tensor] = getattr(importlib.import_module(module), name)
-    return routine
 
 
 def dequantize_q5_0(blocks: torch.Tensor) -> torch.Tensor:

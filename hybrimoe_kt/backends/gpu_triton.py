@@ -1,22 +1,20 @@
 """GPU experts on this package's Triton kernels, straight from their slots.
 
-Triton is optional: this module imports without it, and `gpu_backend` then answers with the torch fallback. On the
-CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for tests.
+Triton is optional: this module imports without it, and `unusable` then says so. On the CPU the kernels run only in
+Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for tests.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
-import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, KernelRow
 from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError, summary
@@ -31,16 +29,12 @@ from hybrimoe_kt.kernels.workspace import (
     decode_parts,
     prefill_parts,
 )
-from hybrimoe_kt.quants import TYPES
-
-from .gpu_torch import TorchGpu
+from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 
 if TYPE_CHECKING:
     from hybrimoe_kt.kernels.layer import LayerKernels
 
-__all__ = ["KernelRow", "TritonGpu", "describe_kernels", "gpu_backend", "refusal", "unusable"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TritonGpu", "describe_kernels", "refusal", "unusable"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTH_STEP = 8
@@ -62,20 +56,6 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def gpu_backend(device: torch.device) -> GpuBackend:
-    """Return the Triton backend, or the torch one with a warning, once a reason, where Triton cannot run."""
-    reason = unusable(device)
-    if reason is None:
-        return TritonGpu()
-    _warn_once(reason)
-    return TorchGpu()
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("GPU experts are dequantised and multiplied by torch, several times slower: %s", reason)
-
-
 def refusal(experts: LayerExperts) -> str | None:
     """Return why the kernels do not read a layer's experts, None when they do."""
     for role, matrix in zip(ROLES, experts.matrices, strict=True):
@@ -90,7 +70,7 @@ def refusal(experts: LayerExperts) -> str | None:
     return None
 
 
-class TritonGpu:
+class TritonGpu(GpuBackend):
     """Adds weighted sums; up to 8 tokens on matrix-vector kernels with int8 activations, more on tensor cores.
 
     A launch decides nothing from tensor values, so it can be captured in a CUDA graph. Calls must be on one stream.
@@ -109,8 +89,21 @@ class TritonGpu:
         self._whole: dict[int, Sequence[tuple[int, int]]] = {}
         """Layer -> slots of all its experts, as checked last."""
 
-    def refuses(self, experts: LayerExperts) -> str | None:
+    @classmethod
+    def unusable(cls, device: torch.device) -> str | None:
+        return unusable(device)
+
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        return kernel_types()
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
         return refusal(experts)
+
+    @classmethod
+    def kernels(cls, experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
+        return describe_kernels(experts, capability)
 
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer; KernelError for experts that `refuses` names, or a device without Triton."""
@@ -239,15 +232,6 @@ def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
             parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
             sizes.append(Workspace.bytes_for(parts))
     return max(sizes)
-
-
-class KernelRow(NamedTuple):
-    """Which kernels read one tensor."""
-
-    tensor: str
-    type_name: str
-    decode: str
-    prefill: str
 
 
 def describe_kernels(experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
