@@ -108,6 +108,7 @@ def _load(option: str, name: str, known: Mapping[str, str], protocol: type) -> A
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{option} {name!r} cannot be loaded: {summary(error)}") from error
     lacking = [member for member in vars(protocol) if not member.startswith("_") and not hasattr(found, member)]
+    lacking += sorted(getattr(found, "__abstractmethods__", ()))
     if lacking:
         raise ConfigError(
             f"{option} {name!r} is no {protocol.__name__}, it has no {', '.join(lacking)}: let it inherit from "

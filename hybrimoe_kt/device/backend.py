@@ -11,6 +11,7 @@ before one is made, has to be cheap. `backends.registry` knows them by name.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -62,6 +63,7 @@ class CpuBackend(Protocol):
         """Bytes of the host copy that it makes of a layer, beside the mapped file."""
         return 0
 
+    @abstractmethod
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts; ModelError for those that it `refuses`."""
 
@@ -69,15 +71,18 @@ class CpuBackend(Protocol):
         """Whether it keeps a host copy of that layer's experts of its own, beside the mapped file."""
         return False
 
+    @abstractmethod
     def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Start computing; inputs (hidden float32) stay unchanged until `wait` returns.
 
         KernelError on input it would get wrong.
         """
 
+    @abstractmethod
     def is_done(self) -> bool:
         """Whether the submitted call has ended; never blocks."""
 
+    @abstractmethod
     def wait(self) -> torch.Tensor:
         """Return the ended call's answer, in a buffer valid until the next submit. Call it once `is_done`."""
 
@@ -112,6 +117,7 @@ class GpuBackend(Protocol):
         names = zip(ROLES, experts.matrices, strict=True)
         return [KernelRow(role, matrix.type_name, cls.name, cls.name) for role, matrix in names]
 
+    @abstractmethod
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer's types, shapes and slots, uint8 `[num_slots, slot_bytes]`.
 
@@ -121,6 +127,7 @@ class GpuBackend(Protocol):
     def prepare(self, max_tokens: int) -> None:
         """Allocate what calls of up to `max_tokens` tokens need, once, after every `add_layer`."""
 
+    @abstractmethod
     def launch(
         self,
         layer: int,
