@@ -52,7 +52,7 @@ class Layer:
 
 def run(plan: Plan, results: Results, ends_s: float) -> None:
     """A row for every model, mixture of types and number of tokens."""
-    from hybrimoe_kt.backends.gpu_triton import unusable
+    from hybrimoe_kt.backends.gpu_triton import TritonGpu
 
     device = torch.device("cpu") if plan.is_emulated else torch.device(plan.accelerator)
     bandwidth = copy_bandwidth(device, 1 << 20 if plan.is_emulated else 1 << 30)
@@ -63,7 +63,7 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
         {"value": bandwidth / 1e9, "unit": "GB/s"},
         note="read and written together",
     )
-    reason = unusable(device)
+    reason = TritonGpu.unusable(device)
     if reason is not None:
         results.leave_out(STEP, TABLE, "all", f"{reason}; experts are dequantised and multiplied by torch")
         return

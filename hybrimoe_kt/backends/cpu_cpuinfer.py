@@ -15,7 +15,7 @@ import torch
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
-from .llamafile_input import LlamafileArithmetic, check_call, check_layer, kernel_matrices
+from .llamafile_input import LlamafileArithmetic, check_call, kernel_matrices
 
 __all__ = ["CpuInferBackend", "adopt_pool"]
 
@@ -76,7 +76,7 @@ class CpuInferBackend(LlamafileArithmetic):
         return self.copied_bytes(self._layers[layer]) > 0
 
     def add_layer(self, experts: LayerExperts) -> None:
-        check_layer(experts)
+        self.check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
 

@@ -18,7 +18,7 @@ from hybrimoe_kt.errors import KernelError
 
 from . import kt_kernel_pool
 from .kt_kernel_pool import extension, stdout_silenced, worker_pool
-from .llamafile_input import LlamafileArithmetic, check_call, check_layer, kernel_matrices
+from .llamafile_input import LlamafileArithmetic, check_call, kernel_matrices
 
 __all__ = ["LlamafileBackend"]
 
@@ -65,7 +65,7 @@ class LlamafileBackend(LlamafileArithmetic):
 
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts in place; ModelError for a type or shape the kernel gets wrong."""
-        check_layer(experts)
+        self.check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
         self._buffers = self._buffers.at_least(self._num_rows(experts), experts.top_k, experts.hidden)

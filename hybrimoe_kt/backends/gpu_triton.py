@@ -34,40 +34,12 @@ from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 if TYPE_CHECKING:
     from hybrimoe_kt.kernels.layer import LayerKernels
 
-__all__ = ["TritonGpu", "describe_kernels", "refusal", "unusable"]
+__all__ = ["TritonGpu"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTH_STEP = 8
 _MAX_SLOT_BYTES = 1 << 31
 _DOT_NAMES = ("plain int8", "int8 dp4a", "int8 v_dot4", "int8 v_dot4")
-
-
-def unusable(device: torch.device) -> str | None:
-    """Return why the Triton kernels cannot run on `device`, None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "on the CPU Triton only runs in its interpreter (set TRITON_INTERPRET=1 before starting)"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel was built for {device.type} devices"
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"the GPU's compute capability is {major}.{minor}, the kernels want 8.0 or newer"
-    return None
-
-
-def refusal(experts: LayerExperts) -> str | None:
-    """Return why the kernels do not read a layer's experts, None when they do."""
-    for role, matrix in zip(ROLES, experts.matrices, strict=True):
-        kind = TYPES[matrix.ggml_type]
-        if kind.unit is None:
-            return f"{role} experts are {matrix.type_name}, which no GPU kernel reads"
-        if matrix.columns % kind.column_step or matrix.rows % _WIDTH_STEP:
-            wanted = f"multiples of {kind.column_step} columns and {_WIDTH_STEP} rows"
-            return f"{role} experts are {matrix.rows}x{matrix.columns} {matrix.type_name}; GPU kernels want {wanted}"
-    if SlotLayout(experts).slot_bytes >= _MAX_SLOT_BYTES:
-        return f"an expert takes {experts.expert_bytes} bytes; GPU kernels address up to {_MAX_SLOT_BYTES}"
-    return None
 
 
 class TritonGpu(GpuBackend):
@@ -91,7 +63,17 @@ class TritonGpu(GpuBackend):
 
     @classmethod
     def unusable(cls, device: torch.device) -> str | None:
-        return unusable(device)
+        """Return why the Triton kernels cannot run on `device`, None when they can."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "on the CPU Triton only runs in its interpreter (set TRITON_INTERPRET=1 before starting)"
+        if device.type not in ("cpu", "cuda"):
+            return f"no kernel was built for {device.type} devices"
+        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"the GPU's compute capability is {major}.{minor}, the kernels want 8.0 or newer"
+        return None
 
     @classmethod
     def types(cls) -> tuple[QuantType, ...]:
@@ -99,15 +81,44 @@ class TritonGpu(GpuBackend):
 
     @classmethod
     def refuses(cls, experts: LayerExperts) -> str | None:
-        return refusal(experts)
+        """Return why the kernels do not read a layer's experts, None when they do."""
+        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+            kind = TYPES[matrix.ggml_type]
+            if kind.unit is None:
+                return f"{role} experts are {matrix.type_name}, which no GPU kernel reads"
+            if matrix.columns % kind.column_step or matrix.rows % _WIDTH_STEP:
+                wanted = f"multiples of {kind.column_step} columns and {_WIDTH_STEP} rows"
+                return (
+                    f"{role} experts are {matrix.rows}x{matrix.columns} {matrix.type_name}; GPU kernels want {wanted}"
+                )
+        if SlotLayout(experts).slot_bytes >= _MAX_SLOT_BYTES:
+            return f"an expert takes {experts.expert_bytes} bytes; GPU kernels address up to {_MAX_SLOT_BYTES}"
+        return None
 
     @classmethod
     def kernels(cls, experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
-        return describe_kernels(experts, capability)
+        """Say which kernel serves gate, up and down experts on a GPU: (8, 6) for CUDA, "gfx1100" for HIP."""
+        reason = cls.refuses(experts)
+        if reason:
+            place = f"on the CPU: {reason}"
+            return [KernelRow(role, m.type_name, place, place) for role, m in zip(ROLES, experts.matrices, strict=True)]
+        if isinstance(capability, str):
+            target = of_capability("hip", capability)
+        else:
+            target = of_capability("cuda", 10 * capability[0] + capability[1])
+        dot = _DOT_NAMES[decode_config(target).form]
+        pairs = " or ".join(str(config.pairs) for config in prefill_configs(target))
+        rows = []
+        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+            op = "down" if role == "down" else "gate_up"
+            inner = "float activations" if TYPES[matrix.ggml_type].is_float else dot
+            large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
+            rows.append(KernelRow(role, matrix.type_name, f"decode_{op} ({target.name}, {inner})", large))
+        return rows
 
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer; KernelError for experts that `refuses` names, or a device without Triton."""
-        reason = refusal(experts) or unusable(memory.device)
+        reason = self.refuses(experts) or self.unusable(memory.device)
         if reason:
             raise KernelError(f"layer {experts.layer}: {reason}")
         if memory.dtype != torch.uint8 or memory.dim() != 2 or memory.shape[1] != layout.slot_bytes:
@@ -232,24 +243,3 @@ def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
             parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
             sizes.append(Workspace.bytes_for(parts))
     return max(sizes)
-
-
-def describe_kernels(experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
-    """Say which kernel serves gate, up and down experts on a GPU: (8, 6) for CUDA, "gfx1100" for HIP."""
-    reason = refusal(experts)
-    if reason:
-        place = f"on the CPU: {reason}"
-        return [KernelRow(role, m.type_name, place, place) for role, m in zip(ROLES, experts.matrices, strict=True)]
-    if isinstance(capability, str):
-        target = of_capability("hip", capability)
-    else:
-        target = of_capability("cuda", 10 * capability[0] + capability[1])
-    dot = _DOT_NAMES[decode_config(target).form]
-    pairs = " or ".join(str(config.pairs) for config in prefill_configs(target))
-    rows = []
-    for role, matrix in zip(ROLES, experts.matrices, strict=True):
-        op = "down" if role == "down" else "gate_up"
-        inner = "float activations" if TYPES[matrix.ggml_type].is_float else dot
-        large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
-        rows.append(KernelRow(role, matrix.type_name, f"decode_{op} ({target.name}, {inner})", large))
-    return rows

@@ -14,7 +14,7 @@ from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
 from hybrimoe_kt.quants import TYPES, QuantType, llamafile_types, row_bytes
 
-__all__ = ["LlamafileArithmetic", "check_call", "check_layer", "copied_bytes", "kernel_matrices", "refusal"]
+__all__ = ["LlamafileArithmetic", "check_call", "kernel_matrices"]
 
 _WIDTH_STEP = 256
 _MAX_TOP_K = 64
@@ -29,55 +29,46 @@ class LlamafileArithmetic(CpuBackend):
 
     @classmethod
     def refuses(cls, experts: LayerExperts) -> str | None:
-        return refusal(experts)
+        layer = f"layer {experts.layer}:"
+        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+            if not TYPES[matrix.ggml_type].llamafile:
+                return (
+                    f"{layer} {role} experts are {matrix.type_name}, which the llamafile CPU backend "
+                    f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
+                    f"or --cpu_backend torch_reference"
+                )
+            if not matrix.data.is_contiguous():
+                return f"{layer} {role} experts are not contiguous in memory"
+        if experts.gate.ggml_type != experts.up.ggml_type:
+            return (
+                f"{layer} gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
+                f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
+            )
+        if experts.hidden % _WIDTH_STEP:
+            return (
+                f"{layer} hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
+                f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
+            )
+        if experts.top_k > _MAX_TOP_K:
+            return f"{layer} top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"
+        return None
+
+    @classmethod
+    def check_layer(cls, experts: LayerExperts) -> None:
+        """Raise ModelError for experts whose types or shapes the kernels get wrong."""
+        if reason := cls.refuses(experts):
+            raise ModelError(reason)
 
     @classmethod
     def copied_bytes(cls, experts: LayerExperts) -> int:
-        return copied_bytes(experts)
+        """A layer whose width must be padded is copied; others are read in the file."""
+        width = _padded_width(experts)
+        return 0 if width == experts.inter else experts.num_experts * experts.expert_bytes * width // experts.inter
 
 
 def _padded_width(experts: LayerExperts) -> int:
     """The experts' width as the kernel needs it, a multiple of 256."""
     return math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
-
-
-def refusal(experts: LayerExperts) -> str | None:
-    """Return why the kernels get a layer's experts wrong, None when they do not."""
-    layer = f"layer {experts.layer}:"
-    for role, matrix in zip(ROLES, experts.matrices, strict=True):
-        if not TYPES[matrix.ggml_type].llamafile:
-            return (
-                f"{layer} {role} experts are {matrix.type_name}, which the llamafile CPU backend "
-                f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
-                f"or --cpu_backend torch_reference"
-            )
-        if not matrix.data.is_contiguous():
-            return f"{layer} {role} experts are not contiguous in memory"
-    if experts.gate.ggml_type != experts.up.ggml_type:
-        return (
-            f"{layer} gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
-            f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
-        )
-    if experts.hidden % _WIDTH_STEP:
-        return (
-            f"{layer} hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
-            f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
-        )
-    if experts.top_k > _MAX_TOP_K:
-        return f"{layer} top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"
-    return None
-
-
-def check_layer(experts: LayerExperts) -> None:
-    """Raise ModelError for experts whose types or shapes the kernels get wrong."""
-    if reason := refusal(experts):
-        raise ModelError(reason)
-
-
-def copied_bytes(experts: LayerExperts) -> int:
-    """Bytes of the copy this backend makes of a layer whose width it must pad, 0 where it reads the file in place."""
-    width = _padded_width(experts)
-    return 0 if width == experts.inter else experts.num_experts * experts.expert_bytes * width // experts.inter
 
 
 def kernel_matrices(experts: LayerExperts) -> tuple[int, tuple[torch.Tensor, ...]]:
@@ -96,11 +87,8 @@ def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Te
     extra = width - experts.inter
     if matrix.rows == experts.inter:  # gate, up: more rows
         return torch.nn.functional.pad(matrix.data, (0, extra * row_bytes(matrix.ggml_type, matrix.columns)))
-    try:
-        row = row_bytes(matrix.ggml_type, width)
-        rows = matrix.data.view(experts.num_experts, matrix.rows, -1)
-    except ValueError as error:  # pragma: no cover - a block larger than the padding step does not exist
-        raise ModelError(str(error)) from error
+    row = row_bytes(matrix.ggml_type, width)
+    rows = matrix.data.view(experts.num_experts, matrix.rows, -1)
     return torch.nn.functional.pad(rows, (0, row - rows.shape[2])).flatten(1).contiguous()
 
 

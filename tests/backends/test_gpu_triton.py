@@ -19,7 +19,7 @@ from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends import gpu_triton
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
-from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, refusal, unusable
+from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.backends.registry import default_gpu
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
@@ -279,10 +279,10 @@ def test_types_without_a_kernel_are_left_to_the_cpu() -> None:
     for kind, block, block_bytes in ((Type.MXFP4, 32, 17), (Type.IQ4_XS, 256, 136), (Type.IQ4_NL, 32, 18)):
         experts = with_down(layer, kind, 256 * 256 // block * block_bytes)
         reason = f"down experts are {kind.name}, which no GPU kernel reads"
-        assert TritonGpu().refuses(experts) == refusal(experts) == reason
+        assert TritonGpu.refuses(experts) == reason
         with pytest.raises(KernelError, match=reason):
             TritonGpu().add_layer(experts, layer.layout, layer.memory)
-        rows = describe_kernels(experts, (8, 6))
+        rows = TritonGpu.kernels(experts, (8, 6))
         assert all(row.decode == row.prefill == f"on the CPU: {reason}" for row in rows)
 
 
@@ -291,17 +291,19 @@ def test_shapes_without_a_kernel_are_refused() -> None:
     data = torch.zeros(2, hidden * inter * 2, dtype=torch.uint8)
     gate, down = (ExpertMatrix(data, int(Type.F16), *shape) for shape in ((inter, hidden), (hidden, inter)))
     experts = LayerExperts(0, 2, 1, hidden, inter, gate, gate, down)
-    assert refusal(experts) == "gate experts are 16x12 F16; GPU kernels want multiples of 8 columns and 8 rows"
+    assert (
+        TritonGpu.refuses(experts) == "gate experts are 16x12 F16; GPU kernels want multiples of 8 columns and 8 rows"
+    )
 
 
 def test_doctor_sees_which_kernel_serves_which_tensor() -> None:
     experts = slotted_layer(Type.Q4_K, Type.Q4_K, Type.F16).experts
-    gate, up, down = describe_kernels(experts, (8, 6))
+    gate, up, down = TritonGpu.kernels(experts, (8, 6))
     assert (gate.tensor, gate.type_name, gate.decode) == ("gate", "Q4_K", "decode_gate_up (sm_86, int8 dp4a)")
     assert up.prefill == "prefill_gate_up (sm_86, blocks of 32 tokens)"
     assert (down.tensor, down.decode) == ("down", "decode_down (sm_86, float activations)")
-    assert describe_kernels(experts, (9, 0))[0].prefill == "prefill_gate_up (sm_90, blocks of 32 or 64 tokens)"
-    assert describe_kernels(experts, "gfx1101")[0].decode == "decode_gate_up (gfx1100, int8 v_dot4)"
+    assert TritonGpu.kernels(experts, (9, 0))[0].prefill == "prefill_gate_up (sm_90, blocks of 32 or 64 tokens)"
+    assert TritonGpu.kernels(experts, "gfx1101")[0].decode == "decode_gate_up (gfx1100, int8 v_dot4)"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -348,15 +350,17 @@ print(default_gpu(torch.device("cpu")).name, default_gpu(torch.device("cpu")).na
 
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert unusable(torch.device("cpu")) is None
+    assert TritonGpu.unusable(torch.device("cpu")) is None
     assert default_gpu(torch.device("cpu")).name == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     with caplog.at_level(logging.WARNING):
         assert default_gpu(torch.device("cpu")).name == "torch"
     assert "TRITON_INTERPRET=1" in caplog.text
-    assert unusable(torch.device("xpu")) == "no kernel was built for xpu devices"
+    assert TritonGpu.unusable(torch.device("xpu")) == "no kernel was built for xpu devices"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert unusable(torch.device("cuda")) == "the GPU's compute capability is 7.5, the kernels want 8.0 or newer"
+    assert (
+        TritonGpu.unusable(torch.device("cuda")) == "the GPU's compute capability is 7.5, the kernels want 8.0 or newer"
+    )
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-from hybrimoe_kt.backends import gpu_triton, kt_kernel_pool
+from hybrimoe_kt.backends import kt_kernel_pool
+from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.device.calibrate import profile_path
 from hybrimoe_kt.errors import ModelError
@@ -48,7 +49,7 @@ def _devices(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, Any], driver: 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     _devices(monkeypatch, GPU)
-    monkeypatch.setattr(gpu_triton, "unusable", lambda device: None)
+    monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_tables_fit_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     if gpu:
         _devices(monkeypatch, GPU)
-        monkeypatch.setattr(gpu_triton, "unusable", lambda device: None)
+        monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
     assert doctor.main(["--model", str(embedded_model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines if not line.startswith("next: "))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrimoe_kt.backends.gpu_triton import unusable
+from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.device.page_locks import LOCKS, PAGE, fresh_pages
 from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
 
@@ -60,7 +60,7 @@ def test_a_device_answers_as_the_reference(
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_kernels_answer_as_the_reference(monkeypatch: pytest.MonkeyPatch, scenario: str, host_store: str) -> None:
     """Within what decode loses by rounding activations to 8 bits, 0.8 % in Triton's interpreter."""
-    if reason := unusable(torch.device(HARDWARE)):
+    if reason := TritonGpu.unusable(torch.device(HARDWARE)):
         pytest.skip(reason)
     play(monkeypatch, scenario, 2e-2, seeds=2, host_store=host_store, gpu_backend="triton")
 
@@ -69,7 +69,7 @@ def test_the_kernels_answer_as_the_reference(monkeypatch: pytest.MonkeyPatch, sc
 @pytest.mark.skipif(bool(HARDWARE), reason="the test above does it on the device")
 def test_in_the_interpreter_they_stay_within_the_same_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of a token and one of three: they take seconds."""
-    if reason := unusable(torch.device("cpu")):
+    if reason := TritonGpu.unusable(torch.device("cpu")):
         pytest.skip(reason)
     machine = make(monkeypatch, 1, gpu_backend="triton", deadline_s=60.0, scheduler="gpu_only")
     machine.tolerance = 2e-2
