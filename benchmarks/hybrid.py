@@ -31,8 +31,8 @@ from hybrimoe_kt.device.calibrate import calibrate
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
 from hybrimoe_kt.device.page_locks import PAGE, fresh_pages
-from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend
+from hybrimoe_kt.runtime.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.trace import Trace
 

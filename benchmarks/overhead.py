@@ -29,8 +29,8 @@ from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.inbox import Predict
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import assembly
+from hybrimoe_kt.runtime.runtime import Runtime
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.models import find_model
 

@@ -22,9 +22,9 @@ from benchmarks.model_memory import CARDS_GIB, GIB, PLACES, RELEASES, Release, m
 from benchmarks.on_gpu.__main__ import parser as on_gpu_parser
 from hybrimoe_kt.cli import main, options, tools
 from hybrimoe_kt.cli.plot import PICTURES
-from hybrimoe_kt.host.rule_file import load_rules
-from hybrimoe_kt.host.rules import check_operators, match_modules
-from hybrimoe_kt.host.skeletons import build_skeleton
+from hybrimoe_kt.host.rules.injection import check_operators, match_modules
+from hybrimoe_kt.host.rules.rule_file import load_rules
+from hybrimoe_kt.host.rules.skeletons import build_skeleton
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,10 +13,10 @@ import torch
 
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import Calibration, calibrate
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.runtime import assembly
+from hybrimoe_kt.runtime.runtime import Runtime
 
 from .timing import synchronize
 

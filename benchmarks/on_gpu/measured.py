@@ -16,7 +16,7 @@ from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.health import Health
+from hybrimoe_kt.runtime.health import Health
 
 from . import inside
 from .overlap import busy_shares

@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Calibration:
     from hybrimoe_kt.device.calibrate import calibrate
     from hybrimoe_kt.device.choose import choose_accelerator
     from hybrimoe_kt.device.host_store import HostStore
-    from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
+    from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend
 
     chosen = ExpertOptions(
         accelerator=options.accelerator,
@@ -131,9 +131,9 @@ def _show(found: Calibration, console: Console) -> None:
 
 def _experts_of(path: Path) -> LayerExperts:
     """The first layer of routed experts in a file."""
-    from hybrimoe_kt.host.hf.expert_layers import expert_layers
-    from hybrimoe_kt.host.hf.gguf_file import GgufFile
-    from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
+    from hybrimoe_kt.weights.expert_layers import expert_layers
+    from hybrimoe_kt.weights.gguf_file import GgufFile
+    from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
     file = GgufFile(path)
     return GgufLoader(file).layer_experts(**expert_layers(file)[0]._asdict())

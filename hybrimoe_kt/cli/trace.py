@@ -24,7 +24,7 @@ from .outputs import check_writable
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.host.hf.engine import Engine
+    from hybrimoe_kt.engine.engine import Engine
     from hybrimoe_kt.sim.record import Recorder
 
 __all__ = ["main"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from hybrimoe_kt.core.cache import FREE
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.scheduler import Assignment, Task
-from hybrimoe_kt.core.types import ExpertId, Transfer
+from .cache import FREE
+from .layer_state import LayerState
+from .scheduler import Assignment, Task
+from .types import ExpertId, Transfer
 
 
 def allocate(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate, combinations
 from math import fsum
 
-from hybrimoe_kt.core.branch_bound import improve
-from hybrimoe_kt.core.greedy import PaperScheduler
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
+from .branch_bound import improve
+from .greedy import PaperScheduler
+from .scheduler import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
 
 _NEVER = float("inf")
 _MAX_REMEMBERED = 4096

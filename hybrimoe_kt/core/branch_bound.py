@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrimoe_kt.core.scheduler import Assignment, Task, by_load, evaluate, gpu_order
+from .scheduler import Assignment, Task, by_load, evaluate, gpu_order
 
 
 def improve(task: Task, known: Assignment) -> Assignment:

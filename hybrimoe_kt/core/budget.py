@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
 
-from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError
+
+from .types import LayerSpec
 
 
 def share_slots(

@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.core.allocation import allocate
-from hybrimoe_kt.core.cache import FREE
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.link import Link
-from hybrimoe_kt.core.policies import make_policies
-from hybrimoe_kt.core.predictors import Predictor, make_predictor
-from hybrimoe_kt.core.prefetch import Prefetcher
-from hybrimoe_kt.core.scheduler import (
-    Assignment,
-    CpuOnlyScheduler,
-    GpuOnlyScheduler,
-    Scheduler,
-    Task,
-    all_on_cpu,
-)
-from hybrimoe_kt.core.schedulers import make_scheduler
-from hybrimoe_kt.core.stats import Stats
-from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.core.whole_steps import WholeSteps
 from hybrimoe_kt.errors import ConfigError
+
+from .allocation import allocate
+from .cache import FREE
+from .cost import CostModel
+from .layer_state import LayerState
+from .link import Link
+from .policies import make_policies
+from .predictors import Predictor, make_predictor
+from .prefetch import Prefetcher
+from .scheduler import Assignment, CpuOnlyScheduler, GpuOnlyScheduler, Scheduler, Task, all_on_cpu
+from .schedulers import make_scheduler
+from .stats import Stats
+from .types import ExpertId, LayerSpec, Plan, Routing, Transfer
+from .whole_steps import WholeSteps
 
 _GUESSED = ("gate", "stream")
 _CPU_ONLY, _GPU_ONLY = CpuOnlyScheduler(), GpuOnlyScheduler()

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Callable, Iterable
 from math import fsum
 
-from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.errors import ConfigError
+
+from .profile import Profile
 
 BITS_PER_WEIGHT = 4.5
 """Assumed where a caller knows an expert's bytes but not its arithmetic: Q4_K's 144 bytes per 256 weights."""

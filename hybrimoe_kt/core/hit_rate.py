@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hybrimoe_kt.core.cache import FREE, ExpertCache
-from hybrimoe_kt.core.policies import Policy, make_policies
-from hybrimoe_kt.core.types import LayerSpec, Routing
+from .cache import FREE, ExpertCache
+from .policies import Policy, make_policies
+from .types import LayerSpec, Routing
 
 
 class Lookup(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from hybrimoe_kt.core.cache import FREE, ExpertCache
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.link import Link
-from hybrimoe_kt.core.policies import Policy
-from hybrimoe_kt.core.scheduler import Task
-from hybrimoe_kt.core.types import LayerSpec
+from .cache import FREE, ExpertCache
+from .cost import CostModel
+from .link import Link
+from .policies import Policy
+from .scheduler import Task
+from .types import LayerSpec
 
 
 class LayerState:

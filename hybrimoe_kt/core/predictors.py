@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from heapq import nlargest
 from typing import Any, ClassVar
 
-from hybrimoe_kt.core.policies.base import check_options, check_range
-from hybrimoe_kt.core.types import LayerSpec, Routing
 from hybrimoe_kt.errors import ConfigError, unknown_name
+
+from .policies.base import check_options, check_range
+from .types import LayerSpec, Routing
 
 
 class Predictor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from hybrimoe_kt.core.cache import FREE
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task
-from hybrimoe_kt.core.stats import Stats
-from hybrimoe_kt.core.types import ExpertId, Plan, Routing, Transfer
+from .cache import FREE
+from .layer_state import LayerState
+from .scheduler import Assignment, Scheduler, Task
+from .stats import Stats
+from .types import ExpertId, Plan, Routing, Transfer
 
 _MAX_LOADS_TRIED = 3
 _SAME = 1.0 - 1e-9  # a gain below rounding is none

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.policies.base import check_options
+from .cost import CostModel
+from .policies.base import check_options
 
 
 class Task:

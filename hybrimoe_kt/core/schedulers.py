@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrimoe_kt.core.balanced import BalancedScheduler
-from hybrimoe_kt.core.greedy import PaperScheduler
-from hybrimoe_kt.core.scheduler import (
+from hybrimoe_kt.errors import ConfigError, unknown_name
+
+from .balanced import BalancedScheduler
+from .greedy import PaperScheduler
+from .scheduler import (
     CpuOnlyScheduler,
     FiddlerScheduler,
     GpuOnlyScheduler,
@@ -15,7 +17,6 @@ from hybrimoe_kt.core.scheduler import (
     Scheduler,
     StaticScheduler,
 )
-from hybrimoe_kt.errors import ConfigError, unknown_name
 
 __all__ = ["SCHEDULERS", "make_scheduler"]
 

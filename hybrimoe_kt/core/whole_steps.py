@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task
+from .cost import CostModel
+from .layer_state import LayerState
+from .scheduler import Assignment, Scheduler, Task
 
 _MOST_KNOWN = 64
 """Prompts end in steps of any length."""

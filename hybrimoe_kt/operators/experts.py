@@ -11,8 +11,7 @@ from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, ModelError
-
-from .runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
 __all__ = ["HybriMoEExperts"]
 

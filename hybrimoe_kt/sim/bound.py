@@ -17,7 +17,8 @@ import numpy as np
 
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.sim.trace import Phase, Trace
+
+from .trace import Phase, Trace
 
 _PRECISION = 1e-12
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from hybrimoe_kt.core.hit_rate import Lookup, look_up, measure_hit_rate
 from hybrimoe_kt.errors import ConfigError
-from hybrimoe_kt.sim.trace import Step, Trace
+
+from .trace import Step, Trace
 
 
 def future(trace: Trace) -> dict[int, list[list[int]]]:

@@ -11,8 +11,9 @@ from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.timeline import Span, plan_details
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.sim.machine import Busy, Machine
-from hybrimoe_kt.sim.trace import Phase, Step, Trace
+
+from .machine import Busy, Machine
+from .trace import Phase, Step, Trace
 
 LookAhead = Callable[[Trace, Step, int, int], Sequence[Routing]]
 """(trace, step, position, depth) -> what the host would predict for the layers after `position`."""

@@ -6,20 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.sim.experiments import (
-    COMPARED,
-    DECODE_PROMPT,
-    DECODE_TOKENS,
-    HARDWARE,
-    HIT_TOKENS,
-    POLICIES,
-    PROMPTS,
-    RATIOS,
-    Cell,
-)
-from hybrimoe_kt.sim.markdown import mean, percent, seconds, table, times, verdict
-from hybrimoe_kt.sim.models import DENSE_BITS, MODELS, PAPER_MODELS
-from hybrimoe_kt.sim.scenario import WARMUP_PROMPT, WARMUP_TOKENS
+
+from .experiments import COMPARED, DECODE_PROMPT, DECODE_TOKENS, HARDWARE, HIT_TOKENS, POLICIES, PROMPTS, RATIOS, Cell
+from .markdown import mean, percent, seconds, table, times, verdict
+from .models import DENSE_BITS, MODELS, PAPER_MODELS
+from .scenario import WARMUP_PROMPT, WARMUP_TOKENS
 
 PAPER_PREFILL, PAPER_DECODE, BAND = 1.33, 1.70, 0.15
 PAPER_ABLATION = {

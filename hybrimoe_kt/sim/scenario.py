@@ -15,21 +15,14 @@ from hybrimoe_kt.core.profile import Profile, load_profile
 from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
-from hybrimoe_kt.sim.bound import lower_bound
-from hybrimoe_kt.sim.generate import generate
-from hybrimoe_kt.sim.hit_rate import future
-from hybrimoe_kt.sim.models import DENSE_BITS, ModelSpec, find_model
-from hybrimoe_kt.sim.replay import (
-    LookAhead,
-    Outside,
-    Replay,
-    no_look_ahead,
-    perfect_look_ahead,
-    recorded_look_ahead,
-    replay,
-)
-from hybrimoe_kt.sim.trace import Phase, Trace, join
-from hybrimoe_kt.sim.trace_file import read_trace
+
+from .bound import lower_bound
+from .generate import generate
+from .hit_rate import future
+from .models import DENSE_BITS, ModelSpec, find_model
+from .replay import LookAhead, Outside, Replay, no_look_ahead, perfect_look_ahead, recorded_look_ahead, replay
+from .trace import Phase, Trace, join
+from .trace_file import read_trace
 
 WARMUP_PROMPT = 32
 WARMUP_TOKENS = 16

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrimoe_kt.host import aliases
-from hybrimoe_kt.host.rules import inject, list_packaged_rules, load_rules, match_modules, unused_rules
-from hybrimoe_kt.host.skeletons import SKELETONS, build_skeleton
+from hybrimoe_kt.host.rules import aliases
+from hybrimoe_kt.host.rules.injection import inject, list_packaged_rules, load_rules, match_modules, unused_rules
+from hybrimoe_kt.host.rules.skeletons import SKELETONS, build_skeleton
 
 _spec = importlib.util.spec_from_file_location(
     "legacy_ktransformers", Path(__file__).with_name("legacy_ktransformers.py")

@@ -22,8 +22,8 @@ from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import assembly
+from hybrimoe_kt.runtime.runtime import Runtime
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, CHUNK = 8, 3, 32, 64, 3, 6
 _TYPES = ((Type.Q8_0, Type.Q5_0), (Type.F16, Type.F16), (Type.Q4_0, Type.Q8_0))

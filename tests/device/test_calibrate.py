@@ -19,7 +19,7 @@ from hybrimoe_kt.device.calibrate import Calibration, calibrate, link_verdict, m
 from hybrimoe_kt.device.emulated.timed import SleepingGpu, TimedAccelerator
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.errors import CalibrationError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
 from .machine import HIDDEN, LAYERS, TOP_K, layers
 

@@ -13,13 +13,13 @@ import torch
 from gguf import GGUFWriter
 
 from benchmarks.generated_model import GeneratedModel, Shape, Type, generate
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Sampling
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
-from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 Make = Callable[[Shape], GeneratedModel]
 

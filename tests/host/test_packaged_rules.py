@@ -10,9 +10,8 @@ import yaml
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import RuleError
-from hybrimoe_kt.host import aliases
-from hybrimoe_kt.host.rule_report import report_rules
-from hybrimoe_kt.host.rules import (
+from hybrimoe_kt.host.rules import aliases
+from hybrimoe_kt.host.rules.injection import (
     check_operators,
     list_packaged_rules,
     load_rules,
@@ -20,7 +19,8 @@ from hybrimoe_kt.host.rules import (
     packaged_rules,
     unused_rules,
 )
-from hybrimoe_kt.host.skeletons import SKELETONS, build_skeleton
+from hybrimoe_kt.host.rules.report import report_rules
+from hybrimoe_kt.host.rules.skeletons import SKELETONS, build_skeleton
 
 
 @pytest.fixture(scope="module")

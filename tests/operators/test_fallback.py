@@ -15,8 +15,8 @@ from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.fallback import Fallback
 from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.operators import assembly, watch
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import assembly, watch
+from hybrimoe_kt.runtime.runtime import Runtime
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
 
 

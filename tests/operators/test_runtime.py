@@ -12,8 +12,8 @@ from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
-from hybrimoe_kt.operators.routing import routing_of
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.routing import routing_of
+from hybrimoe_kt.runtime.runtime import Runtime
 
 Make = Callable[[Shape], GeneratedModel]
 BACKENDS = ["torch_reference", "llamafile"]

@@ -9,7 +9,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.generated_model import GeneratedModel, Shape
-from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.engine.build import build_engine
 
 from .serving import Serving, serving
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.core.policies.adaptive import AdaptivePolicy
-from hybrimoe_kt.core.policies.base import Policy
-from hybrimoe_kt.core.policies.belady import BeladyPolicy
-from hybrimoe_kt.core.policies.lfu import LeastStalePolicy, LfruPolicy, LfuPolicy
-from hybrimoe_kt.core.policies.lru import LruPolicy
-from hybrimoe_kt.core.policies.mrs import MrsPolicy
-from hybrimoe_kt.core.policies.static_frequency import StaticFrequencyPolicy
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
+
+from .adaptive import AdaptivePolicy
+from .base import Policy
+from .belady import BeladyPolicy
+from .lfu import LeastStalePolicy, LfruPolicy, LfuPolicy
+from .lru import LruPolicy
+from .mrs import MrsPolicy
+from .static_frequency import StaticFrequencyPolicy
 
 __all__ = ["POLICIES", "Policy", "make_policies"]
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
-from hybrimoe_kt.core.policies.base import Policy, check_range
-from hybrimoe_kt.core.policies.context import FULL_VOTE, TokenContext
 from hybrimoe_kt.core.types import LayerSpec, Routing
+
+from .base import Policy, check_range
+from .context import FULL_VOTE, TokenContext
 
 
 class AdaptivePolicy(Policy):

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.core.policies.base import Policy
 from hybrimoe_kt.core.types import LayerSpec, Routing
 from hybrimoe_kt.errors import ConfigError
+
+from .base import Policy
 
 
 class BeladyPolicy(Policy):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_kt.core.policies.base import Policy
 from hybrimoe_kt.core.types import LayerSpec, Routing
+
+from .base import Policy
 
 
 class LfuPolicy(Policy):

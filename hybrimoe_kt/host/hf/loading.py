@@ -22,16 +22,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host import rules as rule_engine
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.runtime.runtime import Runtime
+from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.file_pages import bring_in
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
-from .checkpoint import CheckpointLoader
-from .device_memory import give_back_unused
-from .file_pages import bring_in
-from .gguf_file import GgufFile
-from .gguf_loader import GgufLoader
 from .look_ahead import attach_look_ahead
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, first_line, open_source

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
 from .architectures import Architecture
 from .gates import Gate, GateRow, logits_and_ids

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_kt.host.rules import Injection
+from hybrimoe_kt.host.rules.injection import Injection
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 
 __all__ = ["Crossings", "Placement", "place_modules"]

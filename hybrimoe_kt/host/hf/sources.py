@@ -14,12 +14,13 @@ from transformers import AutoConfig
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.config_file import read_config
+from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
+from hybrimoe_kt.weights.lazy import LazyTensor, Where
 
 from .architectures import Architecture, architecture_of, architecture_of_type
-from .checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
-from .dense_weights import LazyTensor, Where, dense_state_dict
-from .gguf_file import GgufFile
-from .gguf_loader import GgufLoader
+from .dense_weights import dense_state_dict
 
 __all__ = ["Source", "first_line", "open_source"]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, ModelError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
 from .framework import BaseInjectedModule, KExpertsBase, expert_threads, float32_default, refuse_capture
 from .weights import layer_experts, layer_number

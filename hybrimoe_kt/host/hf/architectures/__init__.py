@@ -6,7 +6,7 @@ A family is one entry in its module's `FAMILIES`. Adding one means describing it
 from __future__ import annotations
 
 from hybrimoe_kt.errors import ModelError, unknown_name
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from . import deepseek, others, qwen
 from .base import Architecture, Composed, Key, Transform

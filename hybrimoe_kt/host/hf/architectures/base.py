@@ -11,7 +11,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 __all__ = ["Architecture", "Composed", "Key", "Transform"]
 

@@ -76,7 +76,7 @@ def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
 def _last_runs() -> dict[str, Any]:
     """Accelerators whose last run was not clean, by name; none where this cannot be told."""
     try:
-        from .last_runs import read_last_runs
+        from hybrimoe_kt.host.last_runs import read_last_runs
     except (ImportError, OSError):  # it needs torch, whose absence is told elsewhere
         return {}
     return read_last_runs()

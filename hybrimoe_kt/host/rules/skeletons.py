@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hybrimoe_kt.errors import ModelError, unknown_name
-
-from .config_file import read_config
+from hybrimoe_kt.host.config_file import read_config
 
 __all__ = ["SKELETONS", "build_skeleton", "skeleton_from_directory"]
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
+from hybrimoe_kt.host.hf.loading import LoadedModel
+from hybrimoe_kt.host.hf.sources import first_line
 from hybrimoe_kt.host.last_runs import RunNote
 
-from .device_memory import give_back_unused
-from .loading import LoadedModel
-from .pieces import TextPieces
+from .detokenizer import TextPieces
 from .profiler import TimeShares
 from .sampling import Draw, Drawn, Sampling
-from .sources import first_line
 from .tokenizer import chat_prompt
 
 __all__ = ["Engine", "Run", "Sampling"]

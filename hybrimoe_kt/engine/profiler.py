@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hybrimoe_kt.operators.runtime import Runtime, Seconds
+from hybrimoe_kt.runtime.runtime import Runtime, Seconds
 
 __all__ = ["TimeShares"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import aliases
-from .rule_classes import CONTRACT, blaming, match_classes, operator_class, replacement
+from .classes import CONTRACT, blaming, match_classes, operator_class, replacement
 from .rule_file import DEFAULT, Rule, RuleSet, list_packaged_rules, load_rules, packaged_rules
 
 __all__ = [

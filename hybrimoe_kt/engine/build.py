@@ -9,10 +9,10 @@ import torch
 
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import dense_threads
+from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.weights.checkpoint import Checkpoint
 
-from .checkpoint import Checkpoint
 from .engine import Engine
-from .loading import load_model
 from .profiler import TimeShares
 from .tokenizer import load_tokenizer
 

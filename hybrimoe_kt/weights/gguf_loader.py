@@ -10,7 +10,7 @@ import torch
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.quant_types import row_bytes
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
 from .gguf_file import GgufFile, GgufTensor
 

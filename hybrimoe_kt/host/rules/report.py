@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .rule_classes import replacement
-from .rules import Injection, RuleSet, check_operators, match_modules, unused_rules
+from .classes import replacement
+from .injection import Injection, RuleSet, check_operators, match_modules, unused_rules
 from .skeletons import SKELETONS, build_skeleton
 
 __all__ = ["best_skeleton", "path_patterns", "report_rules"]

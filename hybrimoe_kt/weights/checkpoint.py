@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.runtime import Runtime
 
-from .dense_weights import LazyTensor, Load, Where
+from .lazy import LazyTensor, Load, Where
 
 __all__ = ["Checkpoint", "CheckpointLoader", "is_checkpoint"]
 

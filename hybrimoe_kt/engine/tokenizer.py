@@ -14,9 +14,8 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.utils import logging as transformers_logging
 
 from hybrimoe_kt.errors import ConfigError, ModelError
-
-from .checkpoint import Checkpoint
-from .gguf_file import GgufFile
+from hybrimoe_kt.weights.checkpoint import Checkpoint
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 __all__ = ["chat_prompt", "load_tokenizer", "template_takes"]
 

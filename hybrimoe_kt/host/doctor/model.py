@@ -12,11 +12,10 @@ from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.host_store import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-
-from .architectures import architecture_of
-from .expert_layers import expert_layers, is_expert_tensor
-from .gguf_file import GgufFile, GgufTensor
-from .gguf_loader import GgufLoader
+from hybrimoe_kt.host.hf.architectures import architecture_of
+from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
+from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 __all__ = ["host_expert_bytes", "report_model"]
 
