@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hybrimoe_kt import accelerators
 from hybrimoe_kt.errors import ConfigError
 
 from .outputs import check_writable
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, metavar="GGUF", help="measure with the experts of this file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
-    parser.add_argument("--accelerator", default="auto", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], ...")
+    parser.add_argument("--accelerator", default="auto", metavar="NAME", help=accelerators.forms())
     parser.add_argument("--cpu_backend", "--cpu-backend", default="llamafile", metavar="NAME")
     parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")

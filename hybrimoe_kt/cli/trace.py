@@ -197,7 +197,7 @@ def _listen(engine: Engine, depth: int) -> Recorder:
 def _save(engine: Engine, recorder: Recorder, out: Path) -> Path | None:
     """Write every finished step; None if there is none."""
     recorder.drop_unfinished()
-    if not recorder.num_tokens or engine.runtime.coordinator is None:
+    if not recorder.num_tokens:
         return None
     counters = engine.runtime.statistics()
     run = {"runtime": engine.runtime.describe(), "counters": {name: counters[name] for name in COUNTERS}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import dense_threads
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 
 from .engine import Engine
@@ -29,8 +31,12 @@ def build_engine(
     option_overrides: dict[str, Any] | None = None,
     progress: bool = True,
     time_shares: bool = False,
+    assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> Engine:
-    """Load model and tokenizer and share the machine's cores between torch and the experts."""
+    """Load model and tokenizer and share the machine's cores between torch and the experts.
+
+    `assemble` makes the runtime of the model's experts.
+    """
     _switch_cudnn_attention_off()
     overrides = option_overrides or {}
     device = _dense_device(overrides.get("accelerator", "auto"))
@@ -43,6 +49,7 @@ def build_engine(
         device=device,
         option_overrides=overrides,
         progress=progress,
+        assemble=assemble,
     )
     expert_threads = loaded.runtime.num_expert_threads
     if expert_threads:  # kt-kernel's spin between calls: torch takes the other cores

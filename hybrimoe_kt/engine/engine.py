@@ -17,6 +17,7 @@ from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.host.hf.sources import first_line
 from hybrimoe_kt.host.last_runs import RunNote
+from hybrimoe_kt.runtime import Runtime
 
 from .detokenizer import TextPieces
 from .profiler import TimeShares
@@ -70,7 +71,7 @@ class Engine:
     ) -> None:
         """`context_tokens` limits prompt and answer together; by default the model's own limit."""
         self.loaded, self.tokenizer, self.shares = loaded, tokenizer, shares
-        self.model, self.runtime = loaded.model, loaded.runtime
+        self.model = loaded.model
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
@@ -82,6 +83,11 @@ class Engine:
         self._cached_ids: list[int] = []
         self._run = Run()
         self._note = RunNote(self.model_name)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What computes the model's experts."""
+        return self.loaded.runtime
 
     def stream(
         self,

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from hybrimoe_kt.runtime.runtime import Runtime, Seconds
+from hybrimoe_kt.runtime import Runtime
+from hybrimoe_kt.runtime.seconds import Seconds
 
 __all__ = ["TimeShares"]
 

@@ -17,24 +17,25 @@ from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferen
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.calibrate import calibrate, machine_name, profile_path, trusted_profile
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import default_expert_threads, has_core_to_spare
-from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
-from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator, host_available_bytes
-from hybrimoe_kt.device.emulated.timed import SleepingGpu, TimedAccelerator
+from hybrimoe_kt.device.emulated.immediate import host_available_bytes
 from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.slots import slots_per_layer
 from hybrimoe_kt.device.waiting import SPIN_S, Patience
 from hybrimoe_kt.errors import CalibrationError, CapacityError, ConfigError
+from hybrimoe_kt.profiles import load_profile
 
-__all__ = ["Assembly", "assemble", "cost_of", "make_coordinator", "make_cpu_backend", "make_gpu_backend"]
+from .experts import ModelExperts
+
+__all__ = ["Assembly", "build", "cost_of", "make_cpu_backend", "make_gpu_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +51,42 @@ _ROOM_FOR_A_COPY = 1.25
 """Host memory that must be free before all experts are copied, in their size: the rest is for everything else."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Assembly:
-    """What `assemble` built."""
+    """What a runtime runs on."""
 
     executor: Executor
     profile: Profile
     costs: Mapping[int, CostModel]
     specs: tuple[LayerSpec, ...]
     is_on_the_clock: bool
-    """Whether measured seconds mean anything: on hardware and on the timed emulator."""
+    """Whether measured seconds mean anything."""
+
+    def make_coordinator(self, options: ExpertOptions) -> Coordinator:
+        """A coordinator in its initial state."""
+        return Coordinator(self.specs, self.costs, options.strategy)
 
 
-def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[int, str]) -> Assembly:
-    """Build everything for the layers in `store`; `accelerator_of` names each layer's accelerator."""
+def build(
+    experts: ModelExperts,
+    cpu: CpuBackend | None,
+    accelerators: Mapping[str, Accelerator],
+    given_gpus: Mapping[str, GpuBackend],
+) -> Assembly:
+    """Make everything for the layers of `experts` but what is given, see `runtime.assemble`."""
+    options, store = experts.options, experts.store
+    if not store.layers:
+        raise ConfigError("no HybriMoEExperts in this model: no rule of the rule file replaces its experts")
     patience = Patience(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
-    cpu = make_cpu_backend(options)
-    for experts in store.layers.values():
-        cpu.add_layer(experts)
+    cpu = make_cpu_backend(options) if cpu is None else cpu
+    for layer_experts in store.layers.values():
+        cpu.add_layer(layer_experts)
     served: dict[str, list[int]] = {}
     for layer in sorted(store.layers):
-        served.setdefault(accelerator_of[layer], []).append(layer)
-    devices = {name: device for name in served if (device := choose_accelerator(name)) is not None}
-    gpus = {name: make_gpu_backend(options, device, store) for name, device in devices.items()}
+        served.setdefault(experts.accelerator_of[layer], []).append(layer)
+    found = {name: accelerators.get(name) or choose_accelerator(name) for name in served}
+    devices = {name: device for name, device in found.items() if device is not None}
+    gpus = {name: given_gpus.get(name) or make_gpu_backend(options, device, store) for name, device in devices.items()}
     supported = dict.fromkeys(store.layers, True)
     for name, gpu in gpus.items():
         supported |= {layer: _is_supported(gpu, store, layer) for layer in served[name]}
@@ -83,8 +97,7 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
     num_streamed: dict[int, int] = {}
     lanes = []
     for name, device in devices.items():
-        if isinstance(device, AdversarialAccelerator):
-            cpu = device.watch_cpu(cpu)
+        cpu = device.watch_cpu(cpu)
         usable = {layer: store.layouts[layer] for layer in served[name] if supported[layer]}
         if usable:
             reserve = options.reserve_bytes + options.prefill_streaming_bytes
@@ -114,14 +127,12 @@ def assemble(options: ExpertOptions, store: HostStore, accelerator_of: Mapping[i
     number = {layer: place for place, layers in enumerate(served.values()) for layer in layers}
     specs = tuple(
         LayerSpec(
-            layer, experts.num_experts, experts.top_k, experts.expert_bytes,
+            layer, held.num_experts, held.top_k, held.expert_bytes,
             slots[layer], number[layer], supported[layer], num_streamed.get(layer, 0),
         )
-        for layer, experts in sorted(store.layers.items())
+        for layer, held in sorted(store.layers.items())
     )  # fmt: skip
-    is_on_the_clock = any(
-        device.device.type != "cpu" or isinstance(device, TimedAccelerator) for device in devices.values()
-    )
+    is_on_the_clock = any(device.is_on_the_clock for device in devices.values())
     return Assembly(Executor(cpu, lanes, patience), profile, costs, specs, is_on_the_clock)
 
 
@@ -145,22 +156,6 @@ def _stream_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -
     return found
 
 
-def make_coordinator(options: ExpertOptions, assembly: Assembly) -> Coordinator:
-    """Make a coordinator in its initial state."""
-    return Coordinator(
-        assembly.specs,
-        assembly.costs,
-        scheduler=options.scheduler,
-        scheduler_options=options.scheduler_options,
-        policy=options.policy,
-        policy_options=options.policy_options,
-        prefetch_size=options.prefetch_size,
-        prefetch_depth=options.prefetch_depth,
-        predictor=options.predictor,
-        predictor_options=options.predictor_options,
-    )
-
-
 def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
     """The CPU backend that the options name."""
     if options.cpu_backend == "torch_reference":
@@ -171,8 +166,9 @@ def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
 
 def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: HostStore) -> GpuBackend:
     """Who computes experts on `accelerator`."""
-    if isinstance(accelerator, TimedAccelerator):
-        return SleepingGpu(accelerator, {layer: cost_of(accelerator.profile, store, layer) for layer in store.layers})
+    own = accelerator.own_gpu_backend(lambda profile: {layer: cost_of(profile, store, layer) for layer in store.layers})
+    if own is not None:
+        return own
     name = options.gpu_backend
     if name == "torch_reference" or (name == "auto" and accelerator.device.type == "cpu"):
         return TorchReferenceGpu()
@@ -199,8 +195,8 @@ def _profile(
         return trusted_profile(options.profile, machine_name(device, cpu))
     if name is None or device is None:
         return load_profile("cpu-only")
-    if isinstance(device, (ImmediateAccelerator, AdversarialAccelerator)) and not isinstance(device, TimedAccelerator):
-        return load_profile("default")
+    if device.built_in_profile is not None:
+        return load_profile(device.built_in_profile)
     layer = next((layer for layer, usable in sorted(supported.items()) if usable), None)
     if layer is None:
         return load_profile("default")
@@ -217,7 +213,7 @@ def _profile(
         logger.warning("%s; plans are made with the built-in default profile", error)
         return load_profile("default")
     logger.info("%s", measured.verdict)
-    if not isinstance(device, TimedAccelerator):
+    if device.device.type != "cpu":  # an emulated machine's numbers are nobody's
         measured.save(path)
     return measured.profile
 
@@ -242,7 +238,7 @@ def _make_copyable(
     """Let the device copy straight from host memory where the user and the host allow it; else staging serves."""
     if options.host_store == "auto" and accelerator.device.type == "cpu":
         return  # emulated: nothing is gained
-    free = [layer for layer in layers if not cpu.copies(layer)]  # one host copy of an expert, not two
+    free = [layer for layer in layers if not (cpu.copies(layer) or store.is_copied(layer))]  # one host copy, not two
     needed = sum(store.layers[layer].num_experts * store.layouts[layer].slot_bytes for layer in free)
     if options.host_store == "page_locked" or (
         options.host_store == "auto" and needed * _ROOM_FOR_A_COPY < host_available_bytes()

@@ -18,12 +18,9 @@ _RECORDED_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots
 
 def configuration(options: ExpertOptions, store: HostStore, assembly: Assembly) -> dict[str, Any]:
     """What decisions follow from, beside the routing, as plain data; layers in order."""
-    named = ("scheduler", "policy", "predictor", "prefetch_size", "prefetch_depth")
-    given = ("scheduler_options", "policy_options", "predictor_options")
     experts = [store.layers[spec.layer] for spec in assembly.specs]
     return (
-        {name: getattr(options, name) for name in named}
-        | {name: dict(getattr(options, name)) for name in given}
+        options.strategy.as_dict()
         | {name: [getattr(spec, name) for spec in assembly.specs] for name in _RECORDED_SPEC}
         | {"expert_macs": [3 * layer.hidden * layer.inter for layer in experts]}
         | {"profile": asdict(assembly.profile)}

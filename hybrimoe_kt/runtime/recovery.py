@@ -38,7 +38,7 @@ class Recovery:
         has been given of the step ends first: the step's tensors are free once it has been computed anew.
         """
         lane, cause = failure.lane, failure.cause
-        own = self._executor.lane(plan.layer) if plan is not None else None
+        own = self._executor.lane_of.get(plan.layer) if plan is not None else None
         if own is not None and own is not lane:
             self._settle(own, plan)
         is_drained = self._drain(lane)
@@ -73,7 +73,7 @@ class Recovery:
             self._executor.settle_cpu()
         except KernelError:
             logger.debug("the CPU share of an abandoned step failed too", exc_info=True)
-        lane = self._executor.lane(plan.layer)
+        lane = self._executor.lane_of.get(plan.layer)
         if lane is not None:
             self._drain(lane)
             self._drop_doubtful(lane, plan)
@@ -99,8 +99,6 @@ class Recovery:
             doubtful |= {(plan.layer, slot) for slot in plan.slots.values()}
         for layer, slot in sorted(doubtful):
             self._coordinator.drop(layer, slot)
-        self._executor.abort(self._coordinator.take_aborted())
-        self._executor.end_streams(self._coordinator.take_closed())
 
     def _shrink(self, lane: Lane, failure: AcceleratorFailed) -> None:
         """All memory is given back before any is taken again: what is left is then one piece."""

@@ -7,8 +7,7 @@ import time
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
-from hybrimoe_kt.core.fallback import Fallback
-from hybrimoe_kt.core.pace import Pace
+from hybrimoe_kt.core.feedback import Fallback, Pace
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.executor import Executor
 
@@ -49,15 +48,15 @@ class Watch:
             if self._dense_pace.observe(predicted_s, read_s - ended_s):
                 self._predict_anew()
         if self._fallback is not None and not self._fallback.has_fallen:
-            self._compare(self._fallback, since_s)
+            self._compare(self._fallback, plan, since_s)
         if self._pace is not None and plan.cpu:
-            self._follow(self._pace)
+            self._follow(self._pace, plan)
 
-    def _follow(self, pace: Pace) -> None:
+    def _follow(self, pace: Pace, plan: Plan) -> None:
         """Correct the predictions by what the CPU's share of the step took."""
         executor = self._executor
         is_bound = not executor.cpu_was_waited_for
-        if pace.observe(self._coordinator.cpu_s, executor.cpu_share_s, is_bound=is_bound):
+        if pace.observe(plan.cpu_s, executor.cpu_share_s, is_bound=is_bound):
             self._predict_anew()
 
     def _predict_anew(self) -> None:
@@ -66,10 +65,10 @@ class Watch:
         self._coordinator.set_pace(cpu, dense)
         logger.debug("CPU experts take %.2f, what lies between layers %.2f times what the profile says", cpu, dense)
 
-    def _compare(self, fallback: Fallback, seconds: float) -> None:
+    def _compare(self, fallback: Fallback, plan: Plan, seconds: float) -> None:
         """Tell the fallback what a step took, from one routing read to the next; obey it."""
         if fallback.wants_prediction:
-            fallback.predict(*self._coordinator.single_device_s())
+            fallback.predict(*self._coordinator.single_device_s(plan))
         if fallback.observe(seconds):
             self._coordinator.use(fallback.scheduler)
         if fallback.has_fallen:

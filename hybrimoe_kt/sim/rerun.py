@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.profiles import load_profile
 
 from .scenario import OFF, Method, Scenario, find_slots
 from .trace import Trace

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.runtime.runtime import Runtime
 
 from .lazy import LazyTensor, Load, Where
 
@@ -140,12 +139,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 class CheckpointLoader:
-    """What operators are given as `gguf_loader`: the checkpoint's experts, and the state all operators share."""
+    """What operators are given as `gguf_loader`: the checkpoint's experts."""
 
-    def __init__(self, file: Checkpoint, option_overrides: dict[str, Any] | None = None) -> None:
+    def __init__(self, file: Checkpoint) -> None:
         self.file = file
-        self.option_overrides = option_overrides or {}
-        self.runtime: Runtime | None = None
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         self._layers: dict[int, LayerExperts] = {}
 

@@ -10,7 +10,6 @@ import torch
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.quant_types import row_bytes
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.runtime.runtime import Runtime
 
 from .gguf_file import GgufFile, GgufTensor
 
@@ -26,12 +25,8 @@ class GgufLoader:
     llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
     """
 
-    def __init__(self, file: GgufFile, option_overrides: dict[str, Any] | None = None) -> None:
+    def __init__(self, file: GgufFile) -> None:
         self.file = file
-        self.option_overrides = option_overrides or {}
-        """Expert options that win over a rule's kwargs."""
-        self.runtime: Runtime | None = None
-        """Made by the first HybriMoEExperts, shared by all."""
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         """Module path -> kwargs of the rule that decided it."""
         self._gathered: dict[tuple[int, str], GgufTensor] = {}

@@ -30,7 +30,7 @@ LATENT = Shape(architecture="deepseek2", heads=2, kv_heads=2, kv_lora_rank=64, r
 
 def state_of(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, LazyTensor]:
     """Every parameter that the file itself has: the routed experts are left out."""
-    source = open_source(path, None, None)
+    source = open_source(path, None)
     shapes = {name: tuple(value.shape) for name, value in _stored(_skeleton(source.config)).items()}
     dense = {name: shape for name, shape in shapes.items() if ".experts." not in name}
     return source.state(dense, dtype, lambda name: device)

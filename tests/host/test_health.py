@@ -38,7 +38,7 @@ def build(generated: Make) -> Engine:
 
 def fail_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Let the accelerator's experts fail at these launches."""
-    gpu = engine.runtime._executor.lanes[0].gpu
+    gpu = engine.runtime.lanes[0].gpu
     launch, count = gpu.launch, 0
 
     def sometimes(*args: Any, **kwargs: Any) -> None:

@@ -86,7 +86,7 @@ def test_failures_are_counted_for_good(
         def fail(*args: object, **kwargs: object) -> None:
             raise RuntimeError("injected")
 
-        monkeypatch.setattr(engine.runtime._executor.lanes[0].gpu, "launch", fail)
+        monkeypatch.setattr(engine.runtime.lanes[0].gpu, "launch", fail)
         assert running.post("/v1/completions", {"prompt": [3, 5, 7], "max_tokens": 4}).status_code == 200
         after = samples(running)
         assert after["hybrimoe_accelerator_failed_steps_total/emulated"] == 3

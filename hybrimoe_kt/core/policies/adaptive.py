@@ -78,7 +78,7 @@ class AdaptivePolicy(Policy):
         if gain > 1e100:
             self._use = use = [value / gain for value in use]
             gain = self._gain = 1.0
-        if num_tokens == 1:
+        if routing.is_decode:
             plain = gain
             if routing.weights:
                 plain = gain * (1.0 - self._weight_share)

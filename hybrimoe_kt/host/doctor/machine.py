@@ -84,9 +84,9 @@ def _last_runs() -> dict[str, Any]:
 
 def _profile() -> dict[str, Any]:
     """This machine's calibration with the default accelerator, backend and number of threads, as a run looks it up."""
-    from hybrimoe_kt.core.profile import load_profile
     from hybrimoe_kt.device.calibrate import machine_name, profile_path
     from hybrimoe_kt.device.choose import choose_accelerator
+    from hybrimoe_kt.profiles import load_profile
 
     cpu: Any = SimpleNamespace(name="llamafile", num_threads=default_expert_threads())
     machine = machine_name(choose_accelerator("auto"), cpu)

@@ -40,12 +40,12 @@ class Source:
     state: State
 
 
-def open_source(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def open_source(path: str | Path, model_path: str | Path | None) -> Source:
     """Open a GGUF model, or a directory of safetensors; `model_path` is where its configuration is read from."""
-    return _checkpoint(path, model_path, overrides) if is_checkpoint(path) else _gguf(path, model_path, overrides)
+    return _checkpoint(path, model_path) if is_checkpoint(path) else _gguf(path, model_path)
 
 
-def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def _gguf(path: str | Path, model_path: str | Path | None) -> Source:
     file = GgufFile(path)
     architecture = architecture_of(file)
     config = _config(file, architecture, model_path)
@@ -54,10 +54,10 @@ def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
-    return Source(file, architecture, config, GgufLoader(file, overrides), state)
+    return Source(file, architecture, config, GgufLoader(file), state)
 
 
-def _checkpoint(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     config = _directory_config(Path(model_path or path))
     architecture = architecture_of_type(str(path), config.model_type)
     file = Checkpoint(path)
@@ -65,7 +65,7 @@ def _checkpoint(path: str | Path, model_path: str | Path | None, overrides: dict
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)
 
-    return Source(file, architecture, config, CheckpointLoader(file, overrides), state)
+    return Source(file, architecture, config, CheckpointLoader(file), state)
 
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:

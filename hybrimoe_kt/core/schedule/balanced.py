@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate, combinations
 from math import fsum
 
+from .base import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
 from .branch_bound import improve
-from .greedy import PaperScheduler
-from .scheduler import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
+from .paper import PaperScheduler
 
 _NEVER = float("inf")
 _MAX_REMEMBERED = 4096
@@ -26,15 +26,14 @@ class BalancedScheduler(Scheduler):
 
     Every assignment the paper's greedy can reach is of this form, so none of its is better. The best of the
     form is the optimum when all experts cost the GPU the same (then only x, y and the CPU's sum matter); for
-    other inputs of at most `exact_experts` experts a branch and bound closes the gap. With
-    `admission_value_s` on the task, an admitted expert's future value is weighed against the makespan: a
-    coordinator sets it to `future_hits` hits per expert in decode. 0 is the default: with prefetching, replayed decode
-    on the paper's machine averaged 1.48x over static placement with 0 and 1.43x with 0.3; on three other profiles and
-    both recorded traces 0, 0.05, 0.1 and 0.3 were within 0.6 % of each other.
+    other inputs of at most `exact_experts` experts a branch and bound closes the gap.
+
+    The makespan alone is minimised. Weighing what a transferred expert may save later against it was tried and gained
+    nothing: replayed decode on the paper's machine averaged 1.48x over static placement without and 1.43x with it.
     """
 
     name = "balanced"
-    options = {"exact_experts": 12, "future_hits": 0.0}  # noqa: RUF012
+    options = {"exact_experts": 12}  # noqa: RUF012
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
@@ -44,8 +43,12 @@ class BalancedScheduler(Scheduler):
 
     def assign(self, task: Task) -> Assignment:
         """Return the best assignment found; the same task gives the same answer."""
-        if _only_numbers_matter(task):
-            return self._assign_equal(task)
+        choice = self._equal(task)
+        if choice is not None:
+            x, y, *times = choice
+            held, missing = task.held, task.missing
+            arriving = missing[:x]
+            return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
         num_missing = len(task.missing)
         loads = task.loads
         held = sorted(task.held, key=loads.__getitem__)
@@ -62,19 +65,19 @@ class BalancedScheduler(Scheduler):
 
     def makespan_s(self, task: Task) -> float:
         """Return the makespan of `assign` without making the assignment, where only numbers of experts matter."""
-        return self._equal(task)[2] if _only_numbers_matter(task) else self.assign(task).makespan_s
+        choice = self._equal(task)
+        return choice[2] if choice is not None else self.assign(task).makespan_s
 
-    def _assign_equal(self, task: Task) -> Assignment:
-        held, missing = task.held, task.missing
-        x, y, *times = self._equal(task)
-        arriving = missing[:x]
-        return Assignment(missing[x:] + held[:y], held[y:] + arriving, arriving, *times)
+    def _equal(self, task: Task) -> Choice | None:
+        """The choice where only the numbers of experts matter, remembered by them; None where more does.
 
-    def _equal(self, task: Task) -> Choice:
-        """The choice where only the numbers of experts matter, remembered by them."""
+        Only numbers matter with all loads equal, nothing pending and slots to spare.
+        """
         held, missing = task.held, task.missing
+        if task.arrival_s or task.num_free < len(missing) or len(set(task.loads.values())) != 1:
+            return None
         load = task.loads[held[0] if held else missing[0]]
-        key = (task.cost, load, len(held), len(missing), task.link_busy_s, task.shared_s, task.admission_value_s)
+        key = (task.cost, load, len(held), len(missing), task.link_busy_s, task.shared_s)
         choice = self._remembered.get(key)
         if choice is None:
             if len(self._remembered) >= _MAX_REMEMBERED:
@@ -114,11 +117,6 @@ class BalancedScheduler(Scheduler):
         return min((best, *others), key=lambda a: a.makespan_s)
 
 
-def _only_numbers_matter(task: Task) -> bool:
-    """All loads equal, nothing pending, slots to spare."""
-    return not task.arrival_s and task.num_free >= len(task.missing) and len(set(task.loads.values())) == 1
-
-
 def _best_count(task: Task, held: list[int], missing: list[int], left: list[int], most: int) -> Assignment:
     """Return the best of transferring 0..`most` experts through the slots there are, `left` staying on the CPU."""
     cost, loads = task.cost, task.loads
@@ -130,12 +128,10 @@ def _best_count(task: Task, held: list[int], missing: list[int], left: list[int]
         most = 0
     rest = list(accumulate([cost.cpu_expert_s[loads[e]] for e in missing[::-1]], initial=cost.cpu_call_s))
     left_s = fsum([cost.cpu_expert_s[loads[e]] for e in left])
-    last, transfer_s = 1.0 / cost.transfer_parts, cost.expert_transfer_s
-    ahead_s = transfer_s * (1.0 - last)
+    transfer_s = cost.expert_transfer_s
     gpu_s, link_s, ends_s = task.shared_s, task.link_busy_s, []
     for expert in kept:
-        expert_s, at_s = cost.gpu_expert_s[loads[expert]], task.arrival_s.get(expert, -ahead_s)
-        gpu_s = max(gpu_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
+        gpu_s = max(gpu_s, task.arrival_s.get(expert, 0.0)) + cost.gpu_expert_s[loads[expert]]
         ends_s.append(gpu_s)
     best_s, best_x = _NEVER, 0
     for x in range(most + 1):
@@ -144,8 +140,7 @@ def _best_count(task: Task, held: list[int], missing: list[int], left: list[int]
             if wait >= 0 and ends_s[wait] > link_s:
                 link_s = ends_s[wait]
             link_s += transfer_s
-            expert_s = cost.gpu_expert_s[loads[missing[x - 1]]]
-            gpu_s = max(gpu_s + expert_s, link_s - ahead_s + expert_s, link_s + expert_s * last)
+            gpu_s = max(gpu_s, link_s) + cost.gpu_expert_s[loads[missing[x - 1]]]
             if gpu_s >= best_s:
                 break
             ends_s.append(gpu_s)
@@ -173,9 +168,7 @@ def _best_threshold(
     """Return the best x and y, as if slots were plenty: for each x the y where CPU and GPU end together."""
     cost, loads = task.cost, task.loads
     cpu_table, gpu_table, transfer_s = cost.cpu_expert_s, cost.gpu_expert_s, cost.expert_transfer_s
-    call_s, slowdown, value_s = cost.cpu_call_s, cost.cpu_slowdown, task.admission_value_s
-    last = 1.0 / cost.transfer_parts
-    ahead_s = transfer_s * (1.0 - last)
+    call_s, slowdown = cost.cpu_call_s, cost.cpu_slowdown
     num_held, num_missing = len(held), len(missing)
     base_s = call_s + fsum([cpu_table[loads[e]] for e in given_up])
     rest = list(accumulate([cpu_table[loads[e]] for e in reversed(missing)], initial=base_s))
@@ -186,15 +179,15 @@ def _best_threshold(
     for expert in late:
         expert_s, at_s = gpu_table[loads[expert]], task.arrival_s[expert]
         moved_s += expert_s
-        landed_s = max(landed_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
+        landed_s = (landed_s if landed_s > at_s else at_s) + expert_s
     best, best_s = (0, 0, 0.0, 0.0, 0.0), _NEVER
     for x in range(num_missing + 1 if task.num_free + num_held + len(late) else 1):
         if x:
             expert_s = gpu_table[loads[missing[x - 1]]]
             link_s += transfer_s
             moved_s += expert_s
-            landed_s = max(landed_s + expert_s, link_s - ahead_s + expert_s, link_s + expert_s * last)
-            if landed_s - value_s * num_missing >= best_s:
+            landed_s = (landed_s if landed_s > link_s else link_s) + expert_s
+            if landed_s >= best_s:
                 break
         rest_s = rest[num_missing - x]
         direction = 0
@@ -208,7 +201,7 @@ def _best_threshold(
             gpu_s = busy[y] + moved_s
             if landed_s > gpu_s:
                 gpu_s = landed_s
-            end_s = (cpu_s if cpu_s > gpu_s else gpu_s) - value_s * x
+            end_s = cpu_s if cpu_s > gpu_s else gpu_s
             if end_s < best_s:
                 best_s, best = end_s, (x, y, cpu_s, gpu_s, busy[y] + moved_s)
             if cpu_s < gpu_s:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .scheduler import Assignment, Scheduler, Task, by_load, evaluate
+from .base import Assignment, Scheduler, Task, by_load, evaluate
 
 _NEVER = float("inf")
 

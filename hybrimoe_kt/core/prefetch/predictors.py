@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from heapq import nlargest
 from typing import Any, ClassVar
 
-from hybrimoe_kt.errors import ConfigError, unknown_name
-
-from .policies.base import check_options, check_range
-from .types import LayerSpec, Routing
+from hybrimoe_kt.core.policies.base import check_options, check_range
+from hybrimoe_kt.core.registry import find
+from hybrimoe_kt.core.types import LayerSpec, Routing
 
 
 class Predictor:
@@ -19,6 +18,8 @@ class Predictor:
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Any]] = {}
     """Option name -> default."""
+    learns: ClassVar[bool] = True
+    """Whether `observe` does anything."""
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:
         self.option = check_options(f"predictor {self.name}", options, self.options)
@@ -44,6 +45,7 @@ class StaleGatePredictor(Predictor):
     """The next layers' gates applied to this layer's hidden state, as the host computed them (the paper)."""
 
     name = "stale_gate"
+    learns = False
 
     def predict(self, routing: Routing, given: Sequence[Routing], depth: int) -> Sequence[Routing]:
         """Return the host's look-ahead unchanged."""
@@ -187,7 +189,5 @@ PREDICTORS: Mapping[str, type[Predictor]] = {
 
 
 def make_predictor(name: str, specs: Sequence[LayerSpec], options: Mapping[str, Any]) -> Predictor:
-    """Return the predictor `name` for a model's layers."""
-    if name not in PREDICTORS:
-        raise ConfigError(unknown_name("predictor", name, PREDICTORS))
-    return PREDICTORS[name](specs, **options)
+    """Return the predictor `name` (or at a dotted path) for a model's layers."""
+    return find("predictor", name, PREDICTORS, Predictor)(specs, **options)

@@ -1,12 +1,12 @@
-"""What a scheduler is given, what it answers, and the fixed assignments every baseline is made of."""
+"""What a scheduler is given, what it answers, and the one definition of makespan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from .cost import CostModel
-from .policies.base import check_options
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.policies.base import check_options
 
 
 class Task:
@@ -14,12 +14,10 @@ class Task:
 
     `held` are the routed experts in a slot (resident or pending), `missing` the others; `arrival_s` maps the
     pending ones -> seconds until they land. `num_free` slots can take a transfer at once without disturbing
-    the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. `admission_value_s` is
-    what an expert brought now is expected to save later, net of its victim. Times count from now.
+    the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. Times count from now.
     """
 
     __slots__ = (
-        "admission_value_s",
         "arrival_s",
         "cost",
         "held",
@@ -43,7 +41,6 @@ class Task:
         link_busy_s: float = 0.0,
         shared_s: float = 0.0,
         num_free: int = 1 << 30,
-        admission_value_s: float = 0.0,
     ) -> None:
         self.layer = layer
         self.cost = cost
@@ -54,7 +51,6 @@ class Task:
         self.link_busy_s = link_busy_s
         self.shared_s = shared_s
         self.num_free = num_free
-        self.admission_value_s = admission_value_s
 
 
 class Assignment:
@@ -104,71 +100,6 @@ class Scheduler:
         return self.assign(task).makespan_s
 
 
-class CpuOnlyScheduler(Scheduler):
-    """Everything on the CPU, whatever is resident."""
-
-    name = "cpu_only"
-
-    def assign(self, task: Task) -> Assignment:
-        """Return the one assignment there is."""
-        return all_on_cpu(task)
-
-
-class StaticScheduler(Scheduler):
-    """kTransformers: resident experts on the GPU, the others on the CPU, no transfer ever."""
-
-    name = "static"
-
-    def assign(self, task: Task) -> Assignment:
-        """Return resident -> GPU, missing -> CPU."""
-        return evaluate(task, task.missing, gpu_order(task, task.held), ())
-
-
-class LayerSplitScheduler(Scheduler):
-    """llama.cpp: a layer runs on the GPU when all its routed experts stand there, otherwise on the CPU whole."""
-
-    name = "layer_split"
-
-    def assign(self, task: Task) -> Assignment:
-        """Return all on the GPU or all on the CPU."""
-        if task.missing:
-            return all_on_cpu(task)
-        return evaluate(task, (), gpu_order(task, task.held), ())
-
-
-class GpuOnlyScheduler(Scheduler):
-    """On-demand loading (Mixtral-offloading, AdapMoE): every missing expert is transferred, nothing runs on the CPU."""
-
-    name = "gpu_only"
-
-    def assign(self, task: Task) -> Assignment:
-        """Return every expert on the GPU; the CPU steps in only where the layer has no slot to stream through."""
-        if task.missing and task.num_free + len(task.held) == 0:
-            return all_on_cpu(task)
-        arriving = by_load(task, task.missing)
-        return evaluate(task, (), gpu_order(task, task.held) + arriving, arriving)
-
-
-class FiddlerScheduler(Scheduler):
-    """Fiddler: each missing expert goes where it alone is faster, CPU time against transfer plus GPU time."""
-
-    name = "fiddler"
-
-    def assign(self, task: Task) -> Assignment:
-        """Return the independent choice of every missing expert; resident ones stay on the GPU."""
-        cost, loads = task.cost, task.loads
-        transfer_s = cost.expert_transfer_s
-        arriving, cpu = [], []
-        may_stream = task.num_free + len(task.held) > 0
-        for expert in by_load(task, task.missing):
-            load = loads[expert]
-            if may_stream and transfer_s + cost.gpu_expert_s[load] < cost.cpu_s((load,)):
-                arriving.append(expert)
-            else:
-                cpu.append(expert)
-        return evaluate(task, cpu, gpu_order(task, task.held) + arriving, arriving)
-
-
 def by_load(task: Task, experts: Sequence[int]) -> list[int]:
     """Return `experts`, the highest load first, ties in the order given."""
     loads = task.loads
@@ -196,12 +127,10 @@ def evaluate(task: Task, cpu: Sequence[int], gpu: Sequence[int], transfers: Sequ
 
     The link is first in, first out, behind what it has started; the k-th transfer beyond the free slots also
     waits until the k-th expert of `gpu` has left the GPU. The GPU runs `gpu` in order, after the shared
-    experts, each expert once its weights are there, or its first part where transfers come in parts.
+    experts, each expert once its weights are there.
     """
     cost, loads = task.cost, task.loads
     gpu_table, transfer_s = cost.gpu_expert_s, cost.expert_transfer_s
-    last = 1.0 / cost.transfer_parts
-    ahead_s = transfer_s * (1.0 - last)
     arrival_s: dict[int, float] = dict(task.arrival_s)
     gpu_end_s, gpu_busy_s, link_end_s = task.shared_s, task.shared_s, task.link_busy_s
     ends_s: list[float] = []
@@ -214,10 +143,9 @@ def evaluate(task: Task, cpu: Sequence[int], gpu: Sequence[int], transfers: Sequ
             link_end_s += transfer_s
             arrival_s[expert] = link_end_s
             num_waiting += 1
-        at_s = arrival_s.get(expert, -ahead_s)
         expert_s = gpu_table[loads[expert]]
         gpu_busy_s += expert_s
-        gpu_end_s = max(gpu_end_s + expert_s, at_s - ahead_s + expert_s, at_s + expert_s * last)
+        gpu_end_s = max(gpu_end_s, arrival_s.get(expert, 0.0)) + expert_s
         ends_s.append(gpu_end_s)
     cpu_s = cost.cpu_end_s(cost.cpu_s([loads[e] for e in cpu]), link_end_s)
     return Assignment(cpu, gpu, transfers, max(cpu_s, gpu_end_s), cpu_s, gpu_busy_s, transfer_s * len(transfers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .scheduler import Assignment, Task, by_load, evaluate, gpu_order
+from .base import Assignment, Task, by_load, evaluate, gpu_order
 
 
 def improve(task: Task, known: Assignment) -> Assignment:
@@ -31,8 +31,6 @@ class _Search:
         self.cpu = [cost.cpu_expert_s[loads[e]] for e in self.order]
         self.gpu = [cost.gpu_expert_s[loads[e]] for e in self.order]
         self.at = [task.arrival_s.get(e, 0.0) for e in self.held]
-        self.last = 1.0 / cost.transfer_parts
-        self.ahead_s = cost.expert_transfer_s * (1.0 - self.last)
         self.found: list[int] | None = None
         self.chosen: list[int] = []
 
@@ -61,9 +59,7 @@ class _Search:
             at_s, next_link_s = self.at[depth], link_s
         else:
             at_s = next_link_s = link_s + cost.expert_transfer_s
-        next_gpu_s = gpu_s + expert_s
-        if at_s > 0.0:
-            next_gpu_s = max(next_gpu_s, at_s - self.ahead_s + expert_s, at_s + expert_s * self.last)
+        next_gpu_s = max(gpu_s, at_s) + expert_s
         if next_gpu_s < self.best_s:
             self.chosen.append(self.order[depth])
             self._visit(depth + 1, cpu_s, next_gpu_s, next_link_s)

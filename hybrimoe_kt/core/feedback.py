@@ -1,19 +1,46 @@
-"""Whether hybrid plans pay on this machine: now and then one device is tried alone, and kept if it is faster.
-
-Plans are predicted from measurements that were made one at a time; under contention a hybrid can lose to the better
-of its halves (published reports: 8 to 40 times). So after `first` decode steps of a layer the device that the cost
-model thinks the better alternative gets `probe` steps. If their median is below `margin` times the hybrid's, twice in
-a row with hybrid steps between, it stays. Otherwise the next trial comes after twice as many steps.
-
-Pure: seconds are handed in, nothing is measured here.
-"""
+"""What measured steps teach: how fast the CPU really is, and whether hybrid plans pay at all."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 
-__all__ = ["Fallback"]
+__all__ = ["Fallback", "Pace"]
+
+
+_GRID = 1.05
+"""Paces are powers of it: finer than the 10 % that a prediction may be off."""
+
+
+class Pace:
+    """Hears what was measured beside what was predicted; `factor` is that on the profile's seconds."""
+
+    def __init__(self, *, window: int = 64, limit: float = 4.0) -> None:
+        """Changes at most once in `window` observations, and never beyond `limit` or its inverse."""
+        self.factor = 1.0
+        self._window, self._limit = window, limit
+        self._ratios: list[float] = []
+
+    def observe(self, predicted_s: float, measured_s: float, *, is_bound: bool = False) -> bool:
+        """Take one piece of work, predicted at the current `factor`; True if that changed `factor`.
+
+        `is_bound`: it had ended by then, nobody knows when; heard only where it was quicker than predicted.
+        """
+        if predicted_s <= 0.0:  # what costs nothing in a profile has no pace
+            return False
+        ratio = measured_s / predicted_s
+        if is_bound and ratio > 1.0:
+            return False
+        self._ratios.append(ratio)
+        if len(self._ratios) < self._window:
+            return False
+        found = min(max(self.factor * median(self._ratios), 1.0 / self._limit), self._limit)
+        self._ratios.clear()
+        if abs(math.log(found / self.factor, _GRID)) < 1.0:  # a window's own scatter, 2 to 3 %
+            return False
+        before, self.factor = self.factor, _GRID ** round(math.log(found, _GRID))
+        return self.factor != before
 
 
 class Fallback:
