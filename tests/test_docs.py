@@ -22,6 +22,10 @@ from benchmarks.model_memory import CARDS_GIB, GIB, PLACES, RELEASES, Release, m
 from benchmarks.on_gpu.__main__ import parser as on_gpu_parser
 from hybrimoe_kt.cli import main, options, tools
 from hybrimoe_kt.cli.plot import PICTURES
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.policies import POLICIES
+from hybrimoe_kt.core.predictors import PREDICTORS
+from hybrimoe_kt.core.schedulers import SCHEDULERS
 from hybrimoe_kt.host.rules.injection import check_operators, match_modules
 from hybrimoe_kt.host.rules.rule_file import load_rules
 from hybrimoe_kt.host.rules.skeletons import build_skeleton
@@ -96,7 +100,10 @@ def test_options_in_the_text_exist(page: Path) -> None:
     everything = FOREIGN.union(WITHOUT_EFFECT, *map(flags_of, EVERY_COMMAND))
     if page.name == "gpu.md":
         everything |= set(_FLAG.findall(on_gpu_parser().format_help()))
-    for quoted in re.findall(r"`([^`\n]+)`", prose(page.read_text(encoding="utf-8"))):
+    text = prose(page.read_text(encoding="utf-8"))
+    if page.name == "terms.md":  # whose tables begin with other programs' names
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
+    for quoted in re.findall(r"`([^`\n]+)`", text):
         if quoted.startswith(("python -m benchmarks", "make ")):
             continue
         for flag in _FLAG.findall(quoted):
@@ -155,6 +162,28 @@ def test_rules_shown_are_rules(block: str, tmp_path: Path) -> None:
     file.write_text(block, encoding="utf-8")
     chosen = match_modules(build_skeleton("olmoe"), load_rules(file), default_device="cpu")
     assert len(check_operators(chosen)) == 16  # the experts of every layer
+
+
+def rows_of(page: Path, heading: str) -> Iterator[list[str]]:
+    """The table rows below a heading up to the next one, code marks taken off."""
+    text = page.read_text(encoding="utf-8").split(f"\n{heading}\n")[1].split("\n## ")[0]
+    for line in re.findall(r"^\| `(.*) \|$", text, re.MULTILINE):
+        yield [cell.strip("`") for cell in re.split(r" *\| *", line)]
+
+
+def test_every_option_of_the_experts_is_documented_with_its_default() -> None:
+    said = {cells[0]: cells[2] for cells in rows_of(ROOT / "docs/tuning.md", "## Every option")}
+    nested = {name: said.pop(name) for name in list(said) if name not in ExpertOptions.names()}
+    assert list(said) == list(ExpertOptions.names())
+    assert ExpertOptions.from_kwargs({name: yaml.safe_load(value) for name, value in said.items()}) == ExpertOptions()
+    assert nested, "the table of policies' options follows"
+
+
+def test_every_option_of_policies_schedulers_and_predictors_is_documented() -> None:
+    rows = rows_of(ROOT / "docs/tuning.md", "## Every option")
+    known = {**POLICIES, **SCHEDULERS, **PREDICTORS}
+    said = {(of, option): yaml.safe_load(default) for of, option, default, _ in rows if of in known}
+    assert said == {(name, key): value for name, cls in known.items() for key, value in cls.options.items()}
 
 
 def test_there_are_rules_to_look_at() -> None:
