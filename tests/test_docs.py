@@ -26,8 +26,9 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.policies import POLICIES
 from hybrimoe_kt.core.predictors import PREDICTORS
 from hybrimoe_kt.core.schedulers import SCHEDULERS
+from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
 from hybrimoe_kt.host.rules.injection import check_operators, match_modules
-from hybrimoe_kt.host.rules.rule_file import load_rules
+from hybrimoe_kt.host.rules.rule_file import DEFAULT, list_packaged_rules, load_rules
 from hybrimoe_kt.host.rules.skeletons import build_skeleton
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,17 @@ def rows_of(page: Path, heading: str) -> Iterator[list[str]]:
     text = page.read_text(encoding="utf-8").split(f"\n{heading}\n")[1].split("\n## ")[0]
     for line in re.findall(r"^\| `(.*) \|$", text, re.MULTILINE):
         yield [cell.strip("`") for cell in re.split(r" *\| *", line)]
+
+
+def test_every_architecture_is_among_the_models_with_its_rule_files() -> None:
+    said = {cells[0].partition("`")[0]: cells for cells in rows_of(ROOT / "docs/models.md", "## What runs")}
+    assert set(said) == set(ARCHITECTURES)
+    files = list_packaged_rules()
+    for name, (_, _, rules, several) in said.items():
+        assert rules == ARCHITECTURES[name].rule_file
+        assert set(re.findall(r"[\w-]+", several)) <= set(files)
+    named = {file for _, _, rules, several in said.values() for file in re.findall(r"[\w-]+", f"{rules} {several}")}
+    assert named == set(files) - {DEFAULT}
 
 
 def test_every_option_of_the_experts_is_documented_with_its_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -25,11 +26,12 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from .families import MERGED, SPECIALS, random_model, save_checkpoint
 from .stock import greedy, logits_of
 
-# All that is written to add it. Its tensors are Qwen3-MoE's; its names, for the file, for the split of text and for
-# the experts in a checkpoint, are nobody's.
+# All that is written to add it. Its tensors are Qwen3-MoE's; its names, for the file, for the split of text, for
+# the type of a checkpoint and for the experts in it, are nobody's.
 MADE_UP = Architecture(
     gguf="made-up",
     model_type="qwen3_moe",
+    other_types=("made_up",),
     keys={
         "hidden_size": "embedding_length",
         "num_attention_heads": "attention.head_count",
@@ -117,6 +119,8 @@ def test_its_file_loads_with_the_default_rules_and_answers_as_the_stock_model(
 def test_its_checkpoint_loads(tmp_path: Path, stock: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ARCHITECTURES, "qwen3moe")  # whose model type it has
     saved = save_checkpoint("qwen3moe", stock, tmp_path) / "model.safetensors"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "made_up"}))
     tensors = {
         re.sub(r"(\.experts\.\d+\.)(\w+)_proj\.weight", r"\1made_up_\2", name): value
         for name, value in load_file(saved).items()

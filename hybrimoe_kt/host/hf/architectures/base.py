@@ -54,6 +54,8 @@ class Architecture:
     keys: Mapping[str, str]
     alias: str = ""
     """Our name, where `gguf` is another family's as well."""
+    other_types: tuple[str, ...] = ()
+    """What released config.json files call the model type besides, where the model is Transformers' `model_type`."""
     skeleton: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of a small model, to see what rules do: a released model's layer count, the smallest widths.
 

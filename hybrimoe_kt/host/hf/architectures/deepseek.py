@@ -98,6 +98,7 @@ _DEEPSEEK3 = replace(
     _DEEPSEEK2,
     alias="deepseek3",
     model_type="deepseek_v3",
+    other_types=("kimi_k2",),
     skeleton=_LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     rules="deepseek2",
