@@ -14,6 +14,7 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.utils import logging as transformers_logging
 
 from hybrimoe_kt.errors import ConfigError, ModelError
+from hybrimoe_kt.host.hf.architectures import every_architecture
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
@@ -28,10 +29,8 @@ _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
-# What GPT-2's split is right for, or for which Transformers' converter installs the right one (5.23.0).
-_FAITHFUL_PRE_TOKENIZERS = frozenset(
-    {"default", "gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o", "minimax-m2"}
-)
+# What GPT-2's split is right for; each architecture's entry names those for which Transformers installs another.
+_GPT2_PRE_TOKENIZERS = ("default", "gpt-2", "gpt2")
 
 
 def load_tokenizer(file: GgufFile | Checkpoint, model_path: str | Path | None) -> PreTrainedTokenizerBase:
@@ -41,7 +40,7 @@ def load_tokenizer(file: GgufFile | Checkpoint, model_path: str | Path | None) -
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise ModelError(f"{file.path}: holds no tokenizer; give --model_path a directory that has one")
     split = file.metadata.get("tokenizer.ggml.pre", "default")
-    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and str(split) not in _FAITHFUL_PRE_TOKENIZERS:
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and str(split) not in _faithful_pre_tokenizers():
         logger.warning(
             "%s: the tokenizer is rebuilt from the file, and its text splitting (%s) is only approximated; "
             "give --model_path the model's own tokenizer for exact tokens",
@@ -49,6 +48,11 @@ def load_tokenizer(file: GgufFile | Checkpoint, model_path: str | Path | None) -
             split,
         )
     return _or_model_error(f"{file.path}: its tokenizer cannot be rebuilt", _from_gguf, file.path)
+
+
+def _faithful_pre_tokenizers() -> set[str]:
+    """Those of every architecture: a fine-tuned model may have taken another family's tokenizer."""
+    return {*_GPT2_PRE_TOKENIZERS, *(name for family in every_architecture() for name in family.pre_tokenizers)}
 
 
 def _from_directory(directory: Path) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from hybrimoe_kt.errors import ModelError
 
 from .lazy import LazyTensor, Load, Where
 
-__all__ = ["Checkpoint", "CheckpointLoader", "is_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointLoader", "ExpertNames", "is_checkpoint"]
 
-_ROLES = ("gate", "up", "down")
 _TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 _HELD = {
     torch.float16: (GGMLQuantizationType.F16, torch.float16),
@@ -35,26 +34,16 @@ _HELD = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where a checkpoint has a layer's experts; `{expert}` in a name means a tensor for each, else they are stacked."""
+class ExpertNames:
+    """What a family's checkpoints call a layer's experts, behind `layers.N.`.
+
+    `{expert}` in a name means a tensor for each expert, else they are stacked. Stacked gate and up are one tensor
+    under one name, the first half of its rows the gate's.
+    """
 
     gate: str
     up: str
     down: str
-
-
-_LAYOUTS = (
-    _Layout(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in _ROLES)),
-    _Layout(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2"))),
-    # gate and up stacked as one tensor: the first half of its rows are the gate's
-    _Layout("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    _Layout(
-        "block_sparse_moe.input_linear.weight",
-        "block_sparse_moe.input_linear.weight",
-        "block_sparse_moe.output_linear.weight",
-    ),
-)
-_EXPERT = re.compile(r"\.experts\.|\.block_sparse_moe\.(input|output)_linear\.weight$")
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -64,10 +53,14 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, mapped; `metadata` is empty, as a GGUF file's is not."""
+    """The safetensors files of a model directory, mapped; `metadata` is empty, as a GGUF file's is not.
 
-    def __init__(self, folder: str | Path) -> None:
+    `expert_names` are those that its family may use, the first that is found in a layer counts.
+    """
+
+    def __init__(self, folder: str | Path, expert_names: Sequence[ExpertNames] = ()) -> None:
         self.path = Path(folder)
+        self.expert_names = tuple(expert_names)
         self.metadata: dict[str, Any] = {}
         self._files: dict[str, Any] = {}
         for file in _files(self.path):
@@ -109,13 +102,20 @@ class Checkpoint:
     def dense_state(self, dtype: torch.dtype, float32: tuple[str, ...], where: Where) -> dict[str, LazyTensor]:
         """The language model's tensors but the routed experts, under the checkpoint's names, read when asked for."""
         state = {}
+        routed = self._routed()
         for name in self.names():
-            if name.startswith((self._prefix, "lm_head.")) and not _EXPERT.search(name):
+            if name.startswith((self._prefix, "lm_head.")) and not routed.fullmatch(name):
                 _, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
                 plain = f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else name
                 state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))
         return state
+
+    def _routed(self) -> re.Pattern[str]:
+        """What matches the full names of routed experts' tensors."""
+        patterns = {name for names in self.expert_names for name in (names.gate, names.up, names.down)}
+        any_of = "|".join(re.escape(pattern).replace(r"\{expert\}", r"\d+") for pattern in sorted(patterns))
+        return re.compile(rf"{re.escape(self._prefix)}layers\.\d+\.(?:{any_of or '(?!)'})")
 
     def _load(self, name: str) -> Load:
         return lambda dtype, device: self.read(name).to(device).to(dtype)  # converted where it will stand
@@ -150,20 +150,21 @@ class CheckpointLoader:
         """Return one layer's routed experts, gathered once; ModelError when the files lack or contradict them."""
         if layer not in self._layers:
             shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
-            layout = self._layout(layer)
+            names = self._names(layer)
             with torch.device("cpu"):  # operators are constructed where everything lands on the meta device
                 matrices = {
-                    role: self._gather(layer, getattr(layout, role), role, num_experts, shape)
+                    role: self._gather(layer, getattr(names, role), role, num_experts, shape)
                     for role, shape in shapes.items()
                 }
             self._layers[layer] = LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
         return self._layers[layer]
 
-    def _layout(self, layer: int) -> _Layout:
-        for layout in _LAYOUTS:
-            if self.file.layer_tensor(layer, layout.down.format(expert=0)) in self.file:
-                return layout
-        raise ModelError(f"{self.file.path}: layer {layer} holds no routed experts under a name known here")
+    def _names(self, layer: int) -> ExpertNames:
+        for names in self.file.expert_names:
+            if self.file.layer_tensor(layer, names.down.format(expert=0)) in self.file:
+                return names
+        looked_for = ", ".join(self.file.layer_tensor(layer, names.down) for names in self.file.expert_names)
+        raise ModelError(f"{self.file.path}: layer {layer} holds no routed experts; looked for {looked_for}")
 
     def _gather(self, layer: int, pattern: str, role: str, num_experts: int, shape: tuple[int, int]) -> ExpertMatrix:
         """Copy one role's matrices of all experts next to each other, in the type that they are held in."""

@@ -187,7 +187,7 @@ def load_model(
 def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:
     """The rule file that was named, by its path or as a packaged one, or the architecture's own."""
     if path is None:
-        return rule_engine.packaged_rules(architecture.model_type)
+        return rule_engine.packaged_rules(architecture.rule_file)
     return Path(rule_engine.list_packaged_rules().get(str(path), path))
 
 

@@ -60,7 +60,7 @@ def _gguf(path: str | Path, model_path: str | Path | None) -> Source:
 def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     config = _directory_config(Path(model_path or path))
     architecture = architecture_of_type(str(path), config.model_type)
-    file = Checkpoint(path)
+    file = Checkpoint(path, architecture.checkpoint_names)
 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .classes import replacement
 from .injection import Injection, RuleSet, check_operators, match_modules, unused_rules
-from .skeletons import SKELETONS, build_skeleton
+from .skeletons import build_skeleton, skeleton_names
 
 __all__ = ["best_skeleton", "path_patterns", "report_rules"]
 
@@ -99,9 +99,10 @@ def _along_the_way(part: str) -> tuple[int, int]:
 def best_skeleton(rules: RuleSet) -> str:
     """Return the known architecture on which the fewest rules stay unused; a file named after one wins."""
     stem = Path(rules.file).stem.removesuffix("-multi-gpu")
-    if stem in SKELETONS:
+    names = skeleton_names()
+    if stem in names:
         return stem
-    unused = {name: _num_unused(rules, build_skeleton(name)) for name in SKELETONS}
+    unused = {name: _num_unused(rules, build_skeleton(name)) for name in names}
     return min(unused, key=unused.__getitem__)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from hybrimoe_kt.errors import RuleError, nearest, unknown_name
+from hybrimoe_kt.errors import RuleError, nearest
 
 __all__ = ["DEFAULT", "Rule", "RuleSet", "list_packaged_rules", "load_rules", "packaged_rules"]
 
@@ -29,13 +29,6 @@ DEFAULT = "default"
 RULE_KEYS = ("match", "replace", "recursive")
 MATCH_KEYS = ("name", "class")
 REPLACE_KEYS = ("class", "kwargs")
-# Names other than a file's own stem under which an architecture is known, without "_", "-" and capitals.
-ARCHITECTURE_NAMES = {
-    "deepseekv2": "deepseek2",
-    "deepseekv3": "deepseek2",
-    "kimik2": "deepseek2",
-    "qwen35moetext": "qwen35moe",
-}
 
 
 @dataclass(frozen=True)
@@ -80,24 +73,15 @@ def load_rules(path: str | Path) -> RuleSet:
 
 
 def list_packaged_rules() -> dict[str, Path]:
-    """Return the packaged rule files by architecture."""
+    """Return the packaged rule files by name: an architecture's, or `default` for one without a file."""
     folder = Path(str(resources.files("hybrimoe_kt.optimize_rules")))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"), key=lambda file: file.stem)}
 
 
-def packaged_rules(architecture: str) -> Path:
-    """Return the packaged rule file for a Hugging Face model type (`qwen3_moe`) or a GGUF architecture (`qwen3moe`)."""
+def packaged_rules(name: str) -> Path:
+    """Return the packaged rule file of that name, or the default one, which serves any architecture."""
     files = list_packaged_rules()
-    plain = _plain(architecture)
-    found = {_plain(name): file for name, file in files.items()}.get(ARCHITECTURE_NAMES.get(plain, plain))
-    if found is None:
-        sentence = unknown_name("architecture", architecture, files)
-        raise RuleError(f"no packaged rule file: {sentence}; name one of your own with --optimize_rule_path")
-    return found
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[_-]", "", name).lower()
+    return files.get(name, files[DEFAULT])
 
 
 def _compose(file: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
