@@ -24,8 +24,8 @@ from hybrimoe_kt.cli import main, options, tools
 from hybrimoe_kt.cli.plot import PICTURES
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.policies import POLICIES
-from hybrimoe_kt.core.predictors import PREDICTORS
-from hybrimoe_kt.core.schedulers import SCHEDULERS
+from hybrimoe_kt.core.prefetch.predictors import PREDICTORS
+from hybrimoe_kt.core.schedule import SCHEDULERS
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
 from hybrimoe_kt.host.rules.injection import check_operators, match_modules
 from hybrimoe_kt.host.rules.rule_file import DEFAULT, list_packaged_rules, load_rules
