@@ -67,7 +67,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 
 kernels: $(VENV)/.ready-dev
-	$(BIN)/python -m hybrimoe_kt.kernels.offline --write docs/kernels-table.md $(ARGS)
+	$(BIN)/python -m tools.kernel_lab --write docs/kernels-table.md $(ARGS)
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.speed $(ARGS)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybrimoe_kt.kernels.formats import FORMATS
 from hybrimoe_kt.kernels.targets import TARGETS, Target
+from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
 Q4_K, Q5_0, Q6_K, Q8_0 = 12, 6, 14, 8
@@ -29,7 +29,7 @@ def mixes_of(model: str) -> tuple[tuple[int, int, int], ...]:
 
 def expert_bytes(spec: ModelSpec, kinds: tuple[int, int, int]) -> float:
     """Bytes of one expert whose gate, up and down have these types."""
-    return sum(spec.hidden * spec.expert_width * FORMATS[kind].bytes_per_value for kind in kinds)
+    return sum(spec.hidden * spec.expert_width * TYPES[kind].bytes_per_value for kind in kinds)
 
 
 def expert_macs(spec: ModelSpec) -> int:

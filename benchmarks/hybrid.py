@@ -29,7 +29,8 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import calibrate
 from hybrimoe_kt.device.choose import choose_accelerator
-from hybrimoe_kt.device.host_store import ExpertMatrix, HostStore, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.page_locks import PAGE, fresh_pages
 from hybrimoe_kt.runtime import ModelExperts, Routed, assemble
 from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend

@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.inbox import Predict
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import accelerators
+from .backends.registry import CPU_BACKENDS, DEFAULT_CPU, GPU_BACKENDS, check_name
 from .core.strategy import Strategy
 from .errors import ConfigError, nearest, unknown_name
 
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
-
-CPU_BACKENDS = ("llamafile", "cpuinfer", "torch_reference")
-GPU_BACKENDS = ("auto", "triton", "torch", "torch_reference")
 
 HOST_STORES = ("auto", "mapped", "page_locked")
 
@@ -96,9 +94,10 @@ class ExpertOptions:
 
     Layers may name different ones, in rules of their own. See `hybrimoe_kt.accelerators`.
     """
-    cpu_backend: str = "llamafile"
+    cpu_backend: str = DEFAULT_CPU
+    """Who computes experts on the CPU: a name of `backends.registry`, or a class, "package.module:Class"."""
     gpu_backend: str = "auto"
-    """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch.
+    """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch. Or a class.
 
     On an emulated accelerator auto is torch_reference, slow and exact; triton runs there in Triton's interpreter.
     """
@@ -154,8 +153,8 @@ class ExpertOptions:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
         accelerators.parse(self.accelerator)
-        _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
-        _one_of("gpu_backend", self.gpu_backend, GPU_BACKENDS)
+        check_name("cpu_backend", self.cpu_backend, CPU_BACKENDS)
+        check_name("gpu_backend", self.gpu_backend, ("auto", *GPU_BACKENDS))
         chosen = {name: getattr(self, name) for name in Strategy.names() if name in self.names()}
         object.__setattr__(self, "strategy", Strategy(**chosen))
         if self.policy == "belady":

@@ -81,3 +81,13 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """Return the sentence for a name that is not one of `valid`."""
     names = sorted(valid)
     return f"unknown {kind} {name!r}{nearest(name, names) or ';'} valid: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def summary(error: BaseException) -> str:
+    """An error in one line, its type before what it says: for those that no user was meant to meet."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -6,22 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .combine_pairs import config as combine_config
-from .combine_pairs.kernel import combine_pairs
-from .decode_down.kernel import decode_down
-from .decode_gate_up import config as decode_config
-from .decode_gate_up.kernel import decode_gate_up
-from .formats import FORMATS
-from .prefill_down.kernel import prefill_down
-from .prefill_gate_up import config as prefill_config
-from .prefill_gate_up.kernel import prefill_gate_up
-from .quantize_rows import config as quantize_config
-from .quantize_rows.kernel import quantize_rows
-from .slots import MatrixInSlot
-from .sort_pairs import config as sort_config
-from .sort_pairs.kernel import sort_pairs
+from .combine_pairs import combine_pairs
+from .configs import combine_config, decode_config, prefill_config, quantize_config, sort_config
+from .decode_down import decode_down
+from .decode_gate_up import decode_gate_up
+from .prefill_down import prefill_down
+from .prefill_gate_up import prefill_gate_up
+from .quantize_rows import quantize_rows
+from .sort_pairs import sort_pairs
 from .targets import Target
-from .workspace import DECODE_TOKENS, LayerShape, Workspace, prefill_parts
+from .workspace import DECODE_TOKENS, LayerShape, MatrixInSlot, Workspace, prefill_parts
 
 __all__ = ["LayerKernels"]
 
@@ -67,14 +61,14 @@ class LayerKernels:
         out: torch.Tensor,
     ) -> None:
         part = space.decode(self.shape, hidden.shape[0])
-        config, quantize = decode_config.choose(self.target), quantize_config.choose(self.target)
+        config, quantize = decode_config(self.target), quantize_config(self.target)
         rows = part["xq"], part["xs"], part["xm"]
-        if not (FORMATS[self.gate.kind].is_float and FORMATS[self.up.kind].is_float):
+        if not (self.gate.type.is_float and self.up.type.is_float):
             quantize_rows(hidden, *rows, quantize)
         act, pair_slot = part["act"], part["pair_slot"]
         decode_gate_up(self.memory, self.gate, self.up, slot_of, ids, hidden, rows, act, pair_slot, config)
         rows = part["aq"], part["as"], part["am"]
-        if not FORMATS[self.down.kind].is_float:
+        if not self.down.type.is_float:
             quantize_rows(act, *rows, quantize)
         decode_down(self.memory, self.down, pair_slot, weights, act, rows, out, config)
 
@@ -88,13 +82,13 @@ class LayerKernels:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        one_type = self.gate.kind == self.up.kind
-        config = prefill_config.choose(self.target, ids.numel() / max(num_present, 1), one_type=one_type)
+        one_type = self.gate.type is self.up.type
+        config = prefill_config(self.target, ids.numel() / max(num_present, 1), one_type=one_type)
         dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float16
         part = space.carve(prefill_parts(self.shape, hidden.shape[0], config.pairs, dtype))
         pairs, slots, act, answers = part["pairs"], part["slots"], part["act"], part["answers"]
         x = hidden if hidden.dtype == dtype else part["x"].copy_(hidden)
-        sort_pairs(ids, slot_of, pairs, slots, config.pairs, sort_config.choose(self.target))
+        sort_pairs(ids, slot_of, pairs, slots, config.pairs, sort_config(self.target))
         prefill_gate_up(self.memory, self.gate, self.up, pairs, slots, ids.shape[1], x, act, config)
         prefill_down(self.memory, self.down, pairs, slots, act, answers, config)
-        combine_pairs(answers, ids, weights, slot_of, out, combine_config.choose(self.target))
+        combine_pairs(answers, ids, weights, slot_of, out, combine_config(self.target))

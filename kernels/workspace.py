@@ -1,16 +1,19 @@
-"""Memory that a layer's kernels hand to each other, in one allocation that every layer and step uses again."""
+"""What a layer's kernels are given: matrices in slots, and memory in one allocation that every layer and step uses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from .sort_pairs.config import max_blocks
+from hybrimoe_kt.quants import QuantType
 
-__all__ = ["CHUNK_TOKENS", "DECODE_TOKENS", "LayerShape", "Workspace", "decode_parts", "prefill_parts"]
+from .configs import max_blocks
+
+__all__ = ["CHUNK_TOKENS", "DECODE_TOKENS", "LayerShape", "MatrixInSlot", "Workspace", "decode_parts", "prefill_parts"]
 
 DECODE_TOKENS = 8
 """Up to so many tokens the matrix-vector kernels run: they read an expert once for each token that uses it."""
@@ -18,6 +21,21 @@ CHUNK_TOKENS = 1024
 """Longer prompts pass in pieces of this many tokens, which bounds the answers waiting to be added up."""
 
 Parts = Mapping[str, tuple[Sequence[int], torch.dtype]]
+
+
+class MatrixInSlot(Protocol):
+    """Where one of gate `[inter, H]`, up `[inter, H]`, down `[H, inter]` lies in every slot; a `MatrixLayout` does."""
+
+    @property
+    def type(self) -> QuantType: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def offsets(self) -> tuple[int, int, int, int]:
+        """The planes' first bytes in the slot, filled up to four with zeros."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def test_a_bare_checkout_runs_without_being_installed():
     code = """
 import sys
 sys.path[:0] = [sys.argv[1], *sys.argv[2:]]
-import hybrimoe_kt, hybrimoe_kt.kernels.formats, importlib.resources
+import hybrimoe_kt, hybrimoe_kt.kernels.configs, importlib.resources
 assert hybrimoe_kt.__file__.startswith(sys.argv[1]) and hybrimoe_kt.kernels.__file__.startswith(sys.argv[1])
 print((importlib.resources.files("hybrimoe_kt.optimize_rules") / "qwen3moe.yaml").is_file())
 """

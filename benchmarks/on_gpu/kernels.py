@@ -18,8 +18,9 @@ from benchmarks.gpu_roofline import expert_bytes, mixes_of, roofline
 from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.errors import summary
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 
 from .plan import Plan
@@ -94,7 +95,7 @@ def _rows(
             layer = layer or make_layer(spec, kinds, device)
             found = measure(layer, spec, kinds, num_tokens, bandwidth, launches or LAUNCHES[num_tokens])
         except Exception as error:  # the rest may do
-            results.fail(STEP, TABLE, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            results.fail(STEP, TABLE, name, summary(error))
             continue
         if device.type == "cpu":
             del found["of_roofline"]  # nobody publishes an interpreter's rates
@@ -114,7 +115,7 @@ def make_layer(spec: ModelSpec, kinds: Kinds, device: torch.device) -> Layer:
     experts = LayerExperts(0, spec.num_experts, spec.top_k, spec.hidden, spec.expert_width, gate, up, down)
     layout = SlotLayout(experts)
     slot = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
-    layout.write((parts[0], parts[1], parts[2]), slot)
+    layout.write(parts, slot)
     memory = slot.to(device).repeat(spec.num_experts, 1)
     return Layer(experts, layout, memory, torch.arange(spec.num_experts, dtype=torch.int32, device=device))
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from hybrimoe_kt.errors import summary
+
 from .plan import Plan
 from .results import Results
 from .timing import host_s, synchronize, whole_s
@@ -39,7 +41,7 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
         try:
             probe()
         except Exception as error:
-            results.fail(STEP, TABLE, name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            results.fail(STEP, TABLE, name, summary(error))
 
 
 class Link:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.errors import CapacityError, summary
 
 from .plan import Plan
 from .results import Results
@@ -104,7 +104,7 @@ def _check(results: Results, step: str, machine: Any) -> None:
         except CapacityError as error:
             results.leave_out(step, "right", name, f"does not fit: {error}")
         except Exception as error:
-            results.fail(step, "right", name, _first_line(error))
+            results.fail(step, "right", name, summary(error))
 
 
 def _calibrate(results: Results, step: str, machine: Any) -> None:
@@ -114,7 +114,7 @@ def _calibrate(results: Results, step: str, machine: Any) -> None:
         machine.restart({})
         verdict = machine.calibrate(results.folder)
     except Exception as error:
-        results.fail(step, "model", "calibrated", f"{_first_line(error)}; plans are made with the default profile")
+        results.fail(step, "model", "calibrated", f"{summary(error)}; plans are made with the default profile")
     else:
         results.add(step, "model", "calibrated", {"load_s": time.perf_counter() - began}, note=verdict)
 
@@ -136,10 +136,6 @@ def _row(results: Results, step: str, machine: Any, cache: str, method: str, lef
     except CapacityError as error:
         results.leave_out(step, "methods", name, f"does not fit: {error}")
     except Exception as error:
-        results.fail(step, "methods", name, _first_line(error))
+        results.fail(step, "methods", name, summary(error))
     else:
         results.add(step, "methods", name, values, health=machine.health, note="; ".join(notes))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
-from .cpu_llamafile import LlamafileBackend
+from .llamafile_input import LlamafileArithmetic, check_call, check_layer, kernel_matrices
 
 __all__ = ["CpuInferBackend", "adopt_pool"]
 
@@ -49,10 +49,11 @@ def _own_pool(num_threads: int) -> Any:
     return _extension().CPUInfer(num_threads + 1)
 
 
-class CpuInferBackend(LlamafileBackend):
+class CpuInferBackend(LlamafileArithmetic):
     """Computes experts asynchronously on cpuinfer_ext's threads; one step in flight. Checks are kt-kernel's."""
 
     name = "cpuinfer"
+    answers_pairs = False
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         _extension()
@@ -60,17 +61,27 @@ class CpuInferBackend(LlamafileBackend):
         self._pool = _adopted[0] if _adopted else _own_pool(num_threads)
         self._kernels: dict[int, Any] = {}
         self._layers: dict[int, LayerExperts] = {}
-        self._padded_copies: dict[int, list[torch.Tensor]] = {}
+        self._matrices: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
         self._calls: list[_Call] | None = None
 
+    @classmethod
+    def unusable(cls) -> str | None:
+        try:
+            _extension()
+        except HostCompatibilityError as error:
+            return str(error)
+        return None
+
+    def copies(self, layer: int) -> bool:
+        return self.copied_bytes(self._layers[layer]) > 0
+
     def add_layer(self, experts: LayerExperts) -> None:
-        self.check_layer(experts)
+        check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
 
     def _kernel(self, experts: LayerExperts) -> Any:
-        width = self.padded_width(experts)
-        gate, up, down = (self._in_place_or_padded(experts, matrix, width) for matrix in experts.matrices)
+        width, matrices = self._matrices[experts.layer] = kernel_matrices(experts)
         moe = _extension().moe
         return moe.MOE(
             moe.MOEConfig(
@@ -81,7 +92,7 @@ class CpuInferBackend(LlamafileBackend):
                 _STRIDE,
                 _GROUP_MIN_LEN,
                 self.max_tokens,
-                *(data.data_ptr() for data in (gate, up, down)),
+                *(data.data_ptr() for data in matrices),
                 *(matrix.ggml_type for matrix in experts.matrices),
                 _F32,
             )
@@ -91,7 +102,7 @@ class CpuInferBackend(LlamafileBackend):
         """Start one layer's CPU share; ids of -1 are not computed here."""
         if self._calls is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
-        self._check_call(self._layers[layer], hidden, ids, weights)
+        check_call(self._layers[layer], self.max_tokens, hidden, ids, weights)
         self._shape = hidden.shape
         self._calls = []
         counts = (ids >= 0).sum(dim=1)

@@ -1,8 +1,7 @@
 """CPU experts on kTransformers' llamafile kernels, through kt-kernel's low-level extension.
 
-The extension trusts its caller: wrong dtypes, lengths or types crash the process or return wrong numbers. Every call
-is checked here, every layer in llamafile_shapes. kt-kernel reads the mapped GGUF in place, so experts are not copied,
-except where an expert's width must be padded.
+Every call and every layer is checked by `llamafile_input`. kt-kernel reads the mapped GGUF in place, so experts are
+not copied, except where an expert's width must be padded.
 
 Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0.7.2.
 """
@@ -10,16 +9,16 @@ Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError
 
-from . import llamafile_shapes
+from . import kt_kernel_pool
 from .kt_kernel_pool import extension, stdout_silenced, worker_pool
+from .llamafile_input import LlamafileArithmetic, check_call, check_layer, kernel_matrices
 
 __all__ = ["LlamafileBackend"]
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 _F32 = 0
 
 
-class LlamafileBackend:
+class LlamafileBackend(LlamafileArithmetic):
     """Computes experts asynchronously on kt-kernel's own threads; one call in flight.
 
     Quantises activations to 8 bits: 1-2 % relative error per layer against exact arithmetic [m].
@@ -53,16 +52,20 @@ class LlamafileBackend:
         self._pool = worker_pool(num_threads)
         self._kernels: dict[int, Any] = {}
         self._layers: dict[int, LayerExperts] = {}
-        self._padded_copies: dict[int, list[torch.Tensor]] = {}
+        self._matrices: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
         self._task: Any = None
         # kt-kernel never frees a task: each is made once and submitted again, 160 bytes less a call [m].
         self._tasks: dict[tuple[int, int], Any] = {}
         self._buffers = _Buffers(0, 0, 0)
         self._flag = _Flag(0)
 
+    @classmethod
+    def unusable(cls) -> str | None:
+        return kt_kernel_pool.unusable()
+
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts in place; ModelError for a type or shape the kernel gets wrong."""
-        self.check_layer(experts)
+        check_layer(experts)
         self._layers[experts.layer] = experts
         self._kernels[experts.layer] = self._kernel(experts)
         self._buffers = self._buffers.at_least(self._num_rows(experts), experts.top_k, experts.hidden)
@@ -71,21 +74,20 @@ class LlamafileBackend:
 
     def copies(self, layer: int) -> bool:
         """Whether this layer's width had to be padded: its experts then stand in memory of this backend's own."""
-        return layer in self._padded_copies
+        return self.copied_bytes(self._layers[layer]) > 0
 
     def _num_rows(self, experts: LayerExperts) -> int:
         """Rows of the longest call: every token, and once more at most one token per expert (see `_Buffers.fill`)."""
         return self.max_tokens + min(self.max_tokens, experts.num_experts)
 
     def _kernel(self, experts: LayerExperts) -> Any:
-        width = self.padded_width(experts)
-        gate, up, down = (self._in_place_or_padded(experts, matrix, width) for matrix in experts.matrices)
+        width, matrices = self._matrices[experts.layer] = kernel_matrices(experts)
         config = self._extension.moe.MOEConfig(experts.num_experts, experts.top_k, experts.hidden, width)
         config.pool = self._pool.backend_
         config.m_block = 32
         config.group_min_len = 1  # its default of 10 runs up to 9 tokens one by one: 4x slower at 8 tokens [m]
         config.max_len = config.group_max_len = self._num_rows(experts)
-        config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in (gate, up, down))
+        config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in matrices)
         config.gate_type, config.up_type = experts.gate.ggml_type, experts.up.ggml_type
         config.down_type, config.hidden_type = experts.down.ggml_type, _F32
         with stdout_silenced():
@@ -94,29 +96,12 @@ class LlamafileBackend:
             self._pool.sync()
         return kernel
 
-    @staticmethod
-    def check_layer(experts: LayerExperts) -> None:
-        """Raise ModelError for experts whose types or shapes the kernel gets wrong."""
-        llamafile_shapes.check_layer(experts)
-
-    @staticmethod
-    def padded_width(experts: LayerExperts) -> int:
-        """The experts' width as the kernel needs it, a multiple of 256."""
-        return llamafile_shapes.padded_width(experts)
-
-    def _in_place_or_padded(self, experts: LayerExperts, matrix: ExpertMatrix, width: int) -> torch.Tensor:
-        if width == experts.inter:
-            return matrix.data
-        padded = llamafile_shapes.padded(matrix, experts, width)
-        self._padded_copies.setdefault(experts.layer, []).append(padded)
-        return padded
-
     def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Start one layer's CPU share on the pool; returns in microseconds."""
         if self._task is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         experts = self._layers[layer]
-        self._check_call(experts, hidden, ids, weights)
+        check_call(experts, self.max_tokens, hidden, ids, weights)
         num_tokens, width = hidden.shape
         fill = self._buffers.fill_single if num_tokens == 1 else self._buffers.fill
         self._shape = num_tokens, width
@@ -152,29 +137,6 @@ class LlamafileBackend:
         self._task = None
         num_tokens, width = self._shape
         return self._buffers.out[: num_tokens * width].view(num_tokens, width)
-
-    def _check_call(
-        self, experts: LayerExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        num_tokens = hidden.shape[0]
-        if not 1 <= num_tokens <= self.max_tokens:
-            raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {self.max_tokens}")
-        if hidden.dtype != torch.float32 or hidden.shape[1] != experts.hidden:
-            raise KernelError(
-                f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]"
-            )
-        if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
-            raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
-        if ids.shape[0] != num_tokens or not 1 <= ids.shape[1] <= experts.top_k:
-            raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
-        # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
-        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
-            raise KernelError(
-                f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)"
-            )
-        if not math.isfinite(weights.sum().item()) and not weights.isfinite().all():
-            raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
-        _check_ids(experts, ids)
 
 
 class _Flag:
@@ -246,19 +208,3 @@ class _Buffers:
         w.view(rows, top_k)[:num_tokens].copy_(weights)
         w.view(rows, top_k)[num_tokens:].zero_()
         return rows
-
-
-def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
-    if ids.shape[0] == 1:
-        used = [index for index in ids[0].tolist() if index >= 0]
-        top, duplicated = max(used, default=0), len(set(used)) != len(used)
-    else:
-        ordered = ids.sort(dim=1).values
-        duplicated = bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
-        top = int(ordered[:, -1].max())
-    if int(ids.min()) < -1:
-        raise KernelError(f"expert {int(ids.min())} routed in layer {experts.layer}; -1 is the one negative id")
-    if top >= experts.num_experts:
-        raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
-    if duplicated:
-        raise KernelError(f"one token names the same expert twice in layer {experts.layer}")

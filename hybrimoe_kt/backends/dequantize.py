@@ -10,12 +10,13 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as numpy_dequantize
 
-from hybrimoe_kt.device.quant_types import type_name
+from hybrimoe_kt.dotted import load_dotted
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.quants import TYPES, type_name
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "dequantize_q5_0"]
 
-_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_routine = functools.cache(load_dotted)
 
 
 def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -25,21 +26,21 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     device), one of ours for Q5_0, which experts of odd widths have; gguf-py's NumPy ones, on the CPU, for the few
     that are left (Q5_1, MXFP4).
     """
-    if ggml_type in _PLAIN:
-        return data.view(_PLAIN[ggml_type]).to(torch.float32).reshape(shape)
-    if ggml_type == GGMLQuantizationType.Q5_0:
-        return _dequantize_q5_0(data).reshape(shape)
+    kind = TYPES[ggml_type]
+    if kind.dtype:
+        return data.view(getattr(torch, kind.dtype)).to(torch.float32).reshape(shape)
+    if kind.dequantize:
+        return _routine(kind.dequantize)(data.reshape(-1, kind.block_bytes)).reshape(shape)
     known, torch_dequantize = _torch_routines()
     if ggml_type in known:
         return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
 
 
-def _dequantize_q5_0(data: torch.Tensor) -> torch.Tensor:
+def dequantize_q5_0(blocks: torch.Tensor) -> torch.Tensor:
     """Blocks of 22 bytes: a half `d`, 32 fifth bits, 16 low then 16 high nibbles; a value is `d * (q - 16)`."""
-    blocks = data.reshape(-1, 22)
     scale = blocks[:, :2].contiguous().view(torch.float16).to(torch.float32)  # [num_blocks, 1]
-    fifth = blocks[:, 2:6].contiguous().view(torch.int32) >> torch.arange(32, dtype=torch.int32, device=data.device)
+    fifth = blocks[:, 2:6].contiguous().view(torch.int32) >> torch.arange(32, dtype=torch.int32, device=blocks.device)
     nibbles = torch.cat((blocks[:, 6:] & 0xF, blocks[:, 6:] >> 4), dim=1).to(torch.int32)
     return scale * ((nibbles | (fifth & 1) << 4) - 16)
 

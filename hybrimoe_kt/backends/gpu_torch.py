@@ -1,26 +1,26 @@
-"""GPU experts in plain torch: an expert is dequantised, multiplied and forgotten. For machines without Triton."""
+"""GPU experts in plain torch: an expert is dequantised from its slot, multiplied and forgotten."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 
-from .dequantize import dequantize
-from .torch_reference import expert_ffn
+from .torch_reference import add_pairs, dequantized, expert_ffn
 
-__all__ = ["TorchGpu"]
+__all__ = ["TorchGpu", "TorchReferenceGpu"]
 
 
-class TorchGpu:
+class TorchGpu(GpuBackend):
     """Adds weighted sums. Every expert of a launch computes every token, those not routed to it with weight 0.
 
     That needs no count of the tokens on the host, so nothing waits for the device; dequantising an expert costs more
-    than the tokens wasted on it. Reads every type that `dequantize` does.
+    than the tokens wasted on it. Reads every type that `dequantize` does. For machines without Triton.
     """
 
     name = "torch"
@@ -30,14 +30,8 @@ class TorchGpu:
     def __init__(self) -> None:
         self._layers: dict[int, tuple[LayerExperts, SlotLayout, torch.Tensor]] = {}
 
-    def refuses(self, experts: LayerExperts) -> str | None:
-        return None
-
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         self._layers[experts.layer] = experts, layout, memory
-
-    def prepare(self, max_tokens: int) -> None:
-        """Nothing: torch's own allocator keeps what the calls need."""
 
     def launch(
         self,
@@ -50,21 +44,45 @@ class TorchGpu:
         out: torch.Tensor,
     ) -> None:
         """Enqueue the experts of `slots`; see `GpuBackend.launch`."""
-        _, _, memory = self._layers[layer]
-        for expert, slot in slots:
-            if not 0 <= slot < memory.shape[0]:
-                raise KernelError(f"expert {expert} of layer {layer} is said to be in slot {slot} of {memory.shape[0]}")
+        experts, layout, memory = self._layers[layer]
+        self._check(layer, slots, slot_of, memory.shape[0])
         x = hidden.float()
         for expert, slot in slots:
-            weight = torch.where(ids == expert, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1]
-            answer = expert_ffn(x, *self._matrices(layer, slot))
-            out += torch.where(weight != 0, weight * answer, 0.0)
+            parts = (matrix.read(memory[slot]) for matrix in layout.matrices)
+            self._add(experts, expert, parts, x, ids, weights, out)
 
-    def _matrices(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dequantise gate, up `[inter, H]` and down `[H, inter]` of a slot."""
-        experts, layout, memory = self._layers[layer]
-        gate, up, down = (
-            dequantize(layout.read(memory[slot], number), matrix.ggml_type, (matrix.rows, matrix.columns))
-            for number, matrix in enumerate(experts.matrices)
-        )
-        return gate, up, down
+    def _check(self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, num_slots: int) -> None:
+        for expert, slot in slots:
+            if not 0 <= slot < num_slots:
+                raise KernelError(f"expert {expert} of layer {layer} is said to be in slot {slot} of {num_slots}")
+
+    def _add(
+        self,
+        experts: LayerExperts,
+        index: int,
+        parts: Iterable[torch.Tensor],
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        weight = torch.where(ids == index, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1]
+        answer = expert_ffn(hidden, *dequantized(experts, parts))
+        out += torch.where(weight != 0, weight * answer, 0.0)
+
+
+class TorchReferenceGpu(TorchGpu):
+    """Writes pairs; whoever computes a pair computes the same bits. Counts tokens on the host, which waits for them."""
+
+    name = "torch_reference"
+    answers_pairs = True
+    finds_routed = True
+
+    def _check(self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, num_slots: int) -> None:
+        super()._check(layer, slots, slot_of, num_slots)
+        told = slot_of.tolist()
+        for expert, slot in slots:
+            if told[expert] != slot:
+                raise KernelError(f"layer {layer}: expert {expert} is said to be in slots {slot} and {told[expert]}")
+
+    _add = staticmethod(add_pairs)

@@ -1,30 +1,25 @@
 """GPU experts on this package's Triton kernels, straight from their slots.
 
-Triton is optional: this module imports without it, and `gpu_backend` then answers with the torch fallback. On the
-CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for tests.
+Triton is optional: this module imports without it, and `unusable` then says so. On the CPU the kernels run only in
+Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for tests.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
-import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.backend import GpuBackend, KernelRow
+from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-from hybrimoe_kt.errors import KernelError
-from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
+from hybrimoe_kt.errors import KernelError, summary
+from hybrimoe_kt.kernels.configs import decode_config, prefill_configs
 from hybrimoe_kt.kernels.failures import launch_failures
-from hybrimoe_kt.kernels.formats import FORMATS
-from hybrimoe_kt.kernels.prefill_gate_up import config as prefill_config
-from hybrimoe_kt.kernels.slots import MatrixInSlot
 from hybrimoe_kt.kernels.targets import INTERPRETER, Target, of_capability
 from hybrimoe_kt.kernels.workspace import (
     CHUNK_TOKENS,
@@ -34,20 +29,17 @@ from hybrimoe_kt.kernels.workspace import (
     decode_parts,
     prefill_parts,
 )
-
-from .gpu_torch import TorchGpu
+from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 
 if TYPE_CHECKING:
     from hybrimoe_kt.kernels.layer import LayerKernels
 
-__all__ = ["KernelRow", "TritonGpu", "describe_kernels", "gpu_backend", "refusal", "unusable"]
+__all__ = ["TritonGpu", "describe_kernels", "refusal", "unusable"]
 
-logger = logging.getLogger(__name__)
-
-_ROLES = ("gate", "up", "down")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTH_STEP = 8
 _MAX_SLOT_BYTES = 1 << 31
+_DOT_NAMES = ("plain int8", "int8 dp4a", "int8 v_dot4", "int8 v_dot4")
 
 
 def unusable(device: torch.device) -> str | None:
@@ -64,35 +56,21 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def gpu_backend(device: torch.device) -> GpuBackend:
-    """Return the Triton backend, or the torch one with a warning, once a reason, where Triton cannot run."""
-    reason = unusable(device)
-    if reason is None:
-        return TritonGpu()
-    _warn_once(reason)
-    return TorchGpu()
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("GPU experts are dequantised and multiplied by torch, several times slower: %s", reason)
-
-
 def refusal(experts: LayerExperts) -> str | None:
     """Return why the kernels do not read a layer's experts, None when they do."""
-    for role, matrix in zip(_ROLES, experts.matrices, strict=True):
-        form = FORMATS.get(matrix.ggml_type)
-        if form is None:
+    for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        kind = TYPES[matrix.ggml_type]
+        if kind.unit is None:
             return f"{role} experts are {matrix.type_name}, which no GPU kernel reads"
-        if matrix.columns % form.column_step or matrix.rows % _WIDTH_STEP:
-            wanted = f"multiples of {form.column_step} columns and {_WIDTH_STEP} rows"
+        if matrix.columns % kind.column_step or matrix.rows % _WIDTH_STEP:
+            wanted = f"multiples of {kind.column_step} columns and {_WIDTH_STEP} rows"
             return f"{role} experts are {matrix.rows}x{matrix.columns} {matrix.type_name}; GPU kernels want {wanted}"
     if SlotLayout(experts).slot_bytes >= _MAX_SLOT_BYTES:
         return f"an expert takes {experts.expert_bytes} bytes; GPU kernels address up to {_MAX_SLOT_BYTES}"
     return None
 
 
-class TritonGpu:
+class TritonGpu(GpuBackend):
     """Adds weighted sums; up to 8 tokens on matrix-vector kernels with int8 activations, more on tensor cores.
 
     A launch decides nothing from tensor values, so it can be captured in a CUDA graph. Calls must be on one stream.
@@ -111,8 +89,21 @@ class TritonGpu:
         self._whole: dict[int, Sequence[tuple[int, int]]] = {}
         """Layer -> slots of all its experts, as checked last."""
 
-    def refuses(self, experts: LayerExperts) -> str | None:
+    @classmethod
+    def unusable(cls, device: torch.device) -> str | None:
+        return unusable(device)
+
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        return kernel_types()
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
         return refusal(experts)
+
+    @classmethod
+    def kernels(cls, experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
+        return describe_kernels(experts, capability)
 
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer; KernelError for experts that `refuses` names, or a device without Triton."""
@@ -128,10 +119,9 @@ class TritonGpu:
             raise KernelError(f"slots of layer {experts.layer} must be contiguous from a multiple of 16 bytes")
         from hybrimoe_kt.kernels.layer import LayerKernels
 
-        matrices = (_in_slot(matrix, layout, number) for number, matrix in enumerate(experts.matrices))
         shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
         self._whole.pop(experts.layer, None)
-        self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *matrices)
+        self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *layout.matrices)
         if self._max_tokens:
             self._make_room()
 
@@ -178,10 +168,7 @@ class TritonGpu:
                     part = slice(first, first + CHUNK_TOKENS)
                     kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
         except launch_failures() as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise KernelError(
-                f"Triton cannot run the kernels of layer {layer}: {type(error).__name__}: {reason}"
-            ) from error
+            raise KernelError(f"Triton cannot run the kernels of layer {layer}: {summary(error)}") from error
 
     def _check(
         self,
@@ -238,28 +225,13 @@ def _target_of(device: torch.device) -> Target:
     return of_capability("cuda", 10 * major + minor)
 
 
-def _in_slot(matrix: ExpertMatrix, layout: SlotLayout, number: int) -> MatrixInSlot:
-    starts = {segment.plane.name: segment.start_bytes for segment in layout.segments_of(number)}
-    first, second, third, fourth = ([starts[name] for name in FORMATS[matrix.ggml_type].planes] + [0] * 3)[:4]
-    return MatrixInSlot(matrix.ggml_type, matrix.rows, matrix.columns, (first, second, third, fourth))
-
-
 def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
     sizes = [Workspace.bytes_for(decode_parts(layer.shape, min(max_tokens, DECODE_TOKENS)))]
     if max_tokens > DECODE_TOKENS:
-        for config in prefill_config.configs(layer.target):
+        for config in prefill_configs(layer.target):
             parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
             sizes.append(Workspace.bytes_for(parts))
     return max(sizes)
-
-
-class KernelRow(NamedTuple):
-    """Which kernels read one tensor."""
-
-    tensor: str
-    type_name: str
-    decode: str
-    prefill: str
 
 
 def describe_kernels(experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
@@ -267,20 +239,17 @@ def describe_kernels(experts: LayerExperts, capability: tuple[int, int] | str) -
     reason = refusal(experts)
     if reason:
         place = f"on the CPU: {reason}"
-        return [KernelRow(role, m.type_name, place, place) for role, m in zip(_ROLES, experts.matrices, strict=True)]
+        return [KernelRow(role, m.type_name, place, place) for role, m in zip(ROLES, experts.matrices, strict=True)]
     if isinstance(capability, str):
         target = of_capability("hip", capability)
     else:
         target = of_capability("cuda", 10 * capability[0] + capability[1])
-    decode = decode_config.choose(target)
-    pairs = " or ".join(str(config.pairs) for config in prefill_config.configs(target))
+    dot = _DOT_NAMES[decode_config(target).form]
+    pairs = " or ".join(str(config.pairs) for config in prefill_configs(target))
     rows = []
-    for role, matrix in zip(_ROLES, experts.matrices, strict=True):
+    for role, matrix in zip(ROLES, experts.matrices, strict=True):
         op = "down" if role == "down" else "gate_up"
-        inner = "float activations" if FORMATS[matrix.ggml_type].is_float else _DOT_NAMES[decode.form]
+        inner = "float activations" if TYPES[matrix.ggml_type].is_float else dot
         large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
         rows.append(KernelRow(role, matrix.type_name, f"decode_{op} ({target.name}, {inner})", large))
     return rows
-
-
-_DOT_NAMES = ("plain int8", "int8 dp4a", "int8 v_dot4", "int8 v_dot4")

@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hybrimoe_kt import accelerators
+from hybrimoe_kt.backends.registry import DEFAULT_CPU
 from hybrimoe_kt.errors import ConfigError
 
 from .outputs import check_writable
@@ -21,7 +22,7 @@ from .parsing import Parser
 
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration
-    from hybrimoe_kt.device.host_store import LayerExperts
+    from hybrimoe_kt.device.experts import LayerExperts
 
 __all__ = ["build_parser", "main"]
 
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="GGUF", help="measure with the experts of this file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
     parser.add_argument("--accelerator", default="auto", metavar="NAME", help=accelerators.forms())
-    parser.add_argument("--cpu_backend", "--cpu-backend", default="llamafile", metavar="NAME")
+    parser.add_argument("--cpu_backend", "--cpu-backend", default=DEFAULT_CPU, metavar="NAME")
     parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")
     parser.add_argument("--json", action="store_true", help="print the profile and every sample as JSON")
@@ -145,8 +146,8 @@ def _random_experts() -> LayerExperts:
     import torch
     from gguf import GGMLQuantizationType
 
-    from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-    from hybrimoe_kt.device.quant_types import row_bytes
+    from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+    from hybrimoe_kt.quants import row_bytes
 
     kind = int(GGMLQuantizationType.Q4_K)
 

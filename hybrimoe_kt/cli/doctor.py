@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, REFERENCE
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
 
@@ -98,7 +99,7 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, ", ".join(filter(None, notes))
     cpu, gpu = report["cpu_kernels"], report["gpu_kernels"]
     types = f"run: {', '.join(cpu['types'])}"
-    yield "CPU experts", f"llamafile kernels {types}" if cpu["runs"] else f"torch_reference only: {cpu['problem']}"
+    yield "CPU experts", f"{DEFAULT_CPU} kernels {types}" if cpu["runs"] else f"{REFERENCE} only: {cpu['problem']}"
     there = "" if report["accelerators"]["devices"] else "no GPU here; "
     types = f"{there}Triton kernels run on {gpu['device']}: {', '.join(gpu['types'])}"
     yield "GPU experts", types if gpu["runs"] else f"{there}no Triton kernels: {gpu['problem']}"

@@ -4,19 +4,34 @@ Both sides see the same step: `hidden [num_tokens, hidden]`, `ids [num_tokens, t
 yours", `weights [num_tokens, top_k]` float32. An answer is either the weighted *sum* `[num_tokens, hidden]` or, from
 a backend whose results must not depend on who computed what, the weighted *pairs* `[num_tokens, top_k, hidden]`, zero
 where the id is -1. Answers are float32.
+
+A backend inherits from one of the protocols and so takes what they answer by themselves; what is asked of the class,
+before one is made, has to be cheap. `backends.registry` knows them by name.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from .host_store import LayerExperts
+from hybrimoe_kt.quants import TYPES, QuantType
+
+from .experts import ROLES, LayerExperts
 from .layout import SlotLayout
 
-__all__ = ["CpuBackend", "GpuBackend"]
+__all__ = ["CpuBackend", "GpuBackend", "KernelRow"]
+
+
+class KernelRow(NamedTuple):
+    """Which kernels read one matrix of an expert."""
+
+    tensor: str
+    type_name: str
+    decode: str
+    prefill: str
 
 
 class CpuBackend(Protocol):
@@ -25,21 +40,49 @@ class CpuBackend(Protocol):
     name: str
     answers_pairs: bool
 
+    def __init__(self, num_threads: int, max_tokens: int) -> None:
+        """`max_tokens` bounds one call."""
+
+    @classmethod
+    def unusable(cls) -> str | None:
+        """Return why it cannot run on this machine, None when it can."""
+        return None
+
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        """The types that it computes."""
+        return tuple(TYPES.values())
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
+        """Return why it cannot compute these experts, one sentence that says what to do; None when it can."""
+        return None
+
+    @classmethod
+    def copied_bytes(cls, experts: LayerExperts) -> int:
+        """Bytes of the host copy that it makes of a layer, beside the mapped file."""
+        return 0
+
+    @abstractmethod
     def add_layer(self, experts: LayerExperts) -> None:
-        """Take a layer's experts; ModelError when this backend cannot run their type or shape."""
+        """Take a layer's experts; ModelError for those that it `refuses`."""
 
     def copies(self, layer: int) -> bool:
         """Whether it keeps a host copy of that layer's experts of its own, beside the mapped file."""
+        return False
 
+    @abstractmethod
     def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Start computing; inputs (hidden float32) stay unchanged until `wait` returns.
 
         KernelError on input it would get wrong.
         """
 
+    @abstractmethod
     def is_done(self) -> bool:
         """Whether the submitted call has ended; never blocks."""
 
+    @abstractmethod
     def wait(self) -> torch.Tensor:
         """Return the ended call's answer, in a buffer valid until the next submit. Call it once `is_done`."""
 
@@ -53,9 +96,28 @@ class GpuBackend(Protocol):
     finds_routed: bool
     """Whether a launch costs what is routed and not what is in `slots`, so that all of a layer may be named."""
 
-    def refuses(self, experts: LayerExperts) -> str | None:
-        """Return why no kernel here reads these experts ("down experts are MXFP4"), None when one does."""
+    @classmethod
+    def unusable(cls, device: torch.device) -> str | None:
+        """Return why it cannot run on `device`, None when it can."""
+        return None
 
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        """The types that it reads."""
+        return tuple(TYPES.values())
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
+        """Return why no kernel here reads these experts ("down experts are MXFP4"), None when one does."""
+        return None
+
+    @classmethod
+    def kernels(cls, experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
+        """Say what serves gate, up and down experts on a GPU: (8, 6) for CUDA, "gfx1100" for HIP."""
+        names = zip(ROLES, experts.matrices, strict=True)
+        return [KernelRow(role, matrix.type_name, cls.name, cls.name) for role, matrix in names]
+
+    @abstractmethod
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer's types, shapes and slots, uint8 `[num_slots, slot_bytes]`.
 
@@ -65,6 +127,7 @@ class GpuBackend(Protocol):
     def prepare(self, max_tokens: int) -> None:
         """Allocate what calls of up to `max_tokens` tokens need, once, after every `add_layer`."""
 
+    @abstractmethod
     def launch(
         self,
         layer: int,

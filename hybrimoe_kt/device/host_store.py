@@ -1,6 +1,5 @@
 """The host's copy of every routed expert, and who owns it.
 
-An expert is three matrices, gate and up `[inter, hidden]` and down `[hidden, inter]`, each a run of GGUF blocks.
 The file's mapping holds them all; whoever opened the file owns it, and the views here keep it alive. CPU kernels
 read the mapping in place. Beside it there is at most one copy of an expert, owned by exactly one of:
 
@@ -11,80 +10,16 @@ read the mapping in place. Beside it there is at most one copy of an expert, own
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from hybrimoe_kt.core.types import ExpertId
-from hybrimoe_kt.errors import ModelError
 
-from .quant_types import row_bytes, type_name
+from .accelerator import Accelerator
+from .experts import ExpertParts, LayerExperts
+from .layout import SlotLayout
 
-if TYPE_CHECKING:
-    from .accelerator import Accelerator
-    from .layout import SlotLayout
-
-__all__ = ["ExpertMatrix", "HostStore", "LayerExperts"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertMatrix:
-    """One matrix of every expert of a layer: `data` uint8 `[num_experts, rows * row_bytes]`, on the CPU."""
-
-    data: torch.Tensor
-    ggml_type: int
-    rows: int
-    columns: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one expert's matrix."""
-        return self.rows * row_bytes(self.ggml_type, self.columns)
-
-    @property
-    def type_name(self) -> str:
-        return type_name(self.ggml_type)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerExperts:
-    """The routed experts of one MoE layer; `layer` is the decoder layer's number in the model."""
-
-    layer: int
-    num_experts: int
-    top_k: int
-    hidden: int
-    inter: int
-    gate: ExpertMatrix
-    up: ExpertMatrix
-    down: ExpertMatrix
-
-    def __post_init__(self) -> None:
-        for name, matrix, shape in (
-            ("gate", self.gate, (self.inter, self.hidden)),
-            ("up", self.up, (self.inter, self.hidden)),
-            ("down", self.down, (self.hidden, self.inter)),
-        ):
-            if (matrix.rows, matrix.columns) != shape or tuple(matrix.data.shape) != (
-                self.num_experts,
-                matrix.num_bytes,
-            ):
-                raise ModelError(
-                    f"layer {self.layer}: expert {name} matrices are {matrix.data.shape[0]} of "
-                    f"{matrix.rows}x{matrix.columns}, the configuration wants {self.num_experts} of "
-                    f"{shape[0]}x{shape[1]}; the GGUF file and the configuration belong to different models"
-                )
-
-    @property
-    def matrices(self) -> tuple[ExpertMatrix, ExpertMatrix, ExpertMatrix]:
-        """Gate, up, down: the order in which a slot holds them."""
-        return self.gate, self.up, self.down
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert in the file."""
-        return sum(matrix.num_bytes for matrix in self.matrices)
+__all__ = ["HostStore"]
 
 
 class HostStore:
@@ -98,15 +33,12 @@ class HostStore:
         """Layer -> what keeps its part of the mapping page-locked; given back with the store."""
 
     def add(self, experts: LayerExperts) -> None:
-        from .layout import SlotLayout
-
         self.layers[experts.layer] = experts
         self.layouts[experts.layer] = SlotLayout(experts)
 
-    def parts(self, expert: ExpertId) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def parts(self, expert: ExpertId) -> ExpertParts:
         """Return the expert's gate, up and down bytes in GGUF order, uint8 views `[num_bytes]` of the mapping."""
-        gate, up, down = self.layers[expert.layer].matrices
-        return gate.data[expert.index], up.data[expert.index], down.data[expert.index]
+        return self.layers[expert.layer].parts(expert.index)
 
     def is_copied(self, layer: int) -> bool:
         """Whether there is a page-locked copy of this layer in slot layout."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_kt.errors import summary
+
 from .cores import physical_cores
 
 __all__ = ["attempt", "inspect_accelerators", "inspect_cpu", "inspect_library", "inspect_memory"]
@@ -33,12 +35,7 @@ def attempt(probe: Callable[[], Mapping[str, Any]], **unknown: Any) -> dict[str,
     try:
         return unknown | {"problem": None} | dict(probe())
     except Exception as error:  # a broken library may raise anything, and the report must go on
-        return unknown | {"problem": f"{type(error).__name__}: {first_line(error)}"}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return unknown | {"problem": summary(error)}
 
 
 def inspect_cpu() -> dict[str, Any]:

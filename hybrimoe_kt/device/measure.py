@@ -13,7 +13,8 @@ from hybrimoe_kt.core.types import ExpertId
 
 from .accelerator import Accelerator, Stream
 from .backend import CpuBackend, GpuBackend
-from .host_store import HostStore, LayerExperts
+from .experts import LayerExperts
+from .host_store import HostStore
 from .layout import SlotLayout
 from .waiting import SHARE_SLEPT, Patience
 

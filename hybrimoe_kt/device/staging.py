@@ -9,12 +9,11 @@ import torch
 from hybrimoe_kt.errors import KernelError
 
 from .accelerator import Accelerator, Event, Stream
+from .experts import ExpertParts
 from .layout import Segment, SlotLayout
 from .waiting import Patience
 
 __all__ = ["Chunk", "Ring", "Run", "chunks_of", "spans_of"]
-
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Run:
         """Whether the slot holds these blocks whole."""
         return len(self.segments) == 1
 
-    def source(self, parts: Parts) -> torch.Tensor:
+    def source(self, parts: ExpertParts) -> torch.Tensor:
         """The blocks' bytes in an expert's matrices, uint8 `[num_bytes]`."""
         start = self.first_block * self.segments[0].block_bytes
         return parts[self.segments[0].matrix][start : start + self.num_bytes]
@@ -57,8 +56,8 @@ def chunks_of(layout: SlotLayout, chunk_bytes: int) -> tuple[Chunk, ...]:
     """Cut an expert into pieces of at most `chunk_bytes` (but never less than a block) that cover it once."""
     chunks: list[list[Run]] = [[]]
     room = chunk_bytes
-    for matrix in range(3):
-        segments = layout.segments_of(matrix)
+    for matrix in layout.matrices:
+        segments = matrix.segments
         num_blocks, block_bytes = segments[0].num_blocks, segments[0].block_bytes
         first = 0
         while first < num_blocks:

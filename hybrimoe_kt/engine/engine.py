@@ -13,9 +13,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hybrimoe_kt.device.unused_memory import give_back_unused
-from hybrimoe_kt.errors import CapacityError, KernelError, ModelError
+from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
-from hybrimoe_kt.host.hf.sources import first_line
 from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.utils import logging as transformers_logging
 
-from hybrimoe_kt.errors import ConfigError, ModelError
+from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from hybrimoe_kt.host.hf.architectures import every_architecture
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 from hybrimoe_kt.weights.gguf_file import GgufFile
@@ -74,7 +74,7 @@ def _or_model_error(
     try:
         return load(path)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a broken vocabulary
-        raise ModelError(f"{failure}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{failure}: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -101,7 +101,7 @@ def chat_prompt(
             add_generation_prompt=True, tokenize=True, return_dict=True, **options,
         )  # fmt: skip
     except Exception as error:  # a template is a program of the file's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
     return list(filled["input_ids"])
 

@@ -9,11 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrimoe_kt.backends.cpu_cpuinfer import CpuInferBackend
-from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
-from hybrimoe_kt.backends.gpu_torch import TorchGpu
-from hybrimoe_kt.backends.gpu_triton import gpu_backend, unusable
-from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
+from hybrimoe_kt.backends.registry import cpu_backend, make_gpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
@@ -158,9 +154,7 @@ def _stream_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -
 
 def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
     """The CPU backend that the options name."""
-    if options.cpu_backend == "torch_reference":
-        return TorchReferenceCpu()
-    backend = CpuInferBackend if options.cpu_backend == "cpuinfer" else LlamafileBackend
+    backend = cpu_backend(options.cpu_backend)
     return backend(options.cpu_threads or default_expert_threads(), options.max_chunk_tokens)
 
 
@@ -169,15 +163,7 @@ def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: Ho
     own = accelerator.own_gpu_backend(lambda profile: {layer: cost_of(profile, store, layer) for layer in store.layers})
     if own is not None:
         return own
-    name = options.gpu_backend
-    if name == "torch_reference" or (name == "auto" and accelerator.device.type == "cpu"):
-        return TorchReferenceGpu()
-    if name == "torch":
-        return TorchGpu()
-    reason = unusable(accelerator.device)
-    if name == "triton" and reason is not None:
-        raise ConfigError(f"gpu_backend is 'triton', but {reason}; or give auto")
-    return gpu_backend(accelerator.device)
+    return make_gpu(options.gpu_backend, accelerator.device)
 
 
 def _profile(

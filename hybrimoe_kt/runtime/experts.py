@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.device.host_store import HostStore, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.errors import ConfigError
 
 __all__ = ["ModelExperts"]

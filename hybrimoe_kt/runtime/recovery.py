@@ -10,7 +10,7 @@ from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.executor import AcceleratorFailed, Executor
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
+from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError, first_line
 
 from .health import AcceleratorHealth
 
@@ -45,7 +45,7 @@ class Recovery:
         self._drop_doubtful(lane, plan)
         health = self.health[lane.accelerator.name]
         health.failed_steps += 1
-        health.last_failure = _first_line(cause)
+        health.last_failure = first_line(cause)
         keeps_failing = lane.note_failure()
         if not is_drained or isinstance(cause, DeadlineError) or keeps_failing:
             self._give_up(lane, failure, keep=not is_drained)
@@ -63,7 +63,7 @@ class Recovery:
             self._give_up(lane, failure, keep=True)
             return False
         self._drop_doubtful(lane, None)
-        self.health[lane.accelerator.name].last_failure = _first_line(cause)
+        self.health[lane.accelerator.name].last_failure = first_line(cause)
         self._shrink(lane, failure)
         return True
 
@@ -127,8 +127,4 @@ class Recovery:
         key = failure.lane.accelerator.name, consequence, type(failure.cause)
         if key not in self._told:
             self._told.add(key)
-            logger.warning("%s failed: %s; %s", failure.lane.accelerator.name, _first_line(failure.cause), consequence)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("%s failed: %s; %s", failure.lane.accelerator.name, first_line(failure.cause), consequence)

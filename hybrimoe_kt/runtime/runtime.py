@@ -20,7 +20,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.inbox import Predict, Routed, Step, ask
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError

@@ -18,8 +18,8 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from hybrimoe_kt.errors import ModelError, first_line
 
 from .lazy import LazyTensor, Load, Where
 
@@ -67,7 +67,7 @@ class Checkpoint:
             try:
                 opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                reason = (str(error).splitlines() or ["unreadable"])[0]
+                reason = first_line(error)
                 raise ModelError(f"{file}: damaged safetensors file ({reason}); download it again") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         # a model that also sees has its language model one level deeper

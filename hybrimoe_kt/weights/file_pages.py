@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from hybrimoe_kt.device.emulated.immediate import host_available_bytes
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.inspect_machine import inspect_memory
 
 __all__ = ["bring_in"]

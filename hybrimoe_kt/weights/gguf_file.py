@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from hybrimoe_kt.device.quant_types import type_name
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.quants import TYPES, type_name
 
 __all__ = ["GgufFile", "GgufTensor"]
 
@@ -228,15 +227,13 @@ def _table_entry(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
 def _view(
     file: Path, blob: np.ndarray, start: int, name: str, shape: tuple[int, ...], ggml_type: int, offset: int
 ) -> GgufTensor:
-    try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
-    except ValueError:
-        raise ModelError(
-            f"{file}: tensor {name!r} has unknown {type_name(ggml_type)}; a newer gguf is needed"
-        ) from None
+    kind = TYPES.get(ggml_type)
+    if kind is None:
+        raise ModelError(f"{file}: tensor {name!r} has unknown {type_name(ggml_type)}; a newer gguf is needed")
+    block = kind.block_values
     if shape and shape[-1] % block:
         raise ModelError(f"{file}: damaged GGUF: rows of {name!r} are {shape[-1]} long, not a multiple of {block}")
-    num_bytes = math.prod(shape) // block * block_bytes
+    num_bytes = math.prod(shape) // block * kind.block_bytes
     begin = start + offset
     if begin + num_bytes > len(blob):
         raise ModelError(

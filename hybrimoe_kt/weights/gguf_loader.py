@@ -1,4 +1,4 @@
-"""What operators are given as `gguf_loader`: the file's experts, and the state all operators of a model share."""
+"""What operators are given as `gguf_loader`: the file's experts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.quant_types import row_bytes
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.quants import row_bytes
 
 from .gguf_file import GgufFile, GgufTensor
 
 __all__ = ["GgufLoader"]
-
-_ROLES = ("gate", "up", "down")
 
 
 class GgufLoader:
@@ -33,14 +31,14 @@ class GgufLoader:
 
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts in place; ModelError when the file lacks or contradicts them."""
-        tensors = {role: self._stacked(layer, role, num_experts) for role in _ROLES}
+        tensors = {role: self._stacked(layer, role, num_experts) for role in ROLES}
         self._check_shapes(tensors, num_experts, hidden, inter)
         matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
         return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
 
     def layer_outline(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return what `layer_experts` does but without weights: on the meta device, read from the header alone."""
-        tensors = {role: self._without_data(layer, role, num_experts) for role in _ROLES}
+        tensors = {role: self._without_data(layer, role, num_experts) for role in ROLES}
         self._check_shapes(tensors, num_experts, hidden, inter)
         matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
         return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_kt.backends.dequantize import dequantize
+from hybrimoe_kt.quants import TYPES
 
 from .gguf_file import GgufTensor
 
@@ -55,10 +55,10 @@ def values_of(tensor: GgufTensor, dtype: torch.dtype, device: torch.device) -> t
     data, num_values = tensor.values(), math.prod(tensor.shape)
     if num_values <= _PIECE_VALUES:
         return dequantize(data.to(device, copy=True), tensor.ggml_type, tensor.shape).to(dtype)
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.ggml_type)]
-    num_blocks = _PIECE_VALUES // block
-    pieces = data.split(num_blocks * block_bytes)
+    kind = TYPES[tensor.ggml_type]
+    num_blocks = _PIECE_VALUES // kind.block_values
+    pieces = data.split(num_blocks * kind.block_bytes)
     out = torch.empty(num_values, dtype=dtype, device=device)
-    for part, piece in zip(out.split(num_blocks * block), pieces, strict=True):
+    for part, piece in zip(out.split(num_blocks * kind.block_values), pieces, strict=True):
         part.copy_(dequantize(piece.to(device, copy=True), tensor.ggml_type, tuple(part.shape)))
     return out.view(tensor.shape)

@@ -1,1 +1,1 @@
-"""Device functions that read GGUF blocks from a slot: `units` for matrix-vector, `tiles` for matrix-matrix kernels."""
+"""Device functions that several types of blocks are read with."""

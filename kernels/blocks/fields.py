@@ -5,13 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["exact", "half", "plane_scale", "scales_and_minima", "words_at"]
+__all__ = ["bytes_at", "exact", "half", "plane_scale", "words_at"]
 
 
 @triton.jit
 def words_at(base, offset):
     """`base + offset` bytes as int32 words; both are multiples of 16 bytes."""
     return tl.multiple_of((base + offset).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def bytes_at(mem, offset, at):
+    """Load bytes `at [N, 2, 16]` of a plane as int32; runs of 16 are aligned."""
+    return tl.load(tl.multiple_of(mem + offset, 16) + at).to(tl.int32)
 
 
 @triton.jit
@@ -33,17 +39,3 @@ def exact(quants, ZERO: tl.constexpr):
 def plane_scale(mem, offset, block):
     """Load the halves of a plane of scales: float32 `[R, V]`."""
     return tl.load((mem + offset).to(tl.pointer_type(tl.float16)) + block).to(tl.float32)
-
-
-@triton.jit
-def scales_and_minima(first, second, third, chunk):
-    """Unpack the 6-bit scales and minima of sub-blocks 2 * chunk and 2 * chunk + 1 from a K-quant's 12 bytes.
-
-    Both come as two bytes of an int32: the first sub-block's low, the second's above it.
-    """
-    shift = 16 * (chunk & 1)
-    first, second, third = first >> shift, second >> shift, third >> shift
-    late = chunk >= 2
-    scale = tl.where(late, (third & 0x0F0F) | ((first >> 2) & 0x3030), first & 0x3F3F)
-    minimum = tl.where(late, ((third >> 4) & 0x0F0F) | ((second >> 2) & 0x3030), second & 0x3F3F)
-    return scale, minimum

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import CombineConfig
+from hybrimoe_kt.kernels.configs import CombineConfig
 
 __all__ = ["combine_pairs", "combine_pairs_kernel"]
 

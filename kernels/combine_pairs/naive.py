@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["combine_pairs"]
+__all__ = ["naive_combine_pairs"]
 
 
-def combine_pairs(
+def naive_combine_pairs(
     answers: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, slot_of: torch.Tensor
 ) -> torch.Tensor:
     """Return float32 `[T, H]`: the sum over `k` of `weights[t, k] * answers[t * K + k]` where the expert has a slot."""

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.kernels.blocks.units import unit_dots, values_per_unit
-from hybrimoe_kt.kernels.decode_gate_up.config import DecodeConfig
-from hybrimoe_kt.kernels.slots import MatrixInSlot
+from hybrimoe_kt.kernels.configs import DecodeConfig
+from hybrimoe_kt.kernels.quants.dispatch import unit_dots, values_per_unit
+from hybrimoe_kt.kernels.workspace import MatrixInSlot
 
 __all__ = ["decode_down", "decode_down_kernel"]
 
@@ -95,7 +95,7 @@ def decode_down(
         down.rows,
         *down.offsets,
         out,
-        DOWN=down.kind,
+        DOWN=down.type.number,
         FORM=config.form,
         ROWS=config.rows,
         UNITS=config.units,

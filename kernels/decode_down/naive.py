@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["down"]
+__all__ = ["naive_decode_down"]
 
 
-def down(
+def naive_decode_down(
     act: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, matrices: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
     """Return the weighted sum over each token's experts, float32 `[T, H]`; experts not in `matrices` add nothing.

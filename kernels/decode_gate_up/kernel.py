@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.kernels.blocks.units import unit_dots, values_per_unit
-from hybrimoe_kt.kernels.slots import MatrixInSlot
-
-from .config import DecodeConfig
+from hybrimoe_kt.kernels.configs import DecodeConfig
+from hybrimoe_kt.kernels.quants.dispatch import unit_dots, values_per_unit
+from hybrimoe_kt.kernels.workspace import MatrixInSlot
 
 __all__ = ["decode_gate_up", "decode_gate_up_kernel"]
 
@@ -121,8 +120,8 @@ def decode_gate_up(
         *up.offsets,
         act,
         pair_slot,
-        GATE=gate.kind,
-        UP=up.kind,
+        GATE=gate.type.number,
+        UP=up.type.number,
         FORM=config.form,
         ROWS=config.rows,
         UNITS=config.units,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-__all__ = ["gate_up"]
+__all__ = ["naive_decode_gate_up"]
 
 
-def gate_up(
+def naive_decode_gate_up(
     hidden: torch.Tensor, ids: torch.Tensor, matrices: Mapping[int, tuple[torch.Tensor, torch.Tensor]], inter: int
 ) -> torch.Tensor:
     """Return `silu(gate x) * up x` of every pair: float32 `[T * K, inter]`, zero for experts not in `matrices`.

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.kernels.blocks.tiles import step_columns, step_tiles
-from hybrimoe_kt.kernels.prefill_gate_up.config import PrefillConfig
-from hybrimoe_kt.kernels.slots import MatrixInSlot
+from hybrimoe_kt.kernels.configs import PrefillConfig
+from hybrimoe_kt.kernels.quants.dispatch import step_columns, step_tiles
+from hybrimoe_kt.kernels.workspace import MatrixInSlot
 
 __all__ = ["prefill_down", "prefill_down_kernel"]
 
@@ -79,7 +79,7 @@ def prefill_down(
         down.rows,
         *down.offsets,
         answers,
-        DOWN=down.kind,
+        DOWN=down.type.number,
         ROWS=config.rows,
         PAIRS=config.pairs,
         num_warps=config.num_warps,

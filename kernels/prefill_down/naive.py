@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["down"]
+__all__ = ["naive_prefill_down"]
 
 
-def down(
+def naive_prefill_down(
     act: torch.Tensor,
     pairs: torch.Tensor,
     slots: torch.Tensor,

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.kernels.blocks.tiles import step_columns, step_tiles
-from hybrimoe_kt.kernels.slots import MatrixInSlot
-
-from .config import PrefillConfig
+from hybrimoe_kt.kernels.configs import PrefillConfig
+from hybrimoe_kt.kernels.quants.dispatch import step_columns, step_tiles
+from hybrimoe_kt.kernels.workspace import MatrixInSlot
 
 __all__ = ["prefill_gate_up", "prefill_gate_up_kernel"]
 
@@ -107,8 +106,8 @@ def prefill_gate_up(
         *gate.offsets,
         *up.offsets,
         act,
-        GATE=gate.kind,
-        UP=up.kind,
+        GATE=gate.type.number,
+        UP=up.type.number,
         ROWS=config.rows,
         PAIRS=config.pairs,
         LIMIT=torch.finfo(act.dtype).max,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-__all__ = ["gate_up"]
+__all__ = ["naive_prefill_gate_up"]
 
 
-def gate_up(
+def naive_prefill_gate_up(
     hidden: torch.Tensor,
     pairs: torch.Tensor,
     slots: torch.Tensor,

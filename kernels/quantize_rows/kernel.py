@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import QuantizeConfig
+from hybrimoe_kt.kernels.configs import QuantizeConfig
 
 __all__ = ["quantize_rows", "quantize_rows_kernel"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["quantize_rows"]
+__all__ = ["naive_quantize_rows"]
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def naive_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantise `x [T, W]` (W a multiple of 32) to int8 `[T, W]`, scales and sums of what they stand for `[T, W / 32]`.
 
     A block's scale is its largest magnitude over 127; a block of zeros has scale 0.

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import SortConfig
+from hybrimoe_kt.kernels.configs import SortConfig
 
 __all__ = ["sort_pairs", "sort_pairs_kernel"]
 

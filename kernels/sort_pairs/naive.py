@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["sort_pairs"]
+__all__ = ["naive_sort_pairs"]
 
 
-def sort_pairs(
+def naive_sort_pairs(
     ids: torch.Tensor, slot_of: torch.Tensor, block_pairs: int, num_blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (pairs int32 `[num_blocks * block_pairs]`, slots int32 `[num_blocks]`).

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrimoe_kt.backends import cpu_cpuinfer
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
 EXPERTS, TOP_K, HIDDEN, MAX_TOKENS = 8, 3, 256, 16

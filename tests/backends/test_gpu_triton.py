@@ -19,9 +19,10 @@ from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends import gpu_triton
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
-from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, gpu_backend, refusal, unusable
+from hybrimoe_kt.backends.gpu_triton import TritonGpu, describe_kernels, refusal, unusable
+from hybrimoe_kt.backends.registry import default_gpu
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels import workspace
@@ -335,8 +336,8 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else fin
 sys.modules["triton"] = None
 logging.basicConfig(level=logging.WARNING)
 import torch, hybrimoe_kt.kernels
-from hybrimoe_kt.backends.gpu_triton import gpu_backend
-print(gpu_backend(torch.device("cpu")).name, gpu_backend(torch.device("cpu")).name)
+from hybrimoe_kt.backends.registry import default_gpu
+print(default_gpu(torch.device("cpu")).name, default_gpu(torch.device("cpu")).name)
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
@@ -348,10 +349,10 @@ print(gpu_backend(torch.device("cpu")).name, gpu_backend(torch.device("cpu")).na
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert unusable(torch.device("cpu")) is None
-    assert gpu_backend(torch.device("cpu")).name == "triton"
+    assert default_gpu(torch.device("cpu")).name == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
     with caplog.at_level(logging.WARNING):
-        assert gpu_backend(torch.device("cpu")).name == "torch"
+        assert default_gpu(torch.device("cpu")).name == "torch"
     assert "TRITON_INTERPRET=1" in caplog.text
     assert unusable(torch.device("xpu")) == "no kernel was built for xpu devices"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -365,8 +366,7 @@ def test_a_layer_of_the_embedded_model(embedded_model: Path) -> None:
     layout = SlotLayout(experts)
     memory = torch.zeros(experts.num_experts, layout.slot_bytes, dtype=torch.uint8)
     for number in range(experts.num_experts):
-        gate, up, down = (matrix.data[number] for matrix in experts.matrices)
-        layout.write((gate, up, down), memory[number])
+        layout.write(experts.parts(number), memory[number])
     slot_of = torch.arange(experts.num_experts, dtype=torch.int32)
     layer = SlottedLayer(experts, layout, memory.to(DEVICE), slot_of.to(DEVICE))
     for num_tokens, limit in ((1, INT8_ERROR), (8, INT8_ERROR), (40, HALF_ERROR)):

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.generated_model import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
 
 pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")

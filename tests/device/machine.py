@@ -21,7 +21,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, CHUNK = 8, 3, 32, 64, 3, 6

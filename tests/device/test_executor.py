@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
+from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.core.types import ExpertId, Plan, Transfer
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.executor import Executor

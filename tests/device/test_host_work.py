@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.backends.torch_reference import TorchReferenceGpu
+from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
 from hybrimoe_kt.device import cores, waiting
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator

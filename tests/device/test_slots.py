@@ -12,7 +12,8 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import default_expert_threads, dense_threads, physical_cores
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
-from hybrimoe_kt.device.host_store import HostStore, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.layout import ALIGNMENT_BYTES, SlotLayout
 from hybrimoe_kt.device.slots import SlotPool, slots_per_layer
 from hybrimoe_kt.device.staging import chunks_of
@@ -48,17 +49,17 @@ def queue(accelerator: Accelerator, store: HostStore, pool: SlotPool, chunk_byte
 
 
 def in_file_order(pool: SlotPool, layout: SlotLayout, number: int, slot: int) -> list[torch.Tensor]:
-    return [layout.read(pool.bytes_of(number, slot), matrix) for matrix in range(3)]
+    return [matrix.read(pool.bytes_of(number, slot)) for matrix in layout.matrices]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_layout_keeps_every_byte(kind: Type) -> None:
     experts = layer(kind, down=Type.Q6_K if kind == Type.Q4_K else None)
     layout = SlotLayout(experts)
-    parts = tuple(matrix.data[3] for matrix in experts.matrices)
+    parts = experts.parts(3)
     slot = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
     layout.write(parts, slot)
-    assert all(torch.equal(layout.read(slot, matrix), parts[matrix]) for matrix in range(3))
+    assert all(torch.equal(m.read(slot), part) for m, part in zip(layout.matrices, parts, strict=True))
     assert all(segment.start_bytes % ALIGNMENT_BYTES == 0 for segment in layout.segments)
     assert experts.expert_bytes <= layout.slot_bytes < experts.expert_bytes + ALIGNMENT_BYTES * len(layout.segments)
     assert layout.is_file_order == (kind in (Type.Q4_K, Type.Q5_K, Type.F16) and experts.down.ggml_type == kind)
@@ -69,7 +70,7 @@ def test_a_layout_keeps_every_byte(kind: Type) -> None:
 def test_chunks_cover_an_expert_once(kind: Type, chunk_bytes: int) -> None:
     experts = layer(kind)
     layout = SlotLayout(experts)
-    parts = tuple(matrix.data[5] for matrix in experts.matrices)
+    parts = experts.parts(5)
     whole, pieces = (torch.zeros(layout.slot_bytes, dtype=torch.uint8) for _ in range(2))
     layout.write(parts, whole)
     total = 0

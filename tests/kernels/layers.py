@@ -12,19 +12,19 @@ from gguf.quants import dequantize
 
 from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import expert_ffn
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.quants import TYPES, kernel_types
 
-KINDS = (Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.Q5_0, Type.Q4_0, Type.F16, Type.BF16)
-BLOCKS_OF_32 = (Type.Q8_0, Type.Q5_0, Type.Q4_0)
+KINDS = tuple(Type(row.number) for row in kernel_types())
+BLOCKS_OF_32 = tuple(Type(row.number) for row in kernel_types() if row.block_values == 32)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sizes_of(gate: Type, up: Type, down: Type) -> tuple[int, int]:
     """Return the oddest legal (hidden, inter): no multiples of 256 where the types allow it."""
-    steps = {Type.F16: 8, Type.BF16: 8, **dict.fromkeys(BLOCKS_OF_32, 32)}
-    hidden = {8: 264, 32: 352, 256: 256}[max(steps.get(gate, 256), steps.get(up, 256))]
-    return hidden, {8: 72, 32: 96, 256: 256}[steps.get(down, 256)]
+    hidden = {8: 264, 32: 352, 256: 256}[max(TYPES[gate].column_step, TYPES[up].column_step)]
+    return hidden, {8: 72, 32: 96, 256: 256}[TYPES[down].column_step]
 
 
 @dataclass
@@ -88,8 +88,7 @@ def slotted_layer(
     memory = torch.full((num_experts, layout.slot_bytes), 0xFF, dtype=torch.uint8)
     for expert, slot in enumerate(slot_of.tolist()):
         if slot >= 0:
-            parts = tuple(m.data[expert] for m in matrices)
-            layout.write(parts, memory[slot])  # type: ignore[arg-type]
+            layout.write(experts.parts(expert), memory[slot])
     return SlottedLayer(experts, layout, memory.to(DEVICE), slot_of.to(DEVICE))
 
 

@@ -8,26 +8,23 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.random_blocks import Type
-from hybrimoe_kt.backends.gpu_triton import _in_slot, _target_of
-from hybrimoe_kt.kernels.combine_pairs import config as combine_config
-from hybrimoe_kt.kernels.combine_pairs import naive as combine_naive
-from hybrimoe_kt.kernels.combine_pairs.kernel import combine_pairs
-from hybrimoe_kt.kernels.decode_down import naive as down_naive
-from hybrimoe_kt.kernels.decode_down.kernel import decode_down
-from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
-from hybrimoe_kt.kernels.decode_gate_up import naive as gate_up_naive
-from hybrimoe_kt.kernels.decode_gate_up.kernel import decode_gate_up
-from hybrimoe_kt.kernels.prefill_down import naive as grouped_down_naive
-from hybrimoe_kt.kernels.prefill_down.kernel import prefill_down
-from hybrimoe_kt.kernels.prefill_gate_up import config as prefill_config
-from hybrimoe_kt.kernels.prefill_gate_up import naive as grouped_naive
-from hybrimoe_kt.kernels.prefill_gate_up.kernel import prefill_gate_up
-from hybrimoe_kt.kernels.quantize_rows import config as quantize_config
-from hybrimoe_kt.kernels.quantize_rows import naive as quantize_naive
-from hybrimoe_kt.kernels.quantize_rows.kernel import quantize_rows
-from hybrimoe_kt.kernels.sort_pairs import config as sort_config
-from hybrimoe_kt.kernels.sort_pairs import naive as sort_naive
-from hybrimoe_kt.kernels.sort_pairs.kernel import sort_pairs
+from hybrimoe_kt.backends.gpu_triton import _target_of
+from hybrimoe_kt.kernels.combine_pairs import combine_pairs, naive_combine_pairs
+from hybrimoe_kt.kernels.configs import (
+    combine_config,
+    decode_config,
+    max_blocks,
+    prefill_config,
+    prefill_configs,
+    quantize_config,
+    sort_config,
+)
+from hybrimoe_kt.kernels.decode_down import decode_down, naive_decode_down
+from hybrimoe_kt.kernels.decode_gate_up import decode_gate_up, naive_decode_gate_up
+from hybrimoe_kt.kernels.prefill_down import naive_prefill_down, prefill_down
+from hybrimoe_kt.kernels.prefill_gate_up import naive_prefill_gate_up, prefill_gate_up
+from hybrimoe_kt.kernels.quantize_rows import naive_quantize_rows, quantize_rows
+from hybrimoe_kt.kernels.sort_pairs import naive_sort_pairs, sort_pairs
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
 
@@ -47,7 +44,7 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
             torch.empty(1, device=DEVICE),
             torch.empty(1, device=DEVICE),
         )
-    quants, scales, sums = (part.to(DEVICE) for part in quantize_naive.quantize_rows(x.cpu()))
+    quants, scales, sums = (part.to(DEVICE) for part in naive_quantize_rows(x.cpu()))
     return quants.view(torch.int32), scales, sums
 
 
@@ -59,8 +56,8 @@ def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
     blocks = (shape[0], shape[1] // 32)
     quants = torch.full(shape, 99, dtype=torch.int8, device=DEVICE)
     scales, sums = torch.full(blocks, NAN, device=DEVICE), torch.full(blocks, NAN, device=DEVICE)
-    quantize_rows(x, quants.view(torch.int32), scales, sums, quantize_config.choose(TARGET))
-    wanted_quants, wanted_scales, wanted_sums = quantize_naive.quantize_rows(x.cpu())
+    quantize_rows(x, quants.view(torch.int32), scales, sums, quantize_config(TARGET))
+    wanted_quants, wanted_scales, wanted_sums = naive_quantize_rows(x.cpu())
     torch.testing.assert_close(scales.cpu(), wanted_scales)
     assert (quants.cpu().int() - wanted_quants.int()).abs().max() <= 1, "rounding at .5 may differ by the division"
     assert (quants.cpu() != wanted_quants).float().mean() < 1e-3
@@ -74,11 +71,11 @@ def test_decode_gate_up(kind: Type) -> None:
     hidden, ids, _ = routed(layer, 3, torch.float16)
     act = torch.full((ids.numel(), layer.experts.inter), NAN, device=DEVICE)
     pair_slot = torch.full((ids.numel(),), 77, dtype=torch.int32, device=DEVICE)
-    gate, up = (_in_slot(layer.experts.matrices[n], layer.layout, n) for n in (0, 1))
-    config = decode_config.choose(TARGET)
+    gate, up, _ = layer.layout.matrices
+    config = decode_config(TARGET)
     decode_gate_up(layer.memory, gate, up, layer.slot_of, ids, hidden, quantized(hidden), act, pair_slot, config)
     present = {expert: layer.matrices(expert)[:2] for expert, _ in layer.slots}
-    wanted = gate_up_naive.gate_up(hidden.cpu(), ids.cpu(), present, layer.experts.inter)
+    wanted = naive_decode_gate_up(hidden.cpu(), ids.cpu(), present, layer.experts.inter)
     assert relative_error(act, wanted) < (INT8_ERROR if kind not in (Type.F16, Type.BF16) else HALF_ERROR)
     assert torch.equal(act.cpu() == 0, wanted == 0), "pairs without a slot are zeros"
     flat = ids.cpu().flatten()
@@ -97,11 +94,11 @@ def test_decode_gate_up_is_exact_on_what_it_is_given(kind: Type) -> None:
     act = torch.full((ids.numel(), layer.experts.inter), NAN, device=DEVICE)
     pair_slot = torch.full((ids.numel(),), 77, dtype=torch.int32, device=DEVICE)
     ids[0] = torch.tensor([0, 4])
-    gate, up = (_in_slot(layer.experts.matrices[n], layer.layout, n) for n in (0, 1))
-    config = decode_config.choose(TARGET)
+    gate, up, _ = layer.layout.matrices
+    config = decode_config(TARGET)
     decode_gate_up(layer.memory, gate, up, layer.slot_of, ids, rounded, (quants, scales, sums), act, pair_slot, config)
     present = {expert: layer.matrices(expert)[:2] for expert, _ in layer.slots}
-    wanted = gate_up_naive.gate_up(rounded.cpu(), ids.cpu(), present, layer.experts.inter)
+    wanted = naive_decode_gate_up(rounded.cpu(), ids.cpu(), present, layer.experts.inter)
     assert relative_error(act, wanted) < 1e-5
 
 
@@ -115,10 +112,10 @@ def test_decode_down(kind: Type) -> None:
     act[pair_slot < 0] = NAN
     before = torch.randn(3, layer.experts.hidden, generator=torch.Generator().manual_seed(3))
     out = before.to(DEVICE).clone()
-    down = _in_slot(layer.experts.matrices[2], layer.layout, 2)
+    down = layer.layout.matrices[2]
     clean = torch.nan_to_num(act)
-    decode_down(layer.memory, down, pair_slot, weights, act, quantized(clean), out, decode_config.choose(TARGET))
-    wanted = down_naive.down(
+    decode_down(layer.memory, down, pair_slot, weights, act, quantized(clean), out, decode_config(TARGET))
+    wanted = naive_decode_down(
         clean.cpu(), ids.cpu(), weights.cpu(), {expert: layer.matrices(expert)[2] for expert, _ in layer.slots}
     )
     error = relative_error(out.cpu() - before, wanted)
@@ -134,11 +131,11 @@ def test_sort_pairs(num_tokens: int, block: int) -> None:
     ids[num_tokens // 2, 1] = -1
     ids[ids == 5] = 2  # an expert nobody uses
     slot_of = torch.tensor([3, -1, 0, 9, 2, 1, 4], dtype=torch.int32)
-    num_blocks = sort_config.max_blocks(ids.numel(), num_experts, block)
+    num_blocks = max_blocks(ids.numel(), num_experts, block)
     pairs = torch.full((num_blocks * block,), -77, dtype=torch.int32, device=DEVICE)
     slots = torch.full((num_blocks,), -77, dtype=torch.int32, device=DEVICE)
-    sort_pairs(ids.to(DEVICE), slot_of.to(DEVICE), pairs, slots, block, sort_config.choose(TARGET))
-    wanted_pairs, wanted_slots = sort_naive.sort_pairs(ids, slot_of, block, num_blocks)
+    sort_pairs(ids.to(DEVICE), slot_of.to(DEVICE), pairs, slots, block, sort_config(TARGET))
+    wanted_pairs, wanted_slots = naive_sort_pairs(ids, slot_of, block, num_blocks)
     assert torch.equal(slots.cpu(), wanted_slots), "poison is overwritten in every block, needed or not"
     used = wanted_slots.repeat_interleave(block) >= 0
     assert torch.equal(pairs.cpu()[used], wanted_pairs[used])
@@ -148,20 +145,20 @@ def test_blocks_suffice_for_the_worst_routing() -> None:
     """Every expert one pair more than full blocks."""
     num_experts, block = 5, 16
     ids = torch.arange(num_experts).repeat(block + 1)[:, None]
-    num_blocks = sort_config.max_blocks(ids.numel(), num_experts, block)
-    _, slots = sort_naive.sort_pairs(ids, torch.arange(num_experts, dtype=torch.int32), block, num_blocks)
+    num_blocks = max_blocks(ids.numel(), num_experts, block)
+    _, slots = naive_sort_pairs(ids, torch.arange(num_experts, dtype=torch.int32), block, num_blocks)
     assert int((slots >= 0).sum()) == 2 * num_experts <= num_blocks
 
 
 @each_kind
 def test_prefill(kind: Type) -> None:
     layer = slotted_layer(kind)
-    experts, config = layer.experts, prefill_config.choose(TARGET, 1)
+    experts, config = layer.experts, prefill_config(TARGET, 1)
     hidden, ids, _ = routed(layer, 17, torch.float16)
-    num_blocks = sort_config.max_blocks(ids.numel(), experts.num_experts, config.pairs)
-    sorted_pairs = sort_naive.sort_pairs(ids.cpu(), layer.slot_of.cpu(), config.pairs, num_blocks)
+    num_blocks = max_blocks(ids.numel(), experts.num_experts, config.pairs)
+    sorted_pairs = naive_sort_pairs(ids.cpu(), layer.slot_of.cpu(), config.pairs, num_blocks)
     pairs, slots = (part.to(DEVICE) for part in sorted_pairs)
-    gate, up, down = (_in_slot(matrix, layer.layout, n) for n, matrix in enumerate(experts.matrices))
+    gate, up, down = layer.layout.matrices
     by_slot = {slot: layer.matrices(expert) for expert, slot in layer.slots}
     present = torch.zeros(ids.numel(), dtype=torch.bool)
     present[sorted_pairs[0][sorted_pairs[0] >= 0].long()] = True
@@ -170,14 +167,14 @@ def test_prefill(kind: Type) -> None:
     prefill_gate_up(layer.memory, gate, up, pairs, slots, experts.top_k, hidden, act, config)
     wanted = torch.full(act.shape, NAN)
     gate_ups = {slot: matrices[:2] for slot, matrices in by_slot.items()}
-    grouped_naive.gate_up(hidden.cpu(), *sorted_pairs, experts.top_k, gate_ups, wanted)
+    naive_prefill_gate_up(hidden.cpu(), *sorted_pairs, experts.top_k, gate_ups, wanted)
     assert relative_error(act.cpu()[present], wanted[present]) < HALF_ERROR
     assert act.cpu()[~present].isnan().all(), "pairs without a slot are left alone"
 
     answers = torch.full((ids.numel(), experts.hidden), NAN, device=DEVICE)
     prefill_down(layer.memory, down, pairs, slots, act, answers, config)
     wanted = torch.full(answers.shape, NAN)
-    grouped_down_naive.down(act.cpu(), *sorted_pairs, {slot: m[2] for slot, m in by_slot.items()}, wanted)
+    naive_prefill_down(act.cpu(), *sorted_pairs, {slot: m[2] for slot, m in by_slot.items()}, wanted)
     assert relative_error(answers.cpu()[present], wanted[present]) < HALF_ERROR
     assert answers.cpu()[~present].isnan().all()
 
@@ -185,13 +182,13 @@ def test_prefill(kind: Type) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_prefill_cuts_values_to_the_range_of_half() -> None:
     layer = slotted_layer(Type.F16)
-    experts, config = layer.experts, prefill_config.choose(TARGET, 1)
+    experts, config = layer.experts, prefill_config(TARGET, 1)
     hidden = torch.full((1, experts.hidden), 30000.0, dtype=torch.float16, device=DEVICE)
     pairs = torch.full((config.pairs,), -1, dtype=torch.int32, device=DEVICE)
     pairs[0] = 0
     slots = layer.slot_of[:1].clone()
     act = torch.full((1, experts.inter), NAN, dtype=torch.float16, device=DEVICE)
-    gate, up = (_in_slot(experts.matrices[n], layer.layout, n) for n in (0, 1))
+    gate, up, _ = layer.layout.matrices
     prefill_gate_up(layer.memory, gate, up, pairs, slots, 1, hidden, act, config)
     assert act.isfinite().all()
     assert (act.abs() == 65504).any()
@@ -208,8 +205,8 @@ def test_combine_pairs(num_tokens: int, hidden: int) -> None:
     weights, before = torch.rand(ids.shape, generator=generator), torch.randn(num_tokens, hidden, generator=generator)
     out = before.to(DEVICE).clone()
     arguments = (answers.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), slot_of.to(DEVICE))
-    combine_pairs(*arguments, out, combine_config.choose(TARGET))
-    wanted = before + combine_naive.combine_pairs(answers, ids, weights, slot_of)
+    combine_pairs(*arguments, out, combine_config(TARGET))
+    wanted = before + naive_combine_pairs(answers, ids, weights, slot_of)
     torch.testing.assert_close(out.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -221,10 +218,10 @@ def test_the_oddest_shapes_are_no_multiples() -> None:
 
 def test_the_larger_block_is_for_many_tokens_of_one_type() -> None:
     target = TARGETS["sm_90"]
-    small, large = prefill_config.configs(target)
+    small, large = prefill_configs(target)
     assert small.pairs < large.pairs
-    assert (prefill_config.choose(target, 47.9), prefill_config.choose(target, 48)) == (small, large)
-    mixed = prefill_config.choose(target, 500, one_type=False)
+    assert (prefill_config(target, 47.9), prefill_config(target, 48)) == (small, large)
+    mixed = prefill_config(target, 500, one_type=False)
     assert (mixed.pairs, mixed.num_stages) == (small.pairs, 1)
-    only = prefill_config.configs(TARGETS["sm_86"])
-    assert [prefill_config.choose(TARGETS["sm_86"], 500)] == list(only)
+    only = prefill_configs(TARGETS["sm_86"])
+    assert [prefill_config(TARGETS["sm_86"], 500)] == list(only)

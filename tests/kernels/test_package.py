@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from hybrimoe_kt.quants import QuantType, kernel_types
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 FILES = sorted(KERNELS.rglob("*.py"))
+KNOWN = ("hybrimoe_kt.kernels", "hybrimoe_kt.quants")
 OPS = sorted(file.parent for file in KERNELS.glob("*/kernel.py"))
 
 
@@ -26,7 +30,7 @@ def imported(file: Path) -> Iterator[str]:
 def test_kernels_know_nothing_of_the_rest() -> None:
     for file in FILES:
         for name in imported(file):
-            assert name.partition(".")[0] != "hybrimoe_kt" or name.startswith("hybrimoe_kt.kernels"), (
+            assert name.partition(".")[0] != "hybrimoe_kt" or name.startswith(KNOWN), (
                 f"{file.relative_to(KERNELS)} imports {name}"
             )
 
@@ -55,11 +59,20 @@ def test_no_autotuning_and_addresses_of_64_bits() -> None:
 
 
 def test_choosing_and_describing_need_no_triton() -> None:
-    """In a fresh interpreter without Triton, everything but the kernels themselves imports."""
+    """In a fresh interpreter without Triton, everything but operations and device functions imports."""
     names = [".".join(file.relative_to(KERNELS).with_suffix("").parts) for file in FILES]
-    without = [n for n in names if not n.startswith("blocks.") and not n.endswith((".kernel", "__init__", "__main__"))]
-    without.remove("layer")
+    without = [n for n in names if "." not in n and n not in ("__init__", "layer")]
     code = "import importlib, sys\nsys.modules['triton'] = None\n"
     code += f"for name in {without}: importlib.import_module('hybrimoe_kt.kernels.' + name)\nprint('fine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("row", kernel_types(), ids=lambda row: row.name)
+def test_a_type_that_kernels_read_has_a_file_of_its_number(row: QuantType) -> None:
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"hybrimoe_kt.kernels.quants.{row.name.lower()}")
+    assert module.KIND.value == row.number
+    assert {"unit", "tile"} <= set(module.__all__)
+    dispatch = (KERNELS / "quants" / "dispatch.py").read_text(encoding="utf-8")
+    assert f"{row.name.lower()}.unit(" in dispatch and f"{row.name.lower()}.tile(" in dispatch

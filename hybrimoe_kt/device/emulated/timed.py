@@ -19,7 +19,7 @@ from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.device.backend import GpuBackend
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.slots import stream_key
 from hybrimoe_kt.errors import ConfigError
@@ -153,7 +153,7 @@ class TimedAccelerator(ImmediateAccelerator):
         return f"emulated, timed as {self.profile.hardware}"
 
 
-class SleepingGpu:
+class SleepingGpu(GpuBackend):
     """Stands for the GPU's experts: takes their predicted time and leaves the answer as it is."""
 
     name = "sleeping"
@@ -163,14 +163,8 @@ class SleepingGpu:
     def __init__(self, accelerator: TimedAccelerator, costs: Mapping[int, CostModel]) -> None:
         self._accelerator, self._costs = accelerator, costs
 
-    def refuses(self, experts: LayerExperts) -> str | None:
-        return None
-
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Nothing to note: costs are known by layer."""
-
-    def prepare(self, max_tokens: int) -> None:
-        """Nothing to allocate."""
 
     def launch(
         self,

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from hybrimoe_kt.backends.registry import FALLBACK_GPU, REFERENCE
+
 __all__ = ["Finding", "diagnose", "size_text"]
 
 _NEEDED = ("torch", "transformers", "gguf")
@@ -79,7 +81,7 @@ def _of_cpu_kernels(report: Mapping[str, Any]) -> Iterator[Finding]:
     elif has_build:
         yield Finding("kt-kernel, which computes experts on the CPU, is missing", _install_kt_kernel(), blocking=True)
     else:
-        text = "kt-kernel has no build for this machine or Python, only the slow torch_reference runs"
+        text = f"kt-kernel has no build for this machine or Python, only the slow {REFERENCE} runs"
         yield Finding(text, _reference(report), blocking=True)
 
 
@@ -90,7 +92,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
     run = f"ktransformers --gguf_path {shlex.quote(model['file'])}"
     for kind in model["kinds"]:
         if kind["cpu_refusal"]:
-            yield Finding(kind["cpu_refusal"], f"{run} --cpu_backend torch_reference", blocking=True)
+            yield Finding(kind["cpu_refusal"], f"{run} --cpu_backend {REFERENCE}", blocking=True)
     if model["fits_accelerator"] is False:
         text = f"the dense weights take {size_text(model['dense_bytes'])}, more than {model['dense_on']} has free"
         yield Finding(text, f"{run} --accelerator none", blocking=True)
@@ -121,7 +123,7 @@ def _of_accelerators(report: Mapping[str, Any]) -> Iterator[Finding]:
     if found["devices"] and not kernels["runs"]:
         missing = report["libraries"]["triton"]["version"] is None
         yield Finding(
-            f"GPU experts would be computed by torch, several times slower: {kernels['problem']}",
+            f"GPU experts would be computed by {FALLBACK_GPU}, several times slower: {kernels['problem']}",
             "pip install triton" if missing else None,
         )
 
@@ -133,7 +135,8 @@ def _of_last_runs(report: Mapping[str, Any]) -> Iterator[Finding]:
             happened = f"was given up after {_steps(run)}" if run["given_up"] else f"failed at {_steps(run)}"
             text = f"{name} {happened} in its last run, and the CPU answered"
             text += f": {run['last_failure']}" if run["last_failure"] else ""
-            yield Finding(text, f"{_run(report)} --accelerator {shlex.quote(name)} --gpu_backend torch --verbose")
+            command = f"{_run(report)} --accelerator {shlex.quote(name)} --gpu_backend {FALLBACK_GPU} --verbose"
+            yield Finding(text, command)
         else:
             text = f"{name} ran out of memory in its last run; give a smaller --cache_size, or a larger reserve_bytes"
             yield Finding(text)
@@ -166,7 +169,7 @@ def _run(report: Mapping[str, Any]) -> str:
 
 
 def _reference(report: Mapping[str, Any]) -> str:
-    return f"{_run(report)} --cpu_backend torch_reference"
+    return f"{_run(report)} --cpu_backend {REFERENCE}"
 
 
 def _install_kt_kernel() -> str:

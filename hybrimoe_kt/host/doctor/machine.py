@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hybrimoe_kt import __version__
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, cpu_backend, gpu_backend
 from hybrimoe_kt.device.cores import default_expert_threads
 from hybrimoe_kt.device.inspect_machine import (
     attempt,
@@ -50,26 +51,20 @@ def report_machine() -> dict[str, Any]:
 
 
 def _cpu_kernels() -> dict[str, Any]:
-    """Whether kt-kernel's llamafile backend imports; its threads are not started."""
-    from hybrimoe_kt.backends.kt_kernel_pool import unusable
-    from hybrimoe_kt.backends.llamafile_shapes import GATE_TYPES
-    from hybrimoe_kt.device.quant_types import type_name
-
-    reason = unusable()
-    return {"runs": reason is None, "types": [type_name(kind) for kind in sorted(GATE_TYPES)], "problem": reason}
+    """Whether the default CPU backend imports; its threads are not started."""
+    backend = cpu_backend(DEFAULT_CPU)
+    reason = backend.unusable()
+    return {"runs": reason is None, "types": [kind.name for kind in backend.types()], "problem": reason}
 
 
 def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the Triton kernels run on the first device; without one, why they do not run on the CPU."""
+    """Whether the default GPU backend runs on the first device; without one, why it does not on the CPU."""
     import torch
 
-    from hybrimoe_kt.backends.gpu_triton import unusable
-    from hybrimoe_kt.device.quant_types import type_name
-    from hybrimoe_kt.kernels.formats import FORMATS
-
     device = devices[0]["name"] if devices else "cpu"
-    reason = unusable(torch.device(device))
-    types = [type_name(kind) for kind in sorted(FORMATS)]
+    backend = gpu_backend(DEFAULT_GPU)
+    reason = backend.unusable(torch.device(device))
+    types = [kind.name for kind in backend.types()]
     return {"runs": reason is None, "types": types, "device": device, "problem": reason}
 
 
@@ -88,7 +83,7 @@ def _profile() -> dict[str, Any]:
     from hybrimoe_kt.device.choose import choose_accelerator
     from hybrimoe_kt.profiles import load_profile
 
-    cpu: Any = SimpleNamespace(name="llamafile", num_threads=default_expert_threads())
+    cpu: Any = SimpleNamespace(name=DEFAULT_CPU, num_threads=default_expert_threads())
     machine = machine_name(choose_accelerator("auto"), cpu)
     path = profile_path(machine)
     found = {"machine": machine, "path": str(path), "measured": path.is_file()}

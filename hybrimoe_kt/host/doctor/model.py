@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends import gpu_triton, llamafile_shapes
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, REFERENCE, cpu_backend, gpu_backend
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.device.host_store import LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.host.hf.architectures import architecture_of
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
@@ -58,19 +58,20 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
-    cpu_refusal = llamafile_shapes.refusal(experts)
-    cpu = "torch_reference" if cpu_refusal or not machine["cpu_kernels"]["runs"] else "llamafile"
+    cpu_refusal = cpu_backend(DEFAULT_CPU).refuses(experts)
+    cpu = REFERENCE if cpu_refusal or not machine["cpu_kernels"]["runs"] else DEFAULT_CPU
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
-    gpu_refusal = gpu_triton.refusal(experts) if runs else None  # torch, instead, takes any type
-    rows = gpu_triton.describe_kernels(experts, capability or _ASSUMED)
+    gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
+    gpu_refusal = gpu.refuses(experts)
+    rows = gpu.kernels(experts, capability or _ASSUMED)
     tensors = [
         {
             "tensor": row.tensor,
             "type": row.type_name,
             "cpu_kernel": cpu,
-            "gpu_decode_kernel": None if gpu_refusal else row.decode if runs else "torch",
-            "gpu_prefill_kernel": None if gpu_refusal else row.prefill if runs else "torch",
+            "gpu_decode_kernel": None if gpu_refusal else row.decode,
+            "gpu_prefill_kernel": None if gpu_refusal else row.prefill,
         }
         for row in rows
     ]
@@ -116,12 +117,12 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
 
 def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:
     """Host memory that a layer's experts want: twice where the CPU reads a padded copy and transfers the file."""
-    in_file, copied = experts.num_experts * experts.expert_bytes, llamafile_shapes.copied_bytes(experts)
+    in_file, copied = experts.num_experts * experts.expert_bytes, cpu_backend(DEFAULT_CPU).copied_bytes(experts)
     return in_file + copied if transfers else copied or in_file
 
 
 def _room(
-    outlines: list[LayerExperts], dense_bytes: int, device: Mapping[str, Any] | None, triton: bool
+    outlines: list[LayerExperts], dense_bytes: int, device: Mapping[str, Any] | None, runs: bool
 ) -> dict[str, Any]:
     """How many of all experts find a slot on the accelerator beside the dense weights and what is left free."""
     free = None if device is None else device.get("memory_free_bytes")
@@ -129,7 +130,8 @@ def _room(
         return {"fits_accelerator": None, "accelerator_expert_share": None}
     room = free - ExpertOptions().reserve_bytes - dense_bytes
     wanted = {experts.layer: SlotLayout(experts).slot_bytes * experts.num_experts for experts in outlines}
-    served = sum(wanted[experts.layer] for experts in outlines if not triton or gpu_triton.refusal(experts) is None)
+    gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
+    served = sum(wanted[experts.layer] for experts in outlines if gpu.refuses(experts) is None)
     share = min(max(0, room), served) / sum(wanted.values())
     return {"fits_accelerator": room >= 0, "accelerator_expert_share": round(share, 4)}
 

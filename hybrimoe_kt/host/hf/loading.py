@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hybrimoe_kt.device.unused_memory import give_back_unused
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.rules import injection as rule_engine
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
@@ -35,7 +35,7 @@ from hybrimoe_kt.weights.gguf_loader import GgufLoader
 from .architectures import Architecture
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
-from .sources import Source, first_line, open_source
+from .sources import Source, open_source
 
 __all__ = ["LoadedModel", "load_model"]
 

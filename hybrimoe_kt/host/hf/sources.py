@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
 from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
 from hybrimoe_kt.weights.gguf_file import GgufFile
@@ -22,7 +22,7 @@ from hybrimoe_kt.weights.lazy import LazyTensor, Where
 from .architectures import Architecture, architecture_of, architecture_of_type
 from .dense_weights import dense_state_dict
 
-__all__ = ["Source", "first_line", "open_source"]
+__all__ = ["Source", "open_source"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -115,7 +115,3 @@ def _config_from_metadata(file: GgufFile, architecture: Architecture) -> Any:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(f"{file.path}: its metadata describes no usable model: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ConfigError, ModelError
 
 __all__ = ["layer_experts", "layer_number"]
@@ -27,7 +27,7 @@ def layer_number(key: str) -> int:
 
 def layer_experts(loader: Any, layer: int, *, num_experts: int, top_k: int) -> LayerExperts:
     """Return a layer's experts, in place where the file has them stacked; its shapes decide the dimensions."""
-    gate, up, down = (_matrix(loader, layer, role, num_experts) for role in ("gate", "up", "down"))
+    gate, up, down = (_matrix(loader, layer, role, num_experts) for role in ROLES)
     return LayerExperts(layer, num_experts, top_k, gate.columns, gate.rows, gate, up, down)
 
 

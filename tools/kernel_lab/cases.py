@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hybrimoe_kt.kernels.combine_pairs import config as combine_config
-from hybrimoe_kt.kernels.decode_gate_up import config as decode_config
-from hybrimoe_kt.kernels.formats import FORMATS, Format
-from hybrimoe_kt.kernels.prefill_gate_up import config as prefill_config
-from hybrimoe_kt.kernels.prefill_gate_up.config import PrefillConfig
-from hybrimoe_kt.kernels.quantize_rows import config as quantize_config
-from hybrimoe_kt.kernels.sort_pairs import config as sort_config
+from hybrimoe_kt.kernels.configs import (
+    DecodeConfig,
+    PrefillConfig,
+    combine_config,
+    decode_config,
+    mixture_config,
+    prefill_configs,
+    quantize_config,
+    sort_config,
+)
 from hybrimoe_kt.kernels.targets import Target
+from hybrimoe_kt.quants import QuantType, Unit, kernel_types
 
 __all__ = ["Case", "Claims", "Work", "cases_for", "mixtures_for"]
 
@@ -85,35 +89,36 @@ def cases_for(target: Target) -> list[Case]:
 
 def mixtures_for(target: Target) -> list[Case]:
     """Return the cases of gate and up in two types, which no file at hand has: too many for the table."""
-    config = prefill_config.mixture_config(target)
-    pairs = [(gate, up) for gate in FORMATS.values() for up in FORMATS.values() if gate is not up]
+    config = mixture_config(target)
+    pairs = [(gate, up) for gate in kernel_types() for up in kernel_types() if gate is not up]
     decode = [_gate_up(target, gate, up, "fp32") for gate, up in pairs]
     return decode + [_grouped(config, gate, up, x) for x in ("fp16", "bf16") for gate, up in pairs]
 
 
 def _quantize(target: Target) -> Iterator[Case]:
-    config = quantize_config.choose(target)
+    config = quantize_config(target)
     for kind in ("fp32", "fp16", "bf16"):
         constants = (("BLOCKS", config.blocks),)
         yield Case("quantize_rows", kind, constants, (("x", f"*{kind}"),), config.num_warps, 1, Claims(), Work())
 
 
 def _decode(target: Target) -> Iterator[Case]:
-    for form in FORMATS.values():
+    for form in kernel_types():
         yield _gate_up(target, form, form, "fp32")
         for x in ("fp16", "bf16") if form.is_float else ():
             yield _gate_up(target, form, form, x)
-    for form in FORMATS.values():
+    for form in kernel_types():
         yield _down(target, form)
 
 
-def _gate_up(target: Target, gate: Format, up: Format, x: str) -> Case:
-    config = decode_config.choose(target)
-    constants = (("GATE", gate.kind), ("UP", up.kind), ("FORM", config.form))
+def _gate_up(target: Target, gate: QuantType, up: QuantType, x: str) -> Case:
+    config = decode_config(target)
+    constants = (("GATE", gate.number), ("UP", up.number), ("FORM", config.form))
     shape = (("ROWS", config.rows), ("UNITS", config.units))
     together = 2 if gate is up else 1  # two types have a loop each; either may be the one that is looked at
     wide = min(
-        together * form.unit_loads + (0 if form.is_float and x != "fp32" else form.x_loads) for form in (gate, up)
+        together * _unit(form).loads + (0 if form.is_float and x != "fp32" else _unit(form).x_loads)
+        for form in (gate, up)
     )
     claims = Claims(
         wide,
@@ -126,42 +131,47 @@ def _gate_up(target: Target, gate: Format, up: Format, x: str) -> Case:
     return Case("decode_gate_up", variant, constants + shape, pointers, config.num_warps, 3, claims, work)
 
 
-def _variant(gate: Format, up: Format) -> str:
+def _variant(gate: QuantType, up: QuantType) -> str:
     return gate.name if gate is up else f"{gate.name}+{up.name}"
 
 
-def _down(target: Target, form: Format) -> Case:
-    config = decode_config.choose(target)
-    constants = (("DOWN", form.kind), ("FORM", config.form), ("ROWS", config.rows), ("UNITS", config.units))
-    claims = Claims(form.unit_loads + form.x_loads, dot=not form.is_float, max_conversions=_conversions(form))
+def _down(target: Target, form: QuantType) -> Case:
+    config = decode_config(target)
+    constants = (("DOWN", form.number), ("FORM", config.form), ("ROWS", config.rows), ("UNITS", config.units))
+    claims = Claims(_unit(form).loads + _unit(form).x_loads, dot=not form.is_float, max_conversions=_conversions(form))
     work = _unit_work(config, form, 1)
     return Case("decode_down", form.name, constants, (("x", "*fp32"),), config.num_warps, 3, claims, work)
 
 
-def _conversions(form: Format) -> int:
+def _unit(form: QuantType) -> Unit:
+    assert form.unit, f"no kernel reads {form.name}"
+    return form.unit
+
+
+def _conversions(form: QuantType) -> int:
     """Integer sums that a unit turns into floats: one for each scale in it."""
     return 0 if form.is_float else 2 if form.block_values == 256 else 1
 
 
-def _unit_work(config: decode_config.DecodeConfig, form: Format, num_matrices: int) -> Work:
-    values = config.rows * config.units * form.unit_values * num_matrices
+def _unit_work(config: DecodeConfig, form: QuantType, num_matrices: int) -> Work:
+    values = config.rows * config.units * _unit(form).values * num_matrices
     return Work(weight_bytes=values * form.bytes_per_value)
 
 
 def _prefill(target: Target) -> Iterator[Case]:
-    for config in prefill_config.configs(target):
+    for config in prefill_configs(target):
         for x in ("fp16", "bf16"):
-            for form in FORMATS.values():
+            for form in kernel_types():
                 yield _grouped(config, form, form, x)
-            for form in FORMATS.values():
+            for form in kernel_types():
                 yield _grouped_down(config, form, x)
 
 
 _LIMITS = MappingProxyType({"fp16": 65504.0, "bf16": math.ldexp(255, 120)})
 
 
-def _grouped(config: PrefillConfig, gate: Format, up: Format, x: str) -> Case:
-    constants = (("GATE", gate.kind), ("UP", up.kind), ("ROWS", config.rows), ("PAIRS", config.pairs))
+def _grouped(config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> Case:
+    constants = (("GATE", gate.number), ("UP", up.number), ("ROWS", config.rows), ("PAIRS", config.pairs))
     variant = f"{_variant(gate, up)} {x} x{config.pairs}"
     return Case(
         "prefill_gate_up",
@@ -175,11 +185,11 @@ def _grouped(config: PrefillConfig, gate: Format, up: Format, x: str) -> Case:
     )
 
 
-def _grouped_down(config: PrefillConfig, form: Format, x: str) -> Case:
+def _grouped_down(config: PrefillConfig, form: QuantType, x: str) -> Case:
     return Case(
         "prefill_down",
         f"{form.name} {x} x{config.pairs}",
-        (("DOWN", form.kind), ("ROWS", config.rows), ("PAIRS", config.pairs)),
+        (("DOWN", form.number), ("ROWS", config.rows), ("PAIRS", config.pairs)),
         (("act", f"*{x}"),),
         config.num_warps,
         config.num_stages,
@@ -188,19 +198,19 @@ def _grouped_down(config: PrefillConfig, form: Format, x: str) -> Case:
     )
 
 
-def _step_work(config: PrefillConfig, form: Format, num_matrices: int) -> Work:
+def _step_work(config: PrefillConfig, form: QuantType, num_matrices: int) -> Work:
     values = config.rows * 64 * num_matrices
     return Work(weight_bytes=values * form.bytes_per_value, tensor_macs=values * config.pairs)
 
 
 def _sort(target: Target) -> Iterator[Case]:
-    config = sort_config.choose(target)
-    for block in sorted({shape.pairs for shape in prefill_config.configs(target)}):
+    config = sort_config(target)
+    for block in sorted({shape.pairs for shape in prefill_configs(target)}):
         constants = (("BLOCK", block), ("EXPERTS", 128), ("CHUNK", config.chunk))
         yield Case("sort_pairs", f"128 experts x{block}", constants, (), config.num_warps, 1, Claims(), Work())
 
 
 def _combine(target: Target) -> Iterator[Case]:
-    config = combine_config.choose(target)
+    config = combine_config(target)
     constants = (("TOKENS", config.tokens), ("COLUMNS", config.columns))
     yield Case("combine_pairs", "fp32", constants, (), config.num_warps, 3, Claims(wide_loads=1), Work())

@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from hybrimoe_kt.kernels.offline.build import Measurement
-from hybrimoe_kt.kernels.offline.cases import Case, cases_for
-from hybrimoe_kt.kernels.offline.checks import rejections
-from hybrimoe_kt.kernels.offline.headroom import headroom, tensor_share
-from hybrimoe_kt.kernels.offline.machine_code import _SASS, Counts, Resources, _parse_sass, main_loop, read_amdgcn
 from hybrimoe_kt.kernels.targets import TARGETS
+from tools.kernel_lab.build import Measurement
+from tools.kernel_lab.cases import Case, cases_for
+from tools.kernel_lab.checks import rejections
+from tools.kernel_lab.headroom import headroom, tensor_share
+from tools.kernel_lab.machine_code import _SASS, Counts, Resources, _parse_sass, main_loop, read_amdgcn
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "kernels-table.md"
@@ -29,7 +29,7 @@ compiles = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler
 
 
 def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hybrimoe_kt.kernels.offline", *arguments]
+    command = [sys.executable, "-m", "tools.kernel_lab", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=COMPILING)
 
 
@@ -74,12 +74,12 @@ def test_the_committed_table_has_every_case_of_every_target() -> None:
 
 BAD = """
 import sys
-from hybrimoe_kt.kernels.formats import FORMATS
-from hybrimoe_kt.kernels.offline import cases
-from hybrimoe_kt.kernels.offline.build import measure
-from hybrimoe_kt.kernels.offline.checks import rejections
-from hybrimoe_kt.kernels.prefill_gate_up.config import PrefillConfig
-case = cases._grouped(PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2), FORMATS[12], FORMATS[12], "fp16")
+from hybrimoe_kt.quants import TYPES
+from tools.kernel_lab import cases
+from tools.kernel_lab.build import measure
+from tools.kernel_lab.checks import rejections
+from hybrimoe_kt.kernels.configs import PrefillConfig
+case = cases._grouped(PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2), TYPES[12], TYPES[12], "fp16")
 print(*rejections(case, measure(case, sys.argv[1])), sep="\\n")
 """
 

@@ -48,7 +48,7 @@ def measure(case: Case, target_name: str, cache: Path | None = None) -> Measurem
 
 
 def _kernel(op: str) -> Any:
-    module = importlib.import_module(f"..{op}.kernel", __package__)
+    module = importlib.import_module(f"hybrimoe_kt.kernels.{op}.kernel")
     return getattr(module, f"{op}_kernel")
 
 

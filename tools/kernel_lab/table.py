@@ -17,7 +17,7 @@ _INTRO = """# What the kernels compile to
 Written by `make kernels`; do not edit. Triton {version}, no GPU involved: every number is read from machine code.
 Instructions are those of the main loop, per warp and iteration. *Headroom* (decode) and *tensor share* (prefill) are
 arithmetic on these counts and on published clocks and bandwidths, upper bounds of what a GPU will show; both are
-defined in `kernels/offline/headroom.py` and discussed in [kernels.md](kernels.md).
+defined in `tools/kernel_lab/headroom.py` and discussed in [kernels.md](kernels.md).
 """
 
 _HEAD = (

@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_kt.kernels.offline`: compile, judge, and with --write the table. Exits with 1 on a rejection."""
+"""`python -m tools.kernel_lab`: compile, judge, and with --write the table. Exits with 1 on a rejection."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _measure_all(jobs: Sequence[tuple[Case, str]], cache: Path, workers: int) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hybrimoe_kt.kernels.offline",
+        prog="python -m tools.kernel_lab",
         description="Compile every kernel for every GPU, no GPU needed, and reject what would run badly.",
-        epilog="example: python -m hybrimoe_kt.kernels.offline --target sm_86 --target sm_90",
+        epilog="example: python -m tools.kernel_lab --target sm_86 --target sm_90",
     )
     parser.add_argument("--reduced", action="store_true", help="a few kernels on three targets, for every test run")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target; may be repeated")

@@ -1,0 +1,143 @@
+"""What kTransformers' llamafile kernels compute right, and how what they do not take is padded or refused.
+
+The kernels trust their caller: wrong dtypes, lengths or types crash the process or return wrong numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
+from hybrimoe_kt.errors import KernelError, ModelError
+from hybrimoe_kt.quants import TYPES, QuantType, llamafile_types, row_bytes
+
+__all__ = ["LlamafileArithmetic", "check_call", "check_layer", "copied_bytes", "kernel_matrices", "refusal"]
+
+_WIDTH_STEP = 256
+_MAX_TOP_K = 64
+
+
+class LlamafileArithmetic(CpuBackend):
+    """What is known of the kernels before any is made, whichever library they come from."""
+
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        return llamafile_types()
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
+        return refusal(experts)
+
+    @classmethod
+    def copied_bytes(cls, experts: LayerExperts) -> int:
+        return copied_bytes(experts)
+
+
+def _padded_width(experts: LayerExperts) -> int:
+    """The experts' width as the kernel needs it, a multiple of 256."""
+    return math.ceil(experts.inter / _WIDTH_STEP) * _WIDTH_STEP
+
+
+def refusal(experts: LayerExperts) -> str | None:
+    """Return why the kernels get a layer's experts wrong, None when they do not."""
+    layer = f"layer {experts.layer}:"
+    for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        if not TYPES[matrix.ggml_type].llamafile:
+            return (
+                f"{layer} {role} experts are {matrix.type_name}, which the llamafile CPU backend "
+                f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
+                f"or --cpu_backend torch_reference"
+            )
+        if not matrix.data.is_contiguous():
+            return f"{layer} {role} experts are not contiguous in memory"
+    if experts.gate.ggml_type != experts.up.ggml_type:
+        return (
+            f"{layer} gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
+            f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
+        )
+    if experts.hidden % _WIDTH_STEP:
+        return (
+            f"{layer} hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
+            f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
+        )
+    if experts.top_k > _MAX_TOP_K:
+        return f"{layer} top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"
+    return None
+
+
+def check_layer(experts: LayerExperts) -> None:
+    """Raise ModelError for experts whose types or shapes the kernels get wrong."""
+    if reason := refusal(experts):
+        raise ModelError(reason)
+
+
+def copied_bytes(experts: LayerExperts) -> int:
+    """Bytes of the copy this backend makes of a layer whose width it must pad, 0 where it reads the file in place."""
+    width = _padded_width(experts)
+    return 0 if width == experts.inter else experts.num_experts * experts.expert_bytes * width // experts.inter
+
+
+def kernel_matrices(experts: LayerExperts) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """Return the width that the kernel is told, and gate, up and down: in place, or copies where that is padded."""
+    width = _padded_width(experts)
+    if width == experts.inter:
+        return width, tuple(matrix.data for matrix in experts.matrices)
+    return width, tuple(_padded(matrix, experts, width) for matrix in experts.matrices)
+
+
+def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Tensor:
+    """Copy every expert's matrix with the expert width grown to `width` by zero bytes.
+
+    Zero bytes are zero weights in every block format here (their scales are zero), so results do not change.
+    """
+    extra = width - experts.inter
+    if matrix.rows == experts.inter:  # gate, up: more rows
+        return torch.nn.functional.pad(matrix.data, (0, extra * row_bytes(matrix.ggml_type, matrix.columns)))
+    try:
+        row = row_bytes(matrix.ggml_type, width)
+        rows = matrix.data.view(experts.num_experts, matrix.rows, -1)
+    except ValueError as error:  # pragma: no cover - a block larger than the padding step does not exist
+        raise ModelError(str(error)) from error
+    return torch.nn.functional.pad(rows, (0, row - rows.shape[2])).flatten(1).contiguous()
+
+
+def check_call(
+    experts: LayerExperts, max_tokens: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Raise KernelError for a call that the kernel would crash on or answer wrongly."""
+    num_tokens = hidden.shape[0]
+    if not 1 <= num_tokens <= max_tokens:
+        raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {max_tokens}")
+    if hidden.dtype != torch.float32 or hidden.shape[1] != experts.hidden:
+        raise KernelError(f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]")
+    if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
+        raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
+    if ids.shape[0] != num_tokens or not 1 <= ids.shape[1] <= experts.top_k:
+        raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
+    # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
+    if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
+        raise KernelError(
+            f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)"
+        )
+    if not math.isfinite(weights.sum().item()) and not weights.isfinite().all():
+        raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
+    _check_ids(experts, ids)
+
+
+def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:
+    if ids.shape[0] == 1:
+        used = [index for index in ids[0].tolist() if index >= 0]
+        top, duplicated = max(used, default=0), len(set(used)) != len(used)
+    else:
+        ordered = ids.sort(dim=1).values
+        duplicated = bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
+        top = int(ordered[:, -1].max())
+    if int(ids.min()) < -1:
+        raise KernelError(f"expert {int(ids.min())} routed in layer {experts.layer}; -1 is the one negative id")
+    if top >= experts.num_experts:
+        raise KernelError(f"expert {top} routed in layer {experts.layer}, which has {experts.num_experts}")
+    if duplicated:
+        raise KernelError(f"one token names the same expert twice in layer {experts.layer}")

@@ -1,0 +1,143 @@
+"""Every GGML type, once: how its blocks are laid out, in the file and in a slot, and who computes with it.
+
+GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; Q6_K,
+Q8_0, Q5_0 and Q4_0 blocks (210, 34, 22 and 18 bytes) are only 2-byte aligned: those are taken apart into *planes*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["TYPES", "Plane", "QuantType", "Unit", "kernel_types", "llamafile_types", "row_bytes", "type_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One field of a block: `width_bytes` at `offset_bytes` within each block."""
+
+    name: str
+    offset_bytes: int
+    width_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one thread of a decode kernel loads at once: 16 bytes of quants.
+
+    `values`: weights in them; `loads` and `x_loads`: 16-byte loads it takes for those weights and for activations.
+    """
+
+    values: int
+    loads: int
+    x_loads: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantType:
+    """One row of `TYPES`; `number` is GGML's.
+
+    `planes`: what a slot holds of a matrix one after the other, up to four, in the order of a kernel's offsets; blocks
+    as they stand where the type names none. `unit` is set where GPU kernels read the type (`kernels/quants`),
+    `llamafile` where kTransformers' CPU kernels do. The torch backends take every type that Transformers or gguf-py
+    dequantise, those whose values are of a `dtype` of torch, and those with a routine of ours, `dequantize`:
+    "module:function", which makes float32 `[num_blocks, block_values]` of uint8 `[num_blocks, block_bytes]`.
+    """
+
+    name: str
+    number: int
+    block_values: int
+    block_bytes: int
+    planes: tuple[Plane, ...] = ()
+    unit: Unit | None = None
+    llamafile: bool = False
+    dtype: str | None = None
+    dequantize: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "planes", self.planes or (Plane("blocks", 0, self.block_bytes),))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether decode multiplies float activations rather than int8 ones."""
+        return self.block_values == 1
+
+    @property
+    def column_step(self) -> int:
+        """GPU kernels want rows a multiple of this long."""
+        return max(8, self.block_values)
+
+    @property
+    def bytes_per_value(self) -> float:
+        return self.block_bytes / self.block_values
+
+
+_Q4_0 = (Plane("qs", 2, 16), Plane("d", 0, 2))
+_Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
+_Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
+_Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
+
+TYPES: dict[int, QuantType] = {
+    row.number: row
+    for row in (
+        QuantType("F32", 0, 1, 4, llamafile=True, dtype="float32"),
+        QuantType("F16", 1, 1, 2, unit=Unit(8, 1, 2), llamafile=True, dtype="float16"),
+        QuantType("Q4_0", 2, 32, 18, _Q4_0, Unit(32, 1, 2), llamafile=True),
+        QuantType("Q4_1", 3, 32, 20),
+        QuantType(
+            "Q5_0", 6, 32, 22, _Q5_0, Unit(32, 1, 2), llamafile=True,
+            dequantize="hybrimoe_kt.backends.dequantize:dequantize_q5_0",
+        ),
+        QuantType("Q5_1", 7, 32, 24),
+        QuantType("Q8_0", 8, 32, 34, _Q8_0, Unit(16, 1, 1), llamafile=True),
+        QuantType("Q8_1", 9, 32, 40),
+        QuantType("Q2_K", 10, 256, 84, llamafile=True),
+        QuantType("Q3_K", 11, 256, 110, llamafile=True),
+        QuantType("Q4_K", 12, 256, 144, unit=Unit(32, 2, 2), llamafile=True),
+        QuantType("Q5_K", 13, 256, 176, unit=Unit(32, 3, 2), llamafile=True),
+        QuantType("Q6_K", 14, 256, 210, _Q6_K, Unit(32, 2, 2), llamafile=True),
+        QuantType("Q8_K", 15, 256, 292),
+        QuantType("IQ2_XXS", 16, 256, 66),
+        QuantType("IQ2_XS", 17, 256, 74),
+        QuantType("IQ3_XXS", 18, 256, 98),
+        QuantType("IQ1_S", 19, 256, 50),
+        QuantType("IQ4_NL", 20, 32, 18),
+        QuantType("IQ3_S", 21, 256, 110),
+        QuantType("IQ2_S", 22, 256, 82),
+        QuantType("IQ4_XS", 23, 256, 136),
+        QuantType("I8", 24, 1, 1),
+        QuantType("I16", 25, 1, 2),
+        QuantType("I32", 26, 1, 4),
+        QuantType("I64", 27, 1, 8),
+        QuantType("F64", 28, 1, 8),
+        QuantType("IQ1_M", 29, 256, 56),
+        QuantType("BF16", 30, 1, 2, unit=Unit(8, 1, 2), dtype="bfloat16"),
+        QuantType("TQ1_0", 34, 256, 54),
+        QuantType("TQ2_0", 35, 256, 66),
+        QuantType("MXFP4", 39, 32, 17),
+        QuantType("NVFP4", 40, 64, 36),
+        QuantType("Q1_0", 41, 128, 18),
+    )
+}  # fmt: skip
+"""By number. IQ types and MXFP4 have no kernel: lookup tables do not fit their scheme. What is not marked for
+llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
+
+
+def type_name(number: int) -> str:
+    """Return "Q4_K" for 12; an unknown number is returned as "type 99"."""
+    return TYPES[number].name if number in TYPES else f"type {number}"
+
+
+def row_bytes(number: int, num_values: int) -> int:
+    """Bytes of one row of `num_values`, a multiple of the type's block."""
+    row = TYPES[number]
+    return num_values // row.block_values * row.block_bytes
+
+
+def kernel_types() -> tuple[QuantType, ...]:
+    """The types that GPU kernels read, by number."""
+    return tuple(row for row in TYPES.values() if row.unit)
+
+
+def llamafile_types() -> tuple[QuantType, ...]:
+    """The types that kTransformers' CPU kernels compute right, by number."""
+    return tuple(row for row in TYPES.values() if row.llamafile)
