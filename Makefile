@@ -89,8 +89,13 @@ locality: $(VENV)/.ready-dev
 reproduce: $(VENV)/.ready-dev
 	$(BIN)/python -m hybrimoe_kt.sim.reproduce $(ARGS)
 
+# In a copy: Zensical keeps its notes in .cache beside the configuration, and empties that when asked to begin anew.
 docs: $(VENV)/.ready-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	rm -rf .cache/site .cache/docs
+	mkdir -p .cache/site
+	cp -r mkdocs.yml docs .cache/site
+	$(BIN)/zensical build --strict --config-file .cache/site/mkdocs.yml $(ARGS)
+	mv .cache/site/site .cache/docs
 	@echo "open .cache/docs/index.html"
 
 wheel: $(VENV)/.ready-dev

@@ -28,10 +28,11 @@ import pytest
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.policies import make_policies
-from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.core.scheduler import Task
-from hybrimoe_kt.core.schedulers import make_scheduler
+from hybrimoe_kt.core.schedule import make_scheduler
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Routing
+from hybrimoe_kt.profiles import load_profile
 
 NUM_EXPERTS, TOP_K, NUM_SLOTS, NUM_LAYERS, EXPERT_BYTES = 128, 8, 32, 8, 2_860_000
 COST = CostModel.from_profile(load_profile("default"), expert_bytes=EXPERT_BYTES)
@@ -104,14 +105,14 @@ def test_cache_bookkeeping_of_a_decode_layer(benchmark: Any, policy: str) -> Non
 
 
 def whole_layer(policy: str, prefetch_size: int) -> Callable[[], None]:
-    coordinator = Coordinator(SPECS, COST, policy=policy, prefetch_size=prefetch_size)
+    coordinator = Coordinator(SPECS, COST, Strategy(policy=policy, prefetch_size=prefetch_size))
     coordinator.initial_transfers()
     routings = itertools.cycle(decode_routings(2048))
 
     def step() -> None:
         routing = next(routings)
         plan = coordinator.plan(routing)
-        coordinator.prefetch(routing.layer)
+        coordinator.prefetch(plan)
         coordinator.finish(plan)
 
     for _ in range(2048):

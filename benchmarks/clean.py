@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.operators.health import Health
-    from hybrimoe_kt.operators.runtime import Runtime
+    from hybrimoe_kt.runtime import Health, Runtime
 
 __all__ = ["refuse_unless_clean", "what_happened"]
 

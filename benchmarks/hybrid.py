@@ -32,8 +32,8 @@ from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.page_locks import PAGE, fresh_pages
-from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import ModelExperts, Routed, assemble
+from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.trace import Trace
 
@@ -71,7 +71,7 @@ def random_layer(number: int) -> LayerExperts:
 class Method:
     """One runtime and what its steps took."""
 
-    runtime: Runtime
+    experts: ModelExperts
     trace: Trace
     layer_s: float
     """Slept between two layers: attention and the rest."""
@@ -84,16 +84,10 @@ class Method:
     _plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        self.runtime.start()
-        coordinator = self.runtime.coordinator
-        assert coordinator is not None
-        decide = coordinator.plan
+        def keep(plan: Plan, routing: Routing) -> None:
+            self._plan = plan
 
-        def spy(routing: Routing) -> Plan:
-            self._plan = decide(routing)
-            return self._plan
-
-        coordinator.plan = spy  # type: ignore[method-assign]
+        self.runtime = assemble(self.experts, on_plan=keep)
         for place in range(LAYERS - 1):
             self.runtime.look_ahead(place, TraceGates(self, place))
 
@@ -112,11 +106,10 @@ class Method:
                 np.ascontiguousarray(trace.weights[step.first_token : step.first_token + step.num_tokens, place])
             )
             logits = torch.from_numpy(trace.scores[number, place]).log()[None].expand(step.num_tokens, -1)
-            self.runtime.note_scores(place, logits.to(self.device))
-            ids, weights = ids.to(self.device), weights.to(self.device)
+            routed = Routed(hidden, ids, weights, logits).to(self.device)
             self._synchronize()
             began = time.perf_counter()
-            self.runtime.run(place, hidden, ids, weights)
+            self.runtime.run(place, routed)
             self._synchronize()
             seconds = time.perf_counter() - began
             total += seconds
@@ -177,11 +170,11 @@ def compare(
     """Run all methods over `trace`, interleaved; return what each took."""
     methods = {}
     for name, changes in METHODS.items():
-        runtime = Runtime(base.replace({"cache_size": cache} | changes))
-        for experts in layers:
-            runtime.add_layer(experts)
+        experts = ModelExperts(base.replace({"cache_size": cache} | changes))
+        for layer in layers:
+            experts.add(layer)
         device = torch.device("cpu" if base.accelerator.startswith("emulated") else base.accelerator)
-        methods[name] = Method(runtime, trace, layer_s, device)
+        methods[name] = Method(experts, trace, layer_s, device)
     for number in range(len(trace.steps)):
         for method in methods.values():
             method.token(number, keep=number >= warm_up)
@@ -197,7 +190,6 @@ def options_for(accelerator: str) -> ExpertOptions:
 
 def row(name: str, method: Method, hybrid: Method) -> dict[str, Any]:
     coordinator = method.runtime.coordinator
-    assert coordinator is not None
     return {
         "method": name,
         "token_ms": statistics.median(method.token_s) * 1e3,

@@ -24,7 +24,7 @@ from torch import nn
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-from hybrimoe_kt.host.hf.model_report import host_expert_bytes
+from hybrimoe_kt.host.doctor.model import host_expert_bytes
 from hybrimoe_kt.quants import row_bytes
 
 ROOT = Path(__file__).parents[1]

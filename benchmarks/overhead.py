@@ -19,7 +19,6 @@ import time
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeTopKRouter
 
@@ -29,8 +28,7 @@ from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.inbox import Predict
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.models import find_model
 
@@ -80,17 +78,15 @@ class FreeGpu:
         """Nothing to do."""
 
 
-def machine(patch: pytest.MonkeyPatch, **options: Any) -> Runtime:
+def machine(**options: Any) -> Runtime:
     """A runtime whose experts hold 16 values each and cost nothing."""
-    patch.setattr(assembly, "make_cpu_backend", lambda options: FreeCpu())
-    patch.setattr(assembly, "make_gpu_backend", lambda *_: FreeGpu())
     given = {"accelerator": "emulated", "cache_size": "50%", "prefetch_size": 2, "max_chunk_tokens": 1} | options
-    runtime = Runtime(ExpertOptions.from_kwargs(given))
+    experts = ModelExperts(ExpertOptions.from_kwargs(given))
     for number in range(LAYERS):
         wide = torch.zeros(EXPERTS, 2 * HIDDEN, dtype=torch.uint8)
         gate, down = ExpertMatrix(wide, _F16, 1, HIDDEN), ExpertMatrix(wide, _F16, HIDDEN, 1)
-        runtime.add_layer(LayerExperts(number, EXPERTS, TOP_K, HIDDEN, 1, gate, gate, down))
-    return runtime
+        experts.add(LayerExperts(number, EXPERTS, TOP_K, HIDDEN, 1, gate, gate, down))
+    return assemble(experts, cpu=FreeCpu(), gpus={"emulated": FreeGpu()})
 
 
 def random_gate(layer: int) -> Gate:
@@ -132,7 +128,6 @@ class Walk:
         self._weights = torch.from_numpy(np.ascontiguousarray(trace.weights))
         self._logits = torch.from_numpy(trace.scores).log()
         guesses, scores = torch.from_numpy(trace.predicted.astype(np.int64)), torch.from_numpy(trace.predicted_scores)
-        runtime.start()
         row = GateRow([random_gate(layer) for layer in range(LAYERS + DEPTH)], torch.device("cpu"))
         for layer in range(LAYERS):
             asked = row.predictor(layer, range(LAYERS + DEPTH), slice(layer + 1, layer + 1 + DEPTH))
@@ -145,9 +140,9 @@ class Walk:
         for step in range(len(self._ids)):
             for layer in range(LAYERS):
                 ids, weights = self._ids[step : step + 1, layer], self._weights[step, layer][None]
-                self.runtime.note_scores(layer, self._logits[step, layer][None])
+                routed = Routed(hidden, ids, weights, self._logits[step, layer][None])
                 began = time.perf_counter()
-                self.runtime.run(layer, hidden, ids, weights)
+                self.runtime.run(layer, routed)
                 self.seconds.append(time.perf_counter() - began)
 
 
@@ -159,8 +154,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="by function; slower by what measuring costs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        runtime = machine(patch, policy=arguments.policy, prefetch_size=arguments.prefetch_size)
+    with torch.inference_mode():
+        runtime = machine(policy=arguments.policy, prefetch_size=arguments.prefetch_size)
         walk = Walk(runtime, arguments.tokens)
         profiler = cProfile.Profile() if arguments.profile else None
         if profiler is not None:
@@ -179,7 +174,6 @@ def main() -> None:
     low, high = ordered[len(ordered) // 10], ordered[len(ordered) * 9 // 10]
     print(f"| whole layer: median {statistics.median(ordered) * 1e6:.0f}, 10 % below {low * 1e6:.0f}, ", end="")
     print(f"10 % above {high * 1e6:.0f} | {sum(ordered) / len(ordered) * 1e6:.0f} |")
-    assert runtime.coordinator is not None
     print(f"hit rate {runtime.coordinator.stats.hit_rate:.1%}, {runtime.coordinator.stats.num_transfers} transfers")
 
 

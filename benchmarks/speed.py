@@ -135,8 +135,8 @@ def _rate(step: Callable[[], None], num_tokens: int, warm_up: int = 8) -> float:
 
 
 def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, **overrides: Any) -> dict[str, Any]:
-    from hybrimoe_kt.host.hf.build import build_engine
-    from hybrimoe_kt.host.hf.engine import Sampling
+    from hybrimoe_kt.engine.build import build_engine
+    from hybrimoe_kt.engine.engine import Sampling
 
     libraries, began = _rss_mib(), time.perf_counter()
     engine = build_engine(file, progress=False, time_shares=True, option_overrides=overrides)

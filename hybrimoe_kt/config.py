@@ -11,31 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import accelerators
 from .backends.registry import CPU_BACKENDS, DEFAULT_CPU, GPU_BACKENDS, check_name
-from .core.policies import POLICIES
-from .core.predictors import PREDICTORS
-from .core.schedulers import SCHEDULERS
+from .core.strategy import Strategy
 from .errors import ConfigError, nearest, unknown_name
 
 __all__ = ["BYTE_UNITS", "CacheSize", "ExpertOptions", "parse_bytes"]
 
-ACCELERATORS = (
-    "auto",
-    "none",
-    "emulated[:N]",
-    "emulated:adversarial[:SEED]",
-    "emulated:timed[:PROFILE]",
-    "cuda[:N]",
-    "xpu[:N]",
-)
 HOST_STORES = ("auto", "mapped", "page_locked")
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-_ACCELERATOR = re.compile(
-    r"auto|none|(?:cuda|xpu)(?::\d{1,3})?|emulated(?::(?:\d{1,3}|adversarial(?::\d{1,9})?|timed(?::.+)?))?"
-)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
 
 
@@ -105,7 +92,7 @@ class ExpertOptions:
     accelerator: str = "auto"
     """Where slots live: "none" (all experts on the CPU), "cuda", "xpu", "emulated"; auto takes what is found.
 
-    Layers may name different ones, in rules of their own. See `device.choose`.
+    Layers may name different ones, in rules of their own. See `hybrimoe_kt.accelerators`.
     """
     cpu_backend: str = DEFAULT_CPU
     """Who computes experts on the CPU: a name of `backends.registry`, or a class, "package.module:Class"."""
@@ -154,25 +141,25 @@ class ExpertOptions:
     deadline_s: float = 60.0
     """How long anything may take before it counts as dead, seconds."""
     fallback: bool = True
-    """Give up hybrid plans when they measure slower than one device alone, see `core.fallback`."""
+    """Give up hybrid plans when they measure slower than one device alone, see `core.feedback`."""
     follow_pace: bool = True
-    """Let predictions follow what the CPU's experts take in service, see `core.pace`."""
+    """Let predictions follow what the CPU's experts take in service, see `core.feedback`."""
+    strategy: Strategy = field(init=False, repr=False, compare=False)
+    """The fields of a `Strategy` among these, together."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
-        names = ("accelerator", "cpu_backend", "gpu_backend", "policy", "scheduler", "predictor", "profile")
-        for name in (*names, "host_store"):
+        for name in ("accelerator", "cpu_backend", "gpu_backend", "profile", "host_store"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
-        _check_accelerator(self.accelerator)
+        accelerators.parse(self.accelerator)
         check_name("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         check_name("gpu_backend", self.gpu_backend, ("auto", *GPU_BACKENDS))
-        for kind, known in (("policy", POLICIES), ("scheduler", SCHEDULERS), ("predictor", PREDICTORS)):
-            if getattr(self, kind) not in known:
-                raise ConfigError(unknown_name(kind, getattr(self, kind), known))
+        chosen = {name: getattr(self, name) for name in Strategy.names() if name in self.names()}
+        object.__setattr__(self, "strategy", Strategy(**chosen))
+        if self.policy == "belady":
+            raise ConfigError("policy belady must know the future: it is for `hybrimoe simulate`; give another")
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)
-        _in_range("prefetch_size", self.prefetch_size, 0, 1024)
-        _in_range("prefetch_depth", self.prefetch_depth, 1, 3)
         _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
         _one_of("host_store", self.host_store, HOST_STORES)
         for name in ("transfer_chunk_bytes", "prefill_streaming_bytes", "reserve_bytes"):
@@ -185,11 +172,6 @@ class ExpertOptions:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}, valid: true or false")
-        for name in ("policy_options", "scheduler_options", "predictor_options"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name} must be a mapping of option names to values")
-            if not all(isinstance(key, str) for key in getattr(self, name)):
-                raise ConfigError(f"{name} has an option that is not a name: {list(getattr(self, name))}")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> ExpertOptions:
@@ -203,7 +185,7 @@ class ExpertOptions:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Every valid key."""
-        return tuple(option.name for option in dataclasses.fields(cls))
+        return tuple(option.name for option in dataclasses.fields(cls) if option.init)
 
 
 def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -211,12 +193,6 @@ def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, An
         if key not in valid:
             raise ConfigError(f"unknown option {key!r}{nearest(key, valid) or ';'} valid: {', '.join(valid)}")
     return kwargs
-
-
-def _check_accelerator(name: str) -> None:
-    if _ACCELERATOR.fullmatch(name) is None:
-        kinds = [form.split("[")[0] for form in ACCELERATORS]
-        raise ConfigError(f"unknown accelerator {name!r}{nearest(name, kinds) or ';'} valid: {', '.join(ACCELERATORS)}")
 
 
 def _num_bytes(option: str, value: Any) -> int:

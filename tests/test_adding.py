@@ -17,9 +17,9 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ConfigError
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Sampling
 from hybrimoe_kt.quants import TYPES, Plane, QuantType
 
 # A quantisation type: blocks of 32 values in 20 bytes, a half and a pad before 16 low and then 16 high nibbles.

@@ -12,94 +12,82 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.core.types import Plan, Routing
+from hybrimoe_kt.device.backend import CpuBackend
 from hybrimoe_kt.device.calibrate import Calibration, calibrate
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.device.choose import choose_accelerator
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
+from hybrimoe_kt.runtime.assembly import make_gpu_backend
 
 from .timing import synchronize
 
-__all__ = ["calibrated", "load", "poison_workspace", "poisoned", "restart", "watched_plans"]
+__all__ = ["calibrated", "load", "poison_workspace", "restart", "watched_plans"]
 
 _POISON = 0xFF
 """As any float NaN, as any integer -1."""
 _LARGE_BYTES = 2**26
-_make_cpu_backend = assembly.make_cpu_backend
 
 
 def load(file: Path, options: dict[str, Any]) -> Engine:
-    """Build an engine whose runtime may start again: CPU backend and page-locked copies are kept between starts."""
-    kept: dict[str, Any] = {}
-
-    def one_backend(options: Any) -> Any:  # kt-kernel's kernels hold buffers, so one set serves all
-        if options.cpu_backend not in kept:
-            backend: Any = _make_cpu_backend(options)
-            kept[options.cpu_backend] = backend
-            add, known = backend.add_layer, set()
-
-            def add_once(experts: Any) -> None:
-                if experts.layer not in known:
-                    known.add(experts.layer)
-                    add(experts)
-
-            backend.add_layer = add_once
-        return kept[options.cpu_backend]
-
-    assembly.make_cpu_backend = one_backend
-    engine = build_engine(file, progress=False, option_overrides=options)
-    store = engine.runtime.store
-    page_lock = store.page_lock
-
-    def lock_once(accelerator: Any, layers: Any, *rest: Any) -> None:
-        page_lock(accelerator, [layer for layer in layers if not store.is_copied(layer)], *rest)
-
-    store.page_lock = lock_once  # type: ignore[method-assign]
-    return engine
+    """Build an engine; whatever its runtime allocates begins as NaN."""
+    return build_engine(file, progress=False, option_overrides=options, assemble=_assemble_poisoned)
 
 
-def restart(engine: Engine, changes: dict[str, Any]) -> None:
-    """Stop the runtime and start it with changed options: new slots, a new cache, health as of a new run."""
-    runtime = engine.runtime
-    for accelerator in runtime.accelerators:  # prefetches may be on their way into slots that are given back here
+def restart(engine: Engine, changes: dict[str, Any], *, poison: bool) -> None:
+    """Stop the runtime and start one with changed options: new slots, a new cache, health as of a new run.
+
+    The CPU backend and page-locked copies are kept. `poison` fills with NaN what is allocated.
+    """
+    old = engine.runtime
+    for accelerator in old.accelerators:  # prefetches may be on their way into slots that are given back here
         synchronize(accelerator.device)
     engine.reset()
-    runtime._executor = runtime._assembly = runtime._recovery = runtime._watch = runtime.coordinator = None
+    experts, cpu = old.experts.replace(changes), old.executor.cpu
+    same_cpu = experts.options.cpu_backend == old.options.cpu_backend
+    engine.loaded.detach()
+    del old
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    runtime.options = runtime.options.replace(changes)
-    runtime.start()
+    make = _assemble_poisoned if poison else assemble
+    engine.loaded.attach(make(experts, cpu=_Loaded(cpu) if same_cpu else None))
+    if poison:
+        poison_workspace(engine.runtime)
+
+
+class _Loaded:
+    """A CPU backend that has taken every layer: kt-kernel's kernels hold buffers, so one set serves all."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend._backend if isinstance(backend, _Loaded) else backend
+
+    def add_layer(self, experts: Any) -> None:
+        """It is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def calibrated(runtime: Runtime, repeats: int) -> Calibration:
     """Measure what plans are predicted with, beside the running lanes, whose kernels are left alone."""
-    executor = runtime._executor
-    assert executor is not None, "the runtime has started"
-    device, store = executor.lanes[0].accelerator, runtime.store
-    gpu = assembly.make_gpu_backend(runtime.options, device, store)
-    layer = executor.lanes[0].layers[0]
+    lane, store = runtime.lanes[0], runtime.store
+    gpu = make_gpu_backend(runtime.options, lane.accelerator, store)
     return calibrate(
-        store, layer, executor.cpu, device, gpu, max_tokens=runtime.options.max_chunk_tokens, repeats=repeats
-    )
+        store, lane.layers[0], runtime.executor.cpu, lane.accelerator, gpu,
+        max_tokens=runtime.options.max_chunk_tokens, repeats=repeats,
+    )  # fmt: skip
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Whatever accelerators allocate meanwhile is full of NaN: slots, lanes' buffers, small page-locked boxes."""
-    choose = assembly.choose_accelerator
-
-    def choose_poisoned(name: str) -> Any:
-        device: Any = choose(name)
+def _assemble_poisoned(experts: ModelExperts, cpu: CpuBackend | None = None) -> Runtime:
+    """What the accelerators allocate at the start is full of NaN: slots, lanes' buffers, page-locked boxes."""
+    devices = {name: choose_accelerator(name) for name in set(experts.accelerator_of.values())}
+    for device in devices.values():
         if device is not None:
-            device.allocate, device.page_locked = _filled(device.allocate), _filled(device.page_locked)
-        return device
-
-    assembly.choose_accelerator = choose_poisoned
-    try:
-        yield
-    finally:
-        assembly.choose_accelerator = choose
+            accelerator: Any = device
+            accelerator.allocate, accelerator.page_locked = map(_filled, (device.allocate, device.page_locked))
+    made = {name: device for name, device in devices.items() if device is not None}
+    return assemble(experts, cpu=cpu, accelerators=made)
 
 
 def _filled(allocate: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
@@ -114,7 +102,7 @@ def _filled(allocate: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Te
 
 def poison_workspace(runtime: Runtime) -> None:
     """Fill what the kernels share between their launches."""
-    for lane in runtime._executor.lanes if runtime._executor else ():
+    for lane in runtime.lanes:
         space = getattr(lane.gpu, "_space", None)
         if space is not None:
             space.memory.fill_(_POISON)
@@ -123,9 +111,7 @@ def poison_workspace(runtime: Runtime) -> None:
 @contextlib.contextmanager
 def watched_plans(runtime: Runtime) -> Iterator[list[tuple[float, float]]]:
     """Collect (predicted, measured) seconds of every layer step that is planned; waits for the device around each."""
-    coordinator = runtime.coordinator
-    assert coordinator is not None, "the runtime has started"
-    decide, run = coordinator.plan, runtime.run
+    decide, run = runtime.coordinator.plan, runtime.run
     found: list[tuple[float, float]] = []
     plans: list[Plan] = []
 
@@ -133,18 +119,18 @@ def watched_plans(runtime: Runtime) -> Iterator[list[tuple[float, float]]]:
         plans.append(decide(routing))
         return plans[-1]
 
-    def timed(layer: int, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def timed(layer: int, routed: Routed) -> torch.Tensor:
         plans.clear()
-        synchronize(hidden.device)
+        synchronize(routed.hidden.device)
         began = time.perf_counter()
-        answer = run(layer, hidden, *rest)
-        synchronize(hidden.device)
+        answer = run(layer, routed)
+        synchronize(routed.hidden.device)
         if len(plans) == 1:
             found.append((plans[0].makespan_s, time.perf_counter() - began))
         return answer
 
-    coordinator.plan, runtime.run = plan, timed  # type: ignore[method-assign, assignment]
+    runtime.coordinator.plan, runtime.run = plan, timed  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del coordinator.plan, runtime.run
+        del runtime.coordinator.plan, runtime.run

@@ -34,7 +34,7 @@ def run(plan: Plan, results: Results, ends_s: float, model: str) -> None:
 
 
 def _bench(results: Results, ends_s: float, step: str, program: str, file: Path) -> None:
-    from hybrimoe_kt.host.hf.gguf_file import GgufFile
+    from hybrimoe_kt.weights.gguf_file import GgufFile
 
     opened = GgufFile(file)
     layers = int(opened.metadata[f"{opened.architecture}.block_count"])

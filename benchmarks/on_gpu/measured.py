@@ -16,7 +16,7 @@ from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.health import Health
+from hybrimoe_kt.runtime.health import Health
 
 from . import inside
 from .overlap import busy_shares
@@ -55,8 +55,7 @@ class Measured:
         """`options` are those of the first configuration; everything the runtime allocates for it begins as NaN."""
         began = time.perf_counter()
         self.sizes = Sizes.of(plan)
-        with inside.poisoned():
-            self.engine = inside.load(file, options)
+        self.engine = inside.load(file, options)
         inside.poison_workspace(self.runtime)
         self.load_s = time.perf_counter() - began
         draw = random.Random(1)
@@ -81,12 +80,7 @@ class Measured:
 
     def restart(self, changes: dict[str, Any], *, poison: bool = False) -> None:
         """Start the runtime anew, its options those of the beginning with `changes`."""
-        if not poison:
-            inside.restart(self.engine, self.options | changes)
-            return
-        with inside.poisoned():
-            inside.restart(self.engine, self.options | changes)
-        inside.poison_workspace(self.runtime)
+        inside.restart(self.engine, self.options | changes, poison=poison)
 
     def calibrate(self, folder: Path) -> str:
         """Measure the profile that plans are predicted with, from now on; returns its verdict."""

@@ -17,7 +17,7 @@ from . import report
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.operators.health import Health
+    from hybrimoe_kt.runtime.health import Health
 
 __all__ = ["Results"]
 

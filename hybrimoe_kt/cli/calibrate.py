@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hybrimoe_kt import accelerators
 from hybrimoe_kt.backends.registry import DEFAULT_CPU
 from hybrimoe_kt.errors import ConfigError
 
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, metavar="GGUF", help="measure with the experts of this file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
-    parser.add_argument("--accelerator", default="auto", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], ...")
+    parser.add_argument("--accelerator", default="auto", metavar="NAME", help=accelerators.forms())
     parser.add_argument("--cpu_backend", "--cpu-backend", default=DEFAULT_CPU, metavar="NAME")
     parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")
@@ -88,7 +89,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Calibration:
     from hybrimoe_kt.device.calibrate import calibrate
     from hybrimoe_kt.device.choose import choose_accelerator
     from hybrimoe_kt.device.host_store import HostStore
-    from hybrimoe_kt.operators.assembly import make_cpu_backend, make_gpu_backend
+    from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend
 
     chosen = ExpertOptions(
         accelerator=options.accelerator,
@@ -132,9 +133,9 @@ def _show(found: Calibration, console: Console) -> None:
 
 def _experts_of(path: Path) -> LayerExperts:
     """The first layer of routed experts in a file."""
-    from hybrimoe_kt.host.hf.expert_layers import expert_layers
-    from hybrimoe_kt.host.hf.gguf_file import GgufFile
-    from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
+    from hybrimoe_kt.weights.expert_layers import expert_layers
+    from hybrimoe_kt.weights.gguf_file import GgufFile
+    from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
     file = GgufFile(path)
     return GgufLoader(file).layer_experts(**expert_layers(file)[0]._asdict())

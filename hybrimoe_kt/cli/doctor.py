@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hybrimoe_kt.backends.registry import DEFAULT_CPU, REFERENCE
 from hybrimoe_kt.errors import HostCompatibilityError
-from hybrimoe_kt.host.diagnosis import diagnose, size_text
+from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
 
 from .chat_output import visible
 from .parsing import Parser
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(model: Path | None) -> dict[str, Any]:
     """Return every fact and the verdict; ModelError for a file that is no model."""
-    from hybrimoe_kt.host.machine_report import report_machine
+    from hybrimoe_kt.host.doctor.machine import report_machine
 
     report = report_machine()
     report["model"] = _judge(model, report) if model is not None else None
@@ -71,7 +71,7 @@ def examine(model: Path | None) -> dict[str, Any]:
 
 def _judge(model: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        from hybrimoe_kt.host.hf.model_report import report_model
+        from hybrimoe_kt.host.doctor.model import report_model
     except (ImportError, OSError, HostCompatibilityError) as error:
         return {"file": str(model), "problem": f"reading it needs more than is installed: {error}"}
     return report_model(model, machine)

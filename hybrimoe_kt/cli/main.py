@@ -26,7 +26,7 @@ from .streams import discard_output, open_closed_streams
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.host.hf.engine import Engine
+    from hybrimoe_kt.engine.engine import Engine
 
 __all__ = ["main"]
 
@@ -122,7 +122,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
     gguf_path = _model_file(options)
     with console.status("starting torch and transformers"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from hybrimoe_kt.host.hf.build import build_engine
+        from hybrimoe_kt.engine.build import build_engine
 
     return build_engine(
         gguf_path,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt import __version__
+from hybrimoe_kt import __version__, accelerators
 from hybrimoe_kt.backends.registry import CPU_BACKENDS, GPU_BACKENDS
 
 from .parsing import Parser
@@ -117,7 +117,7 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
 def _add_experts(parser: argparse.ArgumentParser) -> None:
     """Add what `expert_overrides` returns."""
     experts = parser.add_argument_group("experts (these win over the rule file)")
-    experts.add_argument("--accelerator", metavar="NAME", help="auto, none, cuda[:N], xpu[:N], emulated")
+    experts.add_argument("--accelerator", metavar="NAME", help=accelerators.forms())
     experts.add_argument("--cpu_backend", metavar="NAME", help=f"{', '.join(CPU_BACKENDS)}, or module:Class")
     experts.add_argument("--gpu_backend", metavar="NAME", help=f"auto, {', '.join(GPU_BACKENDS)}, or module:Class")
     experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for CPU experts")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hybrimoe_kt.host.rule_file import list_packaged_rules, load_rules
+from hybrimoe_kt.host.rules.rule_file import list_packaged_rules, load_rules
 
 from .parsing import Parser
 
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace, console: Console) -> None:
     rules = load_rules(list_packaged_rules().get(options.file, options.file))
     # Importing torch and transformers takes seconds: complain about the file itself first.
-    from hybrimoe_kt.host.rule_report import best_skeleton, report_rules
-    from hybrimoe_kt.host.skeletons import build_skeleton, skeleton_from_directory
+    from hybrimoe_kt.host.rules.report import best_skeleton, report_rules
+    from hybrimoe_kt.host.rules.skeletons import build_skeleton, skeleton_from_directory
 
     name = options.model or best_skeleton(rules)
     model = skeleton_from_directory(name) if Path(name).is_dir() else build_skeleton(name)
@@ -111,7 +111,7 @@ def _print_report(report: dict[str, Any], console: Console) -> None:
 
 def _print_placement(placement: dict[str, Any], console: Console) -> None:
     """The device map: which parts of the way through the model lie where, and where the hidden states cross."""
-    from hybrimoe_kt.host.rule_report import path_patterns
+    from hybrimoe_kt.host.rules.report import path_patterns
 
     console.print("\na token passes (experts choose their place themselves)", style="bold")
     for stage in placement["route"]:
@@ -123,7 +123,7 @@ def _print_placement(placement: dict[str, Any], console: Console) -> None:
 
 
 def _print_modules(label: str, paths: list[str], console: Console) -> None:
-    from hybrimoe_kt.host.rule_report import path_patterns
+    from hybrimoe_kt.host.rules.report import path_patterns
 
     patterns = path_patterns(paths)
     modules = "no module" if not paths else "1 module" if len(paths) == 1 else f"{len(paths)} modules"

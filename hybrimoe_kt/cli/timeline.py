@@ -12,7 +12,7 @@ from rich.console import Console
 from .chat_output import visible
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.host.hf.engine import Engine
+    from hybrimoe_kt.engine.engine import Engine
 
 __all__ = ["timeline_to"]
 

@@ -24,7 +24,7 @@ from .outputs import check_writable
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
-    from hybrimoe_kt.host.hf.engine import Engine
+    from hybrimoe_kt.engine.engine import Engine
     from hybrimoe_kt.sim.record import Recorder
 
 __all__ = ["main"]
@@ -197,7 +197,7 @@ def _listen(engine: Engine, depth: int) -> Recorder:
 def _save(engine: Engine, recorder: Recorder, out: Path) -> Path | None:
     """Write every finished step; None if there is none."""
     recorder.drop_unfinished()
-    if not recorder.num_tokens or engine.runtime.coordinator is None:
+    if not recorder.num_tokens:
         return None
     counters = engine.runtime.statistics()
     run = {"runtime": engine.runtime.describe(), "counters": {name: counters[name] for name in COUNTERS}}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from hybrimoe_kt.core.cache import FREE
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.scheduler import Assignment, Task
-from hybrimoe_kt.core.types import ExpertId, Transfer
+from .cache import FREE
+from .layer_state import LayerState
+from .schedule.base import Assignment, Task
+from .types import Transfer
 
 
 def allocate(
@@ -27,13 +27,13 @@ def allocate(
         victims = state.policy.rank(cache.evictable(in_use))
         ready += [cache.slot_of[e] for e in victims[: num - len(ready)]]
     if len(ready) < num:
-        return _stream(state, task, assignment, ready, now_s)
-    transfers = [_put(state, e, slot, now_s) for e, slot in zip(assignment.transfers, ready, strict=True)]
+        return _hand_on(state, task, assignment, ready, now_s)
+    transfers = [state.send(e, slot, now_s, "on_demand") for e, slot in zip(assignment.transfers, ready, strict=True)]
     slot_of = cache.slot_of
     return transfers, {e: slot_of[e] for e in assignment.gpu}
 
 
-def _stream(
+def _hand_on(
     state: LayerState, task: Task, assignment: Assignment, ready: list[int], now_s: float
 ) -> tuple[list[Transfer], dict[int, int]]:
     """Walk the GPU's order, handing slots on: more transfers than slots that could be had at once."""
@@ -56,7 +56,7 @@ def _stream(
                 heappush(idle, (rank[old], slots[old]))
                 num_left += 1
             slot = ready.pop() if ready else heappop(idle)[1]
-            transfers.append(_put(state, expert, slot, start_s))
+            transfers.append(state.send(expert, slot, start_s, "on_demand"))
             arrival_s = link.free_s
         else:
             slot, arrival_s = cache.slot_of[expert], cache.arrival_s.get(expert, 0.0)
@@ -64,13 +64,3 @@ def _stream(
         gpu_end_s = max(gpu_end_s, arrival_s) + gpu_table[task.loads[expert]]
         left.append((gpu_end_s, expert))
     return transfers, slots
-
-
-def _put(state: LayerState, expert: int, slot: int, start_s: float) -> Transfer:
-    """Queue the transfer of `expert` into `slot` and book it in the cache."""
-    spec, cache = state.spec, state.cache
-    old = cache.occupant[slot]
-    evicted = ExpertId(spec.layer, old) if old != FREE else None
-    transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, "on_demand", evicted)
-    cache.prepare(expert, slot, state.link.add(transfer, start_s, state.cost.expert_transfer_s))
-    return transfer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterable
 
-SlotState = Literal["free", "loading", "ready"]
 FREE = -1
+"""In both tables: no slot, no expert."""
 
 
 class ExpertCache:
@@ -17,7 +16,7 @@ class ExpertCache:
     virtual time at which each lands. Read them freely, change them only through the methods.
     """
 
-    __slots__ = ("arrival_s", "num_experts", "num_slots", "occupant", "pins", "slot_of")
+    __slots__ = ("arrival_s", "num_experts", "num_pins", "num_slots", "occupant", "pins", "slot_of")
 
     def __init__(self, num_experts: int, num_slots: int) -> None:
         self.num_experts = num_experts
@@ -25,20 +24,8 @@ class ExpertCache:
         self.slot_of = [FREE] * num_experts
         self.occupant = [FREE] * self.num_slots
         self.pins = [0] * self.num_slots
+        self.num_pins = 0
         self.arrival_s: dict[int, float] = {}
-
-    def state(self, slot: int) -> SlotState:
-        """Return the state of `slot`."""
-        expert = self.occupant[slot]
-        if expert == FREE:
-            return "free"
-        return "loading" if expert in self.arrival_s else "ready"
-
-    def lookup(self, expert: int) -> Literal["hit", "miss", "pending"]:
-        """Return hit (READY), pending (LOADING) or miss; changes nothing."""
-        if self.slot_of[expert] == FREE:
-            return "miss"
-        return "pending" if expert in self.arrival_s else "hit"
 
     def settle(self, now_s: float) -> None:
         """Turn every LOADING expert whose arrival is not later than `now_s` READY."""
@@ -64,6 +51,26 @@ class ExpertCache:
     def complete(self, expert: int) -> None:
         """Turn a LOADING expert READY; no effect if it has left or is READY already."""
         self.arrival_s.pop(expert, None)
+
+    def reschedule(self, expert: int, arrival_s: float) -> None:
+        """Let a LOADING expert land at another time; no effect on any other."""
+        if expert in self.arrival_s:
+            self.arrival_s[expert] = arrival_s
+
+    def pin(self, slots: Iterable[int]) -> None:
+        """Forbid eviction from these slots until the matching `unpin`."""
+        pins = self.pins
+        for slot in slots:
+            pins[slot] += 1
+            self.num_pins += 1
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """Undo one pin of each of these slots."""
+        pins = self.pins
+        for slot in slots:
+            assert pins[slot] > 0, f"slot {slot} is not pinned; was its plan finished before?"
+            pins[slot] -= 1
+            self.num_pins -= 1
 
     def release(self, expert: int) -> None:
         """Free the slot of `expert` whatever its state; no effect if it holds none."""
@@ -101,10 +108,6 @@ class ExpertCache:
             ]
         return [e for slot, e in enumerate(self.occupant) if e != FREE and not pins[slot] and e not in protected]
 
-    def num_used(self) -> int:
-        """Return how many slots hold an expert."""
-        return self.num_slots - self.occupant.count(FREE)
-
     def free_slots(self) -> list[int]:
         """Return the slots that hold nothing and are not pinned, lowest first."""
         pins = self.pins
@@ -112,32 +115,8 @@ class ExpertCache:
 
     def num_pinned(self, outside: Collection[int]) -> int:
         """Return how many pinned slots hold none of the experts in `outside` and nothing that is LOADING."""
-        if not any(self.pins):
-            return 0
         pinned = [e for e, count in zip(self.occupant, self.pins, strict=True) if count]
         return sum([e not in outside and e not in self.arrival_s for e in pinned])
-
-    def evict(
-        self, num: int, protected: Collection[int], rank: Callable[[Sequence[int]], list[int]]
-    ) -> list[int] | None:
-        """Free exactly `num` slots, the first of `rank`'s order, and return them; or None and no state change."""
-        candidates = self.evictable(protected)
-        if num > len(candidates):
-            return None
-        slots = []
-        for expert in rank(candidates)[:num]:
-            slots.append(self.slot_of[expert])
-            self.release(expert)
-        return slots
-
-    def pin(self, slot: int) -> None:
-        """Forbid eviction from `slot` until the matching unpin."""
-        self.pins[slot] += 1
-
-    def unpin(self, slot: int) -> None:
-        """Undo one pin."""
-        assert self.pins[slot] > 0, f"slot {slot} is not pinned"
-        self.pins[slot] -= 1
 
     def check_integrity(self) -> None:
         """Assert that the two tables are inverse, that every arriving expert has a slot and that pins are sane."""
@@ -148,3 +127,4 @@ class ExpertCache:
         assert len(held) == sum(e != FREE for e in self.occupant), "an expert names a slot that does not hold it"
         assert all(self.slot_of[e] != FREE for e in self.arrival_s), "an arriving expert has no slot"
         assert all(count >= 0 for count in self.pins), "a pin count is negative"
+        assert sum(self.pins) == self.num_pins, "pins were counted wrongly"

@@ -1,34 +1,42 @@
-"""The only door hosts use: one object per model that owns caches, scheduler, policies, prefetcher and counters."""
+"""Decides for a whole model: one object that owns caches, scheduler, policies, prefetcher and counters.
+
+What it decides is in what its methods return, and is all that a host has to do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
-from hybrimoe_kt.core.allocation import allocate
-from hybrimoe_kt.core.cache import FREE
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.link import Link
-from hybrimoe_kt.core.policies import make_policies
-from hybrimoe_kt.core.predictors import Predictor, make_predictor
-from hybrimoe_kt.core.prefetch import Prefetcher
-from hybrimoe_kt.core.scheduler import (
-    Assignment,
-    CpuOnlyScheduler,
-    GpuOnlyScheduler,
-    Scheduler,
-    Task,
-    all_on_cpu,
-)
-from hybrimoe_kt.core.schedulers import make_scheduler
-from hybrimoe_kt.core.stats import Stats
-from hybrimoe_kt.core.types import ExpertId, LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.core.whole_steps import WholeSteps
 from hybrimoe_kt.errors import ConfigError
+
+from .allocation import allocate
+from .cache import FREE
+from .cost import CostModel
+from .layer_state import LayerState
+from .link import Link
+from .prefetch.benefit import Ledger
+from .prefetch.prefetcher import Prefetcher
+from .prefetch.streaming import Streaming
+from .schedule import Scheduler, make_scheduler
+from .schedule.base import Assignment, Task, all_on_cpu
+from .schedule.baselines import CpuOnlyScheduler, GpuOnlyScheduler
+from .stats import Stats
+from .strategy import Strategy
+from .types import ExpertId, LayerSpec, Orders, Plan, Routing, Transfer
+from .whole_steps import WholeSteps
 
 _GUESSED = ("gate", "stream")
 _CPU_ONLY, _GPU_ONLY = CpuOnlyScheduler(), GpuOnlyScheduler()
+_NOTHING = Orders()
+
+
+class _Open(NamedTuple):
+    """A layer step between `plan` and `finish`."""
+
+    plan: Plan
+    routing: Routing
+    task: Task
 
 
 class Coordinator:
@@ -36,85 +44,59 @@ class Coordinator:
 
     It reads no clock: its virtual time advances by predicted seconds, so the same routings in the same order
     give the same decisions wherever it runs. Call order per layer: `plan`, then optionally `prefetch`, then
-    `finish`; one open plan per layer. Not thread-safe.
+    `finish`; one plan is open at a time. Not thread-safe.
     """
 
     def __init__(
         self,
         layers: Sequence[LayerSpec],
         cost: CostModel | Mapping[int, CostModel],
+        strategy: Strategy | None = None,
         *,
-        scheduler: str = "balanced",
-        scheduler_options: Mapping[str, Any] | None = None,
-        policy: str = "adaptive",
-        policy_options: Mapping[str, Any] | None = None,
-        predictor: str = "stale_gate",
-        predictor_options: Mapping[str, Any] | None = None,
-        prefetch_size: int = 1,
-        prefetch_depth: int = 1,
-        admission: bool | None = None,
         frequencies: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
-        """`cost` is one model for all layers or one per layer; `frequencies` rank the experts to start with.
-
-        At most `prefetch_size` transfers start per layer (0: none), for the next `prefetch_depth` layers.
-        With `admission` what the link's idle time has left brings experts the CPU just computed, for later
-        tokens; by default only under the `balanced` scheduler, as no published method does it.
-        """
+        """`cost` is one model for all layers or one per layer; `frequencies` rank the experts to start with."""
         if not layers:
             raise ConfigError("no MoE layers given; a coordinator needs at least one LayerSpec")
-        _check_counts(prefetch_size, prefetch_depth)
+        self.strategy = strategy = strategy or Strategy()
         self.stats = Stats()
-        self.scheduler: Scheduler = make_scheduler(scheduler, scheduler_options or {})
-        self.predictor: Predictor = make_predictor(predictor, layers, predictor_options or {})
-        self.prefetch_size, self.prefetch_depth = prefetch_size, prefetch_depth
+        self.scheduler: Scheduler = strategy.make_scheduler()
+        self.predictor = strategy.make_predictor(layers)
         self._usual = self.scheduler
-        self._task: Task | None = None
         self._whole = WholeSteps()
         self._frequencies = frequencies or {}
         links = {spec.accelerator: Link() for spec in layers}
         self._layers: dict[int, LayerState] = {}
-        for spec, policy_of_layer in zip(layers, make_policies(policy, layers, policy_options or {}), strict=True):
+        for spec, policy in zip(layers, strategy.make_policies(layers), strict=True):
             model = cost if isinstance(cost, CostModel) else cost[spec.layer]
-            self._layers[spec.layer] = LayerState(spec, model, policy_of_layer, links[spec.accelerator])
+            self._layers[spec.layer] = LayerState(spec, model, policy, links[spec.accelerator])
         self._costs = {layer: state.cost for layer, state in self._layers.items()}
-        for state in self._layers.values():
-            state.admission_value_s = self._admission_value_s(state)
-        admits = scheduler == "balanced" if admission is None else admission
-        self._prefetcher = Prefetcher(self._layers, self.scheduler, self.stats, prefetch_size, admits)
-        self._uses_link = prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
-        self._open: tuple[Routing, Plan] | None = None
-        self._aborted: list[Transfer] = []
-        self._stream: tuple[int, int] | None = None  # a layer whose prefetch lent slots, and the layer that got them
-        self._closed: list[int] = []
+        self._ledger = Ledger(self.stats)
+        self._prefetcher = Prefetcher(self._layers, self._ledger, strategy.prefetch_size, admits=strategy.admits)
+        self._streaming = Streaming(self._layers, self.stats, self._ledger)
+        self._uses_link = self._may_prefetch()
+        self._open: _Open | None = None
         self.now_s = 0.0
-        self.cpu_s = 0.0
-        """Predicted end of the last plan's CPU share, seconds after its start."""
 
     def use(self, scheduler: str | None) -> None:
         """Plan with another scheduler from now on, None for the one it was made with."""
         self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
-        self._prefetcher.scheduler = self.scheduler
 
     def set_pace(self, cpu: float, dense: float = 1.0) -> None:
         """Predict with the CPU's experts, and what lies between layers, taking so many times what the profile says."""
         paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
-            state.admission_value_s = self._admission_value_s(state)
-
-    def _admission_value_s(self, state: LayerState) -> float:
-        future_hits: float = self._usual.option.get("future_hits", 0.0)
-        return future_hits * state.hit_s()
 
     def between_layers_s(self, layer: int) -> float:
         """Predicted seconds from the end of `layer`'s decode step to the next layer's routing."""
-        return self._layers[layer].cost.between_layers_s(1)
+        return self._layers[layer].cost.between_layers_s[1]
 
-    def single_device_s(self) -> tuple[float, float]:
-        """Predicted seconds of the last plan's step on the CPU alone and on the GPU alone."""
-        assert self._task is not None, "a plan was made"
-        return _CPU_ONLY.assign(self._task).makespan_s, _GPU_ONLY.assign(self._task).makespan_s
+    def single_device_s(self, plan: Plan) -> tuple[float, float]:
+        """Predicted seconds of an open plan's step on the CPU alone and on the GPU alone."""
+        assert self._open is not None and self._open.plan is plan, "ask while the plan is open"
+        task = self._open.task
+        return _CPU_ONLY.assign(task).makespan_s, _GPU_ONLY.assign(task).makespan_s
 
     def initial_transfers(self) -> tuple[Transfer, ...]:
         """Fill every free slot before serving, most frequent experts first (else lowest indices); READY at once."""
@@ -133,28 +115,31 @@ class Coordinator:
 
     def plan(self, routing: Routing) -> Plan:
         """Decide one layer step; pins what the plan uses until `finish`."""
-        state = self._layers[routing.layer]
-        loads = routing.loads
-        if self._stream is not None and routing.layer not in self._stream:
-            self._close_stream(self._layers[self._stream[1]])  # the prompt it was for has ended before its time
+        layer, loads = routing.layer, routing.loads
+        state = self._layers[layer]
+        dropped: list[Transfer] = []
+        closed: tuple[int, ...] = ()
+        left = self._streaming.left_behind(layer)
+        if left is not None:
+            dropped, closed = self._close_stream(left), (left.spec.layer,)
         if not state.uses_gpu:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
         else:
             if self._uses_link and state.prefetched:
-                self._abort(state, [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in loads])
-            if state.spec.num_stream_slots and routing.num_tokens > 1:
-                state.open_stream()  # if the layer before has not: what arrives on demand may pass through them
+                dropped += self._abort_wrong(state, loads)
+            if state.spec.num_stream_slots and not routing.is_decode:
+                self._streaming.open(state)
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-            if state.prefetched or state.displaced or self._prefetcher.has_proven(routing.layer):
-                self._prefetcher.credit(state, task, assignment)
+            if state.prefetched or state.displaced or state.proven:
+                self._ledger.credit(state, task, assignment, self.scheduler)
             state.policy.touch(routing)
-        self._task = task
-        plan = self._commit(state, routing, task, assignment)
-        if self._uses_link:
+        plan = self._commit(state, task, assignment, tuple(dropped), closed)
+        self._count(state, task, assignment, is_decode=routing.is_decode)
+        if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
-        self._open = (routing, plan)
+        self._open = _Open(plan, routing, task)
         return plan
 
     def decides_nothing(self, layer: int, num_tokens: int) -> bool:
@@ -170,7 +155,7 @@ class Coordinator:
         """Advance past a step that decided nothing; return the slot of every expert."""
         state = self._layers[layer]
         assignment = self._whole.of(self.scheduler, state, num_tokens)
-        step_s = assignment.makespan_s + state.cost.step_overhead_s + state.cost.between_layers_s(num_tokens)
+        step_s = assignment.makespan_s + state.cost.step_overhead_s + state.cost.between_layers_s[num_tokens]
         self.now_s += step_s
         self.stats.elapsed_s += step_s
         self.stats.makespan_s += assignment.makespan_s + state.cost.step_overhead_s
@@ -184,72 +169,57 @@ class Coordinator:
         self.stats.hits += sum(counts)
         self.stats.experts_on_gpu += sum(counts)
 
-    def prefetch(self, layer: int, predictions: Sequence[Routing] = ()) -> tuple[Transfer, ...]:
-        """Return the transfers to start now, in link order; call it while `layer`'s plan is open.
+    def prefetch(self, plan: Plan, predictions: Sequence[Routing] = ()) -> Orders:
+        """Return what to start for later layers now; call it while `plan` is open.
 
         `predictions` are the host's guesses for the next layers in order, if it has any; predictors that
-        learn on their own ignore them. A transfer may be for this very layer: an admission for later tokens.
+        learn on their own ignore them.
         """
-        if not self._uses_link or self._open is None or self._open[1].layer != layer:
-            return ()
+        if not self._uses_link:
+            return _NOTHING
         if isinstance(self.scheduler, CpuOnlyScheduler) and self.scheduler is not self._usual:
-            return ()  # nothing would use it
-        routing, plan = self._open
-        guesses = self.predictor.predict(routing, predictions, self.prefetch_depth)
+            return _NOTHING  # nothing would use it
+        assert self._open is not None and self._open.plan is plan, "ask while the plan is open"
+        routing, now_s = self._open.routing, self.now_s
+        guesses = self.predictor.predict(routing, predictions, self.strategy.prefetch_depth)
+        dropped: list[Transfer] = []
         for guess in guesses:
             state = self._layers[guess.layer]
             if state.prefetched:
-                wrong = [e for e, kind in state.prefetched.items() if kind in _GUESSED and e not in guess.loads]
-                self._abort(state, wrong)
-        next_s = self.now_s + self._step_s(plan, routing.num_tokens)
+                dropped += self._abort_wrong(state, guess.loads)
+        next_s = now_s + plan.makespan_s + self._layers[plan.layer].cost.between_layers_s[routing.num_tokens]
         streamed: list[Transfer] = []
-        if routing.num_tokens > 1 and guesses and self._layers[guesses[0].layer].spec.num_stream_slots:
-            streamed = self._prefetcher.stream(guesses[0], self.now_s, next_s)
-            if self._layers[guesses[0].layer].is_streaming:
-                self._stream = layer, guesses[0].layer
-        return (*streamed, *self._prefetcher.choose(plan, guesses, self.now_s, next_s))
+        if guesses and self._layers[guesses[0].layer].spec.num_stream_slots and not routing.is_decode:
+            streamed = self._streaming.choose(plan.layer, guesses[0], self.scheduler, now_s, next_s)
+        chosen = self._prefetcher.choose(plan, guesses, self.scheduler, now_s, next_s)
+        return Orders((*streamed, *chosen), tuple(dropped)) if streamed or chosen or dropped else _NOTHING
 
-    def take_aborted(self) -> tuple[Transfer, ...]:
-        """Return, once, the prefetches handed out earlier that need not be made any more, oldest first.
+    def finish(self, plan: Plan) -> Orders:
+        """Unpin what `plan` used, complete its transfers and advance virtual time past it.
 
-        Skipping them is a permission, not a duty: the slot is free again, and whatever is put there next
-        comes later on the same link. Ask after `plan` and after `prefetch`.
+        A prompt's layer gives its lent slots back: the answer says so, and starts nothing.
         """
-        aborted, self._aborted = tuple(self._aborted), []
-        return aborted
-
-    def take_closed(self) -> tuple[int, ...]:
-        """Return, once, the layers whose lent slots have been taken back. Ask after `plan` and after `finish`.
-
-        Nothing may be sent into those slots any more.
-        """
-        closed, self._closed = tuple(self._closed), []
-        return closed
-
-    def finish(self, plan: Plan) -> None:
-        """Unpin what `plan` used, complete its transfers and advance virtual time past it."""
-        state = self._layers[plan.layer]
+        assert self._open is not None and self._open.plan is plan, "a plan is finished once, before the next is made"
+        state, routing = self._layers[plan.layer], self._open.routing
         if plan.slots:
-            pins = state.cache.pins
-            for slot in set(plan.slots.values()):
-                assert pins[slot] > 0, f"layer {plan.layer}: slot {slot} is not pinned; was the plan finished before?"
-                pins[slot] -= 1
+            state.cache.unpin(set(plan.slots.values()))
             for transfer in plan.transfers:
                 state.cache.complete(transfer.expert.index)
+        step_s = plan.makespan_s + state.cost.between_layers_s[routing.num_tokens]
+        orders = _NOTHING
         if state.is_streaming:
-            self._close_stream(state)
-        step_s = self._step_s(plan, state.num_tokens)
+            orders = Orders((), tuple(self._close_stream(state)), (plan.layer,))
         self.now_s += step_s
         self.stats.elapsed_s += step_s
         self._open = None
+        return orders
 
     def fail(self, transfer: Transfer) -> None:
         """Take back a transfer that did not happen: its slot is FREE, nothing is half resident."""
         state = self._layers[transfer.expert.layer]
         if state.cache.slot_of[transfer.expert.index] == transfer.slot:
             state.cache.release(transfer.expert.index)
-        state.prefetched.pop(transfer.expert.index, None)
-        self._prefetcher.forget(transfer.expert)
+        state.forget(transfer.expert.index)
         self.stats.num_failed += 1
 
     def drop(self, layer: int, slot: int) -> None:
@@ -262,12 +232,11 @@ class Coordinator:
     def resize(self, layer: int, num_slots: int) -> None:
         """Give `layer` that many slots, all FREE, from the next plan on; 0 leaves its experts to the CPU."""
         state = self._layers[layer]
-        assert not any(state.cache.pins), f"layer {layer} has a plan open"
+        assert not state.cache.num_pins, f"layer {layer} has a plan open"
         for slot in range(state.cache.num_slots):
             self.drop(layer, slot)
-        state.displaced.clear()
         state.resize(num_slots)
-        self._uses_link = self.prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
+        self._uses_link = self._may_prefetch()
 
     def heat(self) -> dict[str, list[list[int]]]:
         """Hits and misses of every expert since the start, `[num_layers, num_experts]`."""
@@ -288,47 +257,31 @@ class Coordinator:
             state.cache.check_integrity()
             assert self._open is not None or not any(state.cache.pins), f"layer {layer} has pins and no open plan"
 
-    def _close_stream(self, state: LayerState) -> None:
-        """The layer is through: its streamed experts are gone, and those it had no use for were wasted."""
-        layer = state.spec.layer
-        self._closed.append(layer)
-        if self._stream is not None and self._stream[1] == layer:
-            self._stream = None
-        waiting = [
-            e
-            for e, slot in enumerate(state.cache.slot_of)
-            if slot >= state.cache.num_slots - state.spec.num_stream_slots
-        ]
-        self._abort(state, [e for e in waiting if e in state.cache.arrival_s])
-        wasted = state.close_stream()
-        self.stats.wasted_prefetches += len(wasted)
-        self.stats.wasted_bytes += len(wasted) * state.spec.expert_bytes
-        for expert in waiting:
-            self._prefetcher.forget(ExpertId(layer, expert))
+    def _may_prefetch(self) -> bool:
+        return self.strategy.prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
 
-    def _step_s(self, plan: Plan, num_tokens: int) -> float:
-        return plan.makespan_s + self._layers[plan.layer].cost.between_layers_s(num_tokens)
+    def _close_stream(self, state: LayerState) -> list[Transfer]:
+        """Take lent slots back; return the prefetches into them that need not be made."""
+        arrival_s, occupant = state.cache.arrival_s, state.cache.occupant
+        arriving = [expert for expert in occupant[state.first_stream_slot :] if expert in arrival_s]
+        dropped = self._prefetcher.abort(state, arriving, self.now_s)
+        self._streaming.close(state)
+        return dropped
 
-    def _abort(self, state: LayerState, unwanted: Sequence[int]) -> None:
-        """Drop those prefetches for `state`'s layer that the link has not started."""
-        if not unwanted or state.link.free_s <= self.now_s:
-            return
-        layer, gone = state.spec.layer, set(unwanted)
-        dropped, moved = state.link.abort(self.now_s, lambda t: t.expert.layer == layer and t.expert.index in gone)
-        for transfer in dropped:
-            state.cache.release(transfer.expert.index)
-            state.prefetched.pop(transfer.expert.index, None)
-            self.stats.num_aborted += 1
-            self.stats.prefetched_bytes -= transfer.num_bytes
-            self.stats.link_busy_s -= state.cost.expert_transfer_s
-        for entry in moved:
-            arrival_s = self._layers[entry.transfer.expert.layer].cache.arrival_s
-            if entry.transfer.expert.index in arrival_s:
-                arrival_s[entry.transfer.expert.index] = entry.end_s
-        self._aborted += dropped
+    def _abort_wrong(self, state: LayerState, loads: Mapping[int, int]) -> list[Transfer]:
+        """Give up the prefetches of guessed experts that are not among `loads` after all."""
+        wrong = [expert for expert, why in state.prefetched.items() if why in _GUESSED and expert not in loads]
+        return self._prefetcher.abort(state, wrong, self.now_s) if wrong else []
 
-    def _commit(self, state: LayerState, routing: Routing, task: Task, assignment: Assignment) -> Plan:
-        """Give transfers their slots, pin and count; the only place where a plan changes anything."""
+    def _commit(
+        self,
+        state: LayerState,
+        task: Task,
+        assignment: Assignment,
+        dropped: tuple[Transfer, ...],
+        closed: tuple[int, ...],
+    ) -> Plan:
+        """Give transfers their slots and pin; the only place where a plan changes a cache."""
         slots: dict[int, int] = {}
         transfers: tuple[Transfer, ...] = ()
         gpu = assignment.gpu
@@ -336,37 +289,33 @@ class Coordinator:
             if assignment.transfers:
                 made, slots = allocate(state, task, assignment, self.now_s)
                 transfers = tuple(made)
-                self._book_evictions(state, made)
+                for transfer in made:
+                    if transfer.evicted is not None:
+                        self._ledger.lost(state, transfer.evicted.index)
             else:
                 slot_of = state.cache.slot_of
                 slots = {e: slot_of[e] for e in gpu}
-            used = set(slots.values())
-            pins = state.cache.pins
-            for slot in used:
-                pins[slot] += 1
-        num_hits = len(task.held) - len(task.arrival_s)
-        state.num_tokens = routing.num_tokens
-        self._count(state, task, assignment, num_hits)
-        makespan_s = assignment.makespan_s + state.cost.step_overhead_s
-        self.cpu_s = assignment.cpu_s
-        return Plan(routing.layer, tuple(assignment.cpu), tuple(gpu), transfers, slots, makespan_s, num_hits)
+            state.cache.pin(set(slots.values()))
+        return Plan(
+            state.spec.layer,
+            tuple(assignment.cpu),
+            tuple(gpu),
+            transfers,
+            slots,
+            assignment.makespan_s + state.cost.step_overhead_s,
+            assignment.cpu_s,
+            len(task.held) - len(task.arrival_s),
+            dropped,
+            closed,
+        )
 
-    def _book_evictions(self, state: LayerState, transfers: Sequence[Transfer]) -> None:
-        """Stop crediting prefetched experts that lost their slots; those never used were wasted."""
-        for transfer in transfers:
-            if transfer.evicted is not None:
-                self._prefetcher.forget(transfer.evicted)
-                if state.prefetched.pop(transfer.evicted.index, None):
-                    self.stats.wasted_prefetches += 1
-                    self.stats.wasted_bytes += transfer.num_bytes
-
-    def _count(self, state: LayerState, task: Task, assignment: Assignment, num_hits: int) -> None:
+    def _count(self, state: LayerState, task: Task, assignment: Assignment, *, is_decode: bool) -> None:
         stats = self.stats
         stats.num_plans += 1
-        stats.hits += num_hits
+        stats.hits += len(task.held) - len(task.arrival_s)
         stats.pending += len(task.arrival_s)
         stats.misses += len(task.missing)
-        state.count(task, state.num_tokens)
+        state.count(task, is_decode=is_decode)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)
         stats.cpu_busy_s += assignment.cpu_s
@@ -382,10 +331,3 @@ class Coordinator:
             stats.predicted_right += sum([e in state.predicted for e in task.loads])
             stats.predicted_routed += len(task.loads)
             state.predicted = ()
-
-
-def _check_counts(prefetch_size: int, prefetch_depth: int) -> None:
-    if prefetch_size < 0:
-        raise ConfigError(f"prefetch_size is {prefetch_size}; give the transfers to start per layer, 0 for none")
-    if not 1 <= prefetch_depth <= 3:
-        raise ConfigError(f"prefetch_depth is {prefetch_depth}; it must be 1, 2 or 3 layers")

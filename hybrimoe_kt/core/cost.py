@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Iterable
 from math import fsum
 
-from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.errors import ConfigError
+
+from .profile import Profile
 
 BITS_PER_WEIGHT = 4.5
 """Assumed where a caller knows an expert's bytes but not its arithmetic: Q4_K's 144 bytes per 256 weights."""
 
 
 class _PerLoad(dict[int, float]):
-    """Seconds by load, computed on first use: planning then costs one dictionary look-up per expert."""
+    """Seconds by load or number of tokens, computed on first use: planning then costs one dictionary look-up."""
 
     __slots__ = ("_formula",)
 
@@ -32,13 +33,14 @@ class CostModel:
     """Seconds for one layer's experts; `cpu_expert_s` and `gpu_expert_s` map a load -> seconds of one expert.
 
     The time of a set of experts on the CPU is `cpu_call_s` once plus the sum over the experts, stretched by
-    `cpu_slowdown` while the link is busy. `dense_s` is the time between two MoE layers at one token
-    (attention, norms, router): the link's idle time that prefetching may fill. With `transfer_parts` = 3
-    gate, up and down travel separately, and the GPU starts on the first when it lands. `step_overhead_s` is added to
-    every plan's makespan: host time that no assignment changes.
+    `cpu_slowdown` while the link is busy. `shared_s` and `between_layers_s` map a number of tokens -> seconds: what
+    the shared experts take before the first routed expert may use the GPU, and what lies between two MoE layers
+    (attention, norms, router), the link's idle time that prefetching may fill; `dense_s` is that at one token.
+    `step_overhead_s` is added to every plan's makespan: host time that no assignment changes.
     """
 
     __slots__ = (
+        "between_layers_s",
         "cpu_call_s",
         "cpu_expert_s",
         "cpu_slowdown",
@@ -50,10 +52,8 @@ class CostModel:
         "has_gpu",
         "link_bytes_per_s",
         "link_latency_s",
-        "shared_expert_s",
-        "shared_token_s",
+        "shared_s",
         "step_overhead_s",
-        "transfer_parts",
     )
 
     def __init__(
@@ -70,7 +70,6 @@ class CostModel:
         shared_token_s: float = 0.0,
         dense_s: float = 0.0,
         dense_token_s: float = 0.0,
-        transfer_parts: int = 1,
         step_overhead_s: float = 0.0,
     ) -> None:
         """`cpu` and `gpu` give the seconds of one expert at a load; no `gpu` means a machine without one."""
@@ -83,12 +82,10 @@ class CostModel:
         self.link_bytes_per_s = link_bytes_per_s
         self.expert_bytes = expert_bytes
         self.expert_transfer_s = self.transfer_s(expert_bytes)
-        self.shared_expert_s = shared_expert_s
-        self.shared_token_s = shared_token_s
-        self.dense_s = dense_s
+        self.shared_s = _PerLoad(lambda num_tokens: max(shared_expert_s, shared_token_s * num_tokens))
         self.dense_token_s = dense_token_s
-        self.transfer_parts = transfer_parts
         self.step_overhead_s = step_overhead_s
+        self._set_dense(dense_s)
 
     @classmethod
     def from_profile(
@@ -101,7 +98,6 @@ class CostModel:
         shared_macs: int | None = None,
         dense_bytes: int = 0,
         dense_macs: int | None = None,
-        transfer_parts: int = 1,
     ) -> CostModel:
         """Scale `profile` to a layer whose expert holds `expert_bytes` and does `expert_macs` per token.
 
@@ -128,14 +124,13 @@ class CostModel:
             shared_token_s=shared_token_s,
             dense_s=dense_s + overhead_s,
             dense_token_s=dense_token_s,
-            transfer_parts=transfer_parts,
             step_overhead_s=profile.step_overhead_s,
         )
 
     def at_pace(self, cpu: float, dense: float = 1.0) -> CostModel:
         """Return this model with the CPU's experts taking `cpu` times as long, and one token between layers `dense`."""
         paced = copy.copy(self)
-        paced.dense_s = dense * self.dense_s
+        paced._set_dense(dense * self.dense_s)
         formula = self.cpu_expert_s
         paced.cpu_expert_s = _PerLoad(lambda load: cpu * formula[load])
         paced.cpu_call_s = cpu * self.cpu_call_s
@@ -161,13 +156,9 @@ class CostModel:
         """Return the seconds one transfer of `num_bytes` holds the link."""
         return self.link_latency_s + num_bytes / self.link_bytes_per_s
 
-    def shared_s(self, num_tokens: int) -> float:
-        """Return the seconds the shared experts take before the first routed expert may use the GPU."""
-        return max(self.shared_expert_s, self.shared_token_s * num_tokens)
-
-    def between_layers_s(self, num_tokens: int) -> float:
-        """Return the seconds between two MoE layers when `num_tokens` are processed together."""
-        return max(self.dense_s, self.dense_token_s * num_tokens)
+    def _set_dense(self, dense_s: float) -> None:
+        self.dense_s, token_s = dense_s, self.dense_token_s
+        self.between_layers_s = _PerLoad(lambda num_tokens: max(dense_s, token_s * num_tokens))
 
 
 def _no_gpu(load: int) -> float:

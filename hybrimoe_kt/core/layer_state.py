@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from hybrimoe_kt.core.cache import FREE, ExpertCache
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.link import Link
-from hybrimoe_kt.core.policies import Policy
-from hybrimoe_kt.core.scheduler import Task
-from hybrimoe_kt.core.types import LayerSpec
+from .cache import FREE, ExpertCache
+from .cost import CostModel
+from .link import Link
+from .policies import Policy
+from .schedule.base import Task
+from .types import ExpertId, LayerSpec, Transfer, TransferKind
 
 
 class LayerState:
-    """One layer's slots, costs and policy, and the prefetches whose worth is not known yet.
+    """One layer's slots, costs and policy, and what prefetching has done to its slots.
 
-    `prefetched` maps an expert brought ahead of need -> why ("gate" or "admission"); `displaced` maps the
-    expert it evicted -> the same, until either is routed to or leaves. `hits` and `misses` count, by expert, the
+    `prefetched` maps an expert brought ahead of need -> why ("gate", "admission" or "stream"); `displaced` maps the
+    expert it evicted -> the same, until either is routed to or leaves; `proven` are prefetched experts that were used
+    once and still hold their slots. `hits` and `misses` count, by expert, the
     steps that routed to it and found it ready or not; `last_hits` and `last_misses` are the last single token's.
     """
 
     __slots__ = (
-        "admission_value_s",
         "cache",
         "cost",
         "displaced",
@@ -35,6 +35,7 @@ class LayerState:
         "policy",
         "predicted",
         "prefetched",
+        "proven",
         "spec",
         "uses_gpu",
     )
@@ -44,10 +45,10 @@ class LayerState:
         self.cost = cost
         self.policy = policy
         self.link = link
-        self.resize(spec.num_slots)
         self.prefetched: dict[int, str] = {}
         self.displaced: dict[int, str] = {}
-        self.admission_value_s = 0.0
+        self.proven: dict[int, str] = {}
+        self.resize(spec.num_slots)
         self.num_tokens = 1
         self.hits, self.misses = [0] * spec.num_experts, [0] * spec.num_experts
         self.last_hits: Sequence[int] = ()
@@ -58,6 +59,7 @@ class LayerState:
         """Begin again with `num_slots` free slots."""
         self.uses_gpu = self.cost.has_gpu and self.spec.gpu_supported and num_slots > 0
         self.cache = ExpertCache(self.spec.num_experts, num_slots if self.uses_gpu else 0)
+        self.displaced.clear()
         self.is_streaming = False
 
     def open_stream(self) -> None:
@@ -67,12 +69,59 @@ class LayerState:
             self.is_streaming = True
 
     def close_stream(self) -> list[int]:
-        """Take the stream slots back; return the streamed experts that were never used."""
-        if not self.is_streaming:
-            return []
+        """Take the stream slots back; return the experts that stood there."""
         self.is_streaming = False
-        gone = self.cache.take_back(self.spec.num_stream_slots)
-        return [expert for expert in gone if self.prefetched.pop(expert, None)]
+        return self.cache.take_back(self.spec.num_stream_slots)
+
+    @property
+    def first_stream_slot(self) -> int:
+        """The number of the first lent slot, while some are lent."""
+        return self.cache.num_slots - self.spec.num_stream_slots
+
+    def send(self, expert: int, slot: int, start_s: float, kind: TransferKind) -> Transfer:
+        """Put the transfer of `expert` into `slot` on the link, not before `start_s`, and book it in the cache."""
+        spec, cache = self.spec, self.cache
+        old = cache.occupant[slot]
+        evicted = ExpertId(spec.layer, old) if old != FREE else None
+        transfer = Transfer(ExpertId(spec.layer, expert), slot, spec.expert_bytes, kind, evicted)
+        cache.prepare(expert, slot, self.link.add(transfer, start_s, self.cost.expert_transfer_s))
+        return transfer
+
+    def prefetch(self, expert: int, slot: int, start_s: float, why: str) -> Transfer:
+        """Bring `expert` ahead of need."""
+        self.displaced.pop(expert, None)
+        self.prefetched[expert] = why
+        return self.send(expert, slot, start_s, "prefetch")
+
+    def displace(self, expert: int, why: str) -> None:
+        """Note what a prefetch evicts. Without prefetching, an expert that it brought would not be there to lose."""
+        if expert not in self.prefetched and expert not in self.proven:
+            self.displaced[expert] = why
+
+    def forget(self, expert: int) -> bool:
+        """Note that `expert` has lost its slot; whether it had been prefetched and was never used."""
+        self.proven.pop(expert, None)
+        return self.prefetched.pop(expert, None) is not None
+
+    def note_used(self, experts: Sequence[int]) -> tuple[int, dict[int, str]]:
+        """Take note of a step's experts in slots.
+
+        Returns how many prefetches were used for the first time, and the experts that stand there by one -> why.
+        """
+        prefetched, proven = self.prefetched, self.proven
+        num_first, gained = 0, {}
+        for expert in experts:
+            if expert in prefetched:
+                num_first += 1
+                if (why := prefetched.pop(expert)) != "stream":
+                    proven[expert] = why
+            if expert in proven:
+                gained[expert] = proven[expert]
+        return num_first, gained
+
+    def note_missed(self, experts: Sequence[int]) -> dict[int, str]:
+        """Take note of a step's missing experts; returns those that a prefetch had evicted -> why."""
+        return {expert: self.displaced.pop(expert) for expert in experts if expert in self.displaced}
 
     @property
     def is_whole(self) -> bool:
@@ -85,7 +134,7 @@ class LayerState:
         slot_of = self.cache.slot_of
         return min(map(slot_of.__getitem__, experts), default=0) >= 0
 
-    def count(self, task: Task, num_tokens: int) -> None:
+    def count(self, task: Task, *, is_decode: bool) -> None:
         """Count a step's hits and misses by expert; one still on its way is a miss."""
         ready, absent = task.held, task.missing
         if task.arrival_s:
@@ -96,7 +145,7 @@ class LayerState:
             hits[expert] += 1
         for expert in absent:
             misses[expert] += 1
-        if num_tokens == 1:
+        if is_decode:
             self.last_hits, self.last_misses = ready, absent
 
     def note_hits(self, counts: Sequence[int], last: Sequence[int]) -> None:
@@ -104,11 +153,6 @@ class LayerState:
         self.hits = [hits + count for hits, count in zip(self.hits, counts, strict=True)]
         if last:
             self.last_hits, self.last_misses = list(last), []
-
-    def hit_s(self) -> float:
-        """Return what one more hit saves: a missing expert's time as CPU and link would share it."""
-        cpu_s, transfer_s = self.cost.cpu_expert_s[1], self.cost.expert_transfer_s
-        return cpu_s * transfer_s / (cpu_s + transfer_s) if self.uses_gpu else 0.0
 
     def task(self, loads: Mapping[int, int], num_tokens: int, now_s: float, start_s: float) -> Task:
         """Look residency up at virtual `now_s` and describe a step that starts at `start_s`."""
@@ -120,16 +164,19 @@ class LayerState:
             cache.settle(now_s)
             pending = {e: at_s - start_s for e, at_s in arrival_s.items() if e in loads and at_s > start_s}
             num_loading = sum([e not in loads for e in arrival_s])
-        held = [e for e in loads if slot_of[e] >= 0]
+        held: list[int] = []
+        missing: list[int] = []
+        for expert in loads:
+            (held if slot_of[expert] >= 0 else missing).append(expert)
+        num_pinned = cache.num_pinned(loads) if cache.num_pins else 0
         return Task(
             cost,
             loads,
             held,
-            [e for e in loads if slot_of[e] < 0] if len(held) < len(loads) else [],
+            missing,
             layer=self.spec.layer,
             arrival_s=pending,
             link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
-            shared_s=cost.shared_s(num_tokens),
-            admission_value_s=self.admission_value_s if num_tokens == 1 else 0.0,
-            num_free=cache.num_slots - len(held) - num_loading - cache.num_pinned(loads),
+            shared_s=cost.shared_s[num_tokens],
+            num_free=cache.num_slots - len(held) - num_loading - num_pinned,
         )

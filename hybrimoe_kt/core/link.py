@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrimoe_kt.core.types import Transfer
+from .types import Transfer
 
 
 class Queued:

@@ -10,11 +10,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.errors import ConfigError, nearest, unknown_name
+from hybrimoe_kt.errors import ConfigError, nearest
 
 _TEXT_KEYS = ("hardware", "date", "measured")
 _MAY_BE_ZERO = frozenset(
@@ -74,33 +72,6 @@ _OPTIONAL_NUMBER_KEYS = ("cpu_slowdown_while_link_busy", "link_chunk_bytes", "st
 _GPU_KEYS = tuple(key for key in _NUMBER_KEYS if key.startswith(("gpu_", "link_")) and key not in _OPTIONAL_NUMBER_KEYS)
 _REQUIRED = tuple(key for key in _NUMBER_KEYS if key not in (*_GPU_KEYS, *_OPTIONAL_NUMBER_KEYS))
 _ALL_KEYS = (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, *_NUMBER_KEYS, "source")
-
-
-def builtin_profiles() -> tuple[str, ...]:
-    """Return the names of the packaged profiles, sorted."""
-    folder = resources.files("hybrimoe_kt.core").joinpath("profiles")
-    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
-
-
-def load_profile(name_or_path: str | Path) -> Profile:
-    """Return a packaged profile by name, or the one in a JSON file (anything with a slash or ending in .json)."""
-    text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text:
-        path = Path(name_or_path)
-        try:
-            content = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"profile {text}: cannot be read ({error.strerror}); give a JSON file or one of: "
-                f"{', '.join(builtin_profiles())}"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"profile {text}: not UTF-8 text (byte {error.start}); give a JSON file") from None
-        return parse_profile(content, name=path.stem, file=text)
-    if text not in builtin_profiles():
-        raise ConfigError(unknown_name("profile", text, builtin_profiles()))
-    packaged = resources.files("hybrimoe_kt.core").joinpath("profiles").joinpath(f"{text}.json")
-    return parse_profile(packaged.read_text(encoding="utf-8"), name=text, file=f"{text}.json")
 
 
 def parse_profile(content: str, *, name: str, file: str) -> Profile:

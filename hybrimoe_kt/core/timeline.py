@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from hybrimoe_kt.core.types import Plan, Transfer
+from .types import Plan, Transfer
 
 __all__ = ["MAX_SPANS", "Kind", "Span", "Timeline", "experts_label", "plan_details"]
 

@@ -15,6 +15,7 @@ class ExpertId(NamedTuple):
 
 
 TransferKind = Literal["on_demand", "prefetch"]
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Routing:
     `loads` maps expert index -> tokens routed to it (only experts with at least one), in the order first
     met; `scores` are the router's probabilities averaged over the step's tokens, `[num_experts]`, absent
     where the host cannot see them; `weights` maps expert index -> summed routing weight. Treat all as
-    read-only.
+    read-only. `phase` is what the step is part of, where the host says so.
     """
 
     layer: int
@@ -52,6 +53,15 @@ class Routing:
     num_tokens: int = 1
     scores: Sequence[float] | None = None
     weights: Mapping[int, float] | None = None
+    phase: Phase | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the step continues texts rather than reading a prompt: the one place that knows.
+
+        A host that does not say decodes one token at a time.
+        """
+        return self.num_tokens == 1 if self.phase is None else self.phase == "decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,10 @@ class Plan:
 
     `cpu` and `gpu` partition the routed experts; `gpu` is in launch order and names resident, pending and
     arriving experts; `transfers` are this layer's on-demand copies in link order. `slots` maps every expert in
-    `gpu` -> its slot. `makespan_s` is the predicted end of the routed experts' work, seconds after its start.
+    `gpu` -> its slot. `makespan_s` is the predicted end of the routed experts' work, `cpu_s` that of the CPU's share,
+    seconds after the start.
+
+    `dropped` and `closed` are to be heeded before anything of it starts, see `Orders`.
     """
 
     layer: int
@@ -84,4 +97,22 @@ class Plan:
     transfers: tuple[Transfer, ...] = ()
     slots: Mapping[int, int] = field(default_factory=dict)
     makespan_s: float = 0.0
+    cpu_s: float = 0.0
     num_hits: int = 0
+    dropped: tuple[Transfer, ...] = ()
+    closed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a device has to do beside plans, in the order `dropped`, `closed`, `transfers`.
+
+    `transfers` are prefetches to start, in link order; one may be for the layer at hand, an admission for later tokens.
+    `dropped` are prefetches handed out earlier that need not be made any more, oldest first: skipping them is a
+    permission, not a duty, as whatever comes into their slots comes later on the same link. Nothing may be sent any
+    more into the slots lent to the layers in `closed`.
+    """
+
+    transfers: tuple[Transfer, ...] = ()
+    dropped: tuple[Transfer, ...] = ()
+    closed: tuple[int, ...] = ()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.scheduler import Assignment, Scheduler, Task
+from .cost import CostModel
+from .layer_state import LayerState
+from .schedule.base import Assignment, Scheduler, Task
 
 _MOST_KNOWN = 64
 """Prompts end in steps of any length."""
@@ -26,7 +26,7 @@ class WholeSteps:
             routed = num_tokens * state.spec.top_k
             used = min(state.spec.num_experts, routed)
             loads = dict.fromkeys(range(used), -(-routed // used))
-            shared_s = state.cost.shared_s(num_tokens)
+            shared_s = state.cost.shared_s[num_tokens]
             task = Task(state.cost, loads, list(loads), [], layer=state.spec.layer, shared_s=shared_s, num_free=0)
             known = self._known[key] = scheduler.assign(task)
         return known

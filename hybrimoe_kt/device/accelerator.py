@@ -16,10 +16,16 @@ and writes, as contiguous tensors; hardware ignores that, the emulators check it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.profile import Profile
+
+if TYPE_CHECKING:
+    from .backend import CpuBackend, GpuBackend
 
 __all__ = ["Accelerator", "Event", "HostStamp", "Stamp", "Stream"]
 
@@ -68,8 +74,18 @@ class Accelerator(Protocol):
 
     name: str
     device: torch.device
+    is_on_the_clock: bool
+    """Whether measured seconds mean anything: on hardware, and on the timed emulator."""
+    built_in_profile: str | None
+    """The profile that plans are predicted with where the user names none; None: this machine is measured."""
     compute: Stream
     """Where the model's own work runs, and the experts'."""
+
+    def own_gpu_backend(self, costs: Callable[[Profile], Mapping[int, CostModel]]) -> GpuBackend | None:
+        """Who computes experts here where that is nobody else's; `costs` scales a profile to every layer."""
+
+    def watch_cpu(self, backend: CpuBackend) -> CpuBackend:
+        """Return what stands for the CPU backend beside this accelerator: mostly itself. Called at least once."""
 
     def stream(self, name: str, *, low_priority: bool = False) -> Stream:
         """Return a new stream."""

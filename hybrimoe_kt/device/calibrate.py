@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import Profile, load_profile, parse_profile
+from hybrimoe_kt.core.profile import Profile, parse_profile
 from hybrimoe_kt.errors import CalibrationError
+from hybrimoe_kt.profiles import load_profile
 
 from .accelerator import Accelerator
 from .backend import CpuBackend, GpuBackend

@@ -17,11 +17,15 @@ from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
 from .activity import ActivityLog
 from .backend import CpuBackend
-from .inbox import Guesses, Predict, Step
+from .inbox import Step
 from .lane import Lane
 from .waiting import SHARE_SLEPT, Patience
 
-__all__ = ["AcceleratorFailed", "Executor"]
+__all__ = ["DEVICE_ERRORS", "AcceleratorFailed", "Executor"]
+
+
+DEVICE_ERRORS = (KernelError, CapacityError, RuntimeError)
+"""What devices and drivers raise, the last by way of torch; mistakes of ours stay what they are."""
 
 
 class AcceleratorFailed(Exception):
@@ -37,7 +41,8 @@ class Executor:
 
     def __init__(self, cpu: CpuBackend, lanes: Sequence[Lane], patience: Patience) -> None:
         self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
-        self._lane_of = {layer: lane for lane in lanes for layer in lane.layers}
+        self.lane_of: dict[int, Lane] = {layer: lane for lane in lanes for layer in lane.layers}
+        """Layer -> the accelerator that serves it; layers that none serves are not there."""
         self._kept: list[Lane] = []
         self._cpu_busy = self._cpu_is_dead = False
         self._cpu_pace = 0.0
@@ -58,10 +63,6 @@ class Executor:
         for number, lane in enumerate(self.lanes):
             lane.log_to(log, number)
 
-    def lane(self, layer: int) -> Lane | None:
-        """The accelerator that serves `layer`, if any."""
-        return self._lane_of.get(layer)
-
     def remove(self, lane: Lane, *, keep: bool) -> None:
         """Never ask an accelerator again; its layers are computed on the CPU.
 
@@ -70,47 +71,12 @@ class Executor:
         if keep:
             self._kept.append(lane)
         self.lanes = tuple(other for other in self.lanes if other is not lane)
-        self._lane_of = {layer: other for layer, other in self._lane_of.items() if other is not lane}
+        self.lane_of = {layer: other for layer, other in self.lane_of.items() if other is not lane}
 
-    def read(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        scores: torch.Tensor | None = None,
-    ) -> Step:
-        """Bring a step's routing to the host; waits for the router, and for nothing else."""
-        lane = self._lane_of.get(layer)
-        if lane is None:
-            return Step.on_host(hidden, ids, weights, scores)
-        with _failing(lane):
-            return lane.read(hidden, ids, weights, scores)
-
-    def run_whole(
-        self, layer: int, slot_of: Sequence[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute a step of a layer whose experts all have a slot; only enqueues. See `device.whole`."""
-        lane = self._lane_of[layer]
-        with _failing(lane):
-            result = lane.whole.run(layer, slot_of, hidden, ids, weights)
-            lane.note_success()
-            return result
-
-    def look_ahead(self, layer: int, step: Step, predict: Predict) -> None:
-        """Ask the gates of the layers after `layer`; only enqueues, beside the step's experts."""
-        lane = self._lane_of.get(layer)
-        if lane is not None:
-            with _failing(lane):
-                lane.inbox.ask(step, predict)
-
-    def guesses(self, layer: int, step: Step) -> Guesses | None:
-        """The gates' guesses for the layers after `layer`, on the host."""
-        lane = self._lane_of.get(layer)
-        if lane is None:
-            return None
-        with _failing(lane):
-            return lane.inbox.wait_guesses(step)
+    @property
+    def num_slots(self) -> int:
+        """Experts that can be resident at once, over all layers."""
+        return sum([lane.pool.num_slots for lane in self.lanes])
 
     def start(self, plan: Plan, step: Step) -> None:
         """Submit the CPU share, enqueue the accelerator's."""
@@ -122,60 +88,64 @@ class Executor:
             self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
             self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
         if plan.gpu:
-            lane = self._lane_of[plan.layer]
-            with _failing(lane):
+            lane = self.lane_of[plan.layer]
+            try:
                 lane.run(plan, step)
+            except DEVICE_ERRORS as error:
+                raise AcceleratorFailed(lane, error) from error
 
     def fill(self, transfer: Transfer) -> None:
         """Bring one expert into its slot at once; no effect where its accelerator has been removed."""
-        lane = self._lane_of.get(transfer.expert.layer)
+        lane = self.lane_of.get(transfer.expert.layer)
         if lane is not None:
-            with _failing(lane):
+            try:
                 lane.queue.start(transfer)
+            except DEVICE_ERRORS as error:
+                raise AcceleratorFailed(lane, error) from error
 
     def prefetch(self, transfers: Sequence[Transfer]) -> None:
         """Bring experts into their slots as the links have room."""
         for transfer in transfers:
-            lane = self._lane_of[transfer.expert.layer]
-            with _failing(lane):
+            lane = self.lane_of[transfer.expert.layer]
+            try:
                 lane.queue.enqueue(transfer)
+            except DEVICE_ERRORS as error:
+                raise AcceleratorFailed(lane, error) from error
 
-    def end_streams(self, layers: Sequence[int]) -> None:
-        """Send nothing more into the lent slots of `layers`."""
-        for layer in layers:
-            lane = self._lane_of.get(layer)
-            if lane is not None:
-                lane.queue.end_stream(layer)
-
-    def abort(self, transfers: Sequence[Transfer]) -> None:
-        """Send no more of these prefetches."""
-        if transfers:
+    def heed(self, dropped: Sequence[Transfer], closed: Sequence[int]) -> None:
+        """Send no more of the prefetches `dropped`, and nothing into the lent slots of the layers `closed`."""
+        if dropped:
             for lane in self.lanes:
-                lane.queue.abort(transfers)
+                lane.queue.abort(dropped)
+        for layer in closed:
+            if layer in self.lane_of:
+                self.lane_of[layer].queue.end_stream(layer)
 
     def feed_links(self) -> None:
         """Send what waits, as far as there is room and the CPU share is not done."""
         for lane in self.lanes:
             if lane.queue.num_waiting:
-                with _failing(lane):
+                try:
                     lane.queue.pump(self._cpu_is_computing if self._cpu_busy else None)
+                except DEVICE_ERRORS as error:
+                    raise AcceleratorFailed(lane, error) from error
 
     def join(self, plan: Plan, step: Step) -> torch.Tensor:
         """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place."""
         self.feed_links()
         answer = self._wait_cpu(self.feed_links, plan.makespan_s) if plan.cpu else None
-        lane = self._lane_of.get(plan.layer)
+        lane = self.lane_of.get(plan.layer)
         if lane is None:
             assert answer is not None, "a plan computes at least one expert"
             return _to_model(answer, step)
-        with _failing(lane):
-            result = lane.finish(step, answer, has_gpu=bool(plan.gpu))
-            lane.note_success()
-            return result
+        try:
+            return lane.finish(step, answer, has_gpu=bool(plan.gpu))
+        except DEVICE_ERRORS as error:
+            raise AcceleratorFailed(lane, error) from error
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:
         """Compute a whole step on the CPU, with plain copies: what is left when an accelerator fails."""
-        lane = self._lane_of.get(layer)
+        lane = self.lane_of.get(layer)
         if lane is not None:
             lane.queue.close_plan()
         self.settle_cpu()
@@ -236,24 +206,6 @@ class Executor:
 
     def _cpu_is_computing(self) -> bool:
         return not self.cpu.is_done()
-
-
-class _failing:
-    """Turns what devices and drivers raise into `AcceleratorFailed`; mistakes of ours stay what they are."""
-
-    __slots__ = ("_lane",)
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and isinstance(
-            error, (KernelError, CapacityError, RuntimeError)
-        ):  # torch reports devices' errors as the last
-            raise AcceleratorFailed(self._lane, error) from error
 
 
 def _to_model(answer: torch.Tensor, step: Step) -> torch.Tensor:

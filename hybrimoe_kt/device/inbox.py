@@ -15,10 +15,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from hybrimoe_kt.core.types import Phase
+
 from .accelerator import Accelerator, Event
 from .waiting import Patience
 
-__all__ = ["Guesses", "Inbox", "Predict", "Step", "ask"]
+__all__ = ["Guesses", "Inbox", "Predict", "Routed", "Step", "ask"]
 
 
 class Guesses(NamedTuple):
@@ -59,6 +61,40 @@ def ask(predict: Predict, hidden: torch.Tensor, ids: torch.Tensor) -> Guesses:
     scores = torch.empty(len(predict.layers), predict.num_experts, device=hidden.device)
     predict(hidden, chosen, scores)
     return Guesses(predict.layers, chosen, scores)
+
+
+class Routed(NamedTuple):
+    """What a model hands over for one layer step, on the model's device.
+
+    `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 and `weights` `[num_tokens, top_k]`; the router's
+    `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says too little.
+    """
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor | None = None
+    phase: Phase | None = None
+
+    def to(self, device: torch.device) -> Routed:
+        """The same on another device."""
+        logits = None if self.logits is None else self.logits.to(device)
+        return Routed(self.hidden.to(device), self.ids.to(device), self.weights.to(device), logits, self.phase)
+
+    def split(self, size: int) -> list[Routed]:
+        """The same in pieces of at most `size` tokens; prefill unless said otherwise, also a last token alone."""
+        phase = self.phase or "prefill"
+        places = [slice(at, at + size) for at in range(0, self.hidden.shape[0], size)]
+        return [
+            Routed(
+                self.hidden[place],
+                self.ids[place],
+                self.weights[place],
+                None if self.logits is None else self.logits[place],
+                phase,
+            )
+            for place in places
+        ]
 
 
 @dataclass(slots=True)

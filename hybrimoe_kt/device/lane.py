@@ -18,7 +18,7 @@ from .accelerator import Accelerator
 from .activity import ActivityLog
 from .backend import GpuBackend
 from .host_store import HostStore
-from .inbox import Inbox, Step
+from .inbox import Inbox, Routed, Step
 from .slot_tables import SlotTables
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
@@ -115,15 +115,15 @@ class Lane:
         often = len(self._failed_at) == most and self._num_steps - self._failed_at[0] < steps
         return often or self._in_a_row >= _MOST_IN_A_ROW
 
-    def read(
-        self,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        scores: torch.Tensor | None,
-    ) -> Step:
+    def read(self, routed: Routed, scores: torch.Tensor | None = None) -> Step:
         """Bring the routing to the host: the one wait of every step that decides anything."""
-        return self.inbox.read(hidden.contiguous(), ids.contiguous(), self.widened(weights), scores)
+        weights = routed.weights
+        weights = weights.contiguous() if weights.dtype == torch.float32 else self.widened(weights)
+        return self.inbox.read(routed.hidden.contiguous(), routed.ids.contiguous(), weights, scores)
+
+    def run_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
+        """Compute a step of a layer whose experts all have a slot; only enqueues. See `device.whole`."""
+        return self.whole.run(layer, slot_of, routed)
 
     def widened(self, weights: torch.Tensor) -> torch.Tensor:
         """The weights in float32, in one piece."""
@@ -256,6 +256,7 @@ class Lane:
         accelerator.compute.record(self._result, "result")
         accelerator.hand_over(self._result, self._patience.wait)
         accelerator.on_host("result", reads=(result,))
+        self.note_success()
         return result
 
     def _send(self, views: _Views, answer: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,14 @@ import torch
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Routing
 
 from .accelerator import Accelerator
 from .backend import CpuBackend, GpuBackend
 from .executor import Executor
 from .host_store import HostStore
+from .inbox import Routed
 from .lane import Lane
 from .measure import Sample
 from .waiting import Patience
@@ -53,9 +55,9 @@ class StepMeter:
             accelerator, gpu, store, {layer: self._num_slots},
             max_tokens=1, cpu_answers_pairs=cpu.answers_pairs, chunk_bytes=2**20, patience=patience,
         )  # fmt: skip
-        self._executor = Executor(cpu, [lane], patience)
+        self._lane, self._executor = lane, Executor(cpu, [lane], patience)
         spec = LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, self._num_slots)
-        self._coordinator = Coordinator([spec], cost, scheduler="static", prefetch_size=0)
+        self._coordinator = Coordinator([spec], cost, Strategy(scheduler="static", prefetch_size=0))
         for transfer in self._coordinator.initial_transfers():
             self._executor.fill(transfer)
 
@@ -81,7 +83,7 @@ class StepMeter:
         hidden = torch.zeros(1, experts.hidden, device=self._device)
         time.sleep(self._pause_s)
         began = time.perf_counter()
-        step = self._executor.read(experts.layer, hidden, ids, weights)
+        step = self._lane.read(Routed(hidden, ids, weights))
         plan = self._coordinator.plan(Routing(experts.layer, dict.fromkeys(step.host_ids[0].tolist(), 1)))
         self._executor.start(plan, step)
         result = self._executor.join(plan, step)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.profile import Profile
+from hybrimoe_kt.errors import CapacityError, ConfigError
 
 from .accelerator import Event, HostStamp, Stamp, Stream
+from .backend import CpuBackend, GpuBackend
 from .page_locks import LOCKS, Lock, fresh_pages
 
 __all__ = ["CudaDriver", "TorchAccelerator"]
@@ -121,6 +124,9 @@ class CudaDriver:
 class TorchAccelerator:
     """One CUDA, HIP or XPU device. Copies on their own streams need page-locked memory to be asynchronous."""
 
+    is_on_the_clock = True
+    built_in_profile: str | None = None
+
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
         self._module = getattr(torch, device.type)
@@ -129,6 +135,25 @@ class TorchAccelerator:
         self.compute: Stream = _CurrentStream(self.device)
         self._clock: _DeviceClock | None = None
         self._has_clock = True
+
+    @classmethod
+    def named(cls, name: str) -> TorchAccelerator:
+        """Make the one that torch calls `name`; ConfigError where this machine has no such device."""
+        device = torch.device(name)
+        available = getattr(torch, device.type)
+        if not available.is_available():
+            raise ConfigError(
+                f"accelerator {name!r} was asked for, but torch finds none on this machine; use none or emulated"
+            )
+        if device.index is not None and device.index >= available.device_count():
+            raise ConfigError(f"accelerator {name!r}: this machine has {available.device_count()} of them")
+        return cls(name, device)
+
+    def own_gpu_backend(self, costs: Callable[[Profile], Mapping[int, CostModel]]) -> GpuBackend | None:
+        return None
+
+    def watch_cpu(self, backend: CpuBackend) -> CpuBackend:
+        return backend
 
     def stream(self, name: str, *, low_priority: bool = False) -> Stream:
         return _TorchStream(torch.Stream(self.device, priority=_LOW_PRIORITY if low_priority else _HIGH_PRIORITY))

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .inbox import Step
+from .inbox import Routed, Step
 
 if TYPE_CHECKING:
     from .lane import Lane
 
-__all__ = ["Routed", "WholeLayers"]
+__all__ = ["Counted", "WholeLayers"]
 
 _NOTHING = torch.empty(0)
 
 
-class Routed:
+class Counted:
     """How often each expert of a layer was routed to since it was last asked, and the last token's choice."""
 
     __slots__ = ("counts", "last")
@@ -45,14 +45,11 @@ class WholeLayers:
         self._read: list[list[int]] = []
         self._ones = _NOTHING
 
-    def run(
-        self, layer: int, slot_of: Sequence[int], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
         """Enqueue a step, its experts in the slots `slot_of`; returns `[num_tokens, hidden]` as `Lane.finish` does."""
         lane = self._lane
-        step = Step(
-            hidden.contiguous(), ids.contiguous(), lane.widened(weights).contiguous(), _NOTHING, _NOTHING, _NOTHING
-        )
+        weights = lane.widened(routed.weights)
+        step = Step(routed.hidden.contiguous(), routed.ids.contiguous(), weights, _NOTHING, _NOTHING, _NOTHING)
         slots = lane.pool.layers[layer]
         for place in sorted(slots.unsettled):
             lane.queue.settle(layer, place)
@@ -62,7 +59,7 @@ class WholeLayers:
         self._count(layer, step.ids)
         return lane.finish(step, None, has_gpu=True)
 
-    def routed(self) -> dict[int, Routed]:
+    def routed(self) -> dict[int, Counted]:
         """What was routed in each layer since the last call. Waits for what is under way."""
         if self._counts is None:
             return {}
@@ -71,7 +68,7 @@ class WholeLayers:
             if layer in self._tables:
                 last = self._last.get(layer)
                 changes = [now - then for now, then in zip(counts[place], self._read[place], strict=True)]
-                found[layer] = Routed(changes, [] if last is None else last.tolist()[0])
+                found[layer] = Counted(changes, [] if last is None else last.tolist()[0])
         self._read = counts
         return found
 

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_config"]
+from .hf.architectures import every_architecture
 
-# Types that released files give to models which are one of Transformers' own under another name.
-_SAME_MODEL = {"kimi_k2": "deepseek_v3"}
+__all__ = ["read_config"]
 
 
 def read_config(directory: Path) -> Any:
@@ -20,7 +19,8 @@ def read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    same = _SAME_MODEL.get(values.get("model_type", "")) if isinstance(values, dict) else None
+    stated = values.get("model_type") if isinstance(values, dict) else None
+    same = next((family.model_type for family in every_architecture() if stated in family.other_types), None)
     if same is not None:
         return AutoConfig.for_model(same, **{key: value for key, value in values.items() if key != "model_type"})
     return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()

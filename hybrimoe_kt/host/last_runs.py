@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_kt.device.calibrate import profile_path
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
+from hybrimoe_kt.runtime import AcceleratorHealth, Health
 
 __all__ = ["RunNote", "failure_text", "read_last_runs", "state_path"]
 

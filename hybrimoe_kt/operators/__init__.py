@@ -1,1 +1,1 @@
-"""What a rule file names: thin modules that hand their work to the runtime."""
+"""What a rule file names, and nothing else: a module in place of each kind of the model's own."""

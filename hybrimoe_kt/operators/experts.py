@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.errors import ConfigError, ModelError
-
-from .runtime import Runtime
+from hybrimoe_kt.errors import ConfigError, HostCompatibilityError, ModelError
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime
 
 __all__ = ["HybriMoEExperts"]
 
@@ -36,9 +36,14 @@ class HybriMoEExperts(nn.Module):
         prefill_device: str | None = None,
         generate_device: str | None = None,
         out_device: str | None = None,
+        *,
+        experts: ModelExperts | None = None,
         **kwargs: Any,
     ) -> None:
+        """`experts`, which the host hands in, takes the layer's; its runtime comes later, by `attach`."""
         super().__init__()
+        if experts is None:
+            raise HostCompatibilityError(f"{key}: this host has no place for the experts of HybriMoEExperts")
         match = _LAYER.search(f".{key}")
         if match is None:
             raise ConfigError(
@@ -53,11 +58,10 @@ class HybriMoEExperts(nn.Module):
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
-        options = ExpertOptions.from_kwargs(kwargs)
-        self.runtime = Runtime.shared_by(gguf_loader, options, key)
-        overrides = getattr(gguf_loader, "option_overrides", {})
-        accelerator = _accelerator(options.replace(overrides).accelerator, generate_device)
-        self.runtime.add_layer(
+        self.runtime: Runtime | None = None
+        self._logits: torch.Tensor | None = None
+        options = experts.agree(ExpertOptions.from_kwargs(kwargs), key)
+        experts.add(
             gguf_loader.layer_experts(
                 self.layer,
                 num_experts=orig_module.num_experts,
@@ -65,8 +69,16 @@ class HybriMoEExperts(nn.Module):
                 hidden=orig_module.hidden_dim,
                 inter=orig_module.intermediate_dim,
             ),
-            accelerator,
+            _accelerator(options.accelerator, generate_device),
         )
+
+    def attach(self, runtime: Runtime) -> None:
+        """Compute with `runtime` from now on."""
+        self.runtime = runtime
+
+    def note_logits(self, logits: torch.Tensor) -> None:
+        """Take the router's logits `[num_tokens, num_experts]` of the step about to come."""
+        self._logits = logits
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
@@ -78,7 +90,9 @@ class HybriMoEExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
-        return self.runtime.run(self.layer, hidden_states, top_k_index, top_k_weights)
+        assert self.runtime is not None, "the host attaches a runtime before the first step"
+        logits, self._logits = self._logits, None
+        return self.runtime.run(self.layer, Routed(hidden_states, top_k_index, top_k_weights, logits))
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
@@ -88,9 +102,8 @@ def _accelerator(name: str, generate_device: str | None) -> str:
     """Which accelerator serves the layer: the one named, or under "auto" the numbered device its rule gives it."""
     if name != "auto" or generate_device is None:
         return name
-    if re.fullmatch(r"emulated:\d+", generate_device):
-        return generate_device
-    device = re.fullmatch(r"(cuda|xpu):\d+", generate_device)
-    if device is None or not getattr(torch, device[1]).is_available():
+    given = numbered(generate_device)
+    if given is None or given.number is None:
         return name
-    return generate_device
+    is_there = given.torch_type == "cpu" or getattr(torch, given.torch_type).is_available()
+    return generate_device if is_there else name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from hybrimoe_kt.operators.health import Health
+from hybrimoe_kt.runtime import Health
 
 from .answer import End
 from .stats import busy_shares, moved_bytes, tokens_per_s

@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from hybrimoe_kt.host.hf.sampling import Sampling
-from hybrimoe_kt.host.hf.tokenizer import template_takes
+from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.tokenizer import template_takes
 
 from .answer import Call, End, Event, Said
 from .errors import ApiError, Json, as_api_error

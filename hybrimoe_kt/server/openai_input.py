@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from hybrimoe_kt.host.hf.sampling import Sampling
+from hybrimoe_kt.engine.sampling import Sampling
 
 from .errors import ApiError
 from .openai_schema import ChatRequest, CompletionRequest, Message

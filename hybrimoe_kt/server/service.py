@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hybrimoe_kt.engine.response_format import ResponseParts, response_format
+from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.tokenizer import template_takes
 from hybrimoe_kt.errors import CapacityError, ModelError
-from hybrimoe_kt.host.hf.response_format import ResponseParts, response_format
-from hybrimoe_kt.host.hf.sampling import Sampling
-from hybrimoe_kt.host.hf.tokenizer import template_takes
 
 from .answer import Ask, End, Engine, Event
 from .errors import ApiError, as_api_error

@@ -17,7 +17,8 @@ import numpy as np
 
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.sim.trace import Phase, Trace
+
+from .trace import Phase, Trace
 
 _PRECISION = 1e-12
 
@@ -35,7 +36,7 @@ def lower_bound(
         kept += most_kept([list(routing.loads) for routing in routings], num_slots)
         for routing in routings:
             curve = _curve(costs[layer], routing)
-            base_s += curve[0] + costs[layer].between_layers_s(routing.num_tokens)
+            base_s += curve[0] + costs[layer].between_layers_s[routing.num_tokens]
             savings_s += [before - after for before, after in pairwise(curve) if before > after]
     total_s = np.concatenate([[base_s], base_s - np.cumsum(-np.sort(-np.array(savings_s)))])
     per_s = num_links / min(costs[layer].expert_transfer_s for layer in trace.layers)
@@ -71,7 +72,7 @@ def _curve(cost: CostModel, routing: Routing) -> list[float]:
     on_cpu = [0.0, *accumulate(sorted(cost.cpu_expert_s[load] for load in loads))]
     if not cost.has_gpu:
         return [on_cpu[-1] + cost.cpu_call_s]
-    on_gpu = accumulate(sorted(cost.gpu_s(load) for load in loads), initial=cost.shared_s(routing.num_tokens))
+    on_gpu = accumulate(sorted(cost.gpu_s(load) for load in loads), initial=cost.shared_s[routing.num_tokens])
     called = [work_s + cost.cpu_call_s if work_s else 0.0 for work_s in reversed(on_cpu)]
     return _hull([max(gpu, cpu) for gpu, cpu in zip(on_gpu, called, strict=True)])
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hybrimoe_kt.core.timeline import Span
-from hybrimoe_kt.sim.replay import PhaseResult, Replay
-from hybrimoe_kt.sim.scenario import METHODS, STATIC, Method, Scenario
+
+from .replay import PhaseResult, Replay
+from .scenario import METHODS, STATIC, Method, Scenario
 
 Report = dict[str, Any]
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from hybrimoe_kt.core.profile import Profile
-from hybrimoe_kt.sim.generate import generate
-from hybrimoe_kt.sim.hit_rate import hit_rate
-from hybrimoe_kt.sim.models import PAPER_MODELS
-from hybrimoe_kt.sim.scenario import METHODS, STATIC, Method, Scenario, recorded, synthetic
+
+from .generate import generate
+from .hit_rate import hit_rate
+from .models import PAPER_MODELS
+from .scenario import METHODS, STATIC, Method, Scenario, recorded, synthetic
 
 HARDWARE = "a6000-xeon5220r"
 RATIOS = ("25%", "50%", "75%")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrimoe_kt.core.predictors import make_predictor
+from hybrimoe_kt.core.prefetch.predictors import make_predictor
 
 from .trace import Step, Trace
 

@@ -93,7 +93,7 @@ class Machine:
 
     def _run_gpu(self, plan: Plan, routing: Routing, start_s: float) -> float:
         cost, lane = self.costs[plan.layer], self.specs[plan.layer].accelerator
-        shared_s = cost.shared_s(routing.num_tokens)
+        shared_s = cost.shared_s[routing.num_tokens]
         end_s = start_s + shared_s
         if shared_s > 0:
             kind: Kind = "gpu" if cost.has_gpu else "cpu"

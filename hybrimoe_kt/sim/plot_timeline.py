@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrimoe_kt.core.timeline import Span, Timeline
 from hybrimoe_kt.errors import ConfigError
-from hybrimoe_kt.sim.drawing import COLORS, DOTS_PER_INCH, WIDTH_INCHES, pyplot
+
+from .drawing import COLORS, DOTS_PER_INCH, WIDTH_INCHES, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrimoe_kt.core.hit_rate import Lookup
-from hybrimoe_kt.sim.drawing import COLORS, WIDTH_INCHES, pyplot
+from .drawing import COLORS, WIDTH_INCHES, pyplot
+from .hit_rate import Lookup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

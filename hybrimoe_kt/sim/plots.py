@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe_kt.sim.drawing import COLORS, MARKERS, WIDTH_INCHES, pyplot
+from .drawing import COLORS, MARKERS, WIDTH_INCHES, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,9 @@ from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.timeline import Span, plan_details
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
-from hybrimoe_kt.sim.machine import Busy, Machine
-from hybrimoe_kt.sim.trace import Phase, Step, Trace
+
+from .machine import Busy, Machine
+from .trace import Phase, Step, Trace
 
 LookAhead = Callable[[Trace, Step, int, int], Sequence[Routing]]
 """(trace, step, position, depth) -> what the host would predict for the layers after `position`."""
@@ -53,16 +54,17 @@ def perfect_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> S
 
 def drive(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = recorded_look_ahead) -> Iterator[Decision]:
     """Yield each decision while its plan is open; the plan is finished when the next one is asked for."""
-    depth = coordinator.prefetch_depth if coordinator.prefetch_size > 0 else 0
+    strategy = coordinator.strategy
+    depth = strategy.prefetch_depth if strategy.prefetch_size > 0 else 0
+    late: tuple[Transfer, ...] = ()  # given up at the end of the layer before
     for step in trace.steps:
-        for position, layer in enumerate(trace.layers):
+        for position in range(len(trace.layers)):
             routing = trace.routing(step, position)
             plan = coordinator.plan(routing)
-            aborted = coordinator.take_aborted()
             guesses = look_ahead(trace, step, position, depth) if depth else ()
-            prefetches = coordinator.prefetch(layer, guesses)
-            yield Decision(step, position, routing, plan, prefetches, aborted + coordinator.take_aborted())
-            coordinator.finish(plan)
+            ahead = coordinator.prefetch(plan, guesses)
+            yield Decision(step, position, routing, plan, ahead.transfers, (*late, *plan.dropped, *ahead.dropped))
+            late = coordinator.finish(plan).dropped
 
 
 def decisions(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = recorded_look_ahead) -> list[Plan]:
@@ -206,7 +208,7 @@ class _Meter:
         if decision.position == 0:
             self._begin_s = machine.now_s
         # A layer's attention runs before its experts.
-        seconds = cost.between_layers_s(step.num_tokens)
+        seconds = cost.between_layers_s[step.num_tokens]
         machine.run_dense(seconds, f"L{layer} dense", lane, layer=layer, has_gpu=cost.has_gpu)
         begin_s = machine.now_s
         machine.run_layer(decision.plan, decision.prefetches, decision.routing, decision.aborted)

@@ -6,18 +6,15 @@ import argparse
 from pathlib import Path
 
 from hybrimoe_kt.core.timeline import Timeline
-from hybrimoe_kt.sim import drawing, experiments, plots
-from hybrimoe_kt.sim.experiments import (
-    COMPARED,
-    DECODE_PROMPT,
-    HARDWARE,
-)
-from hybrimoe_kt.sim.hit_rate import hit_rate_curves
-from hybrimoe_kt.sim.models import PAPER_MODELS
-from hybrimoe_kt.sim.plot_timeline import find_window, step_timeline
-from hybrimoe_kt.sim.reproduction_text import Results, document
-from hybrimoe_kt.sim.scenario import METHODS, synthetic
-from hybrimoe_kt.sim.trace_file import read_trace
+
+from . import drawing, experiments, plots
+from .experiments import COMPARED, DECODE_PROMPT, HARDWARE
+from .hit_rate import hit_rate_curves
+from .models import PAPER_MODELS
+from .plot_timeline import find_window, step_timeline
+from .reproduction_text import Results, document
+from .scenario import METHODS, synthetic
+from .trace_file import read_trace
 
 LAUNCH_S = (0.00049, 0.00025, 0.00012, 0.00005)
 TRACES = {

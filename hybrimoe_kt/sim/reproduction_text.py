@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.sim.experiments import (
-    COMPARED,
-    DECODE_PROMPT,
-    DECODE_TOKENS,
-    HARDWARE,
-    HIT_TOKENS,
-    POLICIES,
-    PROMPTS,
-    RATIOS,
-    Cell,
-)
-from hybrimoe_kt.sim.markdown import mean, percent, seconds, table, times, verdict
-from hybrimoe_kt.sim.models import DENSE_BITS, MODELS, PAPER_MODELS
-from hybrimoe_kt.sim.scenario import WARMUP_PROMPT, WARMUP_TOKENS
+from hybrimoe_kt.profiles import load_profile
+
+from .experiments import COMPARED, DECODE_PROMPT, DECODE_TOKENS, HARDWARE, HIT_TOKENS, POLICIES, PROMPTS, RATIOS, Cell
+from .markdown import mean, percent, seconds, table, times, verdict
+from .models import DENSE_BITS, MODELS, PAPER_MODELS
+from .scenario import WARMUP_PROMPT, WARMUP_TOKENS
 
 PAPER_PREFILL, PAPER_DECODE, BAND = 1.33, 1.70, 0.15
 PAPER_ABLATION = {
@@ -319,4 +310,4 @@ def _not_reproduced(results: Results) -> str:
   the baseline may prefill on the GPU, as kTransformers' rules say.
 - **The ablation's prefill seconds.** 1.47 s for the base implies a shorter prompt or a faster CPU than figure 3.
 - **The machine.** Its numbers are published constants and datasheet fractions. A profile of your own machine (a copy of
-  `hybrimoe_kt/core/profiles/default.json` with your numbers) can be named with `--hardware`."""
+  `hybrimoe_kt/profiles/default.json` with your numbers) can be named with `--hardware`."""

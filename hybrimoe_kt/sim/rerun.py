@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError
-from hybrimoe_kt.sim.scenario import OFF, Method, Scenario, find_slots
-from hybrimoe_kt.sim.trace import Trace
-from hybrimoe_kt.sim.trace_file import read_trace
+from hybrimoe_kt.profiles import load_profile
+
+from .scenario import OFF, Method, Scenario, find_slots
+from .trace import Trace
+from .trace_file import read_trace
 
 RECORDED = "recorded"
 """The method's name: scheduler, policy, prefetching, cache and hardware profile as in the recorded run."""

@@ -10,26 +10,21 @@ from typing import Any
 from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.predictors import PREDICTORS
-from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.prefetch.predictors import PREDICTORS
+from hybrimoe_kt.core.profile import Profile
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
-from hybrimoe_kt.sim.bound import lower_bound
-from hybrimoe_kt.sim.generate import generate
-from hybrimoe_kt.sim.hit_rate import future
-from hybrimoe_kt.sim.models import DENSE_BITS, ModelSpec, find_model
-from hybrimoe_kt.sim.replay import (
-    LookAhead,
-    Outside,
-    Replay,
-    no_look_ahead,
-    perfect_look_ahead,
-    recorded_look_ahead,
-    replay,
-)
-from hybrimoe_kt.sim.trace import Phase, Trace, join
-from hybrimoe_kt.sim.trace_file import read_trace
+from hybrimoe_kt.profiles import load_profile
+
+from .bound import lower_bound
+from .generate import generate
+from .hit_rate import future
+from .models import DENSE_BITS, ModelSpec, find_model
+from .replay import LookAhead, Outside, Replay, no_look_ahead, perfect_look_ahead, recorded_look_ahead, replay
+from .trace import Phase, Trace, join
+from .trace_file import read_trace
 
 WARMUP_PROMPT = 32
 WARMUP_TOKENS = 16
@@ -69,6 +64,22 @@ class Method:
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH:
             raise ConfigError(unknown_name("prefetch predictor", self.prefetch, PREFETCH))
+
+    @property
+    def strategy(self) -> Strategy:
+        """The coordinator's part of it."""
+        is_off = self.prefetch == OFF
+        return Strategy(
+            scheduler=self.scheduler,
+            scheduler_options=self.scheduler_options,
+            policy=self.policy,
+            policy_options=self.policy_options,
+            predictor="stale_gate" if is_off else self.prefetch,
+            predictor_options={} if is_off else self.predictor_options,
+            prefetch_size=0 if is_off and not self.admission else self.prefetch_size,
+            prefetch_depth=self.prefetch_depth,
+            admission=self.admission,
+        )
 
     @property
     def look_ahead(self) -> LookAhead:
@@ -172,20 +183,9 @@ def make_coordinator(
     policy_options = dict(method.policy_options)
     if method.policy == "belady":
         policy_options.setdefault("future", future(scenario.trace))
-    coordinator = Coordinator(
-        specs,
-        costs,
-        scheduler=method.scheduler,
-        scheduler_options=method.scheduler_options,
-        policy=method.policy,
-        policy_options=policy_options,
-        predictor="stale_gate" if method.prefetch == OFF else method.prefetch,
-        predictor_options={} if method.prefetch == OFF else method.predictor_options,
-        prefetch_size=0 if method.prefetch == OFF and not method.admission else method.prefetch_size,
-        prefetch_depth=method.prefetch_depth,
-        admission=method.admission,
-        frequencies=warmup_frequencies(scenario) if method.by_frequency else None,
-    )
+    strategy = replace(method.strategy, policy_options=policy_options)
+    frequencies = warmup_frequencies(scenario) if method.by_frequency else None
+    coordinator = Coordinator(specs, costs, strategy, frequencies=frequencies)
     coordinator.initial_transfers()
     return coordinator
 
@@ -225,7 +225,7 @@ def outside_seconds(profile: Profile, model: ModelSpec | None) -> Outside:
     count = model.num_layers - len(model.moe_layers)
     dense = model.attention + model.dense_params
     layer = _dense_cost(profile, dense) if count else None
-    head_s = _dense_cost(profile, model.head_params).between_layers_s(1)
+    head_s = _dense_cost(profile, model.head_params).between_layers_s[1]
     if layer is None:
         return Outside(head_s=head_s)
     return Outside(count * layer.dense_s, count * layer.dense_token_s, head_s)

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import hybrid, overhead, speed
 from benchmarks.clean import refuse_unless_clean, what_happened
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
+from hybrimoe_kt.runtime.runtime import Runtime
 
 FAILED = Health({"cuda": AcceleratorHealth(failed_steps=1, last_failure="out of memory")})
 FALLEN_BACK = Health({"cuda": AcceleratorHealth()}, fallback="cpu_only")

@@ -24,7 +24,7 @@ from benchmarks.on_gpu.explain import STEPS
 from benchmarks.on_gpu.model import CHECKED_TOKENS, METHODS, _row, configurations
 from benchmarks.on_gpu.plan import MODELS, Plan, Step, environment, steps_of, visible_card
 from benchmarks.on_gpu.results import Results
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
+from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
 
 ROOT = Path(__file__).parents[2]
 

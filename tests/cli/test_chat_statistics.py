@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hybrimoe_kt.cli.chat_statistics import answer_rows, total_rows
 from hybrimoe_kt.core.stats import Stats
-from hybrimoe_kt.host.hf.engine import Run
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
+from hybrimoe_kt.engine.engine import Run
+from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
 
 RUN = Run(prompt_tokens=10, reused_tokens=4, new_tokens=1, prefill_s=0.5, finish="length", misses=3, experts_on_cpu=3)
 

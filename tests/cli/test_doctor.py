@@ -16,8 +16,9 @@ from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.device.calibrate import profile_path
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host import last_runs, machine_report
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
+from hybrimoe_kt.host import last_runs
+from hybrimoe_kt.host.doctor import machine as machine_report
+from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
 
 Type = GGMLQuantizationType
 GPU = {

@@ -9,7 +9,7 @@ import pytest
 
 from hybrimoe_kt.cli.rules import main
 from hybrimoe_kt.errors import ModelError, RuleError
-from hybrimoe_kt.host.rule_report import path_patterns
+from hybrimoe_kt.host.rules.report import path_patterns
 
 RULES = """\
 - match: {name: '^model\\.layers\\.([0-3]|5)\\.mlp\\.experts$'}

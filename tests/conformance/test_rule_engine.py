@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrimoe_kt.host import aliases
-from hybrimoe_kt.host.rules import inject, list_packaged_rules, load_rules, match_modules, unused_rules
-from hybrimoe_kt.host.skeletons import SKELETONS, build_skeleton
+from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
+from hybrimoe_kt.host.rules import aliases
+from hybrimoe_kt.host.rules.injection import inject, list_packaged_rules, load_rules, match_modules, unused_rules
+from hybrimoe_kt.host.rules.skeletons import build_skeleton
 
 _spec = importlib.util.spec_from_file_location(
     "legacy_ktransformers", Path(__file__).with_name("legacy_ktransformers.py")
@@ -240,9 +241,9 @@ def released_model(name: str) -> nn.Module:
     """The skeleton for a rule file; DeepSeek-V2's own split counts to 60 layers, the skeleton is V2-Lite's."""
     if not name.startswith("DeepSeek-V2-Chat"):
         return build_skeleton(RULE_FILES[name])
-    model_type, values = SKELETONS["deepseek2"]
+    values = ARCHITECTURES["deepseek2"].skeleton | {"num_hidden_layers": 60}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values | {"num_hidden_layers": 60}))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(ARCHITECTURES["deepseek2"].model_type, **values))
 
 
 @pytest.fixture

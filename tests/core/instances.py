@@ -6,8 +6,8 @@ import random
 from functools import cache
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import builtin_profiles, load_profile
-from hybrimoe_kt.core.scheduler import Task
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.profiles import builtin_profiles, load_profile
 
 # model -> (experts, top-k, int4 bytes of an expert, multiply-accumulates per token)
 MODELS = {
@@ -20,12 +20,10 @@ GPU_PROFILES = tuple(name for name in builtin_profiles() if load_profile(name).h
 
 
 @cache
-def cost_of(profile: str, model: str, transfer_parts: int = 1) -> CostModel:
+def cost_of(profile: str, model: str) -> CostModel:
     """Return the cost model of one model on one machine."""
     _, _, num_bytes, macs = MODELS[model]
-    return CostModel.from_profile(
-        load_profile(profile), expert_bytes=num_bytes, expert_macs=macs, transfer_parts=transfer_parts
-    )
+    return CostModel.from_profile(load_profile(profile), expert_bytes=num_bytes, expert_macs=macs)
 
 
 def routed_loads(rng: random.Random, num_experts: int, top_k: int, num_tokens: int) -> dict[int, int]:

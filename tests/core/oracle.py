@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hybrimoe_kt.core.scheduler import Task, evaluate, gpu_order
+from hybrimoe_kt.core.schedule.base import Task, evaluate, gpu_order
 
 
 def exhaustive(task: Task, *, all_link_orders: bool = False) -> float:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from hybrimoe_kt.core.fallback import Fallback
+from hybrimoe_kt.core.feedback import Fallback
 
 FIRST, PROBE = 16, 4
 

@@ -15,8 +15,9 @@ import pytest
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.policies import make_policies
-from hybrimoe_kt.core.scheduler import Task
-from hybrimoe_kt.core.schedulers import make_scheduler
+from hybrimoe_kt.core.schedule import make_scheduler
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Routing
 from tests.core.instances import cost_of
 
@@ -92,13 +93,15 @@ def test_policy_per_layer(policy: str, limit: int) -> None:
 
 
 def test_whole_decode_layer() -> None:
-    coordinator = Coordinator([LayerSpec(layer, 128, 8, 2_860_000, 32) for layer in range(6)], COST, policy="lru")
+    coordinator = Coordinator(
+        [LayerSpec(layer, 128, 8, 2_860_000, 32) for layer in range(6)], COST, Strategy(policy="lru")
+    )
     coordinator.initial_transfers()
 
     def run(steps: list[Routing]) -> None:
         for routing in steps:
             plan = coordinator.plan(routing)
-            coordinator.prefetch(routing.layer)
+            coordinator.prefetch(plan)
             coordinator.finish(plan)
 
     run(routings(1, 600, 6))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.scheduler import Task, evaluate
-from hybrimoe_kt.core.schedulers import make_scheduler
+from hybrimoe_kt.core.schedule import make_scheduler
+from hybrimoe_kt.core.schedule.base import Task, evaluate
 
 PAPER = make_scheduler("paper", {})
 
@@ -73,14 +71,6 @@ def test_a_transfer_waits_for_a_slot() -> None:
     tight = evaluate(Task(model, {1: 1, 2: 1}, [], [1, 2], num_free=1), (), [1, 2], [1, 2])
     assert roomy.makespan_s == 7.0
     assert tight.makespan_s == 8.0  # the second transfer starts when the first expert has left the GPU at 4
-
-
-def test_transfers_in_parts_let_the_gpu_start_on_the_first() -> None:
-    whole = CostModel(cpu=lambda n: 99.0, gpu=lambda n: 3.0, link_bytes_per_s=1.0, expert_bytes=6)
-    parts = CostModel(cpu=lambda n: 99.0, gpu=lambda n: 3.0, link_bytes_per_s=1.0, expert_bytes=6, transfer_parts=3)
-    for model, end_s in ((whole, 9.0), (parts, 7.0)):
-        found = make_scheduler("balanced", {}).assign(Task(model, {4: 1}, [], [4]))
-        assert found.makespan_s == pytest.approx(end_s)
 
 
 def test_contention_slows_the_cpu_while_the_link_is_busy() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe_kt.core.hit_rate import measure_hit_rate
 from hybrimoe_kt.core.policies import POLICIES, make_policies
 from hybrimoe_kt.core.types import LayerSpec, Routing
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.sim.hit_rate import measure_hit_rate
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"
 CLASSICAL = ("lru", "lfu", "lfru", "least_stale", "static_frequency", "mrs")

@@ -7,12 +7,12 @@ from itertools import product
 
 import pytest
 
-from hybrimoe_kt.core.budget import share_slots
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.link import Link
-from hybrimoe_kt.core.predictors import make_predictor
-from hybrimoe_kt.core.prefetch import Benefit
+from hybrimoe_kt.core.prefetch.benefit import Benefit
+from hybrimoe_kt.core.prefetch.predictors import make_predictor
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Routing, Transfer
 from hybrimoe_kt.errors import ConfigError
 from tests.core.walks import make_coordinator, walk
@@ -26,16 +26,15 @@ def cost(transfer: float = 1.0, dense: float = 5.0) -> CostModel:
 
 def started(coordinator: Coordinator, plan_of: Routing, *guesses: Routing) -> list[tuple[int, int]]:
     plan = coordinator.plan(plan_of)
-    result = [tuple(t.expert) for t in coordinator.prefetch(plan_of.layer, guesses)]
+    result = [tuple(t.expert) for t in coordinator.prefetch(plan, guesses).transfers]
     coordinator.finish(plan)
     return result  # type: ignore[return-value]
 
 
 def two_layers(size: int, *, num_slots: int = 2, model: CostModel | None = None) -> Coordinator:
     specs = [LayerSpec(layer, 8, 2, 1, num_slots) for layer in range(3)]
-    coordinator = Coordinator(
-        specs, model or cost(), policy="lru", prefetch_size=size, prefetch_depth=3, admission=False
-    )
+    strategy = Strategy(policy="lru", prefetch_size=size, prefetch_depth=3, admission=False)
+    coordinator = Coordinator(specs, model or cost(), strategy)
     coordinator.initial_transfers()  # experts 0 and 1 of each layer
     return coordinator
 
@@ -65,14 +64,14 @@ def test_deeper_layers_only_get_idle_link_time() -> None:
 def test_what_has_not_started_is_aborted_when_the_prediction_changes() -> None:
     coordinator = two_layers(3, model=cost(transfer=4.0, dense=5.0))
     plan = coordinator.plan(Routing(0, {0: 1}))
-    queued = coordinator.prefetch(0, [Routing(1, {5: 1, 6: 1}), Routing(2, {5: 1})])
+    queued = coordinator.prefetch(plan, [Routing(1, {5: 1, 6: 1}), Routing(2, {5: 1})]).transfers
     assert [tuple(t.expert) for t in queued] == [(1, 5), (1, 6), (2, 5)]
     coordinator.finish(plan)  # six seconds later the second copy is under way, the third waits
     plan = coordinator.plan(Routing(1, {5: 1, 6: 1}))
-    assert coordinator.take_aborted() == ()
-    again = coordinator.prefetch(1, [Routing(2, {7: 1})])
-    assert [tuple(t.expert) for t in coordinator.take_aborted()] == [(2, 5)]
-    assert [tuple(t.expert) for t in again] == [(2, 7)]
+    assert plan.dropped == ()
+    again = coordinator.prefetch(plan, [Routing(2, {7: 1})])
+    assert [tuple(t.expert) for t in again.dropped] == [(2, 5)]
+    assert [tuple(t.expert) for t in again.transfers] == [(2, 7)]
     assert coordinator.stats.num_aborted == 1
     coordinator.finish(plan)
     coordinator.check_integrity()
@@ -92,7 +91,7 @@ def test_admission_keeps_what_the_cpu_computed() -> None:
     coordinator = make_coordinator(4, layers=1, policy="lru", prefetch_size=1, scheduler="static", admission=True)
     coordinator.initial_transfers()
     plan = coordinator.plan(Routing(0, {0: 1, 9: 1}))
-    transfers = coordinator.prefetch(0)
+    transfers = coordinator.prefetch(plan).transfers
     assert [tuple(t.expert) for t in transfers] == [(0, 9)]
     assert transfers[0].slot not in plan.slots.values()
     coordinator.finish(plan)
@@ -127,7 +126,7 @@ def test_prefetching_is_never_slower_than_not(accuracy: float, num_slots: int) -
             plan = coordinator.plan(routing)
             for true in routings[position + 1 : position + 2]:
                 loads = {(e if rng.random() < accuracy else rng.randrange(16)): load for e, load in true.loads.items()}
-                coordinator.prefetch(routing.layer, [Routing(true.layer, loads, true.num_tokens)])
+                coordinator.prefetch(plan, [Routing(true.layer, loads, true.num_tokens)])
             coordinator.finish(plan)
         seconds[size] = coordinator.now_s
     print(f"accuracy {accuracy}, {num_slots} slots: {seconds[2] / seconds[0]:.3f} of the time without")
@@ -172,11 +171,3 @@ def test_predictor_names_and_options() -> None:
         make_predictor("transitions", specs(), {})
     with pytest.raises(ConfigError, match="did you mean 'rate'"):
         make_predictor("history", specs(), {"rat": 0.5})
-
-
-def test_shared_budget_goes_where_it_catches_most() -> None:
-    flat, steep = [1.0] * 6, [9.0, 8.0, 0.1, 0.1, 0.1, 0.1]
-    assert share_slots(specs(), 5, {0: flat, 1: steep}) == {0: 3, 1: 2}
-    assert share_slots(specs(), 100, {0: flat, 1: steep}) == {0: 6, 1: 6}
-    with pytest.raises(ConfigError, match="cannot give each"):
-        share_slots(specs(), 1, {0: flat, 1: steep})

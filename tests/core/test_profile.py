@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import builtin_profiles, load_profile, parse_profile
+from hybrimoe_kt.core.profile import parse_profile
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.profiles import builtin_profiles, load_profile
 
 GOOD = {
     "hardware": "toy",

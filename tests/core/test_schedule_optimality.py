@@ -7,8 +7,8 @@ from statistics import fmean
 
 import pytest
 
-from hybrimoe_kt.core.scheduler import Task, evaluate
-from hybrimoe_kt.core.schedulers import make_scheduler
+from hybrimoe_kt.core.schedule import make_scheduler
+from hybrimoe_kt.core.schedule.base import Task, evaluate
 from tests.core.instances import random_task
 from tests.core.oracle import can_be_beaten, depth_first, exhaustive
 

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.scheduler import Task
-from hybrimoe_kt.core.schedulers import SCHEDULERS, make_scheduler
+from hybrimoe_kt.core.schedule import SCHEDULERS, make_scheduler
+from hybrimoe_kt.core.schedule.base import Task
 from hybrimoe_kt.errors import ConfigError
 from tests.core.instances import random_task
 

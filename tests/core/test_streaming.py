@@ -8,6 +8,7 @@ import pytest
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 
 EXPERTS, TOP_K, SLOTS, LAYERS = 16, 4, 4, 4
@@ -25,7 +26,7 @@ def coordinator(num_stream_slots: int, link_bytes_per_s: float = 1e9) -> Coordin
     specs = [
         LayerSpec(layer, EXPERTS, TOP_K, 10**6, SLOTS, num_stream_slots=num_stream_slots) for layer in range(LAYERS)
     ]
-    made = Coordinator(specs, cost, prefetch_size=1)
+    made = Coordinator(specs, cost, Strategy(prefetch_size=1))
     made.initial_transfers()
     return made
 
@@ -44,7 +45,7 @@ def run(made: Coordinator, seed: int, num_tokens: int = 24) -> list[tuple[Plan, 
     for layer in range(LAYERS):
         plan = made.plan(prompt(seed, layer, num_tokens))
         ahead = [prompt(seed, layer + 1, num_tokens)] if layer + 1 < LAYERS else []
-        transfers = made.prefetch(layer, ahead)
+        transfers = made.prefetch(plan, ahead).transfers
         found.append((plan, transfers))
         made.finish(plan)
         made.check_integrity()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 from tests.core.instances import cost_of, routed_loads
 
@@ -17,7 +18,8 @@ def make_coordinator(num_slots: int, layers: int = 3, num_experts: int = 16, **o
     """Return a coordinator of small layers with the costs of a real model on a desktop."""
     cost = cost_of(options.pop("profile", "default"), MODEL)
     specs = [LayerSpec(layer, num_experts, 4, EXPERT_BYTES, num_slots) for layer in range(layers)]
-    return Coordinator(specs, cost, **options)
+    frequencies = options.pop("frequencies", None)
+    return Coordinator(specs, cost, Strategy(**options), frequencies=frequencies)
 
 
 def walk(seed: int, steps: int, layers: int = 3, num_experts: int = 16, top_k: int = 4) -> list[Routing]:
@@ -42,8 +44,9 @@ def drive(
     coordinator: Coordinator, routings: Sequence[Routing], *, look_ahead: int = 0
 ) -> Iterator[tuple[Routing, Plan, tuple[Transfer, ...], tuple[Transfer, ...]]]:
     """Yield routing, plan, prefetches and aborts while each plan is open; the next routings are the look-ahead."""
+    late: tuple[Transfer, ...] = ()
     for position, routing in enumerate(routings):
         plan = coordinator.plan(routing)
-        prefetches = coordinator.prefetch(routing.layer, routings[position + 1 : position + 1 + look_ahead])
-        yield routing, plan, prefetches, coordinator.take_aborted()
-        coordinator.finish(plan)
+        ahead = coordinator.prefetch(plan, routings[position + 1 : position + 1 + look_ahead])
+        yield routing, plan, ahead.transfers, (*late, *plan.dropped, *ahead.dropped)
+        late = coordinator.finish(plan).dropped

@@ -22,8 +22,7 @@ from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.operators import assembly
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, CHUNK = 8, 3, 32, 64, 3, 6
 _TYPES = ((Type.Q8_0, Type.Q5_0), (Type.F16, Type.F16), (Type.Q4_0, Type.Q8_0))
@@ -151,9 +150,9 @@ class Machine:
         """One layer step; its answer must be the reference's."""
         inputs = self.inputs(layer, num_tokens)
         device = self.accelerators[0].device
-        self.runtime.note_scores(layer, torch.randn(num_tokens, EXPERTS).to(device))
+        logits = torch.randn(num_tokens, EXPERTS).to(device)
         given = self.given(layer, inputs)
-        found = self.runtime.run(layer, *given)
+        found = self.runtime.run(layer, Routed(*given, logits))
         self.accelerators[0].on_host("inputs given back", writes=given)  # nobody may still be reading them
         assert found.dtype == self.dtype and found.device == device
         self.check(layer, found.cpu(), inputs)
@@ -227,21 +226,19 @@ def make(
     }
     if accelerator is not None:
         made = {names[0]: accelerator}
-    patch.setattr(assembly, "choose_accelerator", made.get)
     if sums:
-        patch.setattr(assembly, "make_cpu_backend", lambda options: SummingCpu())
         options.setdefault("gpu_backend", "torch")
     defaults: dict[str, Any] = {
         "cpu_backend": "torch_reference", "profile": "default", "transfer_chunk_bytes": 4096,
         "max_chunk_tokens": CHUNK, "cache_size": 3, "prefetch_size": 3, "prefetch_depth": 2, "deadline_s": 5.0,
         "host_store": ("auto", "mapped", "page_locked")[seed % 3],
     }  # fmt: skip
-    runtime = Runtime(ExpertOptions.from_kwargs(defaults | options))
-    for experts in layers():
-        runtime.add_layer(experts, names[experts.layer % num_accelerators])
+    experts = ModelExperts(ExpertOptions.from_kwargs(defaults | options))
+    for layer in layers():
+        experts.add(layer, names[layer.layer % num_accelerators])
+    runtime = assemble(experts, cpu=SummingCpu() if sums else None, accelerators=made)
     dtype, tolerance = (torch.bfloat16, 0.02) if sums else (torch.float32, 0.0)
     machine = Machine(runtime, dtype, tolerance, list(made.values()), random.Random(seed))
-    runtime.start()
-    for layer in range(LAYERS - 1):
-        runtime.look_ahead(layer, Gates(machine, layer, right_guesses))
+    for number in range(LAYERS - 1):
+        runtime.look_ahead(number, Gates(machine, number, right_guesses))
     return machine

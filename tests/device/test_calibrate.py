@@ -14,12 +14,12 @@ import torch
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import load_profile
 from hybrimoe_kt.device.calibrate import Calibration, calibrate, link_verdict, machine_name, trusted_profile
 from hybrimoe_kt.device.emulated.timed import SleepingGpu, TimedAccelerator
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.errors import CalibrationError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.profiles import load_profile
+from hybrimoe_kt.runtime import ModelExperts, Routed, assemble
 
 from .machine import HIDDEN, LAYERS, TOP_K, layers
 
@@ -92,15 +92,16 @@ def test_the_runtime_measures_briefly_when_nothing_is_known(
         accelerator=f"emulated:timed:{HARDWARE}", cpu_backend="torch_reference", cache_size=2, max_chunk_tokens=4,
         fallback=False,
     )  # fmt: skip
-    runtime = Runtime(options)
-    for experts in layers():
-        runtime.add_layer(experts)
+    experts = ModelExperts(options)
+    for made in layers():
+        experts.add(made)
     with caplog.at_level(logging.WARNING):
-        runtime.start()
+        runtime = assemble(experts)
     assert any("no profile of this machine yet" in record.message for record in caplog.records)
-    assert runtime._assembly.profile.name == "measured"
+    assert runtime.configuration()["profile"]["name"] == "measured"
     for layer in range(LAYERS):
-        runtime.run(layer, torch.randn(1, HIDDEN), torch.tensor([[0, 3, 5]]), torch.full((1, TOP_K), 1 / TOP_K))
+        weights = torch.full((1, TOP_K), 1 / TOP_K)
+        runtime.run(layer, Routed(torch.randn(1, HIDDEN), torch.tensor([[0, 3, 5]]), weights))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hybrimoe_kt.core.types import ExpertId, Plan, Transfer
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
+from hybrimoe_kt.device.inbox import Routed
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.waiting import Patience
 from hybrimoe_kt.errors import DeadlineError, KernelError
@@ -56,7 +57,7 @@ def bring(index: int, slot: int, layer: int = 1) -> Transfer:
 def execute(run: Executor, plan: Plan, residents: dict[int, int], step_inputs: Inputs) -> torch.Tensor:
     for index, slot in residents.items():
         run.fill(bring(index, slot))
-    step = run.read(plan.layer, *step_inputs)
+    step = run.lane_of[plan.layer].read(Routed(*step_inputs))
     run.start(plan, step)
     return run.join(plan, step)
 
@@ -120,7 +121,7 @@ def test_a_prefetch_that_waits_is_sent_when_its_plan_comes(store: HostStore) -> 
 def test_an_aborted_prefetch_is_not_sent(store: HostStore) -> None:
     run = executor(store)
     run.prefetch([bring(3, 0), bring(4, 1)])
-    run.abort([bring(3, 0)])
+    run.heed([bring(3, 0)], [])
     assert run.lanes[0].queue.num_waiting == 1
 
 

@@ -89,19 +89,19 @@ def test_an_accelerator_and_the_cpu_failing_together_leave_no_expert_that_never_
     for seed in range(20):
         with pytest.MonkeyPatch.context() as patch:
             machine = make(patch, seed, faults=Faults("launch", 25, "raise", 3), **OPTIONS | {"num_accelerators": 1})
-            wait = type(machine.runtime._executor.cpu).wait
+            wait = type(machine.runtime.executor.cpu).wait
             for number in range(12):
                 broken = 3 <= number < 6
                 with pytest.MonkeyPatch.context() as inner:
                     if broken:
-                        inner.setattr(type(machine.runtime._executor.cpu), "wait", _broken)
+                        inner.setattr(type(machine.runtime.executor.cpu), "wait", _broken)
                     try:
                         machine.play(1)
                     except RuntimeError as error:
                         assert broken and "the CPU broke" in str(error)  # noqa: PT017 - not every step reaches it
                         lost += 1
                 machine.runtime.coordinator.check_integrity()
-            assert type(machine.runtime._executor.cpu).wait is wait
+            assert type(machine.runtime.executor.cpu).wait is wait
     assert lost > 0
 
 
@@ -123,14 +123,14 @@ def test_one_report_and_the_cache_goes_on(caplog: pytest.LogCaptureFixture) -> N
     told = [record.message for record in caplog.records if "failed" in record.message]
     assert len(told) == 1
     assert re.fullmatch(r"emulated:[01] failed: injected: .+; this step is computed on the CPU", told[0]), told
-    assert len(machine.runtime._executor.lanes) == 2
+    assert len(machine.runtime.lanes) == 2
     assert machine.runtime.coordinator.stats.experts_on_gpu > 0
 
 
 def test_failing_again_and_again_ends_with_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         machine = play(patch, 0, Faults("launch", 10, "raise", times=10**9))
-    assert machine.runtime._executor.lanes == ()
+    assert machine.runtime.lanes == ()
     told = [record.message for record in caplog.records]
     assert sum("is not used any more" in text for text in told) == 2, told
     assert len(told) <= 4, "once per device and consequence"
@@ -140,7 +140,7 @@ def test_out_of_memory_shrinks_the_cache(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setitem(OPTIONS, "cache_size", 4)
         machine = play(patch, 3, Faults("launch", 80, "out_of_memory"))
-    slots = [lane.pool.num_slots for lane in machine.runtime._executor.lanes]
+    slots = [lane.pool.num_slots for lane in machine.runtime.lanes]
     assert sorted(slots) in ([4, 6], [3, 8]), "three quarters on one device, all on the other"
     assert any("the expert cache shrinks to" in record.message for record in caplog.records)
     assert not machine.races
@@ -176,5 +176,5 @@ def test_memory_that_is_not_there_at_the_start(caplog: pytest.LogCaptureFixture)
     with pytest.MonkeyPatch.context() as patch:
         machine = make(patch, 0, capacity_bytes=260_000, **OPTIONS | {"cache_size": "auto", "num_accelerators": 1})
         assert 0 < machine.runtime.num_slots < 24
-        lane = machine.runtime._executor.lanes[0]
+        lane = machine.runtime.lanes[0]
         assert lane.pool.num_bytes <= 130_000

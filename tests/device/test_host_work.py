@@ -58,7 +58,7 @@ def test_a_small_expert_is_one_copy_from_a_page_locked_one(monkeypatch: pytest.M
     machine.play(1, 1, 1, 4)
     stats = machine.runtime.coordinator.stats
     assert stats.num_transfers and stats.num_prefetches
-    waiting_still = machine.runtime._executor.lanes[0].queue.num_waiting
+    waiting_still = machine.runtime.lanes[0].queue.num_waiting
     sent = accelerator.sites.count("expert copy")
     assert stats.num_transfers <= sent <= stats.num_transfers + stats.num_prefetches - waiting_still
     assert "take blocks apart" not in accelerator.sites
@@ -68,7 +68,7 @@ def test_a_large_one_is_cut_where_its_slot_is(monkeypatch: pytest.MonkeyPatch) -
     """Each piece one copy, whatever planes it meets."""
     options = {"host_store": "page_locked", "cache_size": 2, "transfer_chunk_bytes": 4096, "prefetch_size": 0}
     machine, accelerator = journal(monkeypatch, **options)
-    queue = machine.runtime._executor.lanes[0].queue
+    queue = machine.runtime.lanes[0].queue
     slot_bytes = {layer: layout.slot_bytes for layer, layout in machine.runtime.store.layouts.items()}
     for layer, chunks in queue._chunks.items():
         assert [chunk.stop - chunk.start for chunk in chunks[:-1]] == [4096] * (len(chunks) - 1)
@@ -107,7 +107,7 @@ def test_a_layer_that_is_whole_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_backend_that_computes_all_it_is_given_is_given_what_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named all of a layer's experts, plain torch would dequantise every one of them in every step."""
     machine, accelerator = journal(monkeypatch, cache_size="all", scheduler="gpu_only", sums=True)
-    gpu = machine.runtime._executor.lanes[0].gpu
+    gpu = machine.runtime.lanes[0].gpu
     given: list[int] = []
     launch = gpu.launch
     monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_one_that_fails_every_second_step_is_given_up(monkeypatch: pytest.Monkey
 
 def test_a_failure_now_and_then_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = make(monkeypatch, 0)
-    lane = machine.runtime._executor.lanes[0]
+    lane = machine.runtime.lanes[0]
     for _ in range(100):
         assert not lane.note_failure()
         for _ in range(20):

@@ -13,13 +13,14 @@ import torch
 from gguf import GGUFWriter
 
 from benchmarks.generated_model import GeneratedModel, Shape, Type, generate
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Sampling
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
-from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.runtime import Routed
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 Make = Callable[[Shape], GeneratedModel]
 
@@ -126,11 +127,12 @@ def test_nan_in_hidden_states_is_reported(generated: Make, backend: str) -> None
     if backend == "llamafile":
         pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
     loaded = load_model(generated(Shape()).path, progress=False, option_overrides={"cpu_backend": backend})
+    choice = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]])
     hidden = torch.zeros(1, 256)
     hidden[0, 17] = float("nan")
     with pytest.raises(KernelError, match="experts of layer 1 are not finite"):
-        loaded.runtime.run(1, hidden, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
-    finite = loaded.runtime.run(1, torch.ones(1, 256), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+        loaded.runtime.run(1, Routed(hidden, *choice))
+    finite = loaded.runtime.run(1, Routed(torch.ones(1, 256), *choice))
     assert torch.isfinite(finite).all(), "the runtime must go on after a refused step"
 
 

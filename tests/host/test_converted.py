@@ -12,12 +12,12 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, REFUSED
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Sampling
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from . import llama_cpp_converter
 from .families import FAMILIES, random_model, save_checkpoint

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.backends.dequantize import dequantize
-from hybrimoe_kt.host.hf import dense_weights
-from hybrimoe_kt.host.hf.checkpoint import Checkpoint
-from hybrimoe_kt.host.hf.dense_weights import LazyTensor
-from hybrimoe_kt.host.hf.device_memory import give_back_unused
+from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.host.hf.loading import _skeleton, _stored
 from hybrimoe_kt.host.hf.placement import Placement
 from hybrimoe_kt.host.hf.sources import open_source
+from hybrimoe_kt.weights import lazy as lazy_tensors
+from hybrimoe_kt.weights.checkpoint import Checkpoint
+from hybrimoe_kt.weights.lazy import LazyTensor
 
 Make = Callable[[Shape], GeneratedModel]
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -30,7 +30,7 @@ LATENT = Shape(architecture="deepseek2", heads=2, kv_heads=2, kv_lora_rank=64, r
 
 def state_of(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, LazyTensor]:
     """Every parameter that the file itself has: the routed experts are left out."""
-    source = open_source(path, None, None)
+    source = open_source(path, None)
     shapes = {name: tuple(value.shape) for name, value in _stored(_skeleton(source.config)).items()}
     dense = {name: shape for name, shape in shapes.items() if ".experts." not in name}
     return source.state(dense, dtype, lambda name: device)
@@ -59,7 +59,7 @@ def test_bytes_move_and_floats_are_made_there(shape: Shape, generated: Make, mon
         given.append((data.device.type, data.dtype))
         return dequantize(data, ggml_type, wanted)
 
-    monkeypatch.setattr(dense_weights, "dequantize", recorded)
+    monkeypatch.setattr(lazy_tensors, "dequantize", recorded)
     for name, lazy in state_of(generated(shape).path, torch.bfloat16, META).items():
         given.clear()
         with _Floats() as floats:
@@ -88,8 +88,8 @@ def test_pieces_are_the_whole_bit_for_bit(
         longest = max(longest, values.numel())
         return values
 
-    monkeypatch.setattr(dense_weights, "dequantize", recorded)
-    monkeypatch.setattr(dense_weights, "_PIECE_VALUES", 1000)
+    monkeypatch.setattr(lazy_tensors, "dequantize", recorded)
+    monkeypatch.setattr(lazy_tensors, "_PIECE_VALUES", 1000)
     for name, lazy in state_of(path, dtype, CPU).items():
         made = lazy[...]
         assert made.dtype == whole[name].dtype and torch.equal(made, whole[name]), name

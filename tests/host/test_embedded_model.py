@@ -8,12 +8,12 @@ import gguf
 import pytest
 import torch
 
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
-from hybrimoe_kt.host.hf.tokenizer import chat_prompt
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.models import recorded_traces
 from hybrimoe_kt.sim.trace_file import read_trace
+from hybrimoe_kt.weights.gguf_file import GgufFile
 from tools.embedded_model.prompts import CONVERSATION, PROMPTS, STRANGE
 
 from .llama_cpp import LlamaCpp

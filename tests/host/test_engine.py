@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine, Sampling
 from hybrimoe_kt.host.hf.loading import load_model
-from hybrimoe_kt.host.rule_file import packaged_rules
+from hybrimoe_kt.host.rules.rule_file import packaged_rules
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.host import last_runs
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine, Sampling
 from hybrimoe_kt.host.last_runs import RunNote, failure_text, read_last_runs
-from hybrimoe_kt.operators.health import AcceleratorHealth, Health
+from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=4, temperature=0)
@@ -38,7 +38,7 @@ def build(generated: Make) -> Engine:
 
 def fail_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Let the accelerator's experts fail at these launches."""
-    gpu = engine.runtime._executor.lanes[0].gpu
+    gpu = engine.runtime.lanes[0].gpu
     launch, count = gpu.launch, 0
 
     def sometimes(*args: Any, **kwargs: Any) -> None:

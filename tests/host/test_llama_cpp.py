@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape, Type
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine, Sampling
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine, Sampling
+from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.host.hf.loading import load_model
-from hybrimoe_kt.host.hf.tokenizer import chat_prompt
 
 from .llama_cpp import LlamaCpp
 from .stock import logits_of

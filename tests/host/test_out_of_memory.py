@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape, Type
+from hybrimoe_kt.engine import engine as engine_module
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
-from hybrimoe_kt.host.hf import engine as engine_module
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine, Sampling
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)

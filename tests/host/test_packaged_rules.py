@@ -7,12 +7,12 @@ import re
 
 import pytest
 import yaml
+from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.errors import RuleError
-from hybrimoe_kt.host import aliases
-from hybrimoe_kt.host.rule_report import report_rules
-from hybrimoe_kt.host.rules import (
+from hybrimoe_kt.host.hf.architectures import every_architecture
+from hybrimoe_kt.host.rules import aliases
+from hybrimoe_kt.host.rules.injection import (
     check_operators,
     list_packaged_rules,
     load_rules,
@@ -20,12 +20,19 @@ from hybrimoe_kt.host.rules import (
     packaged_rules,
     unused_rules,
 )
-from hybrimoe_kt.host.skeletons import SKELETONS, build_skeleton
+from hybrimoe_kt.host.rules.report import report_rules
+from hybrimoe_kt.host.rules.rule_file import DEFAULT
+from hybrimoe_kt.host.rules.skeletons import build_skeleton, skeleton_names
 
 
 @pytest.fixture(scope="module")
 def skeletons():
-    return {name: build_skeleton(name) for name in SKELETONS}
+    return {name: build_skeleton(name) for name in skeleton_names()}
+
+
+def served(rules: str) -> list[str]:
+    """The architectures that a packaged file is for."""
+    return skeleton_names() if rules == DEFAULT else [rules.removesuffix("-multi-gpu")]
 
 
 def test_latent_attention_keeps_its_prefill_choice():
@@ -57,30 +64,37 @@ def test_legacy_spelling_is_used_only_by_patterns_that_mention_it(write, skeleto
     assert qwen["model.layers.2.mlp.experts"].kwargs == {"n": 3}
 
 
-def test_packaged_rules_are_found_by_both_kinds_of_names():
-    assert set(list_packaged_rules()) >= {"qwen3moe", "deepseek2"}
-    assert packaged_rules("qwen3_moe") == packaged_rules("qwen3moe") == list_packaged_rules()["qwen3moe"]
-    assert packaged_rules("deepseek_v2") == packaged_rules("deepseek_v3") == packaged_rules("deepseek2")
-    with pytest.raises(RuleError, match=r"did you mean 'qwen.moe'"):
-        packaged_rules("qwen4_moe")
+def test_every_architecture_has_a_rule_file_of_its_own_and_a_skeleton():
+    files = list_packaged_rules()
+    for family in every_architecture():
+        assert packaged_rules(family.rule_file) == files[family.rule_file]
+        assert family.name in skeleton_names()
+    assert packaged_rules("an architecture without one") == files[DEFAULT]
 
 
-@pytest.mark.parametrize("name", [*list_packaged_rules(), "deepseek3"])
-def test_packaged_rules_match_experts_and_latent_attention(skeletons, name):
-    rules = load_rules(packaged_rules("deepseek2" if name == "deepseek3" else name))
-    name = name.removesuffix("-multi-gpu")
-    found = match_modules(skeletons[name], rules, default_device="cpu")
+# Each packaged file on what it is for, and each architecture on the file that it would get.
+SERVED = sorted(
+    {(name, rules) for rules in list_packaged_rules() for name in served(rules)}
+    | {(family.name, family.rule_file) for family in every_architecture()}
+)
+
+
+@pytest.mark.parametrize(("name", "rules"), SERVED)
+def test_packaged_rules_match_experts_and_latent_attention(skeletons, name, rules):
+    rules, model = load_rules(list_packaged_rules()[rules]), skeletons[name]
+    found = match_modules(model, rules, default_device="cpu")
     assert unused_rules(rules, found) == []
-    model = skeletons[name]
     by_class = {
         cls: [path for path, item in found.items() if item.cls == cls] for cls in (aliases.EXPERTS, aliases.MLA)
     }
-    num_layers = model.config.num_hidden_layers
-    first = {"deepseek2": 1, "deepseek3": 3, "glm4moe": 1, "ernie4_5-moe": 1}.get(name, 0)
-    block = "block_sparse_moe" if name == "granitemoe" else "mlp"
-    assert by_class[aliases.EXPERTS] == [f"model.layers.{i}.{block}.experts" for i in range(first, num_layers)]
-    latent = range(num_layers if name.startswith("deepseek") else 0)
-    assert by_class[aliases.MLA] == [f"model.layers.{i}.self_attn" for i in latent]
+    modules = dict(model.named_modules())
+    assert by_class[aliases.EXPERTS] == [path for path, module in modules.items() if is_experts(module)]
+    latent = [path for path, module in modules.items() if hasattr(module, "kv_b_proj")]
+    assert by_class[aliases.MLA] == ([] if rules.file.endswith(f"{DEFAULT}.yaml") else latent)
+
+
+def is_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")  # shared ones are an MLP to Transformers
 
 
 @pytest.mark.parametrize("name", [name for name in list_packaged_rules() if not name.endswith("-multi-gpu")])
@@ -95,7 +109,8 @@ def test_packaged_rules_name_operators_that_exist(skeletons):
     pytest.importorskip("hybrimoe_kt.operators.experts", reason="the experts operator is not there yet")
     for name in list_packaged_rules():
         rules = load_rules(packaged_rules(name))
-        check_operators(match_modules(skeletons[name.removesuffix("-multi-gpu")], rules, default_device="cpu"))
+        for architecture in served(name):
+            check_operators(match_modules(skeletons[architecture], rules, default_device="cpu"))
 
 
 @pytest.mark.parametrize("name", [name for name in list_packaged_rules() if name.endswith("-multi-gpu")])

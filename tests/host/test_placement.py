@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hybrimoe_kt.errors import RuleError
-from hybrimoe_kt.host import rules as rule_engine
 from hybrimoe_kt.host.hf.placement import Crossings, Placement, place_modules
+from hybrimoe_kt.host.rules import injection as rule_engine
 
 RULE = """
 - match:

@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hybrimoe_kt.errors import ConfigError, RuleError
-from hybrimoe_kt.host.rules import (
-    inject,
-    load_rules,
-    match_modules,
-    unused_rules,
-)
+from hybrimoe_kt.host.rules.injection import inject, load_rules, match_modules, unused_rules
 
 HERE = __name__
 
@@ -364,7 +359,7 @@ def test_aliases_drop_kernel_options_keep_devices_and_say_so_once(write, caplog)
         "- match: {name: 'layers.1.mlp'}\n"
         "  replace: {class: ktransformers.operators.linear.KTransformersLinear}\n"
     )
-    with caplog.at_level(logging.INFO, "hybrimoe_kt.host.rules"):
+    with caplog.at_level(logging.INFO, "hybrimoe_kt.host.rules.injection.injection"):
         found = match_modules(tree(), load_rules(file), default_device="cpu")
     assert found["layers.0.mlp"].cls == "hybrimoe_kt.operators.experts.HybriMoEExperts"
     assert found["layers.0.mlp"].kwargs == {"generate_device": "cpu"}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hybrimoe_kt.host.hf.pieces import TextPieces
-from hybrimoe_kt.host.hf.sampling import Draw, Sampling
+from hybrimoe_kt.engine.detokenizer import TextPieces
+from hybrimoe_kt.engine.sampling import Draw, Sampling
 
 VOCABULARY = 41
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.core.timeline import Timeline
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine, Sampling
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.sim.timeline import read_timeline, write_timeline
 from tests.timelines import arrivals_before_use, check, read
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.generated_model import GeneratedModel, Shape
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Sampling
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Sampling
 
 RULES = """
 - match:
@@ -47,7 +47,7 @@ def test_two_accelerators_answer_as_none(generated: Callable[[Shape], GeneratedM
         engine.end_ids = set()
         answers.append(list(engine.tokens(list(range(11, 40)), Sampling(max_new_tokens=16, temperature=0))))
     assert answers[0] == answers[1]
-    lanes = engine.runtime._executor.lanes
+    lanes = engine.runtime.lanes
     assert [(lane.accelerator.name, lane.layers) for lane in lanes] == [("emulated:0", (0, 1)), ("emulated:1", (2, 3))]
     assert lanes[0].queue is not lanes[1].queue
     assert [spec.accelerator for spec in engine.runtime.layer_specs()] == [0, 0, 1, 1]

@@ -115,7 +115,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def experts_of(model: Path, layer: int) -> LayerExperts:
     """Return one layer's experts of a GGUF file, views of the mapping."""
-    from hybrimoe_kt.host.hf.gguf_file import GgufFile
+    from hybrimoe_kt.weights.gguf_file import GgufFile
 
     file = GgufFile(model)
     matrices = []

@@ -85,8 +85,8 @@ def main() -> None:
     if job.get("capturing"):
         torch.cuda.is_current_stream_capturing = lambda: True
     results = [decode(model, prompt, job["num_tokens"], job["cached"]) for prompt in job["prompts"]]
-    runtime = getattr(model.gguf_loader, "runtime", None)
-    counted = runtime.coordinator.stats.snapshot() if runtime is not None else {}
+    shared = getattr(model.gguf_loader, "hybrimoe_shared", None)
+    counted = shared.runtime.coordinator.stats.snapshot() if shared is not None else {}
     operators = sorted({type(module).__name__ for module in model.modules()})
     np.savez(
         job["out"],

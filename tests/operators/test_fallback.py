@@ -13,10 +13,10 @@ import torch
 
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.core.fallback import Fallback
-from hybrimoe_kt.core.profile import load_profile
-from hybrimoe_kt.operators import assembly, watch
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.core.feedback import Fallback
+from hybrimoe_kt.core.types import Plan
+from hybrimoe_kt.profiles import load_profile
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble, watch
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
 
 
@@ -29,12 +29,20 @@ def profile(folder: Path, name: str, **changes: Any) -> Path:
     return file
 
 
+def assembled(options: ExpertOptions, **given: Any) -> Runtime:
+    experts = ModelExperts(options)
+    for layer in layers():
+        experts.add(layer)
+    return assemble(experts, **given)
+
+
 def decode(runtime: Runtime, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for layer in range(LAYERS):
             ids = torch.randperm(8, generator=generator)[None, :TOP_K]
-            runtime.run(layer, torch.randn(1, HIDDEN, generator=generator), ids, torch.full((1, TOP_K), 1 / TOP_K))
+            hidden = torch.randn(1, HIDDEN, generator=generator)
+            runtime.run(layer, Routed(hidden, ids, torch.full((1, TOP_K), 1 / TOP_K)))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -47,9 +55,7 @@ def test_hybrid_plans_give_way(
         accelerator=f"emulated:timed:{slow}", profile="default", cpu_backend="torch_reference", cache_size="50%",
         max_chunk_tokens=4, fallback=wanted,
     )  # fmt: skip
-    runtime = Runtime(options)
-    for experts in layers():
-        runtime.add_layer(experts)
+    runtime = assembled(options)
     with caplog.at_level(logging.WARNING):
         decode(runtime, 40)
         on_gpu = runtime.coordinator.stats.experts_on_gpu
@@ -71,35 +77,29 @@ class LateCpu(TorchReferenceCpu):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_predictions_follow_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
-    monkeypatch.setattr(assembly, "make_cpu_backend", lambda options: LateCpu())
+def test_predictions_follow_the_cpu(tmp_path: Path, wanted: bool) -> None:
     quick = profile(tmp_path, "quick", cpu_call_s=1e-6, cpu_expert_s=1e-9)
     options = ExpertOptions(
         accelerator="emulated:timed:default", profile=str(quick), cpu_backend="torch_reference", cache_size="50%",
         max_chunk_tokens=4, fallback=False, follow_pace=wanted,
     )  # fmt: skip
-    runtime = Runtime(options)
-    for experts in layers():
-        runtime.add_layer(experts)
+    plans: list[Plan] = []
+    runtime = assembled(options, cpu=LateCpu(), on_plan=lambda plan, routing: plans.append(plan))
     decode(runtime, 1)
     runtime.coordinator.use("cpu_only")
     decode(runtime, 1)
-    at_first = runtime.coordinator.cpu_s
+    at_first = plans[-1].cpu_s
     decode(runtime, 64)
-    assert (runtime.coordinator.cpu_s > 2 * at_first) == wanted
+    assert (plans[-1].cpu_s > 2 * at_first) == wanted
 
 
 def on_the_clock(**options: Any) -> Runtime:
-    runtime = Runtime(
+    return assembled(
         ExpertOptions(
             accelerator="emulated:timed:default", profile="default", cpu_backend="torch_reference", cache_size="50%",
             max_chunk_tokens=4, fallback=False, **options,
         )
     )  # fmt: skip
-    for experts in layers():
-        runtime.add_layer(experts)
-    runtime.start()
-    return runtime
 
 
 @pytest.mark.parametrize("between_s", [0.001, 0.003])

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from benchmarks.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.device.inbox import Step
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
-from hybrimoe_kt.operators.routing import routing_of
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import Routed, Runtime
+from hybrimoe_kt.runtime.routing import routing_of
 
 Make = Callable[[Shape], GeneratedModel]
 BACKENDS = ["torch_reference", "llamafile"]
@@ -37,7 +38,7 @@ def test_chunks_do_not_overwrite_each_other(generated: Make, backend: str) -> No
     whole = runtime(generated, cpu_backend=backend, accelerator="none", max_chunk_tokens=64)
     pieces = runtime(generated, cpu_backend=backend, accelerator="none", max_chunk_tokens=8)
     inputs = step(30)
-    wanted, found = whole.run(0, *inputs), pieces.run(0, *inputs)
+    wanted, found = whole.run(0, Routed(*inputs)), pieces.run(0, Routed(*inputs))
     assert (found - wanted).norm() < 0.03 * wanted.norm()
     assert wanted.norm() > 0
 
@@ -45,18 +46,18 @@ def test_chunks_do_not_overwrite_each_other(generated: Make, backend: str) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_survive_the_next_step(generated: Make, backend: str) -> None:
     ours = runtime(generated, cpu_backend=backend, accelerator="none")
-    first = ours.run(0, *step(1))
+    first = ours.run(0, Routed(*step(1)))
     kept = first.clone()
-    ours.run(1, *step(1, seed=1))
+    ours.run(1, Routed(*step(1, seed=1)))
     assert torch.equal(first, kept)
 
 
 def test_the_models_dtype_comes_back(generated: Make) -> None:
     ours = runtime(generated, cpu_backend="torch_reference")
     hidden, ids, weights = step(3)
-    found = ours.run(0, hidden.bfloat16(), ids, weights.bfloat16())
+    found = ours.run(0, Routed(hidden.bfloat16(), ids, weights.bfloat16()))
     assert found.dtype == torch.bfloat16
-    wanted = ours.run(0, hidden, ids, weights)
+    wanted = ours.run(0, Routed(hidden, ids, weights))
     assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -70,7 +71,7 @@ def test_an_accelerator_that_fails_changes_no_answer(
     overrides = {"accelerator": "emulated", "cache_size": 2, "cpu_backend": backend, "scheduler": "paper"}
     ours = runtime(generated, **overrides)
     wanted = runtime(generated, cpu_backend="torch_reference", accelerator="none")
-    lane = ours._executor.lanes[0]
+    lane = ours.lanes[0]
     owner, name = {
         "gpu": (lane.gpu, "launch"),
         "transfer": (lane.queue, "start"),
@@ -80,11 +81,11 @@ def test_an_accelerator_that_fails_changes_no_answer(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, _fail)
             for inputs in (step(3, seed=seed), step(1, seed=seed)):
-                found, reference = ours.run(0, *inputs), wanted.run(0, *inputs)
+                found, reference = ours.run(0, Routed(*inputs)), wanted.run(0, Routed(*inputs))
                 assert (found - reference).norm() < 0.03 * reference.norm()
         ours.coordinator.check_integrity()
         inputs = step(3, seed=100 + seed)
-        found, reference = ours.run(0, *inputs), wanted.run(0, *inputs)
+        found, reference = ours.run(0, Routed(*inputs)), wanted.run(0, Routed(*inputs))
         assert (found - reference).norm() < 0.03 * reference.norm()
     assert not ours.health().is_clean, "the fault was never reached"
 
@@ -94,11 +95,13 @@ def test_a_cpu_backend_that_refuses_is_an_error_and_the_next_step_works(
 ) -> None:
     ours = runtime(generated, cpu_backend="torch_reference", accelerator="emulated", cache_size=2)
     with monkeypatch.context() as patch:
-        patch.setattr(ours._executor.cpu, "submit", _fail)
+        patch.setattr(ours.executor.cpu, "submit", _fail)
         with pytest.raises(RuntimeError, match="injected"):
-            ours.run(0, *step(16))  # with so many tokens every expert is routed to, and two slots are not enough
+            ours.run(
+                0, Routed(*step(16))
+            )  # with so many tokens every expert is routed to, and two slots are not enough
     ours.coordinator.check_integrity()
-    assert ours.run(0, *step(3)).isfinite().all()
+    assert ours.run(0, Routed(*step(3))).isfinite().all()
 
 
 def _fail(*args: Any, **kwargs: Any) -> None:
@@ -109,9 +112,8 @@ def test_nothing_accumulates_over_steps(generated: Make) -> None:
     ours = runtime(generated, cpu_backend="torch_reference", accelerator="emulated", cache_size=3, prefetch_size=4)
     for seed in range(200):
         for layer in (0, 1):
-            ours.run(layer, *step(1, seed=2 * seed + layer))
-    assert ours.coordinator.take_aborted() == ()
-    assert ours._executor.lanes[0].queue.num_waiting <= 4, "prefetches pile up"
+            ours.run(layer, Routed(*step(1, seed=2 * seed + layer)))
+    assert ours.lanes[0].queue.num_waiting <= 4, "prefetches pile up"
     assert ours.coordinator.stats.num_plans == 400
 
 
@@ -121,13 +123,14 @@ def test_not_finite_is_refused_before_anything_is_planned(generated: Make) -> No
     plans = ours.coordinator.stats.num_plans
     for bad in (float("nan"), float("inf")):
         with pytest.raises(KernelError, match="layer 0 are not finite"):
-            ours.run(0, torch.full_like(hidden, bad), ids, weights)
+            ours.run(0, Routed(torch.full_like(hidden, bad), ids, weights))
     assert ours.coordinator.stats.num_plans == plans
 
 
 def test_routing_in_plain_numbers() -> None:
     ids, weights = torch.tensor([[3, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    routing = routing_of(4, ids, weights, [0.25] * 4)
+    step = Step.on_host(torch.zeros(2, 1), ids, weights, torch.full((4,), 0.25))
+    routing = routing_of(4, step, None)
     assert dict(routing.loads) == {3: 1, 1: 2, 0: 1}
     assert routing.weights == {3: 0.75, 1: 0.75, 0: 0.5}
     assert routing.scores == [0.25] * 4

@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("hybrimoe_kt.server.run")
 
-from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.engine.build import build_engine
 from tests.server.serving import Serving, serving
 
 SETTLE_S = 20

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine
 
 from .scripted import ScriptedEngine
 from .serving import Serving, serving

@@ -10,11 +10,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hybrimoe_kt.engine.detokenizer import TextPieces
+from hybrimoe_kt.engine.sampling import Drawn, Sampling
+from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.errors import CapacityError, ModelError
-from hybrimoe_kt.host.hf.pieces import TextPieces
-from hybrimoe_kt.host.hf.sampling import Drawn, Sampling
-from hybrimoe_kt.host.hf.tokenizer import chat_prompt
-from hybrimoe_kt.operators.health import Health
+from hybrimoe_kt.runtime.health import Health
 
 # Qwen's conversation, with as much of its tools as a test needs.
 QWEN = (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hybrimoe_kt.host.hf.engine import Engine
+from hybrimoe_kt.engine.engine import Engine
 
 from .fuzz import WHOLE
 from .scripted import ScriptedEngine

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hybrimoe_kt.host.hf.engine import Engine
+from hybrimoe_kt.engine.engine import Engine
 
 from .scripted import ScriptedEngine
 from .serving import ROOT, ServerProcess, eventually, serving

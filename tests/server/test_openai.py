@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from hybrimoe_kt.host.hf.engine import Engine
+from hybrimoe_kt.engine.engine import Engine
 
 from .scripted import ScriptedEngine
 from .serving import Serving, serving

@@ -28,8 +28,8 @@ STORY = {"messages": [{"role": "user", "content": "Tell me a long story."}], "te
 @pytest.fixture(scope="module")
 def endless() -> dict[str, object]:
     """A request whose answer goes on to the end of the context: the end token is forbidden."""
-    from hybrimoe_kt.host.hf.gguf_file import GgufFile
     from hybrimoe_kt.models import embedded_model
+    from hybrimoe_kt.weights.gguf_file import GgufFile
 
     metadata = GgufFile(embedded_model()).metadata
     ends = {int(metadata[f"tokenizer.ggml.{name}_token_id"]) for name in ("eos", "bos")}

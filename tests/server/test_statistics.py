@@ -9,7 +9,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.generated_model import GeneratedModel, Shape
-from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.engine.build import build_engine
 
 from .serving import Serving, serving
 
@@ -86,7 +86,7 @@ def test_failures_are_counted_for_good(
         def fail(*args: object, **kwargs: object) -> None:
             raise RuntimeError("injected")
 
-        monkeypatch.setattr(engine.runtime._executor.lanes[0].gpu, "launch", fail)
+        monkeypatch.setattr(engine.runtime.lanes[0].gpu, "launch", fail)
         assert running.post("/v1/completions", {"prompt": [3, 5, 7], "max_tokens": 4}).status_code == 200
         after = samples(running)
         assert after["hybrimoe_accelerator_failed_steps_total/emulated"] == 3

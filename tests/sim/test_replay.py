@@ -160,7 +160,7 @@ def test_machine_and_plan_agree_where_nothing_disturbs(scheduler: str, cache: in
     specs, costs = scenario.specs(method), scenario.costs()
     machine = Machine({spec.layer: spec for spec in specs}, costs)
     for decision in drive(scenario.trace, make_coordinator(specs, costs, method, scenario)):
-        machine.run_dense(costs[decision.plan.layer].between_layers_s(decision.step.num_tokens), "dense")
+        machine.run_dense(costs[decision.plan.layer].between_layers_s[decision.step.num_tokens], "dense")
         seconds = machine.run_layer(decision.plan, (), decision.routing)
         assert seconds <= decision.plan.makespan_s * (1 + 1e-9)
         if len(decision.plan.gpu) >= decision.plan.num_hits + len(decision.plan.transfers):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hybrimoe_kt.host.hf.build import build_engine
+from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.models import embedded_model, tiny_model
 
 from .evaluate import held_out_texts, measure, table

@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
-from hybrimoe_kt.host.hf.tokenizer import load_tokenizer
+from hybrimoe_kt.engine.tokenizer import load_tokenizer
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .data import SPECIAL_TOKENS
 from .import_gguf import read

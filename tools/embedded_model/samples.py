@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrimoe_kt.host.hf.build import build_engine
-from hybrimoe_kt.host.hf.engine import Engine
+from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.engine import Engine
 
 from .prompts import CONVERSATION, PROMPTS, STRANGE
 

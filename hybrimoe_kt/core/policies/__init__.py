@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.core.policies.adaptive import AdaptivePolicy
-from hybrimoe_kt.core.policies.base import Policy
-from hybrimoe_kt.core.policies.belady import BeladyPolicy
-from hybrimoe_kt.core.policies.lfu import LeastStalePolicy, LfruPolicy, LfuPolicy
-from hybrimoe_kt.core.policies.lru import LruPolicy
-from hybrimoe_kt.core.policies.mrs import MrsPolicy
-from hybrimoe_kt.core.policies.static_frequency import StaticFrequencyPolicy
+from hybrimoe_kt.core.registry import find
 from hybrimoe_kt.core.types import LayerSpec
-from hybrimoe_kt.errors import ConfigError, unknown_name
+
+from .adaptive import AdaptivePolicy
+from .base import Policy
+from .baselines import BeladyPolicy, LeastStalePolicy, LfruPolicy, LfuPolicy, LruPolicy, StaticFrequencyPolicy
+from .mrs import MrsPolicy
 
 __all__ = ["POLICIES", "Policy", "make_policies"]
 
@@ -33,7 +31,5 @@ POLICIES: Mapping[str, type[Policy]] = {
 
 
 def make_policies(name: str, specs: Sequence[LayerSpec], options: Mapping[str, Any]) -> list[Policy]:
-    """Return a fresh policy per layer; those of one call may share what they learn."""
-    if name not in POLICIES:
-        raise ConfigError(unknown_name("policy", name, POLICIES))
-    return POLICIES[name].for_layers(specs, options)
+    """Return a fresh policy (built in, or at a dotted path) per layer; those of one call may share what they learn."""
+    return find("policy", name, POLICIES, Policy).for_layers(specs, options)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
-from hybrimoe_kt.core.policies.base import Policy, check_range
-from hybrimoe_kt.core.policies.context import FULL_VOTE, TokenContext
 from hybrimoe_kt.core.types import LayerSpec, Routing
+
+from .base import Policy, check_range
+from .context import FULL_VOTE, TokenContext
 
 
 class AdaptivePolicy(Policy):
@@ -77,7 +78,7 @@ class AdaptivePolicy(Policy):
         if gain > 1e100:
             self._use = use = [value / gain for value in use]
             gain = self._gain = 1.0
-        if num_tokens == 1:
+        if routing.is_decode:
             plain = gain
             if routing.weights:
                 plain = gain * (1.0 - self._weight_share)

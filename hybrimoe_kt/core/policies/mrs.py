@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybrimoe_kt.core.policies.base import Policy, check_range
 from hybrimoe_kt.core.types import LayerSpec, Routing
+
+from .base import Policy, check_range
 
 
 class MrsPolicy(Policy):

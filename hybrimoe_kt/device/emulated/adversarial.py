@@ -7,12 +7,15 @@ again first, copies are partial until their last step, and every declared access
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
+from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.errors import CapacityError
 
 from .adversary import Adversary, Mark, Queue
@@ -54,6 +57,9 @@ class _Stream:
 class AdversarialAccelerator:
     """One emulated device of an `Adversary`; several may share it."""
 
+    is_on_the_clock = False
+    built_in_profile: str | None = "default"
+
     def __init__(
         self,
         adversary: Adversary,
@@ -69,6 +75,14 @@ class AdversarialAccelerator:
         self._registers = adversary.random.random() < 0.5  # some drivers do, some do not
         self._released: dict[int, list[torch.Tensor]] = {}
         self.compute: Any = self.stream("compute")
+
+    @classmethod
+    def named(cls, name: str, seed: str | None) -> AdversarialAccelerator:
+        """Make one whose adversary draws from `seed`."""
+        return cls(Adversary(int(seed or 0)), name)
+
+    def own_gpu_backend(self, costs: Callable[[Profile], Mapping[int, CostModel]]) -> GpuBackend | None:
+        return None
 
     def stream(self, name: str, *, low_priority: bool = False) -> Any:
         return _Stream(self.adversary, self.adversary.queue(f"{self.name} {name}"))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import Event, HostStamp, Stamp, Stream
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.errors import CapacityError
 
 __all__ = ["ImmediateAccelerator"]
@@ -32,6 +35,9 @@ class _Done:
 class ImmediateAccelerator:
     """Slots in host memory, copies and kernels in program order. `--accelerator emulated`."""
 
+    is_on_the_clock = False
+    built_in_profile: str | None = "default"
+
     def __init__(self, name: str = "emulated") -> None:
         self.name = name
         self.device = torch.device("cpu")
@@ -50,6 +56,12 @@ class ImmediateAccelerator:
             raise CapacityError(
                 f"{num_bytes / 1e9:.2f} GB for the expert cache do not fit on {self.name}; give a smaller cache_size"
             ) from None
+
+    def own_gpu_backend(self, costs: Callable[[Profile], Mapping[int, CostModel]]) -> GpuBackend | None:
+        return None
+
+    def watch_cpu(self, backend: CpuBackend) -> CpuBackend:
+        return backend
 
     def release(self, memory: torch.Tensor) -> None:
         memory.untyped_storage().resize_(0)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.profile import Profile, load_profile
+from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.slots import stream_key
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.profiles import load_profile
 
 from .immediate import ImmediateAccelerator
 
@@ -61,6 +62,9 @@ class _Stream:
 class TimedAccelerator(ImmediateAccelerator):
     """One emulated device with the link and GPU of a `Profile`."""
 
+    is_on_the_clock = True
+    built_in_profile = None
+
     def __init__(self, name: str, profile: Profile) -> None:
         if not profile.has_gpu:
             raise ConfigError(f"accelerator {name!r}: profile {profile.name!r} describes no GPU; give one that does")
@@ -76,9 +80,9 @@ class TimedAccelerator(ImmediateAccelerator):
         self._launch_s = 0.0
 
     @classmethod
-    def named(cls, name: str, profile: str) -> TimedAccelerator:
+    def named(cls, name: str, profile: str | None) -> TimedAccelerator:
         """Make one from a profile's name or file."""
-        return cls(name, load_profile(profile))
+        return cls(name, load_profile(profile or "default"))
 
     def stream(self, name: str, *, low_priority: bool = False) -> Any:
         return _Stream()
@@ -129,6 +133,9 @@ class TimedAccelerator(ImmediateAccelerator):
         work()
         stream.free_s = max(time.perf_counter(), stream.free_s) + self._launch_s
         self.busy_s["gpu"] += self._launch_s
+
+    def own_gpu_backend(self, costs: Callable[[Profile], Mapping[int, CostModel]]) -> GpuBackend | None:
+        return SleepingGpu(self, costs(self.profile))
 
     def occupy(self, seconds: float) -> None:
         """Called by work being launched: it takes so long."""

@@ -22,17 +22,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
-from hybrimoe_kt.host import rules as rule_engine
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
+from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.file_pages import bring_in
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
-from .checkpoint import CheckpointLoader
-from .device_memory import give_back_unused
-from .file_pages import bring_in
-from .gguf_file import GgufFile
-from .gguf_loader import GgufLoader
-from .look_ahead import attach_look_ahead
+from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
 
@@ -55,11 +56,29 @@ class LoadedModel:
     placement: Placement | None = None
     crossings: Crossings | None = None
     """Of hidden states between devices, where layers are divided over several."""
+    experts: ModelExperts = field(default_factory=ModelExperts)
+    _runtime: Runtime | None = None
 
     @property
     def runtime(self) -> Runtime:
-        assert self.loader.runtime is not None, "load_model checked it"
-        return self.loader.runtime
+        """What computes the experts."""
+        assert self._runtime is not None, "load_model attached one"
+        return self._runtime
+
+    def detach(self) -> None:
+        """Let go of the runtime, whose memory is free once nobody else holds it; no step until another is attached."""
+        self._runtime = None
+        for module in self.model.modules():
+            if isinstance(module, HybriMoEExperts):
+                module.runtime = None
+
+    def attach(self, runtime: Runtime) -> None:
+        """Let `runtime`, made of this model's experts, compute them from now on."""
+        self._runtime = runtime
+        for module in self.model.modules():
+            if isinstance(module, HybriMoEExperts):
+                module.attach(runtime)
+        look_ahead(self.model, runtime, self.architecture, runtime.options.prefetch_depth)
 
 
 @register_quantization_config(_METHOD)
@@ -105,6 +124,7 @@ def load_model(
     device: str = "cpu",
     option_overrides: dict[str, Any] | None = None,
     progress: bool = True,
+    assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> LoadedModel:
     """Load a model with its experts under the runtime; raises HybriMoEError subclasses on anything unusable.
 
@@ -112,9 +132,9 @@ def load_model(
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
-    elsewhere.
+    elsewhere. `assemble` makes the runtime.
     """
-    source = open_source(gguf_path, model_path, option_overrides)
+    source = open_source(gguf_path, model_path)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
     rules = rule_engine.load_rules(rules_file)
@@ -133,24 +153,29 @@ def load_model(
         if lacking is not None:
             loaded.warnings.append(_lacking_device(lacking, device))
         loaded.placement = placement
-        rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=None)
+        loaded.experts = experts = ModelExperts(overrides=option_overrides)
+
+        def construct(cls: type[nn.Module], **contract: Any) -> nn.Module:
+            return cls(**contract, experts=experts) if issubclass(cls, HybriMoEExperts) else cls(**contract)
+
+        rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=construct)
 
     skeleton = _skeleton(config)
     inject(skeleton)
-    if loader.runtime is None:
+    if not loaded.experts.store.layers:
         raise ModelError(
             f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights"
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = source.state(parameters, dtype, loaded.placement.device_of)
-    loader.runtime, loaded.warnings = None, []
+    loaded.warnings = []
     with _progress(progress):
         loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source, parameters)
     give_back_unused({parameter.device for parameter in loaded.model.parameters()})  # slots come next, and are large
     if loaded.placement.is_split:
         loaded.crossings = Crossings(loaded.model, loaded.placement)
-    loaded.runtime.start()
-    attach_look_ahead(loaded.model, loaded.runtime, architecture)
+    loaded.attach(assemble(loaded.experts))
+    note_routers(loaded.model, architecture)
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         bring_in(loaded.runtime.experts_read_in_place, progress=progress)
@@ -162,7 +187,7 @@ def load_model(
 def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:
     """The rule file that was named, by its path or as a packaged one, or the architecture's own."""
     if path is None:
-        return rule_engine.packaged_rules(architecture.model_type)
+        return rule_engine.packaged_rules(architecture.rule_file)
     return Path(rule_engine.list_packaged_rules().get(str(path), path))
 
 

@@ -8,19 +8,18 @@ import torch
 from torch import nn
 
 from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import Runtime
 
 from .architectures import Architecture
 from .gates import Gate, GateRow, logits_and_ids
 
-__all__ = ["attach_look_ahead", "look_ahead"]
+__all__ = ["look_ahead", "note_routers"]
 
 
-def attach_look_ahead(model: nn.Module, runtime: Runtime, family: Architecture) -> None:
-    """Give the runtime every router's logits and, per MoE layer, a predictor made of the gates after it."""
-    for layer, gate in _moe_blocks(model, family).items():
-        gate.module.register_forward_hook(_noting(runtime, layer))
-    look_ahead(model, runtime, family, runtime.options.prefetch_depth)
+def note_routers(model: nn.Module, family: Architecture) -> None:
+    """Give every layer's experts their router's logits from now on."""
+    for experts, gate in _moe_blocks(model, family).values():
+        gate.module.register_forward_hook(_noting(experts))
 
 
 def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: int) -> None:
@@ -29,7 +28,7 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
     norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
     """
-    blocks = _moe_blocks(model, family)
+    blocks = {layer: gate for layer, (_, gate) in _moe_blocks(model, family).items()}
     layers = sorted(blocks)
     rows: dict[torch.device, GateRow] = {}
     for place, layer in enumerate(layers):
@@ -41,19 +40,19 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
             runtime.look_ahead(layer, rows[device].predictor(place, layers, ahead))
 
 
-def _noting(runtime: Runtime, layer: int) -> Any:
+def _noting(experts: HybriMoEExperts) -> Any:
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if runtime.wants_scores:
-            runtime.note_scores(layer, logits_and_ids(output)[0])
+        if experts.runtime is not None and experts.runtime.wants_scores:
+            experts.note_logits(logits_and_ids(output)[0])
 
     return note
 
 
-def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, Gate]:
-    """Return the MoE layers by number."""
+def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMoEExperts, Gate]]:
+    """Return the experts and the router of every MoE layer by its number."""
     recorder = getattr(model.model, "_can_record_outputs", {}).get("router_logits")
     router = getattr(recorder, "target_class", None)
-    found: dict[int, Gate] = {}
+    found: dict[int, tuple[HybriMoEExperts, Gate]] = {}
     for number, layer in enumerate(model.model.layers):
         experts = next((module for module in layer.modules() if isinstance(module, HybriMoEExperts)), None)
         gate = next((module for module in layer.modules() if router and isinstance(module, router)), None)
@@ -61,7 +60,7 @@ def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, Gate]:
             norm = getattr(layer, "post_attention_layernorm", None)
             owner = next(module for module in layer.modules() if gate in module.children())
             inputs = tuple(getattr(owner, name) for name in family.router_inputs)
-            found[number] = Gate(gate, _factor(norm, family.norm_offset), inputs)
+            found[number] = experts, Gate(gate, _factor(norm, family.norm_offset), inputs)
     return found
 
 

@@ -6,7 +6,6 @@ hidden states cross once, and what all layers share (rotary angles, masks) once 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_kt.host.rules import Injection
+from hybrimoe_kt.accelerators import numbered
+from hybrimoe_kt.host.rules.injection import Injection
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 
 __all__ = ["Crossings", "Placement", "place_modules"]
@@ -51,7 +51,8 @@ def place_modules(
     `model` is as Transformers built it. Devices this machine lacks become `default`. ConfigError where the dense
     weights of one layer are to be divided.
     """
-    if default in ("cuda", "xpu"):
+    given = numbered(default)
+    if given is not None and given.number is None and given.torch_type != "cpu":
         default = f"{default}:0"
     lacking: Injection | None = None
     places: dict[str, str] = {}
@@ -100,13 +101,13 @@ def _place(name: str | None, default: str) -> str | None:
     """The place a rule means by `name`; None if this machine has no such device."""
     if name is None or name in (default, torch.device(default).type):
         return default
-    if name == "cpu" or re.fullmatch(r"emulated(:\d+)?", name):
+    device = numbered(name)
+    if name == "cpu" or (device is not None and device.torch_type == "cpu"):
         return name
-    device = re.fullmatch(r"(cuda|xpu)(?::(\d+))?", name)
-    module = getattr(torch, device[1]) if device else None
-    if device is None or not module.is_available() or int(device[2] or 0) >= module.device_count():
+    module = getattr(torch, device.torch_type) if device else None
+    if device is None or not module.is_available() or (device.number or 0) >= module.device_count():
         return None
-    return name if device[2] else f"{name}:0"
+    return name if device.number is not None else f"{name}:0"
 
 
 def _keep_tied_together(model: nn.Module, places: dict[str, str]) -> None:
@@ -122,7 +123,8 @@ def _unit_of(name: str, places: Mapping[str, str]) -> str | None:
 
 
 def _device(place: str) -> torch.device:
-    return torch.device("cpu" if place.startswith("emulated") else place)
+    device = numbered(place)
+    return torch.device(place if device is None or device.torch_type != "cpu" else "cpu")
 
 
 class Crossings:

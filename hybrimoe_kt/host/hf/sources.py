@@ -14,12 +14,13 @@ from transformers import AutoConfig
 
 from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
+from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from hybrimoe_kt.weights.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
+from hybrimoe_kt.weights.lazy import LazyTensor, Where
 
 from .architectures import Architecture, architecture_of, architecture_of_type
-from .checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
-from .dense_weights import LazyTensor, Where, dense_state_dict
-from .gguf_file import GgufFile
-from .gguf_loader import GgufLoader
+from .dense_weights import dense_state_dict
 
 __all__ = ["Source", "open_source"]
 
@@ -39,12 +40,12 @@ class Source:
     state: State
 
 
-def open_source(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def open_source(path: str | Path, model_path: str | Path | None) -> Source:
     """Open a GGUF model, or a directory of safetensors; `model_path` is where its configuration is read from."""
-    return _checkpoint(path, model_path, overrides) if is_checkpoint(path) else _gguf(path, model_path, overrides)
+    return _checkpoint(path, model_path) if is_checkpoint(path) else _gguf(path, model_path)
 
 
-def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def _gguf(path: str | Path, model_path: str | Path | None) -> Source:
     file = GgufFile(path)
     architecture = architecture_of(file)
     config = _config(file, architecture, model_path)
@@ -53,18 +54,18 @@ def _gguf(path: str | Path, model_path: str | Path | None, overrides: dict[str, 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
-    return Source(file, architecture, config, GgufLoader(file, overrides), state)
+    return Source(file, architecture, config, GgufLoader(file), state)
 
 
-def _checkpoint(path: str | Path, model_path: str | Path | None, overrides: dict[str, Any] | None) -> Source:
+def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     config = _directory_config(Path(model_path or path))
     architecture = architecture_of_type(str(path), config.model_type)
-    file = Checkpoint(path)
+    file = Checkpoint(path, architecture.checkpoint_names)
 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)
 
-    return Source(file, architecture, config, CheckpointLoader(file, overrides), state)
+    return Source(file, architecture, config, CheckpointLoader(file), state)
 
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:

@@ -64,7 +64,7 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
         if not self.asked_ahead:
             self._ask_ahead(experts)
         if logits is not None:
-            experts.runtime.note_scores(self.layer, logits)
+            experts.note_logits(logits)
         return experts(hidden, ids, weights).to(hidden.device)
 
     def _hybrid_experts(self) -> HybriMoEExperts:

@@ -17,9 +17,10 @@ from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, ModelError
-from hybrimoe_kt.operators.runtime import Runtime
+from hybrimoe_kt.runtime import Routed, Runtime
 
 from .framework import BaseInjectedModule, KExpertsBase, expert_threads, float32_default, refuse_capture
+from .shared import Shared
 from .weights import layer_experts, layer_number
 
 __all__ = ["HybriMoEExperts"]
@@ -59,7 +60,9 @@ class HybriMoEExperts(BaseInjectedModule, KExpertsBase):  # type: ignore[misc]
         defaults = {"cpu_backend": "cpuinfer", "cpu_threads": expert_threads()}
         chosen = ExpertOptions.from_kwargs(defaults | options)
         self._keep("layer", layer_number(key))
-        self._keep("runtime", Runtime.shared_by(gguf_loader, chosen, key))
+        self._keep("shared", Shared.by(gguf_loader))
+        self.shared.experts.agree(chosen, key)
+        self._keep("logits", None)
         self._keep("out_device", out_device)
         self._keep("loaded", False)
         # The framework's blocks ask these for CUDA-graph submission, which there is none of.
@@ -76,8 +79,17 @@ class HybriMoEExperts(BaseInjectedModule, KExpertsBase):  # type: ignore[misc]
         experts = layer_experts(
             self.gguf_loader, self.layer, num_experts=len(self.orig_module), top_k=self.config.num_experts_per_tok
         )
-        self.runtime.add_layer(experts)
+        self.shared.experts.add(experts)
         self._keep("loaded", True)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What computes the model's experts, once all are loaded."""
+        return self.shared.runtime
+
+    def note_logits(self, logits: torch.Tensor) -> None:
+        """Take the router's logits `[tokens, experts]` of the step about to come."""
+        self._keep("logits", logits)
 
     def unload(self) -> None:
         """Keep everything: what another mode needs is the same."""
@@ -90,6 +102,8 @@ class HybriMoEExperts(BaseInjectedModule, KExpertsBase):  # type: ignore[misc]
     ) -> torch.Tensor:
         """`input_tensor [tokens, hidden]`, ids and weights `[tokens, top_k]` -> `[tokens, hidden]`, its type kept."""
         refuse_capture("HybriMoEExperts")
+        routed = Routed(input_tensor, expert_ids.long(), weights, self.logits)
+        self._keep("logits", None)
         with float32_default():
-            result = self.runtime.run(self.layer, input_tensor, expert_ids.long(), weights)
+            result = self.runtime.run(self.layer, routed)
         return result if self.out_device is None else result.to(self.out_device)

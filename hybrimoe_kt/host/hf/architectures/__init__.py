@@ -1,12 +1,15 @@
 """Model families as data: how a GGUF architecture becomes a Transformers configuration and its tensor names.
 
-A family is one entry in its module's `FAMILIES`. Adding one means describing it there, not branching elsewhere.
+A family is one entry in its module's `FAMILIES`. Adding one means describing it there, not branching elsewhere:
+rules, tokenizer and checkpoints ask the entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hybrimoe_kt.errors import ModelError, unknown_name
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from . import deepseek, others, qwen
 from .base import Architecture, Composed, Key, Transform
@@ -20,6 +23,7 @@ __all__ = [
     "Transform",
     "architecture_of",
     "architecture_of_type",
+    "every_architecture",
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -31,6 +35,13 @@ REFUSED = {
     "llama4": "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
 }
 """Architectures that cannot be run here -> why."""
+
+
+def every_architecture() -> Iterator[Architecture]:
+    """Every entry, the variants after the one that chooses among them."""
+    for family in ARCHITECTURES.values():
+        yield family
+        yield from family.variants.values()
 
 
 def architecture_of(file: GgufFile) -> Architecture:
@@ -51,7 +62,7 @@ def architecture_of(file: GgufFile) -> Architecture:
 
 def architecture_of_type(path: str, model_type: str) -> Architecture:
     """Return the family of a Transformers model type; an unsupported one is a ModelError."""
-    types = {family.model_type: family for each in ARCHITECTURES.values() for family in (each, *each.variants.values())}
+    types = {family.model_type: family for family in every_architecture()}
     refused = next((name for name in REFUSED if model_type.replace("_", "-").startswith(name)), None)
     if refused is not None:
         raise ModelError(

@@ -11,9 +11,10 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host.hf.gguf_file import GgufFile
+from hybrimoe_kt.weights.checkpoint import ExpertNames
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
-__all__ = ["Architecture", "Composed", "Key", "Transform"]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Transform"]
 
 Key = Callable[..., Any]
 """Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
@@ -40,6 +41,10 @@ class Transform:
     """Result shape from the tensor's."""
 
 
+ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ("gate", "up", "down")))
+STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One model family: `keys` maps configuration key -> GGUF key (without the architecture prefix)."""
@@ -47,6 +52,23 @@ class Architecture:
     gguf: str
     model_type: str
     keys: Mapping[str, str]
+    alias: str = ""
+    """Our name, where `gguf` is another family's as well."""
+    other_types: tuple[str, ...] = ()
+    """What released config.json files call the model type besides, where the model is Transformers' `model_type`."""
+    skeleton: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration of a small model, to see what rules do: a released model's layer count, the smallest widths.
+
+    Rules see paths and classes only, so widths do not matter and layer counts do.
+    """
+    rules: str = ""
+    """Packaged rule file, where it has not the family's name; a family without a file is served by the default one."""
+    checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
+    """What a checkpoint may call a layer's experts, tried in this order."""
+    pre_tokenizers: tuple[str, ...] = ()
+    """Values of the GGUF key `tokenizer.ggml.pre` in its files whose text splitting Transformers rebuilds exactly."""
+    tensor_table: str = ""
+    """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +91,16 @@ class Architecture:
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
 
+    @property
+    def name(self) -> str:
+        """What this program calls the family."""
+        return self.alias or self.gguf
+
+    @property
+    def rule_file(self) -> str:
+        """Name of the packaged rule file that applies when none is given."""
+        return self.rules or self.name
+
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Return the Transformers configuration that the file's metadata describes."""
         key = self.key(file)
@@ -89,7 +121,7 @@ class Architecture:
 
     def name_map(self, num_blocks: int) -> TensorNameMap:
         """gguf-py's table of parameter name -> GGUF name for this family."""
-        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.gguf)
+        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == (self.tensor_table or self.gguf))
         return get_tensor_name_map(arch, num_blocks)
 
 

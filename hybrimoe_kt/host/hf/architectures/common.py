@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from .base import Key, Transform
 
-__all__ = ["CORRECTION", "DECODER_KEYS", "GQA_KEYS", "ROW", "SIGMOID", "SOFTMAX", "scale", "unpermuted", "without"]
+__all__ = [
+    "CORRECTION",
+    "DECODER_KEYS",
+    "GQA_KEYS",
+    "GQA_SKELETON",
+    "ROW",
+    "SIGMOID",
+    "SKELETON",
+    "SOFTMAX",
+    "scale",
+    "unpermuted",
+    "without",
+]
 
+_T = TypeVar("_T")
 SOFTMAX, SIGMOID = 1, 2  # values of the GGUF key expert_gating_func
 
 DECODER_KEYS = {
@@ -22,14 +36,24 @@ DECODER_KEYS = {
 }
 GQA_KEYS = DECODER_KEYS | {"num_key_value_heads": "attention.head_count_kv", "num_experts": "expert_count"}
 
+SKELETON: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "intermediate_size": 64,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+GQA_SKELETON = SKELETON | {"num_key_value_heads": 2}
+
 CORRECTION = "blk.{layer}.exp_probs_b.bias"
 
 ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
 """A matrix of one row, which some converters store as a vector."""
 
 
-def without(keys: Mapping[str, str], *names: str) -> dict[str, str]:
-    """Return the keys but those named."""
+def without(keys: Mapping[str, _T], *names: str) -> dict[str, _T]:
+    """Return the entries but those named."""
     return {ours: theirs for ours, theirs in keys.items() if ours not in names}
 
 

@@ -12,7 +12,7 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import Architecture, Composed, Key
-from .common import CORRECTION, DECODER_KEYS, SIGMOID, SOFTMAX, scale
+from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, scale
 
 __all__ = ["FAMILIES"]
 
@@ -21,6 +21,15 @@ _SHARED_EXPERT_KEYS = {
     "n_routed_experts": "expert_count",
     "intermediate_size": "feed_forward_length",
     "first_k_dense_replace": "leading_dense_block_count",
+}
+_LATENT_SKELETON = SKELETON | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
 }
 
 
@@ -75,6 +84,7 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     model_type="deepseek_v2",
+    skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
     derive=_deepseek2,
@@ -85,7 +95,16 @@ _DEEPSEEK2 = Architecture(
     },
 )
 _DEEPSEEK3 = replace(
-    _DEEPSEEK2, model_type="deepseek_v3", derive=_deepseek3, names={_BIAS: CORRECTION}, float32=(_BIAS,)
+    _DEEPSEEK2,
+    alias="deepseek3",
+    model_type="deepseek_v3",
+    other_types=("kimi_k2",),
+    skeleton=_LATENT_SKELETON
+    | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
+    rules="deepseek2",
+    derive=_deepseek3,
+    names={_BIAS: CORRECTION},
+    float32=(_BIAS,),
 )
 
 FAMILIES = (
@@ -93,6 +112,7 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        skeleton=GQA_SKELETON | {"num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},  # Air
         keys=DECODER_KEYS
         | _SHARED_EXPERT_KEYS
         | {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"},

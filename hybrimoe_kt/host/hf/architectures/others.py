@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import Architecture, Key
-from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, SIGMOID, SOFTMAX, unpermuted, without
+from .base import STACKED, Architecture, Key
+from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
 
 __all__ = ["FAMILIES"]
 
@@ -21,6 +22,13 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_key_value_heads": "attention.head_count_kv",
     "num_local_experts": "expert_count",
 }
+_PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
+_W1_W3_W2 = ExpertNames(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")))
+_INPUT_OUTPUT = ExpertNames(
+    "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.output_linear.weight",
+)
 _MINIMAX_BIAS = "mlp.e_score_correction_bias"
 _ERNIE_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"
 
@@ -49,6 +57,10 @@ FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
         model_type="mixtral",
+        alias="mixtral",
+        skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
+        checkpoint_names=(_W1_W3_W2, STACKED),
+        pre_tokenizers=("llama3", "llama-v3", "llama-bpe", "tekken"),
         keys=_PLAIN_WIDTH | {"intermediate_size": "feed_forward_length"},
         optional_keys={"head_dim": "attention.key_length"},
         transforms=_PAIRED_ROTARY,
@@ -56,12 +68,15 @@ FAMILIES = (
     Architecture(
         gguf="olmoe",
         model_type="olmoe",
+        skeleton=without(GQA_SKELETON, "moe_intermediate_size") | {"num_hidden_layers": 16, "num_experts": 4},
         keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
     Architecture(
         gguf="granitemoe",
         model_type="granitemoe",
+        skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
+        checkpoint_names=(_INPUT_OUTPUT,),
         keys=_PLAIN_WIDTH
         | {
             "intermediate_size": "feed_forward_length",
@@ -77,6 +92,9 @@ FAMILIES = (
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
+        skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
+        checkpoint_names=(_W1_W3_W2, STACKED),
+        pre_tokenizers=("minimax-m2", "gpt-4o"),
         keys=_PLAIN_WIDTH | {"intermediate_size": "expert_feed_forward_length", "head_dim": "attention.key_length"},
         derive=_minimax,
         names={_MINIMAX_BIAS: CORRECTION},
@@ -86,6 +104,8 @@ FAMILIES = (
     Architecture(
         gguf="ernie4_5-moe",
         model_type="ernie4_5_moe",
+        skeleton=without(GQA_SKELETON, "num_experts_per_tok")
+        | {"num_hidden_layers": 28, "moe_num_experts": 4, "moe_k": 2},
         keys=without(DECODER_KEYS, "num_experts_per_tok")
         | {
             "num_key_value_heads": "attention.head_count_kv",

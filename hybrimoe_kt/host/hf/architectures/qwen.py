@@ -8,9 +8,20 @@ from typing import Any
 import torch
 
 from .base import Architecture, Composed, Key, Transform
-from .common import GQA_KEYS, ROW
+from .common import GQA_KEYS, GQA_SKELETON, ROW
 
 __all__ = ["FAMILIES"]
+
+_SPLIT = ("qwen2",)
+_SKELETON = GQA_SKELETON | {"num_experts": 4}
+_HYBRID_SKELETON = _SKELETON | {
+    "shared_expert_intermediate_size": 32,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 _KEY_HEADS, _VALUE_HEADS, _KEY_DIM = "ssm.group_count", "ssm.time_step_rank", "ssm.state_size"
 
@@ -100,6 +111,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen3moe",
         model_type="qwen3_moe",
+        skeleton=_SKELETON | {"num_hidden_layers": 48, "head_dim": 16},
+        pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"head_dim": "attention.key_length"},
         optional_keys={"intermediate_size": "feed_forward_length"},
         # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
@@ -108,6 +121,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen2moe",
         model_type="qwen2_moe",
+        skeleton=_SKELETON | {"num_hidden_layers": 28, "shared_expert_intermediate_size": 32},
+        pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
         optional_keys={"intermediate_size": "feed_forward_length"},
         # As in llama.cpp and in the released models: routing weights keep their softmax values.
@@ -117,6 +132,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen3next",
         model_type="qwen3_next",
+        skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
+        pre_tokenizers=_SPLIT,
         keys=_HYBRID_KEYS,
         optional_keys={"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -135,6 +152,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen35moe",
         model_type="qwen3_5_moe_text",
+        skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},
+        pre_tokenizers=("qwen35",),
         keys=_HYBRID_KEYS,
         derive=_hybrid,
         names=_HYBRID_NAMES,

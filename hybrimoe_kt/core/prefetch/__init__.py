@@ -1,0 +1,1 @@
+"""What later layers will need: guesses of their routing, and which transfers are worth starting for them."""

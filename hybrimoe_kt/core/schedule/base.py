@@ -1,0 +1,159 @@
+"""What a scheduler is given, what it answers, and the one definition of makespan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.policies.base import check_options
+
+
+class Task:
+    """One layer step to schedule.
+
+    `held` are the routed experts in a slot (resident or pending), `missing` the others; `arrival_s` maps the
+    pending ones -> seconds until they land. `num_free` slots can take a transfer at once without disturbing
+    the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. Times count from now.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "cost",
+        "held",
+        "layer",
+        "link_busy_s",
+        "loads",
+        "missing",
+        "num_free",
+        "shared_s",
+    )
+
+    def __init__(
+        self,
+        cost: CostModel,
+        loads: Mapping[int, int],
+        held: list[int],
+        missing: list[int],
+        *,
+        layer: int = 0,
+        arrival_s: Mapping[int, float] | None = None,
+        link_busy_s: float = 0.0,
+        shared_s: float = 0.0,
+        num_free: int = 1 << 30,
+    ) -> None:
+        self.layer = layer
+        self.cost = cost
+        self.loads = loads
+        self.held = held
+        self.missing = missing
+        self.arrival_s: Mapping[int, float] = arrival_s or {}
+        self.link_busy_s = link_busy_s
+        self.shared_s = shared_s
+        self.num_free = num_free
+
+
+class Assignment:
+    """A scheduler's answer: `cpu` and `gpu` partition the routed experts, `transfers` is a sub-sequence of `gpu`.
+
+    `gpu` is in launch order, `transfers` in link order. `cpu_s`, `gpu_s` and `link_s` are the predicted busy
+    seconds of this step's own work, `makespan_s` its predicted end.
+    """
+
+    __slots__ = ("cpu", "cpu_s", "gpu", "gpu_s", "link_s", "makespan_s", "transfers")
+
+    def __init__(
+        self,
+        cpu: Sequence[int],
+        gpu: Sequence[int],
+        transfers: Sequence[int],
+        makespan_s: float,
+        cpu_s: float,
+        gpu_s: float,
+        link_s: float,
+    ) -> None:
+        self.cpu = cpu
+        self.gpu = gpu
+        self.transfers = transfers
+        self.makespan_s = makespan_s
+        self.cpu_s = cpu_s
+        self.gpu_s = gpu_s
+        self.link_s = link_s
+
+
+class Scheduler:
+    """Assigns each routed expert to the CPU, to the GPU, or to a transfer followed by the GPU. Stateless."""
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Option name -> default."""
+
+    def __init__(self, **options: Any) -> None:
+        self.option = check_options(f"scheduler {self.name}", options, self.options)
+
+    def assign(self, task: Task) -> Assignment:
+        """Return the assignment of `task`; the same task gives the same answer."""
+        raise NotImplementedError
+
+    def makespan_s(self, task: Task) -> float:
+        """Return the makespan of `assign`, for those who want nothing else of it."""
+        return self.assign(task).makespan_s
+
+
+def by_load(task: Task, experts: Sequence[int]) -> list[int]:
+    """Return `experts`, the highest load first, ties in the order given."""
+    loads = task.loads
+    return sorted(experts, key=loads.__getitem__, reverse=True)
+
+
+def gpu_order(task: Task, held: Sequence[int]) -> list[int]:
+    """Return `held` in launch order: the resident by falling load, then the pending as they land."""
+    arrival_s = task.arrival_s
+    if not arrival_s:
+        return by_load(task, held)
+    ready = by_load(task, [e for e in held if e not in arrival_s])
+    return ready + sorted((e for e in held if e in arrival_s), key=lambda e: (arrival_s[e], e))
+
+
+def all_on_cpu(task: Task) -> Assignment:
+    """Return the assignment that leaves GPU and link alone."""
+    cpu = [*task.missing, *task.held]
+    cpu_s = task.cost.cpu_end_s(task.cost.cpu_s([task.loads[e] for e in cpu]), task.link_busy_s)
+    return Assignment(cpu, (), (), max(cpu_s, task.shared_s), cpu_s, 0.0, 0.0)
+
+
+def evaluate(task: Task, cpu: Sequence[int], gpu: Sequence[int], transfers: Sequence[int]) -> Assignment:
+    """Return the assignment with its predicted times: the one definition of makespan all schedulers share.
+
+    The link is first in, first out, behind what it has started; the k-th transfer beyond the free slots also
+    waits until the k-th expert of `gpu` has left the GPU. The GPU runs `gpu` in order, after the shared
+    experts, each expert once its weights are there.
+    """
+    cost, loads = task.cost, task.loads
+    gpu_table, transfer_s = cost.gpu_expert_s, cost.expert_transfer_s
+    arrival_s: dict[int, float] = dict(task.arrival_s)
+    gpu_end_s, gpu_busy_s, link_end_s = task.shared_s, task.shared_s, task.link_busy_s
+    ends_s: list[float] = []
+    num_waiting = -num_open_slots(task, cpu)
+    arriving = set(transfers)
+    for expert in gpu:
+        if expert in arriving:
+            if num_waiting >= 0 and ends_s[num_waiting] > link_end_s:
+                link_end_s = ends_s[num_waiting]
+            link_end_s += transfer_s
+            arrival_s[expert] = link_end_s
+            num_waiting += 1
+        expert_s = gpu_table[loads[expert]]
+        gpu_busy_s += expert_s
+        gpu_end_s = max(gpu_end_s, arrival_s.get(expert, 0.0)) + expert_s
+        ends_s.append(gpu_end_s)
+    cpu_s = cost.cpu_end_s(cost.cpu_s([loads[e] for e in cpu]), link_end_s)
+    return Assignment(cpu, gpu, transfers, max(cpu_s, gpu_end_s), cpu_s, gpu_busy_s, transfer_s * len(transfers))
+
+
+def num_open_slots(task: Task, cpu: Sequence[int]) -> int:
+    """Return how many transfers need not wait for a slot: the free ones and those of residents left to the CPU."""
+    if not task.held or not cpu:
+        return task.num_free
+    held = set(task.held)
+    return task.num_free + sum(e in held and e not in task.arrival_s for e in cpu)

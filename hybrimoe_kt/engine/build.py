@@ -1,0 +1,75 @@
+"""From paths and options to an engine that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_kt.device.choose import choose_accelerator
+from hybrimoe_kt.device.cores import dense_threads
+from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
+from hybrimoe_kt.weights.checkpoint import Checkpoint
+
+from .engine import Engine
+from .profiler import TimeShares
+from .tokenizer import load_tokenizer
+
+__all__ = ["build_engine"]
+
+
+def build_engine(
+    gguf_path: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    rules_path: str | Path | None = None,
+    dtype: str = "auto",
+    context_tokens: int | None = None,
+    option_overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+    time_shares: bool = False,
+    assemble: Callable[[ModelExperts], Runtime] = assemble,
+) -> Engine:
+    """Load model and tokenizer and share the machine's cores between torch and the experts.
+
+    `assemble` makes the runtime of the model's experts.
+    """
+    _switch_cudnn_attention_off()
+    overrides = option_overrides or {}
+    device = _dense_device(overrides.get("accelerator", "auto"))
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
+    loaded = load_model(
+        gguf_path,
+        model_path=model_path,
+        rules_path=rules_path,
+        dtype=chosen,
+        device=device,
+        option_overrides=overrides,
+        progress=progress,
+        assemble=assemble,
+    )
+    expert_threads = loaded.runtime.num_expert_threads
+    if expert_threads:  # kt-kernel's spin between calls: torch takes the other cores
+        torch.set_num_threads(dense_threads(expert_threads))
+    file = loaded.loader.file
+    tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
+    shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
+    return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
+
+
+def _switch_cudnn_attention_off() -> None:
+    """Keep cuDNN out of scaled dot product attention, for the whole process.
+
+    torch prefers it on Hopper, and it builds a plan for every new length of the keys, milliseconds each. Decoding
+    lengthens them with every token, so that it would never use a plan twice.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _dense_device(accelerator: str) -> str:
+    """Dense weights live where the slots do, on a real accelerator; otherwise on the CPU."""
+    chosen = choose_accelerator(accelerator)
+    return str(chosen.device) if chosen is not None else "cpu"

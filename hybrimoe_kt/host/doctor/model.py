@@ -1,0 +1,142 @@
+"""Which kernels serve a model's experts on a machine, and what memory it takes: data ready for JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, REFERENCE, cpu_backend, gpu_backend
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.host.hf.architectures import architecture_of
+from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
+from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
+from hybrimoe_kt.weights.gguf_loader import GgufLoader
+
+__all__ = ["host_expert_bytes", "report_model"]
+
+_ASSUMED = (8, 0)
+"""The oldest GPU that the kernels run on, shown where the machine has none."""
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_DENSE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def report_model(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Judge a file's header against what `report_machine` found; ModelError for a file that cannot be run at all."""
+    file = GgufFile(path)
+    family = architecture_of(file)
+    layers, loader = expert_layers(file), GgufLoader(file)
+    outlines = [loader.layer_outline(**layer._asdict()) for layer in layers]
+    first = outlines[0]
+    report = {
+        "file": str(path),
+        "name": str(file.metadata.get("general.name", file.path.stem)),
+        "architecture": family.gguf,
+        "num_files": len(file.files),
+        "num_expert_layers": len(layers),
+        "num_experts": first.num_experts,
+        "top_k": first.top_k,
+        "hidden": first.hidden,
+        "inter": first.inter,
+        "kinds": _kinds(outlines, machine),
+        "problem": None,
+    }
+    return report | _memory(file, outlines, machine)
+
+
+def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Layers by what their experts look like, in order of their first layer: who serves each tensor."""
+    groups: dict[tuple[Any, ...], list[LayerExperts]] = {}
+    for experts in outlines:
+        key = tuple((matrix.ggml_type, matrix.rows, matrix.columns) for matrix in experts.matrices)
+        groups.setdefault((experts.num_experts, key), []).append(experts)
+    return [{"layers": [e.layer for e in group], **_kind(group[0], machine)} for group in groups.values()]
+
+
+def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
+    cpu_refusal = cpu_backend(DEFAULT_CPU).refuses(experts)
+    cpu = REFERENCE if cpu_refusal or not machine["cpu_kernels"]["runs"] else DEFAULT_CPU
+    devices, capability = machine["accelerators"]["devices"], _capability(machine)
+    runs = not devices or machine["gpu_kernels"]["runs"]
+    gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
+    gpu_refusal = gpu.refuses(experts)
+    rows = gpu.kernels(experts, capability or _ASSUMED)
+    tensors = [
+        {
+            "tensor": row.tensor,
+            "type": row.type_name,
+            "cpu_kernel": cpu,
+            "gpu_decode_kernel": None if gpu_refusal else row.decode,
+            "gpu_prefill_kernel": None if gpu_refusal else row.prefill,
+        }
+        for row in rows
+    ]
+    return {
+        "tensors": tensors,
+        "cpu_refusal": cpu_refusal,
+        "gpu_refusal": gpu_refusal,
+        "gpu_is_assumed": not devices,
+    }
+
+
+def _capability(machine: Mapping[str, Any]) -> tuple[int, int] | str | None:
+    """The first device's, as `describe_kernels` takes it; None without a device of CUDA or HIP."""
+    device: Mapping[str, Any] = next(iter(machine["accelerators"]["devices"]), {})
+    if device.get("architecture"):
+        return str(device["architecture"])
+    major, _, minor = (device.get("compute_capability") or "").partition(".")
+    return (int(major), int(minor)) if major else None
+
+
+def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes wanted, and whether they are there; None where the machine did not say what it has."""
+    device = next(iter(machine["accelerators"]["devices"]), None)
+    dtype = "float32" if device is None else "bfloat16"
+    last = outlines[-1].layer
+    dense = [tensor for tensor in file.tensors.values() if _is_dense(tensor, last)]
+    expert_bytes = sum(experts.num_experts * experts.expert_bytes for experts in outlines)
+    dense_bytes = sum(math.prod(tensor.shape) for tensor in dense) * _DENSE_BYTES[dtype]
+    host_bytes = sum(host_expert_bytes(experts, transfers=device is not None) for experts in outlines)
+    host_bytes += dense_bytes if device is None else 0
+    available = machine["memory"].get("available_bytes")
+    return {
+        "expert_bytes": expert_bytes,
+        "dense_file_bytes": sum(tensor.data.nbytes for tensor in dense),
+        "dense_bytes": dense_bytes,
+        "dense_dtype": dtype,
+        "dense_on": "cpu" if device is None else device["name"],
+        "host_bytes": host_bytes,
+        "host_available_bytes": available,
+        "fits_host": None if available is None else host_bytes <= available,
+    } | _room(outlines, dense_bytes, device, machine["gpu_kernels"]["runs"])
+
+
+def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:
+    """Host memory that a layer's experts want: twice where the CPU reads a padded copy and transfers the file."""
+    in_file, copied = experts.num_experts * experts.expert_bytes, cpu_backend(DEFAULT_CPU).copied_bytes(experts)
+    return in_file + copied if transfers else copied or in_file
+
+
+def _room(
+    outlines: list[LayerExperts], dense_bytes: int, device: Mapping[str, Any] | None, runs: bool
+) -> dict[str, Any]:
+    """How many of all experts find a slot on the accelerator beside the dense weights and what is left free."""
+    free = None if device is None else device.get("memory_free_bytes")
+    if free is None:
+        return {"fits_accelerator": None, "accelerator_expert_share": None}
+    room = free - ExpertOptions().reserve_bytes - dense_bytes
+    wanted = {experts.layer: SlotLayout(experts).slot_bytes * experts.num_experts for experts in outlines}
+    gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
+    served = sum(wanted[experts.layer] for experts in outlines if gpu.refuses(experts) is None)
+    share = min(max(0, room), served) / sum(wanted.values())
+    return {"fits_accelerator": room >= 0, "accelerator_expert_share": round(share, 4)}
+
+
+def _is_dense(tensor: GgufTensor, last_layer: int) -> bool:
+    """Whether a tensor is loaded as a dense weight; blocks behind the last expert layer guess ahead and are not."""
+    match = _BLOCK.match(tensor.name)
+    return not is_expert_tensor(tensor.name) and (match is None or int(match[1]) <= last_layer)

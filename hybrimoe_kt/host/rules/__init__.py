@@ -1,0 +1,1 @@
+"""Rule files: their grammar, the classes they name, and what they replace in a model."""

@@ -1,0 +1,21 @@
+"""What any engine talks to: experts in, one call a layer, everything between host and accelerators behind it.
+
+experts = ModelExperts(options)
+experts.add(layer_experts)                                      # once per MoE layer
+runtime = assemble(experts)
+job = runtime.begin(layer, Routed(hidden, ids, weights, logits))
+shared = shared_experts(hidden)                                 # beside the CPU's share
+out = runtime.finish(job) + shared
+"""
+
+from hybrimoe_kt.device.inbox import Guesses, Predict, Routed
+
+from .experts import ModelExperts
+from .health import AcceleratorHealth, Health
+from .recording import RoutingRecorder
+from .runtime import Job, Runtime, assemble
+
+__all__ = [
+    "AcceleratorHealth", "Guesses", "Health", "Job", "ModelExperts", "Predict", "Routed", "RoutingRecorder", "Runtime",
+    "assemble",
+]  # fmt: skip

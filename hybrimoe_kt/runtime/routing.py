@@ -1,0 +1,53 @@
+"""From the tensors of a step to the plain numbers that decisions are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from hybrimoe_kt.core.types import Phase, Routing
+from hybrimoe_kt.device.inbox import Guesses, Step
+
+__all__ = ["mean_probabilities", "predicted_routing", "routing_of"]
+
+
+def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:
+    """Turn a step's tensors into plain numbers."""
+    ids, weights = step.host_ids, step.host_weights
+    if len(ids) == 1:  # one token names an expert once
+        chosen = ids.tolist()[0]
+        shares = dict(zip(chosen, weights.tolist()[0], strict=True))
+        return Routing(layer, dict.fromkeys(chosen, 1), 1, step.scores, shares, phase)
+    flat = ids.flatten().tolist()
+    summed = dict.fromkeys(flat, 0.0)
+    for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
+        summed[index] += weight
+    return Routing(layer, dict(Counter(flat)), len(ids), step.scores, summed, phase)
+
+
+def predicted_routing(guesses: Guesses, scores: torch.Tensor, phase: Phase | None = None) -> list[Routing]:
+    """The gates' guesses in plain numbers; `scores` float32 `[num_layers, num_experts]`.
+
+    Few of them are ever looked at, so they stay packed: a memoryview gives them out as Python's own numbers.
+    """
+    num_tokens = guesses.ids.shape[1]
+    if num_tokens > 1:
+        chosen, rows = guesses.ids.flatten(1).tolist(), scores.tolist()
+        return [
+            Routing(later, dict(Counter(chosen[at])), num_tokens, rows[at], None, phase)
+            for at, later in enumerate(guesses.layers)
+        ]
+    packed, size = memoryview(scores.numpy().tobytes()).cast("f"), scores.shape[1]
+    routings, at = [], 0
+    for later, chosen in zip(guesses.layers, guesses.ids.tolist(), strict=True):
+        routings.append(Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at : at + size], None, phase))
+        at += size
+    return routings
+
+
+def mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """The router's probabilities averaged over the tokens, float32 `[num_experts]`."""
+    if logits.shape[0] == 1:
+        return torch.softmax(logits[0], dim=-1, dtype=torch.float32)
+    return torch.softmax(logits.float(), dim=-1).mean(dim=0)

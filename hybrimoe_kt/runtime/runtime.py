@@ -1,0 +1,424 @@
+"""Conducts every layer step of a model: reads the routing, has it planned, hands the plan out, and joins the shares."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hybrimoe_kt.core.coordinator import Coordinator
+from hybrimoe_kt.core.timeline import Timeline
+from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
+from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.activity import ActivityLog
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.inbox import Predict, Routed, Step, ask
+from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
+
+from .assembly import Assembly, build
+from .description import configuration, describe
+from .experts import ModelExperts
+from .health import Health
+from .recording import RoutingRecorder, halved, record
+from .recovery import Recovery
+from .routing import mean_probabilities, predicted_routing, routing_of
+from .seconds import Seconds
+from .watch import Watch
+
+__all__ = ["Job", "Runtime", "assemble"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Job:
+    """One layer step between `Runtime.begin` and `Runtime.finish`."""
+
+    layer: int
+    home: torch.device | None = None
+    """Where the answer goes, if that is not where it is computed."""
+    before: list[torch.Tensor] = field(default_factory=list)
+    """Answers of the chunks before the last."""
+    answer: torch.Tensor | None = None
+    """Of the last chunk, where nothing of it is left to wait for."""
+    plan: Plan | None = None
+    step: Step | None = None
+    routing: Routing | None = None
+    logits: torch.Tensor | None = None
+    read_s: float = 0.0
+
+
+class Runtime:
+    """One a model, whole when it exists: `assemble` makes it. Not thread-safe, but for `statistics`.
+
+    Per layer and step: `begin`, whatever the model computes meanwhile, `finish`; or `run` for both.
+    """
+
+    def __init__(
+        self, experts: ModelExperts, assembly: Assembly, on_plan: Callable[[Plan, Routing], None] | None = None
+    ) -> None:
+        """`on_plan` is told of every plan as soon as it is made."""
+        self.experts, self.options, self.store = experts, experts.options, experts.store
+        self._assembly, self._on_plan = assembly, on_plan
+        self.executor = assembly.executor
+        self.coordinator: Coordinator = assembly.make_coordinator(self.options)
+        self.seconds = Seconds()
+        self.recorder: RoutingRecorder | None = None
+        self._log: ActivityLog | None = None
+        self._look_ahead: dict[int, Predict] = {}
+        self._begun: Plan | None = None
+        """A plan that has not been finished."""
+        self._recovery = Recovery(self.coordinator, self.executor)
+        is_timed = assembly.is_on_the_clock
+        self._watch = Watch(self.options, self.coordinator, self.executor) if is_timed else None
+        self._counting = threading.Lock()
+        while not self._fill_slots():
+            pass
+
+    def _fill_slots(self) -> bool:
+        """Bring an expert into every free slot; False if an accelerator failed at it: then what is free has changed."""
+        transfers = self.coordinator.initial_transfers()
+        for number, transfer in enumerate(transfers):
+            try:
+                self.executor.fill(transfer)
+            except AcceleratorFailed as failure:
+                for missing in transfers[number:]:
+                    self.coordinator.fail(missing)
+                self._recovery.recover(failure)  # gives up after a few times, so this ends
+                return False
+        return True
+
+    # What it is.
+
+    def layer_specs(self) -> list[LayerSpec]:
+        """What the coordinator knows of each MoE layer, in order."""
+        return list(self._assembly.specs)
+
+    def configuration(self) -> dict[str, Any]:
+        """What decisions follow from, beside the routing, as plain data; layers in order."""
+        return configuration(self.options, self.store, self._assembly)
+
+    def new_coordinator(self) -> Coordinator:
+        """Make a coordinator in its initial state for this model and these options."""
+        return self._assembly.make_coordinator(self.options)
+
+    def describe(self) -> str:
+        """One line: what was decided."""
+        return describe(self.options, self.store, self._assembly)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The accelerators at work; none on a CPU-only machine, and none once all have been given up."""
+        return self.executor.lanes
+
+    @property
+    def accelerators(self) -> tuple[Accelerator, ...]:
+        """Those that serve layers."""
+        return tuple(lane.accelerator for lane in self.lanes)
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that can be resident at once, over all layers."""
+        return self.executor.num_slots
+
+    @property
+    def num_expert_threads(self) -> int:
+        """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
+        return getattr(self.executor.cpu, "num_threads", 0)
+
+    @property
+    def experts_read_in_place(self) -> list[LayerExperts]:
+        """Those that the CPU backend reads where the host store has them, not from a copy of its own."""
+        return [experts for layer, experts in self.store.layers.items() if not self.executor.cpu.copies(layer)]
+
+    def device_of(self, layer: int) -> torch.device | None:
+        """Where a layer's experts take their hidden states; None if they come from wherever the model is."""
+        lane = self.executor.lane_of.get(layer)
+        return None if lane is None else lane.accelerator.device
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether anything uses the router's logits: without slots there is nothing to retain."""
+        return self.recorder is not None or self.executor.num_slots > 0
+
+    # How it fares.
+
+    def health(self) -> Health:
+        """What failed since the start, by accelerator, and what the fallback does."""
+        return Health(self._recovery.health, self._watch.fallback_state if self._watch is not None else "off")
+
+    def statistics(self) -> dict[str, float]:
+        """Every counter since the start, by name. Waits for what was counted on a device; callable from any thread."""
+        with self._counting:  # a server's metrics are read while it answers
+            for lane in self.lanes:
+                for layer, routed in lane.whole.routed().items():
+                    self.coordinator.note_hits(layer, routed.counts, routed.last)
+            return self.coordinator.stats.snapshot()
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
+        timeline.info |= {
+            "origin": "a run, on the host's clock",
+            "scheduler": "host clock",
+            "CPU": "host clock, from submission to when the host saw it done",
+        }
+        self._log = ActivityLog(timeline, min(self.store.layers))
+        self.executor.log_to(self._log)
+
+    def finish_timeline(self) -> Timeline | None:
+        """Wait for what is under way and return the timeline; None if none was being recorded."""
+        log, self._log = self._log, None
+        if log is None:
+            return None
+        for lane in self.lanes:
+            name = f"GPU {lane.number}, link {lane.number} ({lane.accelerator.name})"
+            log.timeline.info[name] = lane.accelerator.stamps_are  # known for certain after the first stamp only
+        self.executor.log_to(None)
+        for lane in self.lanes:
+            with contextlib.suppress(DeadlineError):
+                lane.drain()
+        return log.close()
+
+    # What engines do with it.
+
+    def look_ahead(self, layer: int, predict: Predict) -> None:
+        """Register what predicts the routing of the layers after `layer`."""
+        self._look_ahead[layer] = predict
+
+    def make_room(self, cause: Exception) -> bool:
+        """Shrink the expert caches because the model's own work ran out of device memory, between two layer steps.
+
+        False if there was nothing left to shrink. Emulated accelerators share the host's memory, and shrink as well.
+        """
+        shrunk = [self._recovery.make_room(lane, cause) for lane in self.lanes]
+        return any(shrunk)
+
+    def run(self, layer: int, routed: Routed) -> torch.Tensor:
+        """Compute one layer's experts: `begin` and `finish`."""
+        return self.finish(self.begin(layer, routed))
+
+    def begin(self, layer: int, routed: Routed) -> Job:
+        """Start one layer's experts. What was begun before and never finished, after an error in between, is abandoned.
+
+        Steps longer than `max_chunk_tokens` are computed in chunks, all but the last of them here. Reading the routing
+        is the one synchronisation with the router's device. KernelError for hidden states that are not finite,
+        ConfigError for a recorded step longer than a chunk.
+        """
+        if self._begun is not None:
+            self._abandon(self._begun)
+        job, size = Job(layer), self.options.max_chunk_tokens
+        lane = self.executor.lane_of.get(layer)
+        if lane is not None and lane.accelerator.device != routed.hidden.device:
+            job.home, routed = routed.hidden.device, routed.to(lane.accelerator.device)
+        num_tokens = routed.hidden.shape[0]
+        if num_tokens > size:
+            if self.recorder is not None:
+                raise ConfigError(
+                    f"a recorded step has {num_tokens} tokens, one plan computes at most {size}; "
+                    f"give max_chunk_tokens of at least that, or shorter steps"
+                )
+            *first, routed = routed.split(size)
+            for chunk in first:
+                self._begin(job, chunk)
+                job.before.append(self._finish(job))
+        self._begin(job, routed)
+        return job
+
+    def finish(self, job: Job) -> torch.Tensor:
+        """Wait for what `begin` started; returns `[num_tokens, hidden]`, in the hidden states' dtype and place.
+
+        Waits for the CPU's share, and feeds the links meanwhile; what is on the device is only enqueued. The answer
+        is in memory of its own.
+        """
+        answer = self._finish(job)
+        if job.before:
+            answer = torch.cat([*job.before, answer])
+        return answer if job.home is None else answer.to(job.home)
+
+    def _begin(self, job: Job, routed: Routed) -> None:
+        """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
+        layer, seconds, now = job.layer, self.seconds, time.perf_counter
+        began = now()
+        lane = self.executor.lane_of.get(layer)
+        if lane is not None and self._decides_nothing(lane, layer, routed):
+            self._run_whole(job, lane, routed)
+            seconds.submit_and_gpu += now() - began
+            return
+        step = self._read(lane, layer, routed)
+        job.step, job.logits, job.read_s = step, routed.logits, now()
+        job.routing = routing = routing_of(layer, step, routed.phase)
+        job.plan = self._begun = plan = self.coordinator.plan(routing)
+        planned = now()
+        if self._on_plan is not None:
+            self._on_plan(plan, routing)
+        if self._log is not None:
+            self._log.planned(plan, routing.num_tokens, job.read_s, planned)
+        try:
+            if plan.dropped or plan.closed:
+                self.executor.heed(plan.dropped, plan.closed)
+            self.executor.start(plan, step)
+            started = now()
+            self._prefetch(lane, plan, step, routed.phase)
+        except AcceleratorFailed as failure:
+            job.answer = self._recover(failure, plan, step)
+            started = now()
+        except BaseException:
+            self._abandon(plan)
+            raise
+        seconds.read += job.read_s - began
+        seconds.plan += planned - job.read_s
+        seconds.submit_and_gpu += started - planned
+        seconds.prefetch += now() - started
+
+    def _finish(self, job: Job) -> torch.Tensor:
+        """Join one chunk's shares."""
+        self.seconds.steps += 1
+        began, plan, step = time.perf_counter(), job.plan, job.step
+        if plan is None or step is None or job.routing is None:
+            answer, job.answer = job.answer, None
+            assert answer is not None, "a step without a plan has an answer"
+            return answer
+        answer, job.plan, job.answer = job.answer, None, None
+        if answer is None:
+            try:
+                answer = self.executor.join(plan, step)
+            except AcceleratorFailed as failure:
+                answer = self._recover(failure, plan, step)
+            except BaseException:
+                self._abandon(plan)
+                raise
+            else:
+                if self._watch is not None:
+                    self._watch.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
+                self._begun = None
+                orders = self.coordinator.finish(plan)
+                if orders.closed:
+                    self.executor.heed(orders.dropped, orders.closed)
+        if self.recorder is not None:
+            self._record(self.recorder, job.routing, step, job.logits)
+        ended = time.perf_counter()
+        self.seconds.wait += ended - began
+        if self._log is not None:
+            self._log.finished(ended)
+        return answer
+
+    def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
+        scores = None
+        if routed.logits is not None and self.wants_scores:
+            scores = self._kept(mean_probabilities(routed.logits))
+        step: Step | None = None
+        if lane is not None:
+            try:
+                step = lane.read(routed, scores)
+            except DEVICE_ERRORS as error:
+                self._recovery.recover(AcceleratorFailed(lane, error))
+        if step is None:
+            step = Step.on_host(routed.hidden, routed.ids, routed.weights, scores)
+        if not math.isfinite(step.host_hidden.sum().item()) and not step.host_hidden.isfinite().all():
+            raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
+        return step
+
+    def _prefetch(self, lane: Lane | None, plan: Plan, step: Step, phase: Phase | None) -> None:
+        """Start transfers for later layers, by what the gates guess of their routing."""
+        prefetches = self.options.prefetch_size > 0 and self.executor.num_slots > 0
+        if not prefetches and self.recorder is None:
+            return
+        predictions: Sequence[Routing] = ()
+        predict = self._look_ahead.get(plan.layer)
+        if lane is not None and predict is not None:
+            try:
+                lane.inbox.ask(step, predict)
+                guesses = lane.inbox.wait_guesses(step) if prefetches else None
+            except DEVICE_ERRORS as error:
+                raise AcceleratorFailed(lane, error) from error
+            if guesses is not None:
+                predictions = predicted_routing(guesses, self._kept(guesses.scores), phase)
+        if prefetches:
+            began = time.perf_counter()
+            orders = self.coordinator.prefetch(plan, predictions)
+            if orders.dropped:
+                self.executor.heed(orders.dropped, ())
+            if orders.transfers:
+                self.executor.prefetch(orders.transfers)
+            if self._log is not None:
+                self._log.chose(plan.layer, orders.transfers, began, time.perf_counter())
+
+    def _decides_nothing(self, lane: Lane, layer: int, routed: Routed) -> bool:
+        """Whether nothing depends on what is routed: neither this layer's plan nor what to prefetch, nor a record."""
+        num_tokens, decides_nothing = routed.hidden.shape[0], self.coordinator.decides_nothing
+        if not decides_nothing(layer, num_tokens) or self.recorder is not None or self._log is not None:
+            return False
+        if not lane.gpu.finds_routed:
+            return False
+        predict = self._look_ahead.get(layer) if self.options.prefetch_size > 0 else None
+        return predict is None or all(decides_nothing(later, num_tokens) for later in predict.layers)
+
+    def _run_whole(self, job: Job, lane: Lane, routed: Routed) -> None:
+        """Enqueue a step of which nothing is read."""
+        slot_of = self.coordinator.pass_over(job.layer, routed.hidden.shape[0])
+        try:
+            job.answer = lane.run_whole(job.layer, slot_of, routed)
+        except DEVICE_ERRORS as error:
+            self._recovery.recover(AcceleratorFailed(lane, error))
+            job.answer = self.executor.compute_on_cpu(
+                job.layer, Step.on_host(routed.hidden, routed.ids, routed.weights, None)
+            )
+
+    def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
+        return probabilities if self.recorder is None else halved(probabilities)
+
+    def _record(self, recorder: RoutingRecorder, routing: Routing, step: Step, logits: torch.Tensor | None) -> None:
+        layer = routing.layer
+        guesses = None
+        lane = self.executor.lane_of.get(layer)
+        if lane is not None:
+            with contextlib.suppress(*DEVICE_ERRORS):
+                guesses = lane.inbox.wait_guesses(step)
+        if guesses is None and layer in self._look_ahead:  # nobody prefetches here, but a replay may
+            guesses = ask(self._look_ahead[layer], step.hidden, step.ids)
+        record(recorder, routing, step, logits, guesses)
+
+    def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
+        """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""
+        self._close(plan)
+        self._recovery.recover(failure, plan)
+        return self.executor.compute_on_cpu(plan.layer, step)
+
+    def _abandon(self, plan: Plan) -> None:
+        """Leave nothing half done after an error that the step cannot survive."""
+        self._close(plan)
+        self._recovery.abandon(plan)
+
+    def _close(self, plan: Plan) -> None:
+        self._begun = None
+        orders = self.coordinator.finish(plan)
+        self.executor.heed(orders.dropped, orders.closed)
+
+
+def assemble(
+    experts: ModelExperts,
+    *,
+    cpu: CpuBackend | None = None,
+    accelerators: Mapping[str, Accelerator] | None = None,
+    gpus: Mapping[str, GpuBackend] | None = None,
+    on_plan: Callable[[Plan, Routing], None] | None = None,
+) -> Runtime:
+    """Make slots, backends and coordinator for these experts, and fill the slots. May take seconds.
+
+    What is handed in is taken instead of what the options name: the CPU's backend, accelerators and their backends by
+    the name that layers call them. ConfigError, CapacityError or ModelError for what cannot be.
+    """
+    runtime = Runtime(experts, build(experts, cpu, accelerators or {}, gpus or {}), on_plan)
+    logger.info("%s", runtime.describe())
+    return runtime

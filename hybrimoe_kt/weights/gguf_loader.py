@@ -1,0 +1,118 @@
+"""What operators are given as `gguf_loader`: the file's experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.quants import row_bytes
+
+from .gguf_file import GgufFile, GgufTensor
+
+__all__ = ["GgufLoader"]
+
+
+class GgufLoader:
+    """Hands out expert weights as views of the mapped file; owns the mapping for as long as the model lives.
+
+    Files with a tensor per expert (Mixtral, before April 2024), or with gate and up in one tensor (an option of
+    llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.tensor_device_map: dict[str, dict[str, Any]] = {}
+        """Module path -> kwargs of the rule that decided it."""
+        self._gathered: dict[tuple[int, str], GgufTensor] = {}
+
+    def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
+        """Return one layer's routed experts in place; ModelError when the file lacks or contradicts them."""
+        tensors = {role: self._stacked(layer, role, num_experts) for role in ROLES}
+        self._check_shapes(tensors, num_experts, hidden, inter)
+        matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
+        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+
+    def layer_outline(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
+        """Return what `layer_experts` does but without weights: on the meta device, read from the header alone."""
+        tensors = {role: self._without_data(layer, role, num_experts) for role in ROLES}
+        self._check_shapes(tensors, num_experts, hidden, inter)
+        matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
+        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+
+    def _check_shapes(self, tensors: dict[str, GgufTensor], num_experts: int, hidden: int, inter: int) -> None:
+        shapes = {"gate": (num_experts, inter, hidden), "up": (num_experts, inter, hidden)}
+        shapes["down"] = (num_experts, hidden, inter)
+        for role, tensor in tensors.items():
+            if tensor.shape != shapes[role]:
+                raise ModelError(
+                    f"{self.file.path}: tensor {tensor.name} has shape {list(tensor.shape)}, the configuration wants "
+                    f"{list(shapes[role])}; the GGUF file and the configuration belong to different models"
+                )
+
+    def _stacked(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        """One role's matrices of all experts `[num_experts, rows, columns]`, in place where the file has them so."""
+        name, fused = f"blk.{layer}.ffn_{role}_exps.weight", f"blk.{layer}.ffn_gate_up_exps.weight"
+        halved = role != "down" and fused in self.file.tensors
+        if name in self.file.tensors or not (halved or f"blk.{layer}.ffn_{role}.0.weight" in self.file.tensors):
+            return self.file.tensor(name)
+        if (layer, role) not in self._gathered:
+            copy = self._half(fused, role) if halved else self._gather(layer, role, num_experts)
+            self._gathered[layer, role] = copy
+            self.file.release_pages()
+        return self._gathered[layer, role]
+
+    def _half(self, fused: str, role: str) -> GgufTensor:
+        """Copy the gates, or the ups, out of a tensor `[num_experts, 2 * rows, columns]` that has both in turn."""
+        tensor = self.file.tensor(fused)
+        if len(tensor.shape) != 3 or tensor.shape[1] % 2:
+            raise ModelError(f"{self.file.path}: {fused} has shape {list(tensor.shape)}, which is not gate above up")
+        num_experts, rows, columns = tensor.shape
+        half = tensor.data.reshape(num_experts, 2, -1)[:, 0 if role == "gate" else 1]
+        shape = (num_experts, rows // 2, columns)
+        return GgufTensor(fused, shape, tensor.ggml_type, np.ascontiguousarray(half).reshape(-1))
+
+    def _gather(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        """Copy an old file's tensor per expert next to each other.
+
+        Such files interleave the three roles, so no view can stack them. The copy is then the one host copy:
+        the mapping's pages are dropped after each, and nothing reads them again.
+        """
+        parts = self._parts(layer, role, num_experts)
+        data = np.concatenate([part.data for part in parts])
+        return GgufTensor(f"{parts[0].name} and following", (num_experts, *parts[0].shape), parts[0].ggml_type, data)
+
+    def _without_data(self, layer: int, role: str, num_experts: int) -> GgufTensor:
+        name = f"blk.{layer}.ffn_{role}_exps.weight"
+        if name in self.file.tensors or f"blk.{layer}.ffn_{role}.0.weight" not in self.file.tensors:
+            return self.file.tensor(name)
+        first = self._parts(layer, role, num_experts)[0]
+        return GgufTensor(f"{first.name} and following", (num_experts, *first.shape), first.ggml_type, first.data)
+
+    def _parts(self, layer: int, role: str, num_experts: int) -> list[GgufTensor]:
+        """An old file's tensor per expert, checked to be alike."""
+        parts = [self.file.tensor(f"blk.{layer}.ffn_{role}.{index}.weight") for index in range(num_experts)]
+        first = parts[0]
+        odd = next((part for part in parts if (part.shape, part.ggml_type) != (first.shape, first.ggml_type)), None)
+        if odd is not None:
+            raise ModelError(
+                f"{self.file.path}: {odd.name} is {odd.type_name} {list(odd.shape)}, {first.name} is "
+                f"{first.type_name} {list(first.shape)}; the experts of a layer must be alike"
+            )
+        return parts
+
+
+def _matrix(tensor: GgufTensor) -> ExpertMatrix:
+    num_experts, rows, columns = tensor.shape
+    return ExpertMatrix(tensor.values().view(num_experts, -1), tensor.ggml_type, rows, columns)
+
+
+def _outline(tensor: GgufTensor) -> ExpertMatrix:
+    num_experts, rows, columns = tensor.shape
+    num_bytes = rows * row_bytes(tensor.ggml_type, columns)
+    return ExpertMatrix(
+        torch.empty(num_experts, num_bytes, dtype=torch.uint8, device="meta"), tensor.ggml_type, rows, columns
+    )
