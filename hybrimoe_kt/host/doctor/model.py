@@ -84,7 +84,7 @@ def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _capability(machine: Mapping[str, Any]) -> tuple[int, int] | str | None:
-    """The first device's, as `describe_kernels` takes it; None without a device of CUDA or HIP."""
+    """The first device's, as `GpuBackend.kernels` takes it; None without a device of CUDA or HIP."""
     device: Mapping[str, Any] = next(iter(machine["accelerators"]["devices"]), {})
     if device.get("architecture"):
         return str(device["architecture"])
