@@ -22,6 +22,7 @@ from .chat_output import health_word, visible
 from .inputs import read_text
 from .options import expert_overrides, parse
 from .outputs import check_writable
+from .sampling import sampling_of
 from .streams import discard_output, open_closed_streams
 from .timeline import timeline_to
 
@@ -188,14 +189,8 @@ def _say(text: str, end: str = "") -> None:
 def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, console: Console) -> int:
     stop = threading.Event()
     pieces: list[str] = []
-    answer = engine.stream(
-        [{"role": "user", "content": prompt}],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=stop,
-    )
+    conversation = [{"role": "user", "content": prompt}]
+    answer = engine.stream(conversation, sampling=sampling_of(options), stop=stop, as_written=True)
     try:
         for piece in answer:
             pieces.append(piece)
