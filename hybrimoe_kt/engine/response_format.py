@@ -57,7 +57,9 @@ class ResponseParts:
         anchors = [anchor] if isinstance(anchor, str) else anchor
         # another chat template than the notation was written for: what it would read is the question, not the answer
         if anchors is None or any(text in prefix for text in anchors):
-            self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=list(tools) or None)
+            self._parser = tokenizer.get_response_parser(
+                dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None
+            )
 
     def feed(self, text: str) -> list[TextDelta | ToolCall]:
         """Return what `text` completes."""

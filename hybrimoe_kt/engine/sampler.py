@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -56,7 +57,8 @@ class Sampler:
         if self._greedy:
             token = int(scores.argmax())
         else:
-            warped = self._warpers(torch.empty(1, 0, dtype=torch.long), scores[None])
+            unused: Any = torch.empty(1, 0, dtype=torch.long)  # ids so far, which none of these looks at
+            warped = self._warpers(unused, scores[None])
             token = int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
         self._counts[token] += 1
         if self._sampling.num_logprobs is None:

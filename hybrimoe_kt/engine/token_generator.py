@@ -22,6 +22,7 @@ from hybrimoe_kt.host.last_runs import RunNote
 from .profiler import TimeShares
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
+from .vocabulary import num_token_ids
 
 __all__ = ["Run", "TokenGenerator"]
 
@@ -183,6 +184,7 @@ class TokenGenerator:
 
     def _append(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         step = self.runtime.options.max_chunk_tokens
+        logits: torch.Tensor | None = None
         for at in range(0, len(ids), step):
             if stop is not None and stop.is_set() and at:
                 return None
@@ -240,7 +242,7 @@ class TokenGenerator:
                 f"the conversation has {len(prompt)} tokens, the context holds {self.context_tokens} with the answer; "
                 f"shorten it, or start a new one"
             )
-        known = self.model.get_input_embeddings().num_embeddings
+        known = num_token_ids(self.model)
         if max(prompt) >= known:
             raise ModelError(
                 f"token {max(prompt)} of the prompt is not one of the model's {known}; "

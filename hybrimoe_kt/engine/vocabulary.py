@@ -11,10 +11,16 @@ from .detokenizer import IncrementalDetokenizer
 from .response_format import ResponseParts, response_format
 from .tokenizer import chat_prompt, template_takes
 
-__all__ = ["Message", "Vocabulary"]
+__all__ = ["Message", "Vocabulary", "num_token_ids"]
 
 Message = Mapping[str, Any]
 """What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ..."""
+
+
+def num_token_ids(model: PreTrainedModel) -> int:
+    """How many token ids a model has an embedding for; its tokenizer may know fewer."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)
 
 
 class Vocabulary:
@@ -26,7 +32,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Token ids the model has, counted from 0."""
-        return int(self._model.get_input_embeddings().num_embeddings)
+        return num_token_ids(self._model)
 
     @property
     def chat_template(self) -> str:

@@ -73,12 +73,13 @@ def place_modules(
 def _units(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """What is placed as a whole: each decoder layer, and what stands before and after them."""
     for name, child in model.named_children():
-        if not isinstance(getattr(child, "layers", None), nn.ModuleList):
+        layers = getattr(child, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
             yield name, child
             continue
         for part, module in child.named_children():
             if part == "layers":
-                yield from ((f"{name}.layers.{number}", layer) for number, layer in enumerate(module))
+                yield from ((f"{name}.layers.{number}", layer) for number, layer in enumerate(layers))
             else:
                 yield f"{name}.{part}", module
 
@@ -103,8 +104,10 @@ def _place(name: str | None, default: str) -> str | None:
     if name == "cpu" or re.fullmatch(r"emulated(:\d+)?", name):
         return name
     device = re.fullmatch(r"(cuda|xpu)(?::(\d+))?", name)
-    module = getattr(torch, device[1]) if device else None
-    if device is None or not module.is_available() or int(device[2] or 0) >= module.device_count():
+    if device is None:
+        return None
+    module = getattr(torch, device[1])
+    if not module.is_available() or int(device[2] or 0) >= module.device_count():
         return None
     return name if device[2] else f"{name}:0"
 
