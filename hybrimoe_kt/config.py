@@ -201,6 +201,11 @@ class ExpertOptions:
         """Return a copy with `kwargs` taking precedence, validated the same way."""
         return dataclasses.replace(self, **_known(self.names(), kwargs))
 
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults, as `replace` takes it."""
+        default = type(self)()
+        return {name: value for name in self.names() if (value := getattr(self, name)) != getattr(default, name)}
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Every valid key."""

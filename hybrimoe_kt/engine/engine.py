@@ -27,8 +27,8 @@ class Engine(TokenGenerator):
     """A loaded model that answers, one answer at a time.
 
     Not for several threads at once; only a `stop` event may be set from another. The KV cache of the last answer is
-    kept, and a prompt that begins like it is computed from where it differs. Nothing needs closing: memory, also an
-    accelerator's, is given back when the last reference goes.
+    kept, and a prompt that begins like it is computed from where it differs. Nothing needs closing: what nobody refers
+    to, Python's garbage collector gives back, also an accelerator's memory.
     """
 
     def __init__(
