@@ -15,8 +15,7 @@ from rich.table import Table
 
 from hybrimoe_kt.errors import ConfigError
 
-from .outputs import check_writable
-from .parsing import Parser
+from .terminal import Parser, check_writable
 
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration

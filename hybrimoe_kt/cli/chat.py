@@ -7,19 +7,21 @@ import io
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
 
 from .chat_output import StreamPrinter, summary_line, visible
 from .chat_statistics import answer_rows, total_rows
-from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
-from .sampling import SamplingOptions, sampling_of
+from .options import SamplingOptions, sampling_of
+from .terminal import INTERRUPTED, Abandoned, interrupt_sets
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.engine.sampling import Sampling
 
 __all__ = ["ChatEngine", "run_chat"]
 

@@ -16,12 +16,9 @@ from rich.console import Console
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError
 
-from .inputs import read_text
-from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
-from .main import load_engine
-from .options import expert_overrides, parse_trace
-from .outputs import check_writable
-from .sampling import sampling_of
+from .loading import load_engine
+from .options import expert_overrides, parse_trace, sampling_of
+from .terminal import INTERRUPTED, Abandoned, check_writable, interrupt_sets, read_text
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
