@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .core.policies import POLICIES
 from .core.predictors import PREDICTORS
@@ -100,6 +100,16 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) is not None
 
 
+if TYPE_CHECKING:
+
+    class _CacheSize:
+        """For type checkers: a field that is given as any of these, and read as a CacheSize."""
+
+        def __get__(self, options: object, cls: type | None = None) -> CacheSize: ...
+
+        def __set__(self, options: object, value: CacheSize | str | int | float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertOptions:
     """Options of `HybriMoEExperts`, shared by every MoE layer of a model."""
@@ -117,7 +127,8 @@ class ExpertOptions:
     """
     cpu_threads: int = 0
     """Threads computing CPU experts; 0 chooses from the machine's cores."""
-    cache_size: CacheSize = field(default_factory=CacheSize)
+    cache_size: _CacheSize = field(default_factory=CacheSize)  # type: ignore[assignment]
+    """How many experts may live on the accelerator; given in any way that `CacheSize.parse` reads."""
     policy: str = "adaptive"
     """Which expert loses its slot."""
     policy_options: Mapping[str, Any] = field(default_factory=dict)

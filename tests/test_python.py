@@ -157,3 +157,15 @@ def test_the_examples_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, t
         with contextlib.redirect_stdout(shown):
             exec(compile(block, f"docs/python.md, example {number}", "exec"), names)
         assert "print(" not in block or shown.getvalue().strip(), block
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_nothing_wrong_with_the_examples(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    file = tmp_path / "user.py"
+    file.write_text("\n".join(examples()) + "\nreveal_type(load)\nreveal_type(answer)\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "-> hybrimoe_kt.engine.engine.Engine" in done.stdout
+    assert 'Revealed type is "hybrimoe_kt.engine.events.Answer"' in done.stdout
