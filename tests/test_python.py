@@ -15,7 +15,9 @@ import pytest
 
 import hybrimoe_kt
 from hybrimoe_kt import Answer, Engine, ExpertOptions, Sampling, load
+from hybrimoe_kt.engine.events import ToolCall
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError, RuleError
+from tests.server.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[1]
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -66,7 +68,7 @@ def test_completions_take_text_or_token_ids(engine: Engine) -> None:
     whole = engine.complete("Once upon a time", sampling=GREEDY)
     assert whole.text == engine.complete(engine.vocabulary.text_ids("Once upon a time"), sampling=GREEDY).text
     end = whole.text[4:7]
-    cut = engine.complete("Once upon a time", sampling=GREEDY, stops=[end])
+    cut = engine.complete("Once upon a time", sampling=GREEDY, stop_strings=[end])
     assert (cut.text, cut.reason) == (whole.text[: whole.text.index(end)], "stop")
 
 
@@ -87,6 +89,29 @@ def test_an_event_ends_an_answer(engine: Engine) -> None:
     assert len(pieces) <= 2
     assert engine.last_run()["finish"] == "cancelled"
     assert engine.chat("Hello!", sampling=GREEDY, stop=stop).reason == "cancelled"
+
+
+class Scripted(ScriptedEngine, Engine):
+    """An engine that says what is written down, in Qwen's notation."""
+
+
+def test_thoughts_and_tool_calls_are_told_apart() -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Bern"}}\n</tool_call>'
+    engine = Scripted(lambda prompt: f"<think>hmm</think>Let me see.{call}")
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    answer = engine.chat("How is it in Bern?", tools=[tool])
+    assert (answer.text, answer.thoughts, answer.reason) == ("Let me see.", "hmm", "tool_calls")
+    assert answer.tool_calls == (ToolCall("weather", {"place": "Bern"}),)
+    assert "weather" in engine.prompts[-1]
+    assert "".join(engine.stream("Hi")) == engine.chat("Hi").text == f"Let me see.{call}"
+
+
+def test_a_stream_leaves_thoughts_out_unless_all_is_wanted() -> None:
+    engine = Scripted(lambda prompt: "yes" if "</think>" in prompt else "<think>hmm</think>yes")
+    assert "".join(engine.stream("Hi")) == "yes"
+    assert engine.chat("Hi").thoughts == "hmm"
+    assert engine.chat("Hi", template_options={"enable_thinking": False}).thoughts == ""
+    assert "".join(engine.stream("Hi", as_written=True)) == "hmmyes"  # the marks are special tokens here
 
 
 def test_what_cannot_be_is_said_before_anything_is_computed(engine: Engine) -> None:

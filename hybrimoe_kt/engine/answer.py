@@ -40,7 +40,7 @@ class Request:
     prompt: list[int]
     """Token ids."""
     sampling: Sampling
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     parts: ResponseParts | None = None
     """Splits thoughts and tool calls off; None leaves the text as the model writes it. Used up by one answer."""
@@ -58,7 +58,7 @@ class _Answer:
 
     def __init__(self, engine: Generates, request: Request) -> None:
         self._engine, self._request = engine, request
-        self._stops = StopStrings(request.stops)
+        self._stops = StopStrings(request.stop_strings)
         self._sampled: list[Sampled] = []
         self._num_calls = 0
 

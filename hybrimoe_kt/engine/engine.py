@@ -51,7 +51,7 @@ class Engine(TokenGenerator):
         messages: str | Sequence[Message],
         *,
         sampling: Sampling | None = None,
-        stops: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         tools: Sequence[Mapping[str, Any]] = (),
         template_options: Mapping[str, Any] | None = None,
         stop: threading.Event | None = None,
@@ -59,11 +59,11 @@ class Engine(TokenGenerator):
         """Answer a conversation, or one message given as text; the answer's thoughts and tool calls are told apart.
 
         A message has a `role` and `content`; `tools` are functions in OpenAI's notation, `template_options` what else
-        the model's chat template reads. The answer ends at any text of `stops`, and between two tokens once `stop` is
-        set. Raises CapacityError for what the context cannot hold, ConfigError for tools and options that this model
-        does not know, ModelError when its chat template refuses the conversation.
+        the model's chat template reads. The answer ends before the first complete one of `stop_strings`, and between
+        two tokens once `stop` is set. Raises CapacityError for what the context cannot hold, ConfigError for tools and
+        options that this model does not know, ModelError when its chat template refuses the conversation.
         """
-        request = self._chat_request(messages, sampling, stops, tools, template_options)
+        request = self._chat_request(messages, sampling, stop_strings, tools, template_options)
         return Answer.of(answer(self, request, stop or threading.Event()))
 
     def complete(
@@ -71,7 +71,7 @@ class Engine(TokenGenerator):
         prompt: str | Sequence[int],
         *,
         sampling: Sampling | None = None,
-        stops: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         stop: threading.Event | None = None,
     ) -> Answer:
         """Go on with a text, or with token ids, as it stands: without chat template, thoughts or tool calls.
@@ -80,7 +80,7 @@ class Engine(TokenGenerator):
         model does not have.
         """
         tokens = self.vocabulary.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        request = Request(prompt=tokens, sampling=sampling or Sampling(), stops=tuple(stops))
+        request = Request(prompt=tokens, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings))
         self.check_length(request.prompt)
         return Answer.of(answer(self, request, stop or threading.Event()))
 
@@ -89,24 +89,24 @@ class Engine(TokenGenerator):
         messages: str | Sequence[Message],
         *,
         sampling: Sampling | None = None,
-        stops: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         template_options: Mapping[str, Any] | None = None,
         stop: threading.Event | None = None,
         as_written: bool = False,
     ) -> Generator[str, None, None]:
         """Yield the text of `chat`'s answer piece by piece, thoughts left out; errors as there, before the first piece.
 
-        A piece never ends within a character. `as_written` yields all the model writes, thoughts and their marks too.
+        A piece never ends within a character. `as_written` yields all that the model writes, its thoughts too.
         Closing the iterator ends the answer; `last_run` tells what it took.
         """
-        request = self._chat_request(messages, sampling, stops, (), template_options, as_written=as_written)
+        request = self._chat_request(messages, sampling, stop_strings, (), template_options, as_written=as_written)
         return _texts(answer(self, request, stop or threading.Event()))
 
     def _chat_request(
         self,
         messages: str | Sequence[Message],
         sampling: Sampling | None,
-        stops: Sequence[str],
+        stop_strings: Sequence[str],
         tools: Sequence[Mapping[str, Any]],
         template_options: Mapping[str, Any] | None,
         *,
@@ -122,7 +122,7 @@ class Engine(TokenGenerator):
         prompt = vocabulary.chat_ids(given, tools or None, template_options)
         self.check_length(prompt)
         parts = None if as_written else vocabulary.response_parts(prompt, tools)
-        return Request(prompt=prompt, sampling=sampling or Sampling(), stops=tuple(stops), parts=parts)
+        return Request(prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts)
 
     def info(self) -> ModelInfo:
         """What the model is."""

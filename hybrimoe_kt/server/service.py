@@ -124,7 +124,9 @@ class Service:
             lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
         )
         parts = vocabulary.response_parts(prompt, given.tools)
-        request = Request(prompt=prompt, sampling=sampling, stops=tuple(stops), parts=parts, one_call=given.one_call)
+        request = Request(
+            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
+        )
         return self._begin(request, "messages")
 
     async def complete(self, prompt: str | list[int], sampling: Sampling, stops: Sequence[str]) -> Events:
@@ -135,7 +137,7 @@ class Service:
             tokens = await self._tokens(lambda: self.engine.vocabulary.text_ids(text))
         else:
             tokens = prompt
-        return self._begin(Request(prompt=tokens, sampling=sampling, stops=tuple(stops)), "prompt")
+        return self._begin(Request(prompt=tokens, sampling=sampling, stop_strings=tuple(stops)), "prompt")
 
     def _begin(self, request: Request, param: str) -> Events:
         if self.is_shutting_down:
