@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +131,15 @@ def test_what_cannot_be_is_said_before_anything_is_computed(engine: Engine) -> N
     with pytest.raises(ConfigError, match="leave out tools"):
         engine.chat("Hello!", tools=[tool])
     assert engine.statistics() == before
+
+
+def test_nothing_needs_closing(tiny_model: Path) -> None:
+    engine = load(tiny_model, options=ExpertOptions(accelerator="emulated", cache_size="50%"))
+    engine.chat("Hello!", sampling=GREEDY)
+    gone = [weakref.ref(part) for part in (engine, engine.model, engine.runtime)]
+    del engine
+    gc.collect()
+    assert [part() for part in gone] == [None] * 3
 
 
 @pytest.mark.parametrize(
