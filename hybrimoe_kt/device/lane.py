@@ -353,7 +353,7 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
     if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
         return [plan.gpu]
     arriving = {transfer.slot for transfer in plan.transfers}
-    late = []
+    late: list[tuple[int, ...]] = []
     if plan.layer not in pool.streams:
         resident = []
         for expert in plan.gpu:

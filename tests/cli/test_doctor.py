@@ -184,7 +184,7 @@ def test_a_measured_machine(capsys: pytest.CaptureFixture[str]) -> None:
     path.parent.mkdir(parents=True)
     from importlib import resources
 
-    path.write_text(resources.files("hybrimoe_kt.core").joinpath("profiles/default.json").read_text())
+    path.write_text(resources.files("hybrimoe_kt.profiles").joinpath("default.json").read_text())
     found = report(capsys)
     assert found["profile"]["measured"] and found["profile"]["date"].startswith("20")
     assert found["verdict"]["text"] == "ready: experts on cuda:0 and the CPU"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hybrimoe_kt.cli import loading
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
@@ -177,7 +178,7 @@ class FakeEngine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr(command, "load_engine", lambda options, console: fake)
+    monkeypatch.setattr(loading, "load_engine", lambda options, console: fake)
     return fake
 
 
@@ -319,7 +320,7 @@ def test_a_timeline_of_the_answer_is_written(tmp_path: Path, capsys: pytest.Capt
 def test_a_timeline_that_cannot_be_written_is_refused_before_loading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_engine", lambda *_: pytest.fail("the model was loaded"))
     assert main(["--prompt", "Hi", "--timeline", "/nowhere/run.json"]) == 2
     assert "--timeline /nowhere/run.json: cannot be written there" in capsys.readouterr().err
 
