@@ -31,7 +31,8 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
         floats: torch.Tensor = data.view(getattr(torch, kind.dtype))
         return floats.to(torch.float32).reshape(shape)
     if kind.dequantize:
-        return _routine(kind.dequantize)(data.reshape(-1, kind.block_bytes)).reshape(shape)
+        own: torch.Tensor = _routine(kind.dequantize)(data.reshape(-1, kind.block_bytes))
+        return own.reshape(shape)
     known, torch_dequantize = _torch_routines()
     if ggml_type in known:
         values: torch.Tensor = torch_dequantize(data, ggml_type, torch.float32)
