@@ -145,7 +145,7 @@ class Lane:
         through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
         queue.open_layer = -1 if through_slots else layer
         own.begin_step()
-        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool)
+        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool, queue)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         if layer in pool.streams:
             places = [[(e, pool.locate(layer, slot_of[e])[1]) for e in group] for group in groups]
@@ -343,7 +343,7 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
         torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=result)  # rounded once, when stored
 
 
-def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
+def _by_arrival(plan: Plan, pool: SlotPool, queue: TransferQueue) -> list[tuple[int, ...]]:
     """Group what can be launched together: everything resident first, then each arrival by itself.
 
     Experts in stream slots stand in other memory than the layer's own, so they are launched on their own.
@@ -351,7 +351,7 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
     own = pool.layers[plan.layer]
     if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
         return [plan.gpu]
-    arriving = {transfer.slot for transfer in plan.transfers}
+    arriving = {transfer.slot for transfer in plan.transfers} | queue.slots_waiting(plan.layer)
     late = []
     if plan.layer not in pool.streams:
         resident = []
