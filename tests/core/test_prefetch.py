@@ -15,6 +15,7 @@ from hybrimoe_kt.core.predictors import make_predictor
 from hybrimoe_kt.core.prefetch import Benefit
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Routing, Transfer
 from hybrimoe_kt.errors import ConfigError
+from tests.core import walks
 from tests.core.walks import make_coordinator, walk
 
 
@@ -68,13 +69,13 @@ def test_what_has_not_started_is_aborted_when_the_prediction_changes() -> None:
     queued = coordinator.prefetch(0, [Routing(1, {5: 1, 6: 1}), Routing(2, {5: 1})])
     assert [tuple(t.expert) for t in queued] == [(1, 5), (1, 6), (2, 5)]
     coordinator.finish(plan)  # six seconds later the second copy is under way, the third waits
-    plan = coordinator.plan(Routing(1, {5: 1, 6: 1}))
-    assert coordinator.take_aborted() == ()
-    again = coordinator.prefetch(1, [Routing(2, {7: 1})])
-    assert [tuple(t.expert) for t in coordinator.take_aborted()] == [(2, 5)]
-    assert [tuple(t.expert) for t in again] == [(2, 7)]
+    planned = walks.plan(coordinator, Routing(1, {5: 1, 6: 1}))
+    assert planned.plan is not None and planned.aborted == ()
+    again = walks.prefetch(coordinator, 1, [Routing(2, {7: 1})])
+    assert [tuple(t.expert) for t in again.aborted] == [(2, 5)]
+    assert [tuple(t.expert) for t in again.transfers] == [(2, 7)]
     assert coordinator.stats.num_aborted == 1
-    coordinator.finish(plan)
+    coordinator.finish(planned.plan)
     coordinator.check_integrity()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
@@ -38,12 +38,42 @@ def walk(seed: int, steps: int, layers: int = 3, num_experts: int = 16, top_k: i
     return result
 
 
+class Orders(NamedTuple):
+    """All that one call of the coordinator tells a host to do, in the order in which it is to be done."""
+
+    plan: Plan | None = None
+    aborted: tuple[Transfer, ...] = ()
+    """Prefetches of earlier calls that need not be made any more."""
+    closed: tuple[int, ...] = ()
+    """Layers whose lent slots are gone."""
+    transfers: tuple[Transfer, ...] = ()
+
+
+def plan(coordinator: Coordinator, routing: Routing) -> Orders:
+    """Plan a step; its transfers are in `transfers` too."""
+    made = coordinator.plan(routing)
+    return Orders(made, coordinator.take_aborted(), coordinator.take_closed(), made.transfers)
+
+
+def prefetch(coordinator: Coordinator, layer: int, predictions: Sequence[Routing] = ()) -> Orders:
+    """Choose what to bring ahead of need."""
+    transfers = coordinator.prefetch(layer, predictions)
+    return Orders(aborted=coordinator.take_aborted(), transfers=transfers)
+
+
+def finish(coordinator: Coordinator, made: Plan) -> Orders:
+    """End a step."""
+    coordinator.finish(made)
+    return Orders(aborted=coordinator.take_aborted(), closed=coordinator.take_closed())
+
+
 def drive(
     coordinator: Coordinator, routings: Sequence[Routing], *, look_ahead: int = 0
 ) -> Iterator[tuple[Routing, Plan, tuple[Transfer, ...], tuple[Transfer, ...]]]:
     """Yield routing, plan, prefetches and aborts while each plan is open; the next routings are the look-ahead."""
     for position, routing in enumerate(routings):
-        plan = coordinator.plan(routing)
-        prefetches = coordinator.prefetch(routing.layer, routings[position + 1 : position + 1 + look_ahead])
-        yield routing, plan, prefetches, coordinator.take_aborted()
-        coordinator.finish(plan)
+        planned = plan(coordinator, routing)
+        assert planned.plan is not None
+        ahead = prefetch(coordinator, routing.layer, routings[position + 1 : position + 1 + look_ahead])
+        yield routing, planned.plan, ahead.transfers, planned.aborted + ahead.aborted
+        finish(coordinator, planned.plan)
