@@ -17,7 +17,7 @@ import pytest
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.operators.health import AcceleratorHealth, Health
-from tests.timelines import check
+from tests.support.timelines import check
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
 REQUIRED |= {"transfers", "text"}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type, generate
 from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
 from hybrimoe_kt.host.hf.build import build_engine
@@ -20,6 +19,7 @@ from hybrimoe_kt.host.hf.engine import Sampling
 from hybrimoe_kt.host.hf.gguf_file import GgufFile
 from hybrimoe_kt.host.hf.gguf_loader import GgufLoader
 from hybrimoe_kt.host.hf.loading import load_model
+from tests.support.generated_model import GeneratedModel, Shape, Type, generate
 
 Make = Callable[[Shape], GeneratedModel]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.host.hf import dense_weights
 from hybrimoe_kt.host.hf.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from hybrimoe_kt.host.hf.device_memory import give_back_unused
 from hybrimoe_kt.host.hf.loading import _skeleton, _stored
 from hybrimoe_kt.host.hf.placement import Placement
 from hybrimoe_kt.host.hf.sources import open_source
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.host.hf import engine as engine_module
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.host.hf.engine import Engine, Sampling
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.device.host_store import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from tests.support.random_blocks import Type, random_blocks
 
 KINDS = (Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.Q5_0, Type.Q4_0, Type.F16, Type.BF16)
 BLOCKS_OF_32 = (Type.Q8_0, Type.Q5_0, Type.Q4_0)

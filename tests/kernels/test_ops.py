@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends.gpu_triton import _in_slot, _target_of
 from hybrimoe_kt.kernels.combine_pairs import config as combine_config
 from hybrimoe_kt.kernels.combine_pairs import naive as combine_naive
@@ -30,6 +29,7 @@ from hybrimoe_kt.kernels.sort_pairs import naive as sort_naive
 from hybrimoe_kt.kernels.sort_pairs.kernel import sort_pairs
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
+from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.operators.routing import routing_of
 from hybrimoe_kt.operators.runtime import Runtime
+from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
 BACKENDS = ["torch_reference", "llamafile"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.host.hf.build import build_engine
 from hybrimoe_kt.server.service import Service
 from hybrimoe_kt.server.settings import Settings
+from tests.support.generated_model import GeneratedModel, Shape
 
 from .scripted import ScriptedEngine
 from .serving import Serving, serving
