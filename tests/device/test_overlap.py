@@ -66,7 +66,7 @@ class Bench:
         streams: bool = False,
     ) -> None:
         self.accelerator = accelerator or JournalAccelerator()
-        cpu, patience, store = JournalCpu(TorchReferenceCpu(), self.accelerator, num_polls), Patience(1.0), HostStore()
+        cpu, patience, store = JournalCpu(TorchReferenceCpu(), self.accelerator, num_polls), Patience(60.0), HostStore()
         for experts in layers():
             store.add(experts)
             cpu.add_layer(experts)

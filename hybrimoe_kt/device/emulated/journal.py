@@ -20,10 +20,7 @@ __all__ = ["Entry", "JournalAccelerator", "JournalCpu"]
 
 
 class Entry(NamedTuple):
-    """One piece of work: `num_bytes` of a copy's target or of what a launch writes; "submit" and "done" are the CPU's.
-
-    The CPU's site is "CPU experts", as in race reports.
-    """
+    """One piece of work: `num_bytes` copied, or written by a launch; "submit" and "done" are the "CPU experts"."""
 
     stream: str
     site: str
