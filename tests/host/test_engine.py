@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
+from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.engine import token_generator
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
