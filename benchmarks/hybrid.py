@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from benchmarks.clean import refuse_unless_clean
-from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.calibrate import calibrate
@@ -36,6 +35,7 @@ from hybrimoe_kt.runtime import ModelExperts, Routed, assemble
 from hybrimoe_kt.runtime.assembly import make_cpu_backend, make_gpu_backend
 from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.trace import Trace
+from tests.support.random_blocks import Type, random_blocks
 
 EMULATED = "emulated:timed:a6000-xeon5220r"
 MODEL = "deepseek-v2-lite"

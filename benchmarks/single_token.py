@@ -14,9 +14,9 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.generated_model import Type, random_blocks
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from tests.support.generated_model import Type, random_blocks
 
 SHAPES = {"DeepSeek-V2-Lite (1408 padded to 1536)": (2048, 1408, 64, 6), "Qwen3-30B-A3B": (2048, 768, 128, 8)}
 CALLS = 60

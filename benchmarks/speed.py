@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 def model_file(name: str) -> Path:
     if name == "embedded":
         return embedded_model()
-    from benchmarks.generated_model import DEEPSEEK_V2_LITE, DEEPSEEK_V2_LITE_LAYER, generate
+    from tests.support.generated_model import DEEPSEEK_V2_LITE, DEEPSEEK_V2_LITE_LAYER, generate
 
     is_full = name == FULL_SIZE
     file = CACHE / f"deepseek-v2-lite-{'full' if is_full else 'shaped'}.gguf"

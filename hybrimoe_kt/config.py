@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import accelerators
 from .backends.registry import CPU_BACKENDS, DEFAULT_CPU, GPU_BACKENDS, check_name
@@ -85,6 +85,16 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) is not None
 
 
+if TYPE_CHECKING:
+
+    class _CacheSize:
+        """For type checkers: a field that is given as any of these, and read as a CacheSize."""
+
+        def __get__(self, options: object, cls: type | None = None) -> CacheSize: ...
+
+        def __set__(self, options: object, value: CacheSize | str | int | float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertOptions:
     """Options of `HybriMoEExperts`, shared by every MoE layer of a model."""
@@ -103,7 +113,8 @@ class ExpertOptions:
     """
     cpu_threads: int = 0
     """Threads computing CPU experts; 0 chooses from the machine's cores."""
-    cache_size: CacheSize = field(default_factory=CacheSize)
+    cache_size: _CacheSize = field(default_factory=CacheSize)  # type: ignore[assignment]
+    """How many experts may live on the accelerator; given in any way that `CacheSize.parse` reads."""
     policy: str = "adaptive"
     """Which expert loses its slot."""
     policy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -181,6 +192,11 @@ class ExpertOptions:
     def replace(self, kwargs: Mapping[str, Any]) -> ExpertOptions:
         """Return a copy with `kwargs` taking precedence, validated the same way."""
         return dataclasses.replace(self, **_known(self.names(), kwargs))
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults, as `replace` takes it."""
+        default = type(self)()
+        return {name: value for name in self.names() if (value := getattr(self, name)) != getattr(default, name)}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

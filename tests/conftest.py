@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests import interpreter
+from tests.support import interpreter
 
 if TYPE_CHECKING:
-    from benchmarks.generated_model import GeneratedModel, Shape
+    from tests.support.generated_model import GeneratedModel, Shape
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "ONEAPI_DEVICE_SELECTOR": "*:cpu"}
 """What keeps a process, and those it starts, from seeing CUDA, HIP and XPU devices."""
@@ -74,7 +74,7 @@ def _no_notes_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], GeneratedModel]:
     """Return a function that writes a random model of a shape once and remembers it."""
-    from benchmarks.generated_model import generate
+    from tests.support.generated_model import generate
 
     models: dict[Shape, GeneratedModel] = {}
 

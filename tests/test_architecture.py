@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrimoe_kt"
+FOLDERS = {"hybrimoe_kt": PACKAGE, "hybrimoe_kt.kernels": ROOT / "kernels"}
 
 # layer -> what it may import of the package, besides config and errors
 ALLOWED = {
     "core": {"core"},
     "device": {"device", "core"},
-    "backends": {"backends", "device", "core"},
+    "backends": {"backends", "device", "core", "kernels"},
     "runtime": {"runtime", "backends", "device", "core"},
     "operators": {"operators", "runtime", "device", "core"},
-    "weights": {"weights", "runtime", "backends", "device"},
+    "weights": {"weights", "backends", "device"},
     "host": {"host", "weights", "operators", "runtime", "backends", "device", "core"},
     "engine": {"engine", "host", "weights", "runtime", "device"},
     "sim": {"sim", "core"},
-    "server": {"server", "engine", "host", "weights", "runtime", "device", "core"},
-    "cli": {
-        "cli",
-        "server",
-        "engine",
-        "host",
-        "weights",
-        "operators",
-        "runtime",
-        "backends",
-        "device",
-        "core",
-        "sim",
-        "models",
-    },
+    "server": {"server", "engine", "host", "runtime"},
+    "cli": {"cli", "server", "engine", "host", "weights", "runtime", "backends", "device", "core", "sim", "models"},
+    "kernels": {"kernels"},
+    "models": {"models"},
+    "profiles": {"profiles", "core"},
 }
-DATA = {"profiles", "models", "optimize_rules"}
-"""Packages of data with the few lines that read it: everybody's but the core's."""
+EVERYBODYS = {"profiles"}
+"""Data with the few lines that read it; not the core's."""
+ROOT_FILES = {file.stem for file in PACKAGE.glob("*.py")}
+# Imports that close a circle of files, and how the program can start nonetheless.
+KNOWN_CIRCLES: dict[tuple[str, str], str] = {}
+# What `core` must not import, as it touches neither clocks, threads nor files.
+IMPURE = {"asyncio", "concurrent", "datetime", "importlib", "io", "multiprocessing", "os", "pathlib", "shutil"}
+IMPURE |= {"signal", "socket", "subprocess", "tempfile", "threading", "time"}
+READING = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
+# core file -> what of these it uses, and why
+KNOWN_IMPURE = {"registry.py": {"importlib"}}  # a policy by dotted path is imported
 # Foreign packages and the only files that may import them.
 OWNED = {
     "kt_kernel": {"backends/kt_kernel_pool.py"},
@@ -55,41 +56,79 @@ OWNED = {
 }
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Every dotted name a file imports, relative ones made absolute."""
-    package = ["hybrimoe_kt", *file.relative_to(PACKAGE).parts[:-1]]
+def modules() -> dict[str, Path]:
+    """Every module of the package, by dotted name; the folder of kernels lies elsewhere."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            name = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = modules()
+FILES = {name: file for name, file in MODULES.items() if PACKAGE in file.parents}
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """Every dotted name a module imports, wherever in it; relative ones made absolute, modules rather than packages."""
+    file, found = MODULES[module], set()
+    package = module.split(".")[: None if file.name == "__init__.py" else -1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, node.module or ""]).rstrip(".")
-            yield origin
-            if origin == "hybrimoe_kt":  # `from hybrimoe_kt import cli` imports a layer, too
-                yield from (f"hybrimoe_kt.{alias.name}" for alias in node.names)
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+            found.update(name if name in MODULES else origin for name in names)
+    return frozenset(found)
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def layer_of(module: str) -> str:
+    """The package below the root that a module lies in; "" for the root's own files, and for what is not ours."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hybrimoe_kt" and len(parts) > 1 and parts[1] not in ROOT_FILES else ""
 
 
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_imports_run_one_way(layer: str) -> None:
-    for file in (PACKAGE / layer).rglob("*.py"):
-        for name in imports(file):
-            parts = name.split(".")
-            if (
-                parts[0] == "hybrimoe_kt"
-                and len(parts) > 1
-                and (layer == "core" or parts[1] not in DATA)
-                and (PACKAGE / parts[1]).is_dir()
-            ):
-                assert parts[1] in ALLOWED[layer], f"{file.relative_to(ROOT)} imports {name}"
+    allowed = ALLOWED[layer] | {""} | (EVERYBODYS if layer != "core" else set())
+    for module in [module for module in MODULES if layer_of(module) == layer]:
+        beyond = {layer_of(name) for name in imports(module)} - allowed
+        assert not beyond, f"{module} imports of {beyond}"
+
+
+def circles(edges: Mapping[str, Collection[str]]) -> list[set[str]]:
+    """The sets of modules of which each imports, over others, every other."""
+    reached: dict[str, set[str]] = {}
+    for module in edges:
+        seen, waiting = set(), list(edges[module])
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += edges[name]
+        reached[module] = seen
+    found = {frozenset(name for name in seen if module in reached[name]) for module, seen in reached.items()}
+    return [set(circle) for circle in sorted(found, key=sorted) if circle]
+
+
+def test_no_file_imports_itself_over_others() -> None:
+    """An import for types only, or within a function, hides a circle from Python and from nobody else."""
+    edges = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
+    known = {(f"hybrimoe_kt.{a}", f"hybrimoe_kt.{b}") for a, b in KNOWN_CIRCLES}
+    assert circles({a: {b for b in to if (a, b) not in known} for a, to in edges.items()}) == []
+    closed = circles(edges)
+    for a, b in known:
+        assert any({a, b} <= circle for circle in closed), f"{a} -> {b} closes no circle any more: take it off the list"
 
 
 @pytest.mark.parametrize("foreign", OWNED)
 def test_foreign_internals_have_one_owner(foreign: str) -> None:
-    for file in FILES:
-        if any(name == foreign or name.startswith(foreign + ".") for name in imports(file)):
+    for module, file in FILES.items():
+        if any(name == foreign or name.startswith(foreign + ".") for name in imports(module)):
             assert str(file.relative_to(PACKAGE)) in OWNED[foreign], f"{file.relative_to(ROOT)} imports {foreign}"
 
 
@@ -99,6 +138,18 @@ def test_the_core_is_pure() -> None:
     code += "print([name for name in ('torch', 'numpy', 'transformers', 'yaml') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_core_knows_no_clock_thread_or_file() -> None:
+    found: dict[str, set[str]] = {}
+    for module in [module for module in MODULES if layer_of(module) == "core"]:
+        used = {name.split(".")[0] for name in imports(module)} & IMPURE
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                used |= {getattr(node.func, "id", getattr(node.func, "attr", ""))} & READING
+        if used:
+            found[str(MODULES[module].relative_to(PACKAGE / "core"))] = used
+    assert found == KNOWN_IMPURE
 
 
 def test_the_folder_named_kernels_does_not_disturb_transformers() -> None:

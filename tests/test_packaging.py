@@ -115,6 +115,7 @@ def test_wheel_contains_everything(wheel):
             ):
                 assert f"{package.replace('.', '/')}/{inside}" in names
     assert "hybrimoe_kt/kernels/__init__.py" in names
+    assert "hybrimoe_kt/py.typed" in names
     assert {"hybrimoe_kt/optimize_rules/qwen3moe.yaml", "hybrimoe_kt/optimize_rules/deepseek2.yaml"} <= names
     assert any(re.fullmatch(r"hybrimoe_kt/models/[^/]+\.gguf", name) for name in names)
     assert not any(name.startswith(("tests/", "kernels/", "optimize_rules/")) for name in names)

@@ -1,7 +1,7 @@
 """Models of random blocks, written in seconds: tensors are filled from pools, by threads, into the mapped file.
 
-`benchmarks.generated_model` draws and quantises every value, minutes for a released model's size; its tables of tensors
-serve here as well. Every block is valid and every value finite; what the model says means nothing.
+`tests.support.generated_model` draws and quantises every value, minutes for a released model's size; its tables of
+tensors serve here as well. Every block is valid and every value finite; what the model says means nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 
-from benchmarks.generated_metadata import Shape, write_metadata
-from benchmarks.generated_model import LAYERS, Builder
-from benchmarks.random_blocks import Type, random_blocks
+from tests.support.generated_builder import Builder
+from tests.support.generated_metadata import Shape, write_metadata
+from tests.support.generated_model import LAYERS
+from tests.support.random_blocks import Type, random_blocks
 
 __all__ = ["file_bytes", "write_model"]
 

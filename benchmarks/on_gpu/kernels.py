@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_roofline import expert_bytes, mixes_of, roofline
-from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import summary
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
+from tests.support.random_blocks import Type, random_blocks
 
 from .plan import Plan
 from .results import Results

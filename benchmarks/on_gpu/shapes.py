@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.generated_metadata import Shape
-from benchmarks.random_blocks import Type
+from tests.support.generated_metadata import Shape
+from tests.support.random_blocks import Type
 
 from .generate import file_bytes
 from .plan import Plan

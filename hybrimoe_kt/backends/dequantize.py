@@ -28,12 +28,15 @@ def dequantize(data: torch.Tensor, ggml_type: int, shape: tuple[int, ...]) -> to
     """
     kind = TYPES[ggml_type]
     if kind.dtype:
-        return data.view(getattr(torch, kind.dtype)).to(torch.float32).reshape(shape)
+        floats: torch.Tensor = data.view(getattr(torch, kind.dtype))
+        return floats.to(torch.float32).reshape(shape)
     if kind.dequantize:
-        return _routine(kind.dequantize)(data.reshape(-1, kind.block_bytes)).reshape(shape)
+        own: torch.Tensor = _routine(kind.dequantize)(data.reshape(-1, kind.block_bytes))
+        return own.reshape(shape)
     known, torch_dequantize = _torch_routines()
     if ggml_type in known:
-        return torch_dequantize(data, ggml_type, torch.float32).reshape(shape)
+        values: torch.Tensor = torch_dequantize(data, ggml_type, torch.float32)
+        return values.reshape(shape)
     return _dequantize_numpy(data, ggml_type).reshape(shape)
 
 

@@ -237,7 +237,7 @@ def _target_of(device: torch.device) -> Target:
 
 
 def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
-    sizes = [Workspace.bytes_for(decode_parts(layer.shape, min(max_tokens, DECODE_TOKENS)))]
+    sizes: list[int] = [Workspace.bytes_for(decode_parts(layer.shape, min(max_tokens, DECODE_TOKENS)))]
     if max_tokens > DECODE_TOKENS:
         for config in prefill_configs(layer.target):
             parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)

@@ -17,8 +17,7 @@ from hybrimoe_kt import accelerators
 from hybrimoe_kt.backends.registry import DEFAULT_CPU
 from hybrimoe_kt.errors import ConfigError
 
-from .outputs import check_writable
-from .parsing import Parser
+from .terminal import Parser, check_writable
 
 if TYPE_CHECKING:
     from hybrimoe_kt.device.calibrate import Calibration

@@ -7,7 +7,7 @@ import io
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +17,13 @@ from hybrimoe_kt.errors import CapacityError, HybriMoEError, nearest
 
 from .chat_output import StreamPrinter, summary_line, visible
 from .chat_statistics import answer_rows, total_rows
-from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
+from .options import SamplingOptions, sampling_of
+from .terminal import INTERRUPTED, Abandoned, interrupt_sets
 
-__all__ = ["ChatEngine", "ChatOptions", "run_chat"]
+if TYPE_CHECKING:
+    from hybrimoe_kt.engine.sampling import Sampling
+
+__all__ = ["ChatEngine", "run_chat"]
 
 HELP = """\
 Type a message and press Enter.
@@ -36,15 +40,6 @@ Keys:           Up and Down for earlier messages. Ctrl-C stops an answer (what
 COMMANDS = ("/reset", "/stats", "/help", "/exit", "/quit")
 
 
-class ChatOptions(Protocol):
-    """The options a chat reads; the command line's namespace has them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-
-
 class ChatEngine(Protocol):
     """What a chat needs of a loaded model."""
 
@@ -54,11 +49,9 @@ class ChatEngine(Protocol):
         self,
         messages: list[dict[str, str]],
         *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
+        sampling: Sampling,
         stop: threading.Event,
+        as_written: bool,
     ) -> Iterator[str]:
         """Yield the answer in pieces until done or `stop` is set; CapacityError when the context overflows."""
 
@@ -78,7 +71,7 @@ class MessageSource(Protocol):
 
 def run_chat(
     engine: ChatEngine,
-    options: ChatOptions,
+    options: SamplingOptions,
     console: Console,
     *,
     messages: MessageSource | None = None,
@@ -106,7 +99,7 @@ class _Chat:
     def __init__(
         self,
         engine: ChatEngine,
-        options: ChatOptions,
+        options: SamplingOptions,
         console: Console,
         after_answer: Callable[[dict[str, Any], str], None] | None,
     ) -> None:
@@ -173,14 +166,7 @@ class _Chat:
     def stream(self, turn: list[dict[str, str]], stop: threading.Event, pieces: list[str]) -> None:
         file = self.console.file
         printer = StreamPrinter(file.write, self.console.width if self.console.is_terminal else None)
-        answer = self.engine.stream(
-            turn,
-            max_new_tokens=self.options.max_new_tokens,
-            temperature=self.options.temperature,
-            top_p=self.options.top_p,
-            seed=self.options.seed,
-            stop=stop,
-        )
+        answer = self.engine.stream(turn, sampling=sampling_of(self.options), stop=stop, as_written=True)
         try:
             for piece in answer:
                 pieces.append(piece)

@@ -19,7 +19,7 @@ from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
 
 from .chat_output import visible
-from .parsing import Parser
+from .terminal import Parser
 
 __all__ = ["build_parser", "main"]
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
-from hybrimoe_kt.models import embedded_model
+from hybrimoe_kt.errors import ConfigError, HybriMoEError
 
 from .chat_output import health_word, visible
-from .inputs import read_text
-from .options import expert_overrides, parse
-from .outputs import check_writable
-from .streams import discard_output, open_closed_streams
+from .loading import open_engine
+from .options import expert_overrides, parse, sampling_of
+from .terminal import INTERRUPTED, check_writable, discard_output, open_closed_streams, read_text
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
@@ -46,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         discard_output()
         return 0
@@ -77,16 +73,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
 
 
-def _note_unused(engine: Engine, options: argparse.Namespace, console: Console) -> None:
-    """Say which options the loaded model cannot follow."""
-    if not engine.runtime.accelerators:
-        for flag in ("cache_size", "policy", "scheduler", "prefetch_size", "prefetch_depth"):
-            if getattr(options, flag) is not None:
-                console.print(f"note: --{flag} has no effect without an accelerator")
-    if options.cache_lens is not None and options.cache_lens > engine.context_tokens:
-        console.print(f"note: --cache_lens {options.cache_lens}: the model's limit is {engine.context_tokens} tokens")
-
-
 def _chat(engine: Engine, options: argparse.Namespace) -> int:
     from .chat import run_chat
 
@@ -105,49 +91,6 @@ def _chat(engine: Engine, options: argparse.Namespace) -> int:
     code = run_chat(engine, options, screen, after_answer=after_answer)
     _write_report(engine, options.stats_json, *last)
     return code
-
-
-def open_engine(options: argparse.Namespace, console: Console) -> Engine:
-    """Load what the options name, and say what came of it."""
-    began = time.perf_counter()
-    engine = load_engine(options, console)
-    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
-    console.print(visible(loaded), markup=False)
-    _note_unused(engine, options, console)
-    return engine
-
-
-def load_engine(options: argparse.Namespace, console: Console) -> Engine:
-    """Load what the options name; imports torch and transformers, which takes seconds."""
-    gguf_path = _model_file(options)
-    with console.status("starting torch and transformers"):
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from hybrimoe_kt.engine.build import build_engine
-
-    return build_engine(
-        gguf_path,
-        model_path=options.model_path,
-        rules_path=options.optimize_rule_path,
-        dtype=options.dtype,
-        context_tokens=options.cache_lens,
-        option_overrides=expert_overrides(options),
-        progress=sys.stderr.isatty(),
-        time_shares=options.verbose,
-    )
-
-
-def _model_file(options: argparse.Namespace) -> Path:
-    if options.gguf_path is not None:
-        return Path(options.gguf_path)
-    if options.model_path is None:
-        return embedded_model()
-    try:
-        names = os.listdir(options.model_path)
-    except OSError as error:
-        raise ModelError(f"--model_path {options.model_path}: {error.strerror}; give a directory") from None
-    if not any(name.endswith((".gguf", ".safetensors")) for name in names):
-        raise ModelError(f"{options.model_path}: no .gguf or .safetensors file there; name one with --gguf_path")
-    return Path(options.model_path)
 
 
 def _prompt(options: argparse.Namespace, console: Console) -> str:
@@ -188,14 +131,8 @@ def _say(text: str, end: str = "") -> None:
 def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, console: Console) -> int:
     stop = threading.Event()
     pieces: list[str] = []
-    answer = engine.stream(
-        [{"role": "user", "content": prompt}],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=stop,
-    )
+    conversation = [{"role": "user", "content": prompt}]
+    answer = engine.stream(conversation, sampling=sampling_of(options), stop=stop, as_written=True)
     try:
         for piece in answer:
             pieces.append(piece)
@@ -210,7 +147,7 @@ def _answer_once(engine: Engine, options: argparse.Namespace, prompt: str, conso
         console.print(shares_line(engine.shares.per_token_ms()), style="dim")
         _print_failures(run, console)
     _write_report(engine, options.stats_json, run, "".join(pieces))
-    return 130 if stop.is_set() else 0
+    return INTERRUPTED if stop.is_set() else 0
 
 
 def _write_report(engine: Engine, file: Path | None, run: dict[str, Any], text: str) -> None:

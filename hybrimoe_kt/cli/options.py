@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrimoe_kt import __version__, accelerators
 from hybrimoe_kt.backends.registry import CPU_BACKENDS, GPU_BACKENDS
 
-from .parsing import Parser
-from .parsing import number as _number
-from .parsing import whole as _whole
 from .server_options import add_server_flags, settle_server
+from .terminal import Parser
+from .terminal import number as _number
+from .terminal import whole as _whole
 
-__all__ = ["build_parser", "build_trace_parser", "expert_overrides", "parse", "parse_trace"]
+if TYPE_CHECKING:
+    from hybrimoe_kt.engine.sampling import Sampling
+
+__all__ = [
+    "SamplingOptions",
+    "build_parser",
+    "build_trace_parser",
+    "expert_overrides",
+    "parse",
+    "parse_trace",
+    "sampling_of",
+]
 
 _EXAMPLES = """examples:
   ktransformers                                    chat with the embedded model
@@ -212,3 +223,24 @@ def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
              "gpu_backend")  # fmt: skip
     fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}
     return fallback | {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}
+
+
+class SamplingOptions(Protocol):
+    """What a command line says of how answers are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+def sampling_of(options: SamplingOptions) -> Sampling:
+    """Return it as an engine takes it."""
+    from hybrimoe_kt.engine.sampling import Sampling
+
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )

@@ -10,8 +10,7 @@ from typing import Any
 
 from hybrimoe_kt.errors import ConfigError
 
-from .outputs import check_writable
-from .parsing import Parser
+from .terminal import Parser, check_writable
 
 EXAMPLE = """\
 examples:

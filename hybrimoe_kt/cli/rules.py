@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hybrimoe_kt.host.rules.rule_file import list_packaged_rules, load_rules
 
-from .parsing import Parser
+from .terminal import Parser
 
 __all__ = ["add_parser", "build_parser", "main"]
 

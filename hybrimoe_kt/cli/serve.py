@@ -15,6 +15,7 @@ from hybrimoe_kt.config import parse_bytes
 from hybrimoe_kt.errors import ConfigError
 
 from .chat_output import visible
+from .loading import open_engine
 from .server_options import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ def run_server(options: argparse.Namespace, console: Console) -> int:
         )
     from hybrimoe_kt.server.run import bind, serve
 
-    from . import main
-
     listener = bind(settings)
-    engine = main.open_engine(options, console)
+    engine = open_engine(options, console)
 
     def on_ready(url: str) -> None:
         console.print(

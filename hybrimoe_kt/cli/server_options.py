@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .parsing import number, whole
+from .terminal import number, whole
 
 __all__ = ["API_KEY_VARIABLE", "add_server_flags", "settle_server"]
 

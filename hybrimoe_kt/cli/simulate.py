@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe_kt.errors import ConfigError
 
-from .outputs import check_writable
-from .parsing import Parser
+from .terminal import Parser, check_writable
 
 if TYPE_CHECKING:
     from hybrimoe_kt.sim.scenario import Method, Scenario

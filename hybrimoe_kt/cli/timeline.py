@@ -21,7 +21,7 @@ __all__ = ["timeline_to"]
 def timeline_to(file: Path | None, engine: Engine, console: Console) -> Iterator[None]:
     """Record what the engine does and write it on the way out, whatever the way; nothing where `file` is None.
 
-    Check that the file can be written before loading the model: `outputs.check_writable`.
+    Check that the file can be written before loading the model: `terminal.check_writable`.
     """
     if file is None:
         yield

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import HybriMoEError, unknown_name
 
-from .streams import discard_output, open_closed_streams
+from .terminal import INTERRUPTED, discard_output, open_closed_streams
 
 
 class Command(NamedTuple):
@@ -29,7 +29,6 @@ COMMANDS: Mapping[str, Command] = {
     "plot": Command("hybrimoe_kt.cli.plot", "draw speed-ups, hit rates or a timeline as PNG or SVG"),
 }
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 
 def usage() -> str:

@@ -16,11 +16,9 @@ from rich.console import Console
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError
 
-from .inputs import read_text
-from .interrupts import INTERRUPTED, Abandoned, interrupt_sets
-from .main import load_engine
-from .options import expert_overrides, parse_trace
-from .outputs import check_writable
+from .loading import load_engine
+from .options import expert_overrides, parse_trace, sampling_of
+from .terminal import INTERRUPTED, Abandoned, check_writable, interrupt_sets, read_text
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
@@ -104,14 +102,7 @@ class _Session:
         pieces: list[str] = []
         options = self.options
         self.recorder.begin_request()
-        for piece in self.engine.stream(
-            [{"role": "user", "content": prompt}],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-            stop=stop,
-        ):
+        for piece in self.engine.stream(prompt, sampling=sampling_of(options), stop=stop, as_written=True):
             pieces.append(piece)
             if not options.json:
                 print(_visible(piece), end="", flush=True)

@@ -129,7 +129,7 @@ class Coordinator:
             if self._uses_link and state.prefetched:
                 dropped += self._abort_wrong(state, loads)
             if state.spec.num_stream_slots and not routing.is_decode:
-                self._streaming.open(state)
+                state.open_stream()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
             if state.prefetched or state.displaced or state.proven:

@@ -114,7 +114,7 @@ class Accelerator(Protocol):
     def launch(
         self,
         stream: Stream,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],

@@ -125,7 +125,8 @@ class GpuBackend(Protocol):
         """
 
     def prepare(self, max_tokens: int) -> None:
-        """Allocate what calls of up to `max_tokens` tokens need, once, after every `add_layer`."""
+        """Allocate what calls of up to `max_tokens` tokens need, once, after every `add_layer`; by default nothing."""
+        return
 
     @abstractmethod
     def launch(

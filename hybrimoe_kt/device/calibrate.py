@@ -9,6 +9,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hybrimoe_kt.core.cost import CostModel
@@ -178,9 +179,8 @@ class _Run:
         for page_locked, memory in ((True, "page-locked"), (False, "pageable")):
             for size in _LINK_BYTES:
                 name = f"link, {size / 2**20:g} MiB {memory}"
-                times[memory, size] = self._sample(
-                    name, lambda size=size, locked=page_locked: link.copy(size, self._repeats, page_locked=locked)
-                )
+                copied = partial(link.copy, size, self._repeats, page_locked=page_locked)
+                times[memory, size] = self._sample(name, copied)
         longer_s = times["page-locked", large] - times["page-locked", small]
         if longer_s <= 0.0:
             raise CalibrationError(
@@ -200,9 +200,8 @@ class _Run:
     def _measure_chunks(self, link: LinkMeter, best_bytes_per_s: float) -> None:
         """The smallest chunk that keeps nine tenths of the link's rate."""
         for size in _CHUNK_BYTES:
-            seconds = self._sample(
-                f"link, {size / 2**20:g} MiB chunks", lambda size=size: link.copy(size, self._repeats, copies=8)
-            )
+            copied = partial(link.copy, size, self._repeats, copies=8)
+            seconds = self._sample(f"link, {size / 2**20:g} MiB chunks", copied)
             if size / seconds >= _RATE_KEPT * best_bytes_per_s or size == _CHUNK_BYTES[-1]:
                 rate = f"{size / seconds / 1e9:.1f} GB/s in chunks of it, {best_bytes_per_s / 1e9:.1f} in large copies"
                 self._set("link_chunk_bytes", size, rate)
@@ -237,7 +236,7 @@ class _Run:
         each_s = (many - one) / (most - 1) if most > 1 and many > one else many / most
         call_s = max(0.0, many / most - each_s)
         for load in loads[1:]:
-            self._sample(f"GPU, 1 expert, {load} tokens", lambda load=load: meter.launch(1, load, self._repeats))
+            self._sample(f"GPU, 1 expert, {load} tokens", partial(meter.launch, 1, load, self._repeats))
         last = loads[-1]  # one expert does not fill a large GPU
         name = f"GPU, {most} experts, {last} tokens each"
         last_s = self._sample(name, lambda: meter.launch(most, last, self._repeats)) / most
@@ -261,7 +260,7 @@ class _Run:
         )  # fmt: skip
         few, many = meter.least_on_cpu, max(self._experts.top_k - 1, meter.least_on_cpu)
         times = {
-            num: self._sample(f"a hybrid step, {num} on the CPU", lambda num=num: meter.step(num, 3 * self._repeats))
+            num: self._sample(f"a hybrid step, {num} on the CPU", partial(meter.step, num, 3 * self._repeats))
             for num in {few, many}
         }
         alone_s = cost.cpu_expert_s[1]

@@ -29,6 +29,7 @@ __all__ = ["Lane"]
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = torch.empty(0)
 _MOST_IN_A_ROW = 3
 _MOST_OF_STEPS = 8, 64
 """Failures, of so many steps in a row, that say a device will not recover, though steps between succeed: a choice."""
@@ -87,7 +88,7 @@ class Lane:
         self._turn = 0
         self._shaped: _Views | None = None
         self._tables = SlotTables(accelerator, self._num_experts)
-        self.whole = WholeLayers(self, self._num_experts)
+        self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -122,8 +123,22 @@ class Lane:
         return self.inbox.read(routed.hidden.contiguous(), routed.ids.contiguous(), weights, scores)
 
     def run_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
-        """Compute a step of a layer whose experts all have a slot; only enqueues. See `device.whole`."""
-        return self.whole.run(layer, slot_of, routed)
+        """Compute a step of a layer whose experts all have a slot, whatever was routed; only enqueues.
+
+        Returns `[num_tokens, hidden]` as `finish` does.
+        """
+        weights = self.widened(routed.weights)
+        step = Step(routed.hidden.contiguous(), routed.ids.contiguous(), weights, _NOTHING, _NOTHING, _NOTHING)
+        slots = self.pool.layers[layer]
+        for place in sorted(slots.unsettled):
+            self.queue.settle(layer, place)
+        slots.begin_step()
+        pairs, table = self.whole.table(layer, slot_of)
+        out = self._views(step).out
+        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
+        self._launch_experts(layer, slots, pairs, table, step)
+        self.whole.count(layer, step.ids)
+        return self.finish(step, None, has_gpu=True)
 
     def widened(self, weights: torch.Tensor) -> torch.Tensor:
         """The weights in float32, in one piece."""
@@ -145,7 +160,7 @@ class Lane:
         through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
         queue.open_layer = -1 if through_slots else layer
         own.begin_step()
-        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool)
+        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool, queue)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         if layer in pool.streams:
             places = [[(e, pool.locate(layer, slot_of[e])[1]) for e in group] for group in groups]
@@ -200,18 +215,6 @@ class Lane:
                 if place in slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
         self._launch_experts(plan.layer, slots, pairs, table, step)
-
-    def launch_all(
-        self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
-    ) -> None:
-        """Enqueue a layer's experts in `pairs` (expert, slot), without transfers; `table` says it on the device."""
-        out = self._views(step).out
-        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        self._launch_experts(layer, slots, pairs, table, step)
-
-    def send_table(self, slot_of: Sequence[int]) -> torch.Tensor:
-        """Send a table of slots to the device, int32 `[num_experts]`, in memory of its own there."""
-        return self._tables.send_one(slot_of)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -344,7 +347,7 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
         torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=result)  # rounded once, when stored
 
 
-def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
+def _by_arrival(plan: Plan, pool: SlotPool, queue: TransferQueue) -> list[tuple[int, ...]]:
     """Group what can be launched together: everything resident first, then each arrival by itself.
 
     Experts in stream slots stand in other memory than the layer's own, so they are launched on their own.
@@ -352,8 +355,8 @@ def _by_arrival(plan: Plan, pool: SlotPool) -> list[tuple[int, ...]]:
     own = pool.layers[plan.layer]
     if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
         return [plan.gpu]
-    arriving = {transfer.slot for transfer in plan.transfers}
-    late = []
+    arriving = {transfer.slot for transfer in plan.transfers} | queue.slots_waiting(plan.layer)
+    late: list[tuple[int, ...]] = []
     if plan.layer not in pool.streams:
         resident = []
         for expert in plan.gpu:

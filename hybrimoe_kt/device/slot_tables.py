@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ class SlotTables:
         num_bytes = num_experts * num_experts * 4
         self._host = accelerator.page_locked(num_bytes).view(torch.int32).view(shape)
         self._device = accelerator.allocate(num_bytes).view(torch.int32).view(shape)
-        self._values = memoryview(self._host.numpy().reshape(-1))
+        values: Any = self._host.numpy().reshape(-1)
+        nothing: Any = np.full(num_experts, -1, dtype=np.int32)  # numpy's stubs know no buffers before Python 3.12
+        self._values = memoryview(values)
         """The same as plain numbers, which are quicker to write one by one."""
-        self._nothing = memoryview(np.full(num_experts, -1, dtype=np.int32))
+        self._nothing = memoryview(nothing)
         self._num_experts = num_experts
         self._rows = list(self._device)
         self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

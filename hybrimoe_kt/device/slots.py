@@ -200,7 +200,8 @@ class SlotPool:
     def bytes_of(self, layer: int, slot: int) -> torch.Tensor:
         """The slot's memory, uint8 `[slot_bytes]`, see `SlotLayout`."""
         slots, place = self.locate(layer, slot)
-        return slots.views[place]
+        memory: torch.Tensor = slots.views[place]
+        return memory
 
     def _count(self) -> int:
         return sum(len(slots.views) for slots in self.layers.values())

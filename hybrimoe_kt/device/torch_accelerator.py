@@ -203,7 +203,7 @@ class TorchAccelerator:
     def launch(
         self,
         stream: Any,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],

@@ -134,6 +134,10 @@ class TransferQueue:
         """Prefetches not fully handed to the device."""
         return len(self._waiting)
 
+    def slots_waiting(self, layer: int) -> set[int]:
+        """The slots of `layer` into which something has yet to be sent; their marks are those of what was there."""
+        return {slot for waiting_layer, slot in self._waiting if waiting_layer == layer}
+
     def close_plan(self) -> None:
         """No plan is open on this accelerator."""
         self.in_use_layer = self.open_layer = -1

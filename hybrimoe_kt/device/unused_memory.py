@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def give_back_unused(devices: Iterable[torch.device]) -> None:
     Waits for the devices' work. A host has no such store.
     """
     for device in set(devices):
-        module = getattr(torch, device.type, None)
+        module: Any = getattr(torch, device.type, None)
         if hasattr(module, "empty_cache"):
             with module.device(device):
                 module.empty_cache()

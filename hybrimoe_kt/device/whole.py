@@ -6,18 +6,13 @@ The table of slots is sent once. What was routed is counted on the device, and r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from .inbox import Routed, Step
-
-if TYPE_CHECKING:
-    from .lane import Lane
+from .accelerator import Accelerator
+from .slot_tables import SlotTables
 
 __all__ = ["Counted", "WholeLayers"]
-
-_NOTHING = torch.empty(0)
 
 
 class Counted:
@@ -31,40 +26,27 @@ class Counted:
 
 
 class WholeLayers:
-    """Those of one lane."""
+    """Those of one accelerator: their tables of slots, and what was routed there."""
 
-    def __init__(self, lane: Lane, num_experts: int) -> None:
-        self._lane, self._num_experts = lane, num_experts
+    def __init__(self, accelerator: Accelerator, layers: Sequence[int], num_experts: int, tables: SlotTables) -> None:
+        self._accelerator, self._layers, self._num_experts = accelerator, layers, num_experts
+        self._sender = tables
         self._tables: dict[int, tuple[list[int], list[tuple[int, int]], torch.Tensor]] = {}
         """Layer -> experts' slots, the same as pairs, and the table on the device."""
-        self._place = {layer: place for place, layer in enumerate(lane.layers)}
+        self._place = {layer: place for place, layer in enumerate(layers)}
         self._counts: torch.Tensor | None = None
         """On the device, int64 `[num_layers, num_experts]`."""
         self._rows: list[torch.Tensor] = []
         self._last: dict[int, torch.Tensor] = {}
         self._read: list[list[int]] = []
-        self._ones = _NOTHING
-
-    def run(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
-        """Enqueue a step, its experts in the slots `slot_of`; returns `[num_tokens, hidden]` as `Lane.finish` does."""
-        lane = self._lane
-        weights = lane.widened(routed.weights)
-        step = Step(routed.hidden.contiguous(), routed.ids.contiguous(), weights, _NOTHING, _NOTHING, _NOTHING)
-        slots = lane.pool.layers[layer]
-        for place in sorted(slots.unsettled):
-            lane.queue.settle(layer, place)
-        slots.begin_step()
-        pairs, table = self._table(layer, slot_of)
-        lane.launch_all(layer, slots, pairs, table, step)
-        self._count(layer, step.ids)
-        return lane.finish(step, None, has_gpu=True)
+        self._ones = torch.empty(0)
 
     def routed(self) -> dict[int, Counted]:
         """What was routed in each layer since the last call. Waits for what is under way."""
         if self._counts is None:
             return {}
         found, counts = {}, self._counts.tolist()
-        for place, layer in enumerate(self._lane.layers):
+        for place, layer in enumerate(self._layers):
             if layer in self._tables:
                 last = self._last.get(layer)
                 changes = [now - then for now, then in zip(counts[place], self._read[place], strict=True)]
@@ -72,16 +54,17 @@ class WholeLayers:
         self._read = counts
         return found
 
-    def _table(self, layer: int, slot_of: Sequence[int]) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    def table(self, layer: int, slot_of: Sequence[int]) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """The layer's experts with their slots `slot_of`, as pairs and as a table on the device; sent once."""
         known = self._tables.get(layer)
         if known is None or known[0] != slot_of:
             pairs = list(enumerate(slot_of))
-            known = self._tables[layer] = (list(slot_of), pairs, self._lane.send_table(slot_of))
+            known = self._tables[layer] = (list(slot_of), pairs, self._sender.send_one(slot_of))
         return known[1], known[2]
 
-    def _count(self, layer: int, ids: torch.Tensor) -> None:
+    def count(self, layer: int, ids: torch.Tensor) -> None:
         """Count every expert of the step once, as hits are."""
-        accelerator = self._lane.accelerator
+        accelerator = self._accelerator
         if self._counts is None:
             shape = len(self._place), self._num_experts
             whole = accelerator.allocate(8 * shape[0] * shape[1]).view(torch.int64).view(shape)

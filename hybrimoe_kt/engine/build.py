@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.cores import dense_threads
+from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import Checkpoint
@@ -19,6 +20,9 @@ from .profiler import TimeShares
 from .tokenizer import load_tokenizer
 
 __all__ = ["build_engine"]
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of the dense weights, by name; auto: float32 on a CPU, bfloat16 on a GPU."""
 
 
 def build_engine(
@@ -35,12 +39,17 @@ def build_engine(
 ) -> Engine:
     """Load model and tokenizer and share the machine's cores between torch and the experts.
 
+    See `hybrimoe_kt.load`; `option_overrides` are `ExpertOptions` keys, `time_shares` times what a token takes, and
     `assemble` makes the runtime of the model's experts.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(unknown_name("dtype", dtype, DTYPES))
+    if context_tokens is not None and context_tokens < 1:
+        raise ConfigError(f"context_tokens is {context_tokens}, valid: 1 or more")
     _switch_cudnn_attention_off()
     overrides = option_overrides or {}
     device = _dense_device(overrides.get("accelerator", "auto"))
-    chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
+    chosen = DTYPES[dtype] or (torch.float32 if device == "cpu" else torch.bfloat16)
     loaded = load_model(
         gguf_path,
         model_path=model_path,

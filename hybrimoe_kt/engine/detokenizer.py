@@ -5,10 +5,10 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-__all__ = ["TextPieces"]
+__all__ = ["IncrementalDetokenizer"]
 
 
-class TextPieces:
+class IncrementalDetokenizer:
     """Turns an answer's tokens into text; the pieces and `flush` together are the text of all of them."""
 
     def __init__(self, tokenizer: Tokenizer, *, keep_special: bool = False) -> None:

@@ -1,64 +1,35 @@
-"""Text in, text out: prompt chunks, sampling, streaming, and the numbers of a run."""
+"""Text in, text out: conversations, completions, streaming, and what was counted on the way."""
 
 from __future__ import annotations
 
-import inspect
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
-import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hybrimoe_kt.device.unused_memory import give_back_unused
-from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
+from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.hf.loading import LoadedModel
-from hybrimoe_kt.host.last_runs import RunNote
-from hybrimoe_kt.runtime import Runtime
 
-from .detokenizer import TextPieces
+from .answer import Request, answer
+from .events import Answer, Event, TextDelta
+from .facts import Counters, ModelInfo
 from .profiler import TimeShares
-from .sampling import Draw, Drawn, Sampling
-from .tokenizer import chat_prompt
+from .sampling import Sampling
+from .token_generator import Run, TokenGenerator
+from .vocabulary import Message, Vocabulary
 
 __all__ = ["Engine", "Run", "Sampling"]
 
-_OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory"
 
+class Engine(TokenGenerator):
+    """A loaded model that answers, one answer at a time.
 
-@dataclass(slots=True)
-class Run:
-    """What one answer took; times in seconds, counts of this run alone."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    hits: int = 0
-    misses: int = 0
-    experts_on_cpu: int = 0
-    experts_on_gpu: int = 0
-    transfers: int = 0
-    transferred_bytes: int = 0
-    prefetches: int = 0
-    finish: str = "stop"
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields and the rates derived from them."""
-        computed = self.prompt_tokens - self.reused_tokens
-        later = max(0, self.new_tokens - 1)  # the first token comes out of the prefill
-        return asdict(self) | {
-            "prefill_tokens_per_s": computed / self.prefill_s if self.prefill_s else 0.0,
-            "decode_tokens_per_s": later / self.decode_s if self.decode_s else 0.0,
-            "hit_rate": self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0,
-        }
-
-
-class Engine:
-    """One conversation at a time over a loaded model. Keeps the KV cache of the last one to reuse its prefix."""
+    Not for several threads at once; only a `stop` event may be set from another. The KV cache of the last answer is
+    kept, and a prompt that begins like it is computed from where it differs. Nothing needs closing: what nobody refers
+    to, Python's garbage collector gives back, also an accelerator's memory.
+    """
 
     def __init__(
         self,
@@ -69,238 +40,114 @@ class Engine:
         shares: TimeShares | None = None,
     ) -> None:
         """`context_tokens` limits prompt and answer together; by default the model's own limit."""
-        self.loaded, self.tokenizer, self.shares = loaded, tokenizer, shares
-        self.model = loaded.model
-        limit = int(self.model.config.max_position_embeddings)
-        self.context_tokens = min(context_tokens or limit, limit)
-        self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
-        ends = self.model.config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-        self._cache = DynamicCache(config=self.model.config)
-        names = inspect.signature(self.model.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
-        self._cached_ids: list[int] = []
-        self._run = Run()
-        self._note = RunNote(self.model_name)
+        ends = loaded.model.config.eos_token_id
+        end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        super().__init__(loaded, end_ids, context_tokens=context_tokens, shares=shares)
+        self.tokenizer = tokenizer
+        self.vocabulary = Vocabulary(tokenizer, loaded.model)
 
-    @property
-    def runtime(self) -> Runtime:
-        """What computes the model's experts."""
-        return self.loaded.runtime
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_options: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Answer:
+        """Answer a conversation, or one message given as text; the answer's thoughts and tool calls are told apart.
+
+        A message has a `role` and `content`; `tools` are functions in OpenAI's notation, `template_options` what else
+        the model's chat template reads. The answer ends before the first complete one of `stop_strings`, and between
+        two tokens once `stop` is set. Raises CapacityError for what the context cannot hold, ConfigError for tools and
+        options that this model does not know, ModelError when its chat template refuses the conversation.
+        """
+        request = self._chat_request(messages, sampling, stop_strings, tools, template_options)
+        return Answer.of(answer(self, request, stop or threading.Event()))
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+        stop: threading.Event | None = None,
+    ) -> Answer:
+        """Go on with a text, or with token ids, as it stands: without chat template, thoughts or tool calls.
+
+        Raises CapacityError for an empty prompt or one the context cannot hold, ModelError for a token id that the
+        model does not have.
+        """
+        tokens = self.vocabulary.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        request = Request(prompt=tokens, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings))
+        self.check_length(request.prompt)
+        return Answer.of(answer(self, request, stop or threading.Event()))
 
     def stream(
         self,
-        messages: list[dict[str, str]],
+        messages: str | Sequence[Message],
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.7,
-        top_p: float = 0.95,
-        seed: int | None = None,
-        stop: threading.Event | None = None,
-    ) -> Iterator[str]:
-        """Yield the answer to a conversation piece by piece; CapacityError when the conversation is too long."""
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        ids = chat_prompt(self.tokenizer, messages)
-        pieces = self.pieces()
-        for token in self.tokens(ids, sampling, stop):
-            piece = pieces.step(token)
-            if piece:
-                yield piece
-        if rest := pieces.flush():
-            yield rest
-
-    def chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
         template_options: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
-        return chat_prompt(self.tokenizer, messages, tools, template_options)
+        stop: threading.Event | None = None,
+        as_written: bool = False,
+    ) -> Generator[str, None, None]:
+        """Yield the text of `chat`'s answer piece by piece, thoughts left out; errors as there, before the first piece.
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a plain text that the model is to go on with."""
-        return list(self.tokenizer(text)["input_ids"])
+        A piece never ends within a character. `as_written` yields all that the model writes, its thoughts too.
+        Closing the iterator ends the answer; `last_run` tells what it took.
+        """
+        request = self._chat_request(messages, sampling, stop_strings, (), template_options, as_written=as_written)
+        return _texts(answer(self, request, stop or threading.Event()))
 
-    def pieces(self, *, keep_special: bool = False) -> TextPieces:
-        """Return what turns an answer's tokens into text as they come."""
-        return TextPieces(self.tokenizer.backend_tokenizer, keep_special=keep_special)
-
-    def tokens(self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None) -> Iterator[int]:
-        """Yield the new token ids after `prompt`, end tokens left out; `last_run` tells what it took."""
-        for drawn in self.draws(prompt, sampling, stop):
-            yield drawn.token
-
-    def draws(self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None) -> Iterator[Drawn]:
-        """Do as `tokens` does, and tell how likely they were."""
+    def _chat_request(
+        self,
+        messages: str | Sequence[Message],
+        sampling: Sampling | None,
+        stop_strings: Sequence[str],
+        tools: Sequence[Mapping[str, Any]],
+        template_options: Mapping[str, Any] | None,
+        *,
+        as_written: bool = False,
+    ) -> Request:
+        vocabulary = self.vocabulary
+        if tools and not vocabulary.takes_tools:
+            raise ConfigError(f"{self.model_name!r} has no tool calls that are known here; leave out tools")
+        for name in template_options or {}:
+            if not vocabulary.takes(name):
+                raise ConfigError(f"the chat template of {self.model_name!r} has no option {name!r}; leave it out")
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        prompt = vocabulary.chat_ids(given, tools or None, template_options)
         self.check_length(prompt)
-        self._run = run = Run(prompt_tokens=len(prompt))
-        before = self.runtime_counters()
-        draw = Draw(sampling, prompt)
-        try:
-            yield from self._generate(prompt, sampling, draw, stop, run)
-        finally:
-            for name, value in self.runtime_counters().items():
-                setattr(run, name, value - before[name])
-            self._note.at_end(self.runtime.health())
+        parts = None if as_written else vocabulary.response_parts(prompt, tools)
+        return Request(prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts)
 
-    def _generate(
-        self, prompt: list[int], sampling: Sampling, draw: Draw, stop: threading.Event | None, run: Run
-    ) -> Iterator[Drawn]:
-        run.reused_tokens = self._reuse(prompt)
-        began = time.perf_counter()
-        logits = self._forward(prompt[run.reused_tokens :], stop)
-        run.prefill_s = time.perf_counter() - began
-        room = self.context_tokens - len(prompt)
-        began = time.perf_counter()
-        while logits is not None:
-            drawn = draw(logits)
-            if drawn.token in self.end_ids:
-                return
-            run.new_tokens += 1
-            run.decode_s = time.perf_counter() - began
-            yield drawn
-            if run.new_tokens >= min(sampling.max_new_tokens, room):
-                run.finish = "length"
-                return
-            if stop is not None and stop.is_set():
-                run.finish = "cancelled"
-                return
-            logits = self._forward([drawn.token], stop)
-        run.finish = "cancelled"
+    def info(self) -> ModelInfo:
+        """What the model is."""
+        config = self.model.config
+        return ModelInfo(
+            architecture=str(config.model_type),
+            hidden_size=int(config.hidden_size),
+            num_layers=int(config.num_hidden_layers),
+            expert_bytes=self.runtime.store.num_bytes,
+        )
 
-    def feed(self, text: list[int], size: int, stop: threading.Event | None = None) -> Iterator[int]:
-        """Run given tokens through the model from an empty cache, `size` at a time, and draw nothing.
-
-        Yields the number of tokens of each step before it is computed; `last_run` counts all of them as prompt.
-        """
-        self.check_length(text)
-        self.reset()
-        self._run = run = Run(prompt_tokens=len(text))
-        before = self.runtime_counters()
-        began = time.perf_counter()
-        try:
-            for at in range(0, len(text), size):
-                if stop is not None and stop.is_set():
-                    run.prompt_tokens, run.finish = at, "cancelled"
-                    return
-                piece = text[at : at + size]
-                yield len(piece)
-                self._forward(piece, None)
-        finally:
-            run.prefill_s = time.perf_counter() - began
-            for name, value in self.runtime_counters().items():
-                setattr(run, name, value - before[name])
-            self._note.at_end(self.runtime.health())
-
-    @torch.inference_mode()
-    def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
-        """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.
-
-        None when `stop` is set between two chunks. Where an accelerator's memory runs out, expert caches shrink and
-        everything that was cached is computed again: some layers have the failed chunk, others have not.
-        """
-        began = time.perf_counter()
-        whole, left = self._cached_ids + ids, ids
-        while True:
-            try:
-                logits = self._append(left, stop)
-                break
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                reason = first_line(error).split(". GPU ")[0]  # which goes on about the allocator
-            self._make_room(reason, len(whole))  # not above: the error's frames hold what the failed step allocated
-            left = whole
-        self._note.at_step(self.runtime.health())
-        if logits is None:
-            return None
-        if not logits.sum().isfinite():
-            raise KernelError("the model produced NaN or infinite logits; the weights or a backend are broken")
-        if self.shares is not None:
-            self.shares.step(len(ids), time.perf_counter() - began)
-        return logits
-
-    def _append(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
-        step = self.runtime.options.max_chunk_tokens
-        for at in range(0, len(ids), step):
-            if stop is not None and stop.is_set() and at:
-                return None
-            piece = ids[at : at + step]
-            # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
-            cached, self._cached_ids = self._cached_ids, []
-            tokens = torch.tensor([piece], device=self.model.device)
-            given = {self._cache_name: self._cache}
-            output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **given)
-            logits = output.logits[0, -1].float().cpu()
-            self._cached_ids = cached + piece
-        return logits
-
-    def _make_room(self, reason: str, num_tokens: int) -> None:
-        """Forget the conversation and shrink the expert caches; CapacityError if there is nothing left to shrink.
-
-        A recording would have steps twice, so it ends as well.
-        """
-        self.reset()
-        if self.loaded.crossings is not None:
-            self.loaded.crossings.forget()
-        has_shrunk = self.runtime.make_room(torch.OutOfMemoryError(reason))
-        devices = {parameter.device for parameter in self.model.parameters()}
-        give_back_unused(devices | {accelerator.device for accelerator in self.runtime.accelerators})
-        if self.runtime.recorder is not None or not has_shrunk:
-            raise CapacityError(
-                f"out of accelerator memory with {num_tokens} tokens ({reason}); shorten the conversation, or start "
-                f"with a smaller --cache_size, --cache_lens (context_tokens) or --chunk_size, or in the rule file a "
-                f"larger reserve_bytes"
-            )
-
-    def _reuse(self, prompt: list[int]) -> int:
-        """Keep the cached prefix that `prompt` shares, at most all but its last token; return its length."""
-        common = 0
-        for cached, wanted in zip(self._cached_ids, prompt[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        surplus = self._cache.get_seq_length() - common
-        # linear attention keeps one state, not one a token: it goes on from the end or starts anew
-        if common == 0 or surplus < 0 or (surplus > 0 and not self._cache.is_croppable):
-            self.reset()
-            return 0
-        if surplus > 0:
-            self._cache.crop(-surplus)  # this version of Transformers counts from the end only
-        self._cached_ids = self._cached_ids[:common]
-        return common
-
-    def check_length(self, prompt: list[int]) -> None:
-        """Raise CapacityError for a prompt the context cannot hold, ModelError for tokens the model does not have."""
-        if not prompt:
-            raise CapacityError("the prompt is empty; give at least one character")
-        if len(prompt) >= self.context_tokens:
-            raise CapacityError(
-                f"the conversation has {len(prompt)} tokens, the context holds {self.context_tokens} with the answer; "
-                f"shorten it, or start a new one"
-            )
-        known = self.model.get_input_embeddings().num_embeddings
-        if max(prompt) >= known:
-            raise ModelError(
-                f"token {max(prompt)} of the prompt is not one of the model's {known}; "
-                f"the tokenizer belongs to another model"
-            )
-
-    def reset(self) -> None:
-        """Forget the cached conversation."""
-        self._cache, self._cached_ids = DynamicCache(config=self.model.config), []
-
-    def runtime_counters(self) -> dict[str, int]:
-        """The counters of a `Run` as they stand since the model was loaded."""
-        stats = self.runtime.statistics()
-        names = {"transfers": "num_transfers", "prefetches": "num_prefetches"}
-        wanted = ("hits", "misses", "experts_on_cpu", "experts_on_gpu", "transfers", "transferred_bytes", "prefetches")
-        return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
-
-    def last_run(self) -> dict[str, Any]:
-        """The last answer's counts, times and rates; `health` is of everything since the model was loaded."""
-        return self._run.as_dict() | {"health": self.runtime.health().as_dict()}
+    def counters(self) -> Counters:
+        """What was counted since the model was loaded. May be called from any thread, also during an answer."""
+        runtime, coordinator = self.runtime, self.runtime.coordinator
+        statistics = runtime.statistics()  # first: it waits for what was counted on a device
+        heat, last = coordinator.heat(), coordinator.last_token()
+        return Counters(
+            accelerators=tuple(accelerator.name for accelerator in runtime.accelerators),
+            health=runtime.health(),
+            statistics=statistics,
+            hits=heat["hits"],
+            misses=heat["misses"],
+            last_hits=last["hits"],
+            last_misses=last["misses"],
+        )
 
     def statistics(self) -> dict[str, Any]:
         """Everything counted since the model was loaded."""
@@ -313,7 +160,8 @@ class Engine:
         } | stats
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's allocator, or a library that takes memory of its own when it is first used, found none."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+def _texts(events: Generator[Event, None, None]) -> Generator[str, None, None]:
+    with closing(events):
+        for event in events:
+            if isinstance(event, TextDelta) and event.text and not event.is_thought:
+                yield event.text

@@ -9,34 +9,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import get_response_template
 
-__all__ = ["Call", "Part", "ResponseParts", "response_format"]
+from .events import TextDelta, ToolCall
+
+__all__ = ["ResponseParts", "response_format"]
 
 logger = logging.getLogger(__name__)
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of text: the answer's content, or the thoughts before it."""
-
-    text: str
-    is_thought: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A tool call; `arguments` are the JSON object that the model wrote."""
-
-    name: str
-    arguments: Mapping[str, Any]
 
 
 def response_format(
@@ -72,33 +57,35 @@ class ResponseParts:
         anchors = [anchor] if isinstance(anchor, str) else anchor
         # another chat template than the notation was written for: what it would read is the question, not the answer
         if anchors is None or any(text in prefix for text in anchors):
-            self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=list(tools) or None)
+            self._parser = tokenizer.get_response_parser(
+                dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None
+            )
 
-    def feed(self, text: str) -> list[Part | Call]:
+    def feed(self, text: str) -> list[TextDelta | ToolCall]:
         """Return what `text` completes."""
         if self._parser is None:
-            return [Part(text)] if text else []
+            return [TextDelta(text)] if text else []
         self._unsaid += text
         return self._read(lambda: self._parser.feed(text))
 
-    def flush(self) -> list[Part | Call]:
+    def flush(self) -> list[TextDelta | ToolCall]:
         """Return what was held back, at the end."""
         return [] if self._parser is None else self._read(lambda: self._parser.finalize()[1])
 
-    def _read(self, step: Callable[[], list[dict[str, Any]]]) -> list[Part | Call]:
+    def _read(self, step: Callable[[], list[dict[str, Any]]]) -> list[TextDelta | ToolCall]:
         try:
             return [said for event in step() for said in self._say(event)]
         except (ValueError, KeyError, TypeError) as error:
             logger.info("the answer is not in the model's notation: %s", error)
             self._parser, rest = None, self._unsaid
-            return [Part(rest)] if rest else []
+            return [TextDelta(rest)] if rest else []
 
-    def _say(self, event: dict[str, Any]) -> Iterator[Part | Call]:
+    def _say(self, event: dict[str, Any]) -> Iterator[TextDelta | ToolCall]:
         field = event.get("field")
         if event["type"] == "region_chunk" and not event.get("dirty"):
             self._forget(event["text"])
             if field == "content" or field in _THOUGHTS:
-                yield Part(event["text"], is_thought=field in _THOUGHTS)
+                yield TextDelta(event["text"], is_thought=field in _THOUGHTS)
         elif event["type"] == "region_chunk":
             self._pending.append(event["text"])
         elif event["type"] == "region_close" and field == "tool_calls":
@@ -114,7 +101,7 @@ class ResponseParts:
         self._unsaid = self._unsaid[self._unsaid.index(text) + len(text) :]
 
 
-def _call(value: Any) -> Call:
+def _call(value: Any) -> ToolCall:
     function = value.get("function") if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call needs a name")
@@ -123,4 +110,4 @@ def _call(value: Any) -> Call:
         arguments = json.loads(arguments)
     if not isinstance(arguments, Mapping):
         raise ValueError("a tool call's arguments are an object")
-    return Call(function["name"], arguments)
+    return ToolCall(function["name"], arguments)

@@ -1,37 +1,34 @@
-"""How the next token is drawn from a step's logits."""
+"""What a caller may say about how tokens are chosen; plain data, without torch."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from transformers.generation import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from hybrimoe_kt.errors import ConfigError
 
-__all__ = ["Draw", "Drawn", "Sampling"]
+__all__ = ["Sampling"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 takes the likeliest and ignores `top_p`, `top_k`, `min_p`, `seed`."""
+    """How the next token is drawn; temperature 0 takes the likeliest and ignores `top_p`, `top_k`, `min_p`, `seed`.
+
+    ConfigError for a value outside its range.
+    """
 
     max_new_tokens: int = 256
+    """Longest answer, tokens; the context may end it sooner."""
     temperature: float = 0.7
+    """Divides the logits; 0 or more."""
     top_p: float = 0.95
+    """Only the likeliest tokens that have this probability together; above 0, at most 1."""
     top_k: int = 0
     """Only so many likeliest tokens; 0: all."""
     min_p: float = 0.0
-    """Only tokens of at least this share of the likeliest one's probability."""
+    """Only tokens of at least this share of the likeliest one's probability, 0 to 1."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens met in prompt or answer (multiplies negative ones)."""
+    """Divides the logits of tokens met in prompt or answer (multiplies negative ones); above 0."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time the answer has it."""
     presence_penalty: float = 0.0
@@ -39,77 +36,21 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> what is added to its logit."""
     seed: int | None = None
+    """The same seed draws the same tokens; None: another one every time."""
     num_logprobs: int | None = None
     """Log-probabilities of the drawn token and of so many likeliest ones; None: none at all."""
 
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A drawn token; natural log-probabilities under the model's own distribution, before any of `Sampling`'s changes.
-
-    `likeliest` holds `(token, logprob)` in falling order.
-    """
-
-    token: int
-    logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, "1 or more", self.max_new_tokens >= 1)
+        _check("temperature", self.temperature, "0 or more", self.temperature >= 0)
+        _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
+        _check("top_k", self.top_k, "0 (all) or more", self.top_k >= 0)
+        _check("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
+        _check("repetition_penalty", self.repetition_penalty, "above 0", self.repetition_penalty > 0)
+        if self.num_logprobs is not None:
+            _check("num_logprobs", self.num_logprobs, "0 or more", self.num_logprobs >= 0)
 
 
-class Draw:
-    """Draws tokens one after the other; the same seed draws the same tokens."""
-
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
-        self._sampling = sampling
-        self._greedy = sampling.temperature < 1e-6  # below, dividing by it overflows
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
-        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
-        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
-        self._counts: Counter[int] = Counter()
-        self._met = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else {}
-        self._warpers = LogitsProcessorList([] if self._greedy else _warpers(sampling))
-
-    def __call__(self, logits: torch.Tensor) -> Drawn:
-        """Draw from `logits [vocab]`, float32 on the CPU, which stay as they are."""
-        scores = self._penalised(logits)
-        if self._greedy:
-            token = int(scores.argmax())
-        else:
-            warped = self._warpers(torch.empty(1, 0, dtype=torch.long), scores[None])
-            token = int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
-        self._counts[token] += 1
-        if self._sampling.num_logprobs is None:
-            return Drawn(token)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        best = logprobs.topk(min(self._sampling.num_logprobs, len(logprobs)))
-        return Drawn(
-            token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        )
-
-    def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
-        sampling = self._sampling
-        if sampling.logit_bias:
-            logits = logits.index_add(0, self._biased, self._biases)
-        if sampling.repetition_penalty != 1.0:
-            self._met.update(dict.fromkeys(self._counts))
-            penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-            logits = penalise(torch.tensor([list(self._met)]), logits[None].clone())[0]
-        if self._counts and (sampling.frequency_penalty or sampling.presence_penalty):
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
-            taken = sampling.frequency_penalty * counts + sampling.presence_penalty
-            logits = logits.index_add(0, torch.tensor(list(self._counts)), taken, alpha=-1)
-        return logits
-
-
-def _warpers(sampling: Sampling) -> list[object]:
-    warpers: list[object] = [TemperatureLogitsWarper(sampling.temperature)]
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers
+def _check(name: str, value: float, valid: str, is_valid: bool) -> None:
+    if not is_valid:
+        raise ConfigError(f"{name} is {value!r}, valid: {valid}")

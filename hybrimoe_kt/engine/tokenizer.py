@@ -95,9 +95,10 @@ def chat_prompt(
     options = dict(template_options or {})
     if taken := sorted(options.keys() & _TEMPLATE_ARGUMENTS):
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
+    conversation: Any = list(messages)  # of text only, by Transformers' annotation
     try:
-        filled = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None,
+        filled: Any = tokenizer.apply_chat_template(
+            conversation, tools=[dict(tool) for tool in tools] if tools else None,
             add_generation_prompt=True, tokenize=True, return_dict=True, **options,
         )  # fmt: skip
     except Exception as error:  # a template is a program of the file's own

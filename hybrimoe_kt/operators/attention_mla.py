@@ -38,6 +38,16 @@ class AbsorbedMLA(nn.Module):
     token), so it can be handed back and forth between the two.
     """
 
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+    kv_a_proj_with_mqa: Any
+    kv_a_layernorm: Any
+    kv_b_proj: Any
+    o_proj: Any
+    _stock: Any
+
     def __init__(
         self,
         key: str,
@@ -60,8 +70,9 @@ class AbsorbedMLA(nn.Module):
                 f"{key}: attention in transformers {found} takes {unknown[0]!r}, which AbsorbedMLA does not know; "
                 f"install an older version, or leave the rule out"
             )
-        self.layer_idx: int = orig_module.layer_idx
-        self.config, self.scaling = config, orig_module.scaling
+        stock: Any = orig_module
+        self.layer_idx: int = stock.layer_idx
+        self.config, self.scaling = config, float(stock.scaling)
         self.num_heads, self.kv_lora_rank = config.num_attention_heads, config.kv_lora_rank
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.absorb_for_prefill = absorb_for_prefill
@@ -87,12 +98,13 @@ class AbsorbedMLA(nn.Module):
         batch, tokens, _ = hidden_states.shape
         if tokens > 1 and not self.absorb_for_prefill:
             kwargs |= {"past_key_values": past_key_values} if cache is None else {"cache": cache}
-            return self._stock(  # type: ignore[no-any-return]  # by name: families order these differently
+            answer: tuple[torch.Tensor, None] = self._stock(  # by name: families order these differently
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 **kwargs,
             )
+            return answer
         query = self.q_proj(hidden_states) if self.q_proj is not None else self._low_rank_query(hidden_states)
         query = query.view(batch, tokens, self.num_heads, self.nope + self.rope).transpose(1, 2)
         query_nope, query_rope = query.split([self.nope, self.rope], dim=-1)
@@ -113,7 +125,8 @@ class AbsorbedMLA(nn.Module):
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        return query
 
     def _softmax(self, scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         tokens, length = scores.shape[-2:]

@@ -1,4 +1,4 @@
-"""The application: routes behind the gate, errors in the client's shape, the page's files at `/`."""
+"""The application: routes behind the access check, errors in the client's shape, the page's files at `/`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from starlette.types import ASGIApp
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import HybriMoEError
 
+from .access import Access
 from .body import BodyLimit
 from .errors import ApiError, Json, as_api_error, error_response
-from .gate import Gate
 from .ollama_routes import ollama_routes
 from .openai_routes import openai_routes
 from .service import Service
-from .stats import page_stats
 
 __all__ = ["make_app"]
 
@@ -58,7 +57,7 @@ def make_app(service: Service) -> ASGIApp:
         layers = CORSMiddleware(
             layers, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
-    return Gate(layers, service, {"/health", *page}, known)
+    return Access(layers, service, {"/health", *page}, known)
 
 
 def _add_own_routes(app: FastAPI, service: Service) -> None:
@@ -72,7 +71,7 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/hybrimoe/stats", tags=["server"])
     async def stats() -> Json:
-        return Json(page_stats(service))
+        return Json(service.metrics.page_stats(service.model_name))
 
 
 def _add_page(app: FastAPI) -> list[str]:

@@ -30,8 +30,8 @@ class BodyLimit:
             await error_response(scope["path"], refusal)(scope, receive, send)
             return
         except (TimeoutError, asyncio.TimeoutError):
-            refusal = ApiError(408, f"the request was not complete after {self._max_s:g} s", headers=_CLOSE)
-            await error_response(scope["path"], refusal)(scope, receive, send)
+            too_slow = ApiError(408, f"the request was not complete after {self._max_s:g} s", headers=_CLOSE)
+            await error_response(scope["path"], too_slow)(scope, receive, send)
             return
         if body is None:
             return
@@ -41,7 +41,8 @@ class BodyLimit:
             return pending.pop() if pending else await receive()
 
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-        await self._app(scope | {"headers": [*headers, (b"content-type", b"application/json")]}, replay, send)
+        headers.append((b"content-type", b"application/json"))
+        await self._app({**scope, "headers": headers}, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the body, None when the client left.

@@ -1,45 +1,39 @@
-"""Prometheus metrics: read when they are asked for, so that they cost an answer nothing."""
+"""The numbers of a running server, for Prometheus and the page: read when asked for, so that answers pay nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from hybrimoe_kt.engine.events import Finished
 from hybrimoe_kt.runtime import Health
 
-from .answer import End
-from .stats import busy_shares, moved_bytes, tokens_per_s
+from .engine import Engine
+from .queue import AnswerQueue
 
-if TYPE_CHECKING:
-    from .service import Service
-
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "Tally"]
 
 _FALLBACK_STATES = "off", "hybrid", "trying cpu_only", "trying gpu_only", "cpu_only", "gpu_only"
 
 
-class Metrics:
-    """Everything `/metrics` tells of one server."""
+class Tally:
+    """Counts requests and answers."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self) -> None:
         self.generated_tokens = 0
         """Of all answers that have ended."""
         self.last_tokens_per_s = 0.0
-        self._moved_bytes = 0
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._registry.register(self)
-        self._requests = Counter("hybrimoe_requests", "Requests answered", ("path", "status"), registry=self._registry)
-        self._answers = Counter("hybrimoe_answers", "Answers given", ("finish",), registry=self._registry)
+        self.registry = CollectorRegistry()
+        self._requests = Counter("hybrimoe_requests", "Requests answered", ("path", "status"), registry=self.registry)
+        self._answers = Counter("hybrimoe_answers", "Answers given", ("finish",), registry=self.registry)
         self._tokens = Counter(
-            "hybrimoe_tokens", "Tokens of prompts, of these reused, and of answers", ("kind",), registry=self._registry
+            "hybrimoe_tokens", "Tokens of prompts, of these reused, and of answers", ("kind",), registry=self.registry
         )
         self._seconds = Counter(
-            "hybrimoe_answer_seconds", "Time spent on prompts and answers", ("phase",), registry=self._registry
+            "hybrimoe_answer_seconds", "Time spent on prompts and answers", ("phase",), registry=self.registry
         )
         for kind in ("prompt", "reused", "generated"):
             self._tokens.labels(kind)
@@ -48,10 +42,10 @@ class Metrics:
         """Count a response."""
         self._requests.labels(path, str(status)).inc()
 
-    def count_answer(self, end: End) -> None:
+    def count_answer(self, finished: Finished) -> None:
         """Count an answer, whatever ended it."""
-        run = end.run
-        self._answers.labels(end.finish).inc()
+        run = finished.run
+        self._answers.labels(finished.reason).inc()
         self._tokens.labels("prompt").inc(run["prompt_tokens"])
         self._tokens.labels("reused").inc(run["reused_tokens"])
         self._tokens.labels("generated").inc(run["new_tokens"])
@@ -60,19 +54,54 @@ class Metrics:
         self._seconds.labels("prompt").inc(run["prefill_s"])
         self._seconds.labels("answer").inc(run["decode_s"])
 
+
+class Metrics:
+    """Everything that `/metrics` and `/hybrimoe/stats` tell of one server."""
+
+    def __init__(self, engine: Engine, queue: AnswerQueue, tally: Tally) -> None:
+        self._engine, self._queue, self._tally = engine, queue, tally
+        self._moved_bytes = 0
+        ProcessCollector(registry=tally.registry)
+        tally.registry.register(self)
+
+    def page_stats(self, model_name: str) -> dict[str, Any]:
+        """Everything since the start, `[num_layers][num_experts]` in `heat`, expert ids by layer in `last_token`."""
+        queue, counters = self._queue, self._engine.counters()
+        stats, hits = counters.statistics, counters.hits
+        current = self._engine.last_run()["new_tokens"] if queue.num_active else 0
+        return {
+            "model": model_name,
+            "accelerator": ", ".join(counters.accelerators) or "none",
+            "health": counters.health.as_dict(),
+            "num_layers": len(hits),
+            "num_experts": max(map(len, hits), default=0),
+            "tokens_per_s": self._tokens_per_s(),
+            "hit_rate": stats.get("hit_rate", 0.0),
+            "bytes_moved": _moved_bytes(stats),
+            "busy_share": _busy_shares(stats) if stats else {},
+            "generated_tokens": self._tally.generated_tokens + current,
+            "queue": {"active": queue.num_active, "waiting": queue.num_waiting, "limit": queue.max_waiting},
+            "heat": {"hits": hits, "misses": counters.misses},
+            "last_token": {"hits": counters.last_hits, "misses": counters.last_misses},
+        }
+
+    def _tokens_per_s(self) -> float:
+        """Decoding speed of the answer being given, or of the last one until there is anything to tell."""
+        return float(self._engine.last_run()["decode_tokens_per_s"]) or self._tally.last_tokens_per_s
+
     def text(self) -> bytes:
         """Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._tally.registry)
 
     def collect(self) -> Iterator[Metric]:
         """What the model and the queue count themselves."""
-        engine, queue = self._service.engine, self._service.queue
-        yield _gauge("tokens_per_second", "Of the answer being given, or the last one", tokens_per_s(self._service))
+        counters, queue = self._engine.counters(), self._queue
+        yield _gauge("tokens_per_second", "Of the answer being given, or the last one", self._tokens_per_s())
         yield _gauge("queue_active", "Answers being given", queue.num_active)
         yield _gauge("queue_waiting", "Requests waiting", queue.num_waiting)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)
-        yield from _health(engine.runtime.health())
-        stats = engine.runtime.statistics()
+        yield from _health(counters.health)
+        stats = counters.statistics
         if not stats:
             return
         yield _gauge("hit_rate", "Routed experts found on the accelerator, since the start", stats["hit_rate"])
@@ -80,10 +109,10 @@ class Metrics:
         for residency, name in (("hit", "hits"), ("pending", "pending"), ("miss", "misses")):
             experts.add_metric((residency,), stats[name])
         yield experts
-        self._moved_bytes = max(self._moved_bytes, moved_bytes(stats))  # a prefetch may be taken back, a counter not
+        self._moved_bytes = max(self._moved_bytes, _moved_bytes(stats))  # a prefetch may be taken back, a counter not
         yield CounterMetricFamily("hybrimoe_moved_bytes", "Expert bytes moved to accelerators", self._moved_bytes)
         shares = GaugeMetricFamily("hybrimoe_busy_share", "Predicted share of the time", labels=("resource",))
-        for resource, share in busy_shares(stats).items():
+        for resource, share in _busy_shares(stats).items():
             shares.add_metric((resource,), share)
         yield shares
 
@@ -109,3 +138,14 @@ def _health(health: Health) -> Iterator[Metric]:
 
 def _gauge(name: str, help_text: str, value: Any) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"hybrimoe_{name}", help_text, value)
+
+
+def _moved_bytes(stats: Mapping[str, float]) -> int:
+    """Expert bytes sent to accelerators since the start, on demand and ahead of it."""
+    return int(stats.get("transferred_bytes", 0) + stats.get("prefetched_bytes", 0))
+
+
+def _busy_shares(stats: Mapping[str, float]) -> dict[str, float]:
+    """Share of the predicted time that each resource was predicted to be busy, 0 to 1."""
+    elapsed_s = stats.get("elapsed_s", 0.0)
+    return {name: stats[f"{name}_busy_s"] / elapsed_s if elapsed_s else 0.0 for name in ("cpu", "gpu", "link")}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from hybrimoe_kt.engine.events import Answer, Event, Finished, ToolCall
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.tokenizer import template_takes
 
-from .answer import Call, End, Event, Said
 from .errors import ApiError, Json, as_api_error
 from .ollama_schema import ChatRequest, GenerateRequest, Message, Options, ShowRequest
 from .openai_routes import EventStream
@@ -105,7 +104,7 @@ def _check_model(service: Service, name: str) -> None:
 def _thinking(service: Service, think: bool | str | None) -> dict[str, Any]:
     if think is None:
         return {}
-    if not template_takes(service.engine.tokenizer, "enable_thinking"):
+    if not service.engine.vocabulary.takes("enable_thinking"):
         if think is False:
             return {}
         raise ApiError(400, f"{service.model_name!r} does not support thinking")
@@ -168,9 +167,9 @@ async def _lines(
     try:
         async for event in events:
             head = {"model": service.model_name, "created_at": _now()}
-            if isinstance(event, End):
-                yield _line(head | shape() | _ending(event, began))
-            elif isinstance(event, Call):
+            if isinstance(event, Finished):
+                yield _line(head | shape() | _ending(event.reason, event.run, began))
+            elif isinstance(event, ToolCall):
                 yield _line(head | shape(calls=[_shown_call(event)]) | {"done": False})
             elif event.text:
                 said = {"thoughts" if event.is_thought else "text": event.text}
@@ -184,17 +183,11 @@ async def _lines(
 async def _whole(
     service: Service, events: AsyncIterator[Event], shape: Callable[..., dict[str, Any]], began: float
 ) -> dict[str, Any]:
-    text, thoughts, calls, end = "", "", [], End("stop")
-    async for event in events:
-        if isinstance(event, Said):
-            text += "" if event.is_thought else event.text
-            thoughts += event.text if event.is_thought else ""
-        elif isinstance(event, Call):
-            calls.append(_shown_call(event))
-        else:
-            end = event
+    answer = Answer.of([event async for event in events])
+    calls = [_shown_call(call) for call in answer.tool_calls]
     head = {"model": service.model_name, "created_at": _now()}
-    return head | shape(text=text, thoughts=thoughts, calls=calls) | _ending(end, began)
+    said = shape(text=answer.text, thoughts=answer.thoughts, calls=calls)
+    return head | said | _ending(answer.reason, answer.run, began)
 
 
 def _in_message(*, text: str = "", thoughts: str = "", calls: list[Any] | None = None) -> dict[str, Any]:
@@ -210,16 +203,15 @@ def _in_response(*, text: str = "", thoughts: str = "", calls: list[Any] | None 
     return {"response": text, **({"thinking": thoughts} if thoughts else {})}
 
 
-def _shown_call(call: Call) -> dict[str, Any]:
+def _shown_call(call: ToolCall) -> dict[str, Any]:
     return {"function": {"name": call.name, "arguments": dict(call.arguments)}}
 
 
-def _ending(end: End, began: float) -> dict[str, Any]:
+def _ending(reason: str, run: Mapping[str, Any], began: float) -> dict[str, Any]:
     """Durations are nanoseconds."""
-    run = end.run
     return {
         "done": True,
-        "done_reason": "length" if end.finish == "length" else "stop",
+        "done_reason": "length" if reason == "length" else "stop",
         "total_duration": _ns(time.perf_counter() - began),
         "load_duration": 0,
         "prompt_eval_count": run.get("prompt_tokens", 0),
@@ -234,34 +226,34 @@ def _loaded(service: Service, said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _description(service: Service) -> dict[str, Any]:
-    config = service.engine.model.config
+    info = service.engine.info()
     details = {
         "parent_model": "",
         "format": "gguf",
-        "family": config.model_type,
-        "families": [config.model_type],
+        "family": info.architecture,
+        "families": [info.architecture],
         "parameter_size": "",
         "quantization_level": "",
     }
-    return {"size": service.engine.runtime.store.num_bytes, "digest": "0" * 64, "details": details}
+    return {"size": info.expert_bytes, "digest": "0" * 64, "details": details}
 
 
 def _shown_details(service: Service, started: str) -> dict[str, Any]:
-    config = service.engine.model.config
-    family = config.model_type
+    info = service.engine.info()
+    family = info.architecture
     capabilities = ["completion"]
     capabilities += ["tools"] if service.takes_tools else []
-    capabilities += ["thinking"] if template_takes(service.engine.tokenizer, "enable_thinking") else []
+    capabilities += ["thinking"] if service.engine.vocabulary.takes("enable_thinking") else []
     return {
         "modelfile": f"FROM {service.model_name}",
         "parameters": "",
-        "template": str(service.engine.tokenizer.chat_template or ""),
+        "template": service.engine.vocabulary.chat_template,
         "details": _description(service)["details"],
         "model_info": {
             "general.architecture": family,
             f"{family}.context_length": service.engine.context_tokens,
-            f"{family}.embedding_length": config.hidden_size,
-            f"{family}.block_count": config.num_hidden_layers,
+            f"{family}.embedding_length": info.hidden_size,
+            f"{family}.block_count": info.num_layers,
         },
         "capabilities": capabilities,
         "modified_at": started,

@@ -71,7 +71,7 @@ def completion_prompt(request: CompletionRequest) -> str | list[int]:
     _refuse(request, ("suffix",))
     prompt = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return prompt  # type: ignore[return-value]
+        return prompt
     if len(prompt) != 1:
         raise _unsupported("prompt", f"one prompt a request is answered here, not {len(prompt)}")
     return prompt[0]  # type: ignore[return-value]

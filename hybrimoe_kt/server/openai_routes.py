@@ -95,7 +95,7 @@ async def _stream(events: Events, reply: Reply, with_usage: bool) -> AsyncIterat
         shown = as_api_error(error)
         if not isinstance(error, ApiError):
             logger.warning("a stream was cut short: %s", error)
-        yield f"data: {Json(error_body('/v1', shown)).body.decode()}\n\n"
+        yield f"data: {bytes(Json(error_body('/v1', shown)).body).decode()}\n\n"
 
 
 async def _kept_alive(pieces: AsyncIterator[str]) -> AsyncIterator[str]:

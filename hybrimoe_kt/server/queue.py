@@ -9,7 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from .answer import Ask, End, Engine, Event, answer
+from hybrimoe_kt.engine.answer import Request, answer
+from hybrimoe_kt.engine.events import Event, Finished
+
+from .engine import Engine
 from .errors import ApiError
 
 __all__ = ["AnswerQueue", "Job"]
@@ -18,18 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """A request on its way. `emit` gets its events, last of all an `End` or an exception, on the queue's thread."""
+    """A request on its way. `emit` gets its events, last of all `Finished` or an exception, on the queue's thread."""
 
-    def __init__(self, ask: Ask, emit: Callable[[Event | Exception], None]) -> None:
-        self.ask, self.emit = ask, emit
+    def __init__(self, request: Request, emit: Callable[[Event | Exception], None]) -> None:
+        self.request, self.emit = request, emit
         self.stop = threading.Event()
 
 
 class AnswerQueue:
     """Owns the engine once started. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, max_waiting: int, on_end: Callable[[End], None] = lambda end: None) -> None:
-        self._engine, self.max_waiting, self._on_end = engine, max_waiting, on_end
+    def __init__(self, engine: Engine, max_waiting: int, on_finished: Callable[[Finished], None]) -> None:
+        """`on_finished` is told of every answer that ended without an error, on the queue's thread."""
+        self._engine, self.max_waiting, self._on_finished = engine, max_waiting, on_finished
         self._waiting: deque[Job] = deque()
         self._active: Job | None = None
         self._changed = threading.Condition()
@@ -103,12 +107,12 @@ class AnswerQueue:
 
     def _answer(self, job: Job) -> None:
         began = time.perf_counter()
-        last: Event | Exception = End("cancelled")
+        last: Event | Exception = Finished("cancelled")
         try:
-            for event in () if job.stop.is_set() else answer(self._engine, job.ask, job.stop):
-                if isinstance(event, End):
+            for event in () if job.stop.is_set() else answer(self._engine, job.request, job.stop):
+                if isinstance(event, Finished):
                     last = event
-                    self._on_end(event)
+                    self._on_finished(event)
                 else:
                     job.emit(event)
         except Exception as error:

@@ -12,8 +12,8 @@ import uvicorn
 
 from hybrimoe_kt.errors import ConfigError
 
-from .answer import Engine
 from .app import make_app
+from .engine import Engine
 from .service import Service
 from .settings import Settings
 

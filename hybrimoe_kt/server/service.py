@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from hybrimoe_kt.engine.response_format import ResponseParts, response_format
+from hybrimoe_kt.engine.answer import Request
+from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.tokenizer import template_takes
 from hybrimoe_kt.errors import CapacityError, ModelError
 
-from .answer import Ask, End, Engine, Event
+from .engine import Engine
 from .errors import ApiError, as_api_error
-from .metrics import Metrics
+from .metrics import Metrics, Tally
 from .queue import AnswerQueue, Job, shutting_down
 from .settings import Settings
 
@@ -39,10 +39,10 @@ class ChatInput:
 class Events:
     """The events of one answer as they come; leaving the `async with` ends the answer wherever it is."""
 
-    def __init__(self, queue: AnswerQueue, ask: Ask) -> None:
+    def __init__(self, queue: AnswerQueue, request: Request) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._queue, self._job = queue, Job(ask, self._emit)
+        self._queue, self._job = queue, Job(request, self._emit)
         queue.submit(self._job)
 
     def _emit(self, event: Event | Exception) -> None:
@@ -66,10 +66,10 @@ class Events:
             event = await self._arrived.get()
             if isinstance(event, Exception):
                 raise event
-            if isinstance(event, End) and event.finish == "cancelled":
+            if isinstance(event, Finished) and event.reason == "cancelled":
                 raise shutting_down()  # nobody else ends an answer that is still listened to
             yield event
-            if isinstance(event, End):
+            if isinstance(event, Finished):
                 return
 
 
@@ -79,8 +79,9 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self.model_name = settings.model_name or engine.model_name
-        self.metrics = Metrics(self)
-        self.queue = AnswerQueue(engine, settings.max_waiting, self.metrics.count_answer)
+        self.tally = Tally()
+        self.queue = AnswerQueue(engine, settings.max_waiting, self.tally.count_answer)
+        self.metrics = Metrics(engine, self.queue, self.tally)
         self.is_shutting_down = False
         self._tokenizing = asyncio.Lock()  # tokenizers are not made for several threads
 
@@ -102,10 +103,7 @@ class Service:
     @property
     def takes_tools(self) -> bool:
         """Whether chat template and notation of this model have tool calls."""
-        engine = self.engine
-        return template_takes(engine.tokenizer, "tools") and (
-            response_format(engine.tokenizer, engine.model, calls=True) is not None
-        )
+        return self.engine.vocabulary.takes_tools
 
     async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to answer a conversation."""
@@ -115,43 +113,47 @@ class Service:
                 param="tools", code="unsupported_parameter",
             )  # fmt: skip
         for name in given.template_options:
-            if not template_takes(self.engine.tokenizer, name):
+            if not self.engine.vocabulary.takes(name):
                 raise ApiError(
                     400, f"this model's chat template has no option {name!r}",
                     param="chat_template_kwargs", code="unsupported_parameter",
                 )  # fmt: skip
         _check_text([given.messages, given.tools, given.template_options])
+        vocabulary = self.engine.vocabulary
         prompt = await self._tokens(
-            lambda: self.engine.chat_ids(given.messages, given.tools or None, given.template_options)
+            lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
         )
-        template = response_format(self.engine.tokenizer, self.engine.model, calls=bool(given.tools))
-        parts = None
-        if template is not None:
-            parts = ResponseParts(self.engine.tokenizer, template, prompt, given.tools)
-        ask = Ask(prompt=prompt, sampling=sampling, stops=tuple(stops), parts=parts, one_call=given.one_call)
-        return self._begin(ask, "messages")
+        parts = vocabulary.response_parts(prompt, given.tools)
+        request = Request(
+            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
+        )
+        return self._begin(request, "messages")
 
     async def complete(self, prompt: str | list[int], sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to go on with a text, or with token ids."""
         _check_text(prompt)
-        tokens = prompt if isinstance(prompt, list) else await self._tokens(lambda: self.engine.text_ids(prompt))
-        return self._begin(Ask(prompt=tokens, sampling=sampling, stops=tuple(stops)), "prompt")
+        if isinstance(prompt, str):
+            text = prompt
+            tokens = await self._tokens(lambda: self.engine.vocabulary.text_ids(text))
+        else:
+            tokens = prompt
+        return self._begin(Request(prompt=tokens, sampling=sampling, stop_strings=tuple(stops)), "prompt")
 
-    def _begin(self, ask: Ask, param: str) -> Events:
+    def _begin(self, request: Request, param: str) -> Events:
         if self.is_shutting_down:
             raise shutting_down()
-        vocabulary = self.engine.model.get_input_embeddings().num_embeddings
-        if any(not 0 <= token < vocabulary for token in ask.sampling.logit_bias):
-            raise ApiError(400, f"logit_bias names tokens from 0 to {vocabulary - 1}", param="logit_bias")
-        if not ask.prompt:
+        size = self.engine.vocabulary.size
+        if any(not 0 <= token < size for token in request.sampling.logit_bias):
+            raise ApiError(400, f"logit_bias names tokens from 0 to {size - 1}", param="logit_bias")
+        if not request.prompt:
             raise ApiError(400, "the prompt is empty", param=param)
         try:
-            self.engine.check_length(ask.prompt)
+            self.engine.check_length(request.prompt)
         except CapacityError as error:
             raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
         except ModelError as error:
             raise ApiError(400, str(error), param=param) from None
-        return Events(self.queue, ask)
+        return Events(self.queue, request)
 
     async def _tokens(self, tokenize: Callable[[], list[int]]) -> list[int]:
         async with self._tokenizing:

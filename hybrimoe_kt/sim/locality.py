@@ -110,14 +110,16 @@ def _reused(trace: Trace, lag: int, position: int | None = None) -> npt.NDArray[
     if len(experts) <= lag:
         return np.empty(0, dtype=bool)
     valid = (requests[lag:] == requests[:-lag])[:, None] & (experts[lag:, :, 0] >= 0) & (experts[:-lag, :, 0] >= 0)
-    return _shared(experts, lag)[valid]
+    shared: npt.NDArray[np.bool_] = _shared(experts, lag)[valid]
+    return shared
 
 
 def _entropy(shares: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Return the entropy of the last axis in bits."""
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = np.where(shares > 0, -shares * np.log2(shares), 0.0)
-    return parts.sum(axis=-1)
+    entropy: npt.NDArray[np.floating] = parts.sum(axis=-1)
+    return entropy
 
 
 def _router_entropy(trace: Trace) -> npt.NDArray[np.floating] | None:
@@ -128,7 +130,8 @@ def _router_entropy(trace: Trace) -> npt.NDArray[np.floating] | None:
 
 
 def _top(ordered: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.floating]:
-    return ordered[:, : max(1, int(ordered.shape[1] * share))].sum(axis=1)
+    top: npt.NDArray[np.floating] = ordered[:, : max(1, int(ordered.shape[1] * share))].sum(axis=1)
+    return top
 
 
 def _mean(values: npt.NDArray[np.bool_]) -> float | None:

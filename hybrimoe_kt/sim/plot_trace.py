@@ -120,7 +120,7 @@ def _lowest(curves: Mapping[str, Mapping[str, Sequence[float]]], window: int) ->
     """Where the axis begins, %: below what caches reach once they are full, so that policies are told apart."""
     lines = [rates for lines in curves.values() for rates in lines.values()]
     settled = [min(rates[window:] or rates) for rates in lines]
-    return max(-2.0, 10 * np.floor(10 * min(settled)) - 10)
+    return max(-2.0, 10 * float(np.floor(10 * min(settled))) - 10)
 
 
 def _runs(present: npt.NDArray[np.bool_], first_step: int) -> list[tuple[float, int]]:

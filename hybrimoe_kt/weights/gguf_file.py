@@ -157,7 +157,7 @@ class _Header:
     """A cursor over the mapped bytes; running past the end is a ModelError."""
 
     def __init__(self, blob: np.ndarray, file: Path) -> None:
-        self.blob, self.file, self.position = memoryview(blob), file, 0
+        self.blob, self.file, self.position = memoryview(blob.data), file, 0
 
     def take(self, num_bytes: int) -> memoryview:
         end = self.position + num_bytes
@@ -211,7 +211,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], np.memmap
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ModelError(f"{file}: damaged GGUF: general.alignment is {alignment!r}, not a power of two")
     start = math.ceil(header.position / alignment) * alignment
-    return metadata, {name: _view(file, blob, start, name, *rest) for name, *rest in table}, blob
+    return metadata, {entry[0]: _view(file, blob, start, *entry) for entry in table}, blob
 
 
 def _table_entry(header: _Header) -> tuple[str, tuple[int, ...], int, int]:

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends import gpu_triton
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
@@ -27,6 +26,7 @@ from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels import workspace
 from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
+from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.generated_model import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
+from tests.support.generated_model import Type, random_blocks
 
 pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend

@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels.layer import LayerKernels
 from tests.kernels.layers import DEVICE, SlottedLayer, routed, slotted_layer
+from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 

@@ -10,10 +10,10 @@ from benchmarks import hybrid
 from benchmarks.on_gpu import shapes
 from benchmarks.on_gpu.generate import _tensors, file_bytes, write_model
 from benchmarks.on_gpu.plan import MODELS, Plan
-from benchmarks.random_blocks import Type
 from hybrimoe_kt.device.page_locks import PAGE
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
+from tests.support.generated_model import Type
 
 POOLS = {True: 1 << 16, False: 1 << 15}
 PROMPT = [7, 91, 13, 200, 55]

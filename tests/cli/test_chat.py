@@ -23,6 +23,7 @@ from rich.console import Console
 from hybrimoe_kt.cli.chat import run_chat
 from hybrimoe_kt.cli.chat_input import MessagePrompt, is_complete, message_of
 from hybrimoe_kt.cli.chat_output import StreamPrinter, flatten, short, summary_line, visible
+from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.errors import CapacityError, KernelError
 
 RUN = {
@@ -47,9 +48,9 @@ class Parrot:
         self.heard: list[list[str]] = []
         self.asked: list[dict] = []
 
-    def stream(self, messages, *, stop, **sampling):
+    def stream(self, messages, *, stop, **how):
         self.heard.append([f"{message['role'][0]}:{message['content']}" for message in messages])
-        self.asked.append(sampling)
+        self.asked.append(how)
         text = messages[-1]["content"]
         if text == "too long":
             raise CapacityError("the conversation has 9 tokens, the context holds 8")
@@ -97,7 +98,8 @@ def chat(*messages, engine=None, width=80):
 def test_conversation_grows_and_options_reach_the_engine():
     engine, shown = chat("hello", "and now")
     assert engine.heard == [["u:hello"], ["u:hello", "a:hello ", "u:and now"]]
-    assert engine.asked[0] == {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    sampling = Sampling(max_new_tokens=64, temperature=0.5, top_p=0.9, seed=3)
+    assert engine.asked[0] == {"sampling": sampling, "as_written": True}
     assert "parrot [bold]1B: type a message" in shown
     assert "12 in at 56.8/s · 34 out at 9.9/s · experts 123.5k CPU 789 GPU · 71% hits" in shown
 
@@ -129,11 +131,11 @@ def test_interrupt_stops_the_answer_and_keeps_what_was_said():
 
 def test_interrupt_before_the_first_word_forgets_the_message():
     class Slow(Parrot):
-        def stream(self, messages, *, stop, **sampling):
+        def stream(self, messages, *, stop, **how):
             if messages[-1]["content"] == "first":
                 os.kill(os.getpid(), signal.SIGINT)
                 return iter(())
-            return super().stream(messages, stop=stop, **sampling)
+            return super().stream(messages, stop=stop, **how)
 
     engine, shown = chat("first", "second", engine=Slow())
     assert engine.heard == [["u:second"]]
@@ -142,7 +144,7 @@ def test_interrupt_before_the_first_word_forgets_the_message():
 
 def test_third_interrupt_leaves_when_the_engine_does_not_listen(capfd):
     class Deaf(Parrot):
-        def stream(self, messages, **sampling):
+        def stream(self, messages, **how):
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGINT)
                 yield "la "
@@ -305,7 +307,7 @@ from hybrimoe_kt.cli.chat import run_chat
 
 class Slow:
     model_name = "slow"
-    def stream(self, messages, *, stop, **sampling):
+    def stream(self, messages, *, stop, **how):
         for n in range(200):
             if stop.is_set():
                 return

@@ -1,77 +1,110 @@
-"""The `ktransformers` command as a user runs it: in a process of its own."""
+"""The `ktransformers` command: in processes of its own where that matters, else in this one."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from hybrimoe_kt.cli import loading
 from hybrimoe_kt.cli import main as command
 from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
-from tests.timelines import check
+from tests.support.timelines import check
 
 REQUIRED = {"prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "experts_on_cpu", "experts_on_gpu"}
 REQUIRED |= {"transfers", "text"}
 
 
-def run(*arguments: str | Path, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    data = stdin if isinstance(stdin, bytes) else stdin.encode()
-    done = subprocess.run(
-        [sys.executable, "-m", "hybrimoe_kt", *map(str, arguments)],
-        input=data, capture_output=True, timeout=120, check=False, env=os.environ | environment,
-    )  # fmt: skip
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+class Answered(NamedTuple):
+    """A command that ended with code 0."""
+
+    stdout: str
+    stderr: str
+    report: dict[str, Any]
 
 
-def answer(tmp_path: Path, *arguments: str | Path, stdin: str = "") -> tuple[str, dict[str, Any]]:
-    report = tmp_path / "stats.json"
-    done = run(*arguments, "--max_new_tokens", "8", "--temperature", "0", "--stats-json", report, stdin=stdin)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(report.read_text(encoding="utf-8"))
+Ask = Callable[..., Answered]
 
 
-def test_one_answer_is_all_of_standard_output(tmp_path: Path) -> None:
-    text, report = answer(tmp_path, "--prompt", "Hello! How are you today?")
-    assert report.keys() >= REQUIRED
-    assert text == report["text"] + "\n"
-    assert report["new_tokens"] > 3
-    assert report["experts_on_gpu"] == report["transfers"] == 0
-    assert report["experts_on_cpu"] > 0
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Answered]:
+    """The same question to two processes of their own, as a user starts them; the second is given rules in a file.
+
+    No more than two: each takes seconds to import torch.
+    """
+    folder = tmp_path_factory.mktemp("processes")
+    rules = _rules(folder)
+    rules.write_text(rules.read_text() + "- match: {name: '^never$'}\n  replace: {class: default}\n", encoding="utf-8")
+    ended = []
+    for more in ([], ["--optimize_config_path", str(rules)]):
+        report = folder / "stats.json"
+        command = [sys.executable, "-m", "hybrimoe_kt", *DRAWN, "5", "--stats-json", str(report), *more]
+        done = subprocess.run(command, input=b"", capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        told = json.loads(report.read_text(encoding="utf-8"))
+        ended.append(Answered(done.stdout.decode(), done.stderr.decode(), told))
+    return ended
 
 
-def test_the_emulated_accelerator_takes_the_same_path(tmp_path: Path) -> None:
-    plain, _ = answer(tmp_path, "--prompt", "Good morning.", "--cpu_backend", "torch_reference")
-    emulated, report = answer(
-        tmp_path, "--prompt", "Good morning.", "--cpu_backend", "torch_reference",
-        "--accelerator", "emulated", "--cache_size", "25%", "--prefetch_size", "2", "--verbose",
-    )  # fmt: skip
-    assert emulated == plain
+@pytest.fixture
+def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Run a command in this process."""
+
+    def answer(*arguments: str | Path, stdin: str = "") -> Answered:
+        report = tmp_path / "stats.json"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        assert main([*map(str, arguments), "--stats-json", str(report)]) == 0
+        printed = capsys.readouterr()
+        return Answered(printed.out, printed.err, json.loads(report.read_text(encoding="utf-8")))
+
+    return answer
+
+
+DRAWN = ["--prompt", "Hello! How are you today?", "--temperature", "1", "--max_new_tokens", "12", "--seed"]
+GREEDY = ["--max_new_tokens", "8", "--temperature", "0"]
+
+
+def test_one_answer_is_all_of_standard_output(processes: list[Answered]) -> None:
+    for text, _, report in processes:
+        assert report.keys() >= REQUIRED
+        assert text == report["text"] + "\n"
+        assert report["new_tokens"] > 3
+        assert report["experts_on_gpu"] == report["transfers"] == 0
+        assert report["experts_on_cpu"] > 0
+
+
+def test_the_emulated_accelerator_takes_the_same_path(ask: Ask) -> None:
+    asked = ["--prompt", "Good morning.", "--cpu_backend", "torch_reference", *GREEDY]
+    plain = ask(*asked)
+    emulated = ask(*asked, "--accelerator", "emulated", "--cache_size", "25%", "--prefetch_size", "2", "--verbose")
+    assert emulated.stdout == plain.stdout
+    report = emulated.report
     assert report["experts_on_gpu"] > 0
     assert 0 < report["hit_rate"] < 1
     assert report["per_token_ms"].keys() == {"experts", "attention", "overhead", "other", "total"}
 
 
-def test_a_prompt_may_come_from_a_pipe_or_a_file_and_flags_may_have_hyphens(tmp_path: Path) -> None:
-    piped, _ = answer(tmp_path, "--cpu-infer", "1", stdin="Good morning.")
+def test_a_prompt_may_come_from_a_pipe_or_a_file_and_flags_may_have_hyphens(tmp_path: Path, ask: Ask) -> None:
+    piped = ask("--cpu-infer", "1", *GREEDY, stdin="Good morning.")
     file = tmp_path / "prompt.txt"
     file.write_text("Good morning.", encoding="utf-8")
-    from_file, _ = answer(tmp_path, "--prompt-file", file, "--use_cuda_graph", "False")
-    assert piped == from_file
+    from_file = ask("--prompt-file", file, "--use_cuda_graph", "False", *GREEDY)
+    assert piped.stdout == from_file.stdout
 
 
-def test_the_same_seed_draws_the_same_answer() -> None:
-    drawn = ["--prompt", "Hi", "--temperature", "1", "--max_new_tokens", "12", "--seed"]
-    first, again, other = (run(*drawn, seed) for seed in ("5", "5", "6"))
-    assert first.stdout == again.stdout != other.stdout
+def test_the_same_seed_draws_the_same_answer(processes: list[Answered], ask: Ask) -> None:
+    first, again = processes
+    assert first.stdout == again.stdout
+    here, other = ask(*DRAWN, "5"), ask(*DRAWN, "6")
+    assert here.stdout == ask(*DRAWN, "5").stdout != other.stdout
 
 
 def _written(tmp_path: Path, name: str, content: bytes | str) -> Path:
@@ -142,17 +175,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert printed.out == ""
 
 
-def test_a_rule_that_matches_nothing_is_a_warning(tmp_path: Path) -> None:
-    rules = _rules(tmp_path)
-    rules.write_text(rules.read_text() + "- match: {name: '^never$'}\n  replace: {class: default}\n", encoding="utf-8")
-    done = run("--optimize_config_path", rules, "--prompt", "Hi", "--max_new_tokens", "2")
-    assert done.returncode == 0
-    assert "rule 2 matches no module" in done.stderr
+def test_a_rule_that_matches_nothing_is_a_warning(processes: list[Answered]) -> None:
+    plain, with_rules = processes
+    assert "rule 2 matches no module" in with_rules.stderr
+    assert "matches no module" not in plain.stderr
 
 
 def test_help_shows_an_example() -> None:
-    done = run("--help")
-    assert done.returncode == 0
+    done = subprocess.run([sys.executable, "-m", "hybrimoe_kt", "--help"], capture_output=True, text=True, check=True)
     assert "ktransformers --gguf_path" in done.stdout
 
 
@@ -177,7 +207,7 @@ class FakeEngine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr(command, "load_engine", lambda options, console: fake)
+    monkeypatch.setattr(loading, "load_engine", lambda options, console: fake)
     return fake
 
 
@@ -319,7 +349,7 @@ def test_a_timeline_of_the_answer_is_written(tmp_path: Path, capsys: pytest.Capt
 def test_a_timeline_that_cannot_be_written_is_refused_before_loading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_engine", lambda *_: pytest.fail("the model was loaded"))
     assert main(["--prompt", "Hi", "--timeline", "/nowhere/run.json"]) == 2
     assert "--timeline /nowhere/run.json: cannot be written there" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.cli.tools import COMMANDS, main
-from tests.timelines import check, read
+from tests.support.timelines import check, read
 
 SMALL = ["--model", "deepseek-v2-lite", "--hardware", "default", "--prompt-tokens", "8", "--tokens", "2"]
 TRACE = str(Path(__file__).parents[1] / "data" / "traces" / "gemma4-26b-a4b.npz")

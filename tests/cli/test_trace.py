@@ -17,7 +17,7 @@ from hybrimoe_kt.cli.tools import main
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.sim.record import Recorder
 from hybrimoe_kt.sim.trace_file import read_trace
-from tests.timelines import check
+from tests.support.timelines import check
 
 TEXT = "The river ran past the old mill, and the miller counted every stone that the water had moved. " * 3
 EMULATED = ["--accelerator", "emulated", "--cpu_backend", "torch_reference", "--cache-size", "8"]

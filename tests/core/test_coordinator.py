@@ -14,47 +14,32 @@ from hybrimoe_kt.core.policies import POLICIES
 from hybrimoe_kt.core.prefetch.predictors import PREDICTORS
 from hybrimoe_kt.core.schedule import SCHEDULERS
 from hybrimoe_kt.core.strategy import Strategy
-from hybrimoe_kt.core.types import LayerSpec, Routing, Transfer
+from hybrimoe_kt.core.types import LayerSpec, Orders, Routing
 from hybrimoe_kt.errors import ConfigError
 from tests.core.instances import cost_of
+from tests.core.mirror import Mirror
 from tests.core.walks import EXPERT_BYTES, MODEL, drive, make_coordinator, walk
-
-
-class Mirror:
-    """Replays transfers into plain slot tables: what a device following orders would have in memory."""
-
-    def __init__(self) -> None:
-        self.slots: dict[tuple[int, int], int] = {}
-
-    def copy(self, transfer: Transfer) -> None:
-        key = (transfer.expert.layer, transfer.slot)
-        if transfer.evicted is not None:
-            assert self.slots.get(key) == transfer.evicted.index, f"{transfer} evicts what is not there"
-        self.slots[key] = transfer.expert.index
 
 
 @pytest.mark.parametrize("num_slots", [0, 1, 2, 5, 16])
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_every_expert_is_computed_once_from_the_right_slot(scheduler: str, num_slots: int) -> None:
     coordinator = make_coordinator(num_slots, scheduler=scheduler, prefetch_size=2, prefetch_depth=2)
-    mirror, fresh = Mirror(), {}
-    for transfer in coordinator.initial_transfers():
-        mirror.copy(transfer)
-    for routing, plan, prefetches, aborted in drive(coordinator, walk(7, 30), look_ahead=2):
-        assert sorted([*plan.cpu, *plan.gpu]) == sorted(routing.loads)
-        assert set(plan.slots) == set(plan.gpu)
-        fresh = {t.expert.index: t for t in plan.transfers}
-        for expert in plan.gpu:  # a slot's old expert must have been used by the time its transfer is queued
-            if expert in fresh:
-                mirror.copy(fresh[expert])
-            assert mirror.slots[plan.layer, plan.slots[expert]] == expert
-        for transfer in prefetches:
-            if transfer.expert.layer == plan.layer:
-                assert transfer.slot not in plan.slots.values(), "a prefetch may not touch a slot in use"
-            mirror.copy(transfer)
-        for transfer in aborted:
-            mirror.slots.pop((transfer.expert.layer, transfer.slot), None)
+    mirror = Mirror(dict.fromkeys(range(3), num_slots))
+    mirror.follow(Orders(transfers=coordinator.initial_transfers()))
+    routings = walk(7, 30)
+    for position, routing in enumerate(routings):
+        made = coordinator.plan(routing)
+        assert sorted([*made.cpu, *made.gpu]) == sorted(routing.loads)
+        assert set(made.slots) == set(made.gpu)
+        mirror.follow(made)
+        ahead = coordinator.prefetch(made, routings[position + 1 : position + 3])
+        for transfer in ahead.transfers:
+            if transfer.expert.layer == made.layer:
+                assert transfer.slot not in made.slots.values(), "a prefetch may not touch a slot in use"
+        mirror.follow(ahead)
         coordinator.check_integrity()
+        mirror.follow(coordinator.finish(made))
     coordinator.check_integrity()
     assert coordinator.stats.num_plans == 90
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.generated_model import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
@@ -23,6 +22,7 @@ from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
+from tests.support.generated_model import Type, random_blocks
 
 EXPERTS, TOP_K, HIDDEN, INTER, LAYERS, CHUNK = 8, 3, 32, 64, 3, 6
 _TYPES = ((Type.Q8_0, Type.Q5_0), (Type.F16, Type.F16), (Type.Q4_0, Type.Q8_0))

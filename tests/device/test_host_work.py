@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
 from hybrimoe_kt.device import cores, waiting
 from hybrimoe_kt.device.emulated.faults import Faults
-from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
+from hybrimoe_kt.device.emulated.journal import JournalAccelerator
 from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
 from hybrimoe_kt.device.waiting import Patience
 from hybrimoe_kt.errors import CapacityError
@@ -20,34 +19,10 @@ from hybrimoe_kt.errors import CapacityError
 from .machine import EXPERTS, LAYERS, TOP_K, Machine, make
 
 
-class Journal(ImmediateAccelerator):
-    """Does at once what it is given, and writes down at which site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: list[str] = []
-
-    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, site: str) -> None:
-        self.sites.append(site)
-        super().copy(stream, target, source, site)
-
-    def launch(
-        self,
-        stream: Any,
-        work: Callable[[], None],
-        *,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
-        site: str,
-    ) -> None:
-        self.sites.append(site)
-        super().launch(stream, work, reads=reads, writes=writes, site=site)
-
-
-def journal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Machine, Journal]:
-    accelerator = Journal()
+def journal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Machine, JournalAccelerator]:
+    accelerator = JournalAccelerator()
     machine = make(monkeypatch, 0, accelerator=accelerator, **options)
-    accelerator.sites.clear()
+    accelerator.entries.clear()
     return machine, accelerator
 
 
@@ -131,7 +106,7 @@ def test_a_whole_layer_is_read_where_its_gates_look_at_one_that_is_not(monkeypat
     machine.runtime.coordinator.drop(1, 0)
     machine.run(0, 1)
     assert "routing to host" in accelerator.sites
-    accelerator.sites.clear()
+    accelerator.entries.clear()
     machine.run(2, 1)
     assert "routing to host" not in accelerator.sites, "nothing follows the last layer"
 
@@ -257,4 +232,4 @@ def test_no_memory_for_the_workspace_is_told_before_anything_runs(monkeypatch: p
 
     monkeypatch.setattr(TorchReferenceGpu, "prepare", prepare)
     with pytest.raises(CapacityError, match=r"emulated:0 has no memory left .* larger reserve_bytes"):
-        make(monkeypatch, 0, accelerator=Journal())
+        make(monkeypatch, 0, accelerator=JournalAccelerator())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.generated_model import Type
 from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.core.types import ExpertId, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
@@ -21,6 +20,7 @@ from hybrimoe_kt.device.transfers import TransferQueue
 from hybrimoe_kt.device.waiting import Patience
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 from tests.backends.test_llamafile import EXPERTS, TOP_K, layer
+from tests.support.generated_model import Type
 
 KINDS = [Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.F16]
 

@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from benchmarks.generated_metadata import GRANITE
-from benchmarks.generated_model import GeneratedModel, Shape
+from tests.support.generated_metadata import GRANITE
+from tests.support.generated_model import GeneratedModel, Shape
 
 __all__ = ["greedy", "logits_of", "stock_model"]
 

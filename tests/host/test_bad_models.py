@@ -12,7 +12,6 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type, generate
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
@@ -21,6 +20,7 @@ from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import Routed
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
+from tests.support.generated_model import GeneratedModel, Shape, Type, generate
 
 Make = Callable[[Shape], GeneratedModel]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.host.hf.loading import _skeleton, _stored
@@ -20,6 +19,7 @@ from hybrimoe_kt.host.hf.sources import open_source
 from hybrimoe_kt.weights import lazy as lazy_tensors
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 from hybrimoe_kt.weights.lazy import LazyTensor
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 CPU, META = torch.device("cpu"), torch.device("meta")

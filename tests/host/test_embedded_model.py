@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.models import recorded_traces
 from hybrimoe_kt.sim.trace_file import read_trace
@@ -85,7 +86,7 @@ def test_both_models_share_a_tokenizer(embedded_model: Path, tiny_model: Path) -
 
 def test_the_first_answer_is_english_that_ends(engine: Engine) -> None:
     """What `make chat PROMPT=...` of the README shows."""
-    answer = "".join(engine.stream([{"role": "user", "content": PROMPTS[0]}], max_new_tokens=64, temperature=0))
+    answer = "".join(engine.stream(PROMPTS[0], sampling=Sampling(max_new_tokens=64, temperature=0)))
     assert answer[0].isupper() and answer.rstrip()[-1] in ".!?" and 2 < len(answer.split()) < 50
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
+from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=10, temperature=0)
@@ -138,7 +138,7 @@ def test_messages_may_be_forgotten_and_begun_anew(tiny_model: Path) -> None:
     for texts in (["Hello there."], ["Good morning."], ["Good morning.", "Fine.", "And you?"], ["Hello there."]):
         roles = ["user", "assistant", "user"]
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        answer = "".join(engine.stream(messages, max_new_tokens=6, temperature=0))
+        answer = "".join(engine.stream(messages, sampling=Sampling(max_new_tokens=6, temperature=0)))
         assert answer.strip()
     assert engine.last_run()["reused_tokens"] >= 1
 

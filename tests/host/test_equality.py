@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 from .stock import greedy, logits_of, stock_model
 

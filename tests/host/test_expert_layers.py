@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.expert_layers import ExpertLayer, expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
+from tests.support.generated_model import GeneratedModel, Shape
 
 OLD = Shape(architecture="llama", head_dim=64, expert_tensors=True)
 

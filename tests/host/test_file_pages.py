@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.weights import file_pages
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 SMAPS = Path("/proc/self/smaps")

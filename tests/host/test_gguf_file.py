@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.hf.sources import _config
 from hybrimoe_kt.weights.gguf_file import GgufFile
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 MAPS = Path("/proc/self/maps")
 REFERENCE = {"cpu_backend": "torch_reference"}

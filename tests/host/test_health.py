@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.host import last_runs
 from hybrimoe_kt.host.last_runs import RunNote, failure_text, read_last_runs
 from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
+from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=4, temperature=0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.host.hf.loading import load_model
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 from .llama_cpp import LlamaCpp
 from .stock import logits_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
 from hybrimoe_kt.host.hf.loading import load_model
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 from .stock import greedy, logits_of, stock_model
 from .test_equality import PROMPT, SHAPES

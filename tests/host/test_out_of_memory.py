@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape, Type
-from hybrimoe_kt.engine import engine as engine_module
+from hybrimoe_kt.engine import token_generator
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -121,7 +121,7 @@ def test_room_is_made_when_nothing_holds_the_failed_step(generated: Make, monkey
         return tensor
 
     monkeypatch.setattr(
-        engine_module, "give_back_unused", lambda devices: alive.extend(ref() is not None for ref in held)
+        token_generator, "give_back_unused", lambda devices: alive.extend(ref() is not None for ref in held)
     )
     Full(last_mixer(engine), 2, allocate=allocate)
     gc.disable()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.host.hf.look_ahead import look_ahead
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.sim.record import Recorder
+from tests.support.generated_model import GeneratedModel, Shape
 
 
 @pytest.mark.parametrize("accelerator", ["none", "emulated"])

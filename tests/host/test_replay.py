@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.sim.record import Recorder
 from hybrimoe_kt.sim.replay import decisions
 from hybrimoe_kt.sim.trace_file import read_trace
+from tests.support.generated_model import GeneratedModel, Shape
 
 
 @pytest.mark.parametrize("predictor", ["stale_gate", "transition"])

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hybrimoe_kt.engine.detokenizer import TextPieces
-from hybrimoe_kt.engine.sampling import Draw, Sampling
+from hybrimoe_kt.engine.detokenizer import IncrementalDetokenizer
+from hybrimoe_kt.engine.sampler import Sampler
+from hybrimoe_kt.engine.sampling import Sampling
 
 VOCABULARY = 41
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
@@ -19,7 +20,7 @@ LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
 
 def drawn(count: int = 300, prompt: tuple[int, ...] = (), **options: object) -> list[int]:
     """Tokens drawn one after the other from the same logits."""
-    draw = Draw(Sampling(**{"temperature": 1.0, "top_p": 1.0, "seed": 5} | options), prompt)  # type: ignore[arg-type]
+    draw = Sampler(Sampling(**{"temperature": 1.0, "top_p": 1.0, "seed": 5} | options), prompt)  # type: ignore[arg-type]
     return [draw(LOGITS).token for _ in range(count)]
 
 
@@ -73,14 +74,14 @@ def test_repetition_counts_the_prompt_as_well() -> None:
 
 def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:
     options = {"temperature": 0.3, "logit_bias": {ranked()[5]: 100.0}, "num_logprobs": 2, "seed": 1, "top_p": 1.0}
-    told = Draw(Sampling(**options))(LOGITS)  # type: ignore[arg-type]
+    told = Sampler(Sampling(**options))(LOGITS)  # type: ignore[arg-type]
     expected = LOGITS.log_softmax(-1)
     assert told.token == ranked()[5]
     assert told.logprob == pytest.approx(float(expected[told.token]))
     assert [token for token, _ in told.likeliest] == ranked()[:2]
     assert [logprob for _, logprob in told.likeliest] == pytest.approx(expected[ranked()[:2]].tolist())
-    assert Draw(Sampling(num_logprobs=0))(LOGITS).likeliest == ()
-    assert Draw(Sampling())(LOGITS).logprob is None
+    assert Sampler(Sampling(num_logprobs=0))(LOGITS).likeliest == ()
+    assert Sampler(Sampling())(LOGITS).logprob is None
 
 
 def test_logits_stay_as_they_are() -> None:
@@ -99,12 +100,12 @@ def test_pieces_are_whole_characters_and_together_the_text(text: str, rubbish: b
     """One token a byte; what is no character at the end comes as U+FFFD."""
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ids = [ALPHABET.index(character) for piece, _ in pre.pre_tokenize_str(text) for character in piece]
-    pieces = TextPieces(BYTES)
+    pieces = IncrementalDetokenizer(BYTES)
     said = [pieces.step(token) for token in ids]
     assert "".join(said) + pieces.flush() == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in said)
-    more = TextPieces(BYTES)
+    more = IncrementalDetokenizer(BYTES)
     tokens = [*ids, *range(len(rubbish))]
     assert "".join(map(more.step, tokens)) + more.flush() == BYTES.decode(tokens)
     assert more.flush() == ""

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.sim.timeline import read_timeline, write_timeline
-from tests.timelines import arrivals_before_use, check, read
+from tests.support.generated_model import GeneratedModel, Shape
+from tests.support.timelines import arrivals_before_use, check, read
 
 LANES = {"steps", "scheduler", "GPU 0", "CPU", "link 0"}
 Build = Callable[..., Engine]

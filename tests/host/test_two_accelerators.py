@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
+from tests.support.generated_model import GeneratedModel, Shape
 
 RULES = """
 - match:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from benchmarks.random_blocks import Type, random_blocks
 from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.quants import TYPES, kernel_types
+from tests.support.random_blocks import Type, random_blocks
 
 KINDS = tuple(Type(row.number) for row in kernel_types())
 BLOCKS_OF_32 = tuple(Type(row.number) for row in kernel_types() if row.block_values == 32)

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.random_blocks import Type
 from hybrimoe_kt.backends.gpu_triton import _target_of
 from hybrimoe_kt.kernels.combine_pairs import combine_pairs, naive_combine_pairs
 from hybrimoe_kt.kernels.configs import (
@@ -27,6 +26,7 @@ from hybrimoe_kt.kernels.quantize_rows import naive_quantize_rows, quantize_rows
 from hybrimoe_kt.kernels.sort_pairs import naive_sort_pairs, sort_pairs
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
+from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.generated_model import Shape, Type
+from tests.support.generated_model import Shape, Type
 
 __all__ = ["FAMILIES", "Family", "model_directory", "on_cpu"]
 

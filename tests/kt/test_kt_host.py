@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.generated_model import GeneratedModel, Shape
+from tests.support.generated_model import GeneratedModel, Shape
 
 from . import environment
 from .legacy_models import FAMILIES, Family, model_directory, on_cpu

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.generated_model import GeneratedModel, Shape
 from hybrimoe_kt.device.inbox import Step
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import Routed, Runtime
 from hybrimoe_kt.runtime.routing import routing_of
+from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
 BACKENDS = ["torch_reference", "llamafile"]

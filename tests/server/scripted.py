@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybrimoe_kt.engine.detokenizer import TextPieces
-from hybrimoe_kt.engine.sampling import Drawn, Sampling
-from hybrimoe_kt.engine.tokenizer import chat_prompt
+from hybrimoe_kt.engine.facts import Counters, ModelInfo
+from hybrimoe_kt.engine.sampler import Sampled
+from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.vocabulary import Vocabulary
 from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.runtime.health import Health
 
@@ -60,13 +61,12 @@ class ScriptedEngine:
     ) -> None:
         self.script, self.before_token, self.context_tokens = script, before_token, context_tokens
         self.tokenizer = byte_tokenizer(chat_template)
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(model_type=model_type, hidden_size=8, num_hidden_layers=1),
+        model: Any = SimpleNamespace(
+            config=SimpleNamespace(model_type=model_type),
             get_input_embeddings=lambda: SimpleNamespace(num_embeddings=len(self.tokenizer)),
         )
-        self.runtime = SimpleNamespace(
-            coordinator=None, accelerators=(), store=SimpleNamespace(num_bytes=0), health=Health, statistics=dict
-        )
+        self.vocabulary = Vocabulary(self.tokenizer, model)
+        self._info = ModelInfo(architecture=model_type, hidden_size=8, num_layers=1, expert_bytes=0)
         self.prompts: list[str] = []
         self.samplings: list[Sampling] = []
         self._run = self._new_run([])
@@ -75,11 +75,13 @@ class ScriptedEngine:
         counts = dict.fromkeys(("reused_tokens", "new_tokens", "prefill_s", "decode_s", "decode_tokens_per_s"), 0)
         return counts | {"prompt_tokens": len(prompt), "finish": "stop"}
 
-    def chat_ids(self, messages: Any, tools: Any, template_options: Any) -> list[int]:
-        return chat_prompt(self.tokenizer, messages, tools, template_options)
+    def info(self) -> ModelInfo:
+        return self._info
 
-    def text_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+    def counters(self) -> Counters:
+        return Counters(
+            accelerators=(), health=Health(), statistics={}, hits=(), misses=(), last_hits=(), last_misses=()
+        )
 
     def check_length(self, prompt: list[int]) -> None:
         if not 0 < len(prompt) < self.context_tokens:
@@ -87,14 +89,11 @@ class ScriptedEngine:
         if max(prompt) >= len(self.tokenizer):
             raise ModelError(f"token {max(prompt)} is not one of the model's")
 
-    def pieces(self, *, keep_special: bool = False) -> TextPieces:
-        return TextPieces(self.tokenizer.backend_tokenizer, keep_special=keep_special)
-
-    def draws(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Iterator[Drawn]:
+    def generate(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Generator[Sampled, None, None]:
         self._run = run = self._new_run(prompt)
         self.prompts.append(self.tokenizer.decode(prompt))
         self.samplings.append(sampling)
-        for number, token in enumerate(self.text_ids(self.script(self.prompts[-1]))):
+        for number, token in enumerate(self.vocabulary.text_ids(self.script(self.prompts[-1]))):
             self.before_token(number, stop)
             if stop.is_set():
                 run["finish"] = "cancelled"
@@ -103,7 +102,7 @@ class ScriptedEngine:
                 run["finish"] = "length"
                 return
             run["new_tokens"] += 1
-            yield Drawn(token, -0.5, ((token, -0.5),) * (sampling.num_logprobs or 0))
+            yield Sampled(token, -0.5, ((token, -0.5),) * (sampling.num_logprobs or 0))
 
     def last_run(self) -> dict[str, Any]:
         return self._run

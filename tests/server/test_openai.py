@@ -10,6 +10,7 @@ import pytest
 from openai import OpenAI
 
 from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.engine.sampling import Sampling
 
 from .scripted import ScriptedEngine
 from .serving import Serving, serving
@@ -50,9 +51,9 @@ def test_a_chat_whole_and_streamed_is_what_the_engine_says(tiny: OpenAI, engine:
     assert chunks[-1].choices == []
     usage = chunks[-1].usage
     assert usage.completion_tokens == whole.usage.completion_tokens == 10
-    assert usage.prompt_tokens == whole.usage.prompt_tokens == len(engine.chat_ids(HELLO))
+    assert usage.prompt_tokens == whole.usage.prompt_tokens == len(engine.vocabulary.chat_ids(HELLO))
     assert usage.total_tokens == usage.prompt_tokens + 10
-    assert "".join(engine.stream(HELLO, max_new_tokens=10, temperature=0)) == text
+    assert "".join(engine.stream(HELLO, sampling=Sampling(max_new_tokens=10, temperature=0))) == text
 
 
 def test_a_conversation_that_goes_on_reuses_its_beginning(tiny: OpenAI) -> None:
@@ -89,7 +90,7 @@ def test_a_plain_completion_from_text_and_from_tokens(tiny: OpenAI, engine: Engi
     asked = {"model": "small-talk", "max_tokens": 8, "temperature": 0}
     text = tiny.completions.create(prompt=prompt, **asked).choices[0].text
     assert text
-    assert tiny.completions.create(prompt=engine.text_ids(prompt), **asked).choices[0].text == text
+    assert tiny.completions.create(prompt=engine.vocabulary.text_ids(prompt), **asked).choices[0].text == text
     assert tiny.completions.create(prompt=[prompt], **asked).choices[0].text == text
     streamed = [chunk.choices[0].text for chunk in tiny.completions.create(prompt=prompt, stream=True, **asked)]
     assert "".join(streamed) == text
@@ -112,7 +113,7 @@ def test_the_seed_and_the_temperature_decide(tiny: OpenAI) -> None:
 def test_a_bias_forbids_and_forces_a_token(tiny: OpenAI, engine: Engine) -> None:
     asked = {"model": "small-talk", "messages": HELLO, "temperature": 0}
     first = tiny.chat.completions.create(**asked, max_tokens=1).choices[0].message.content
-    token = engine.text_ids(" mountain")[0]
+    token = engine.vocabulary.text_ids(" mountain")[0]
     forced = tiny.chat.completions.create(**asked, max_tokens=3, logit_bias={str(token): 100})
     assert forced.choices[0].message.content == engine.tokenizer.decode([token] * 3)
     banned = {str(id): -100 for id in range(len(engine.tokenizer)) if engine.tokenizer.decode([id]) == first}

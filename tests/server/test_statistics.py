@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.server.service import Service
+from hybrimoe_kt.server.settings import Settings
+from tests.support.generated_model import GeneratedModel, Shape
 
+from .scripted import ScriptedEngine
 from .serving import Serving, serving
 
 
@@ -67,6 +72,19 @@ def test_the_metrics_agree_with_it(hybrid: Serving) -> None:
         assert metrics[f"hybrimoe_busy_share/{resource}"] == told["busy_share"][resource] > 0
     assert metrics["hybrimoe_requests_total//v1/completions/200"] >= 1
     assert metrics["process_resident_memory_bytes"] > 2**20
+
+
+def test_the_moved_bytes_never_fall() -> None:
+    """An aborted prefetch is taken back from the sum; a counter that falls reads as a restart."""
+    engine, seen = ScriptedEngine(), []
+    service = Service(engine, Settings())
+    for sent, taken_back in ((100, 0), (100, 40), (130, 40), (200, 0)):
+        stats = Stats()
+        stats.transferred_bytes, stats.prefetched_bytes = sent, 50 - taken_back
+        engine.runtime.statistics = stats.snapshot
+        text = service.metrics.text().decode()
+        seen += re.findall(r"^hybrimoe_moved_bytes_total (.*)$", text, re.MULTILINE)
+    assert [float(number) for number in seen] == [150, 150, 150, 250]
 
 
 def test_failures_are_counted_for_good(

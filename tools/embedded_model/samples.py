@@ -11,18 +11,18 @@ from pathlib import Path
 
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.engine.sampling import Sampling
 
 from .prompts import CONVERSATION, PROMPTS, STRANGE
 
-SAMPLED = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
-MAX_NEW_TOKENS = 160
+SAMPLED = Sampling(max_new_tokens=160, temperature=0.7, top_p=0.9, seed=1)
+GREEDY = Sampling(max_new_tokens=160, temperature=0.0)
 
 
-def answer(engine: Engine, messages: list[dict[str, str]], **sampling: float) -> str:
-    """One answer; greedy where no ``sampling`` is given."""
-    how = sampling or {"temperature": 0.0}
+def answer(engine: Engine, messages: list[dict[str, str]], sampling: Sampling = GREEDY) -> str:
+    """One answer, all of it."""
     engine.reset()
-    return "".join(engine.stream(messages, max_new_tokens=MAX_NEW_TOKENS, **how)).strip()
+    return "".join(engine.stream(messages, sampling=sampling, as_written=True)).strip()
 
 
 def conversation(engine: Engine) -> Iterator[tuple[str, str]]:
@@ -38,11 +38,11 @@ def conversation(engine: Engine) -> Iterator[tuple[str, str]]:
 def markdown(engine: Engine) -> str:
     """Everything as the model card shows it, unedited."""
     lines = [
-        f"Sampled with temperature {SAMPLED['temperature']}, top-p {SAMPLED['top_p']}, seed {SAMPLED['seed']}.",
+        f"Sampled with temperature {SAMPLED.temperature}, top-p {SAMPLED.top_p}, seed {SAMPLED.seed}.",
         "",
     ]
     for text in PROMPTS:
-        lines += _item(text, greedy=answer(engine, _ask(text)), sampled=answer(engine, _ask(text), **SAMPLED))
+        lines += _item(text, greedy=answer(engine, _ask(text)), sampled=answer(engine, _ask(text), SAMPLED))
     lines += ["", "A conversation, greedy:", ""]
     lines += [line for text, reply in conversation(engine) for line in _item(text, greedy=reply)]
     lines += ["", "What it should decline, greedy:", ""]

@@ -23,13 +23,12 @@ class Streaming:
         self._ahead: tuple[int, int] | None = None
         """A layer whose prefetch lent slots, and the layer that got them."""
 
-    def open(self, state: LayerState) -> None:
-        """Lend a prompt's layer its slots if the layer before has not: on-demand transfers may pass through them."""
-        state.open_stream()
-
     def left_behind(self, layer: int) -> LayerState | None:
         """The layer whose slots were lent for a prompt that ended before its time, as `layer`'s step shows."""
-        return None if self._ahead is None or layer in self._ahead else self._layers[self._ahead[1]]
+        if self._ahead is None or layer in self._ahead:
+            return None
+        state = self._layers[self._ahead[1]]
+        return state if state.is_streaming else None  # its slots may have been taken for good since
 
     def choose(self, layer: int, guess: Routing, scheduler: Scheduler, now_s: float, start_s: float) -> list[Transfer]:
         """Return what to bring for the layer after `layer`, which starts at `start_s`, beside what its cache holds.

@@ -133,7 +133,7 @@ class AdversarialAccelerator:
     def launch(
         self,
         stream: _Stream,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
@@ -158,7 +158,7 @@ class AdversarialAccelerator:
         if failure == "stall":
             stream.queue.is_stalled = True
 
-    def model_works(self, work: Callable[[], None], writes: Sequence[torch.Tensor]) -> None:
+    def model_works(self, work: Callable[[], object], writes: Sequence[torch.Tensor]) -> None:
         """Enqueue the model's own work on `compute`, which no injected fault strikes."""
         queue = self.compute.queue
         clock = self.adversary.submit(queue, [work])

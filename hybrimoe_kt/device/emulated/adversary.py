@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .races import Clock, RaceDetector
 
 __all__ = ["Adversary", "Mark", "Queue"]
@@ -31,7 +33,7 @@ class Mark:
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    steps: deque[Callable[[], None]]
+    steps: deque[Callable[[], object]]
 
 
 @dataclass(eq=False, slots=True)
@@ -75,7 +77,7 @@ class Adversary:
         self.queues.append(queue)
         return queue
 
-    def submit(self, queue: Queue, steps: Sequence[Callable[[], None]]) -> Clock:
+    def submit(self, queue: Queue, steps: Sequence[Callable[[], object]]) -> Clock:
         """Append work; return the clock at which it happens."""
         clock = self._enter(queue)
         queue.pending.append(_Work(deque(steps)))
@@ -112,7 +114,7 @@ class Adversary:
                 raise mark.error
         return mark.is_reached
 
-    def on_host(self, site: str, reads: Sequence, writes: Sequence) -> None:
+    def on_host(self, site: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """Book what the host touches."""
         self.detector.access(self.host, self.detector.tick(self.host), site, reads, writes)
 

@@ -78,7 +78,7 @@ class ImmediateAccelerator:
     def launch(
         self,
         stream: Stream,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],

@@ -23,7 +23,7 @@ class Access(NamedTuple):
     """Who touched something, at which of its own counts, and for what."""
 
     who: int
-    count: int
+    count: int  # type: ignore[assignment]  # the field hides tuple.count on purpose
     site: str
 
 

@@ -121,7 +121,7 @@ class TimedAccelerator(ImmediateAccelerator):
     def launch(
         self,
         stream: Any,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],

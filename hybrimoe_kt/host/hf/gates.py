@@ -30,9 +30,16 @@ class Gate:
     norm: torch.Tensor | None
     inputs: tuple[Any, ...]
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """What hidden states are multiplied by, `[num_experts, hidden]`."""
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor), "routers have a weight"
+        return weight
+
     def on(self, device: torch.device) -> Gate:
         """The gate itself, or a copy on `device` where its layer stands on another."""
-        if self.module.weight.device == device:
+        if self.weight.device == device:
             return self
         norm = None if self.norm is None else self.norm.to(device)
         inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in self.inputs)
@@ -79,14 +86,15 @@ class _OneByOne:
     """See `device.inbox.Predict`."""
 
     def __init__(self, layers: list[int], gates: Sequence[Gate], ratios: Sequence[torch.Tensor | None]) -> None:
-        self.layers, self._ahead = layers, list(zip(gates, ratios, strict=True))
-        self.num_experts = len(gates[0].module.weight)
+        self.layers: Sequence[int] = layers
+        self._ahead = list(zip(gates, ratios, strict=True))
+        self.num_experts = len(gates[0].weight)
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         logits = []
         for place, (gate, ratio) in enumerate(self._ahead):
-            corrected = hidden.to(gate.module.weight.dtype)
+            corrected = hidden.to(gate.weight.dtype)
             found, chosen = gate.ask(corrected if ratio is None else corrected * ratio)
             ids[place].copy_(chosen)
             logits.append(found)
@@ -106,7 +114,8 @@ class _Together:
     ) -> None:
         """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type."""
         assert choice is not None, "gates that choose otherwise are asked one by one"
-        self.layers, self.num_experts = layers, weights.shape[1]
+        self.layers: Sequence[int] = layers
+        self.num_experts = weights.shape[1]
         self._weights, self._choice = weights.transpose(1, 2), choice
         known = [ratio for ratio in ratios if ratio is not None]
         ones = [torch.ones_like(known[0]) if ratio is None else ratio for ratio in ratios] if known else []
@@ -138,17 +147,19 @@ def _by_logit(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def _by_biased_sigmoid(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    assert bias is not None, "chosen for gates that have one"
     return logits.float().sigmoid() + bias
 
 
 def _by_biased_softmax(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    assert bias is not None, "chosen for gates that have one"
     return torch.softmax(logits.float(), dim=-1) + bias
 
 
 @torch.no_grad()
 def _choice_of(gate: Gate) -> _Choice | None:
     """How a gate chooses, found out on random states; None if in no way known here."""
-    weight = gate.module.weight
+    weight = gate.weight
     generator = torch.Generator().manual_seed(20250405)
     hidden = torch.randn(_TRIED, weight.shape[-1], generator=generator).to(weight)
     hidden /= nn.functional.linear(hidden, weight).float().std().clamp_min(1e-6)  # logits of ordinary size: no ties
@@ -167,7 +178,7 @@ def _choice_of(gate: Gate) -> _Choice | None:
 
 def _in_one(gates: Sequence[Gate]) -> torch.Tensor | None:
     """Move the gates' weights into one tensor `[num_layers, num_experts, hidden]`; None where they differ in kind."""
-    weights = [gate.module.weight for gate in gates]
+    weights = [gate.weight for gate in gates]
     if len({(weight.shape, weight.dtype) for weight in weights}) > 1:
         return None
     together = torch.stack([weight.detach() for weight in weights])

@@ -7,9 +7,10 @@ float32, progress bar and load report. Transformers' internals are touched here 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,10 @@ class LoadedModel:
     loader: GgufLoader | CheckpointLoader
     architecture: Architecture
     rules_file: Path
-    warnings: list[str] = field(default_factory=list)
-    placement: Placement | None = None
-    crossings: Crossings | None = None
+    warnings: list[str]
+    placement: Placement
+    crossings: Crossings | None
     """Of hidden states between devices, where layers are divided over several."""
-    experts: ModelExperts = field(default_factory=ModelExperts)
     _runtime: Runtime | None = None
 
     @property
@@ -81,9 +81,50 @@ class LoadedModel:
         look_ahead(self.model, runtime, self.architecture, runtime.options.prefetch_depth)
 
 
+class _Injector:
+    """Puts operators into a model as the rules say, and keeps what it decided for the last one it was given."""
+
+    def __init__(
+        self, rules_file: Path, loader: GgufLoader | CheckpointLoader, device: str, overrides: Mapping[str, Any]
+    ) -> None:
+        """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers."""
+        self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
+        self._loader, self._device, self._overrides = loader, device, overrides
+        self.experts = ModelExperts()
+        self.placement = Placement({}, device)
+        self.warnings: list[str] = []
+
+    def __call__(self, model: nn.Module) -> None:
+        injections = rule_engine.match_modules(model, self._rules, default_device=self._device)
+        self.warnings = [
+            f"{self._rules_file}:{rule.line}: rule {rule.number} matches no module of this model"
+            for rule in rule_engine.unused_rules(self._rules, injections)
+        ]
+        self.placement = self._placed(model, injections)
+        self.experts = ModelExperts(overrides=self._overrides)
+        rule_engine.inject(model, injections, gguf_loader=self._loader, config=model.config, construct=self._construct)
+
+    def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
+        return cls(**contract, experts=self.experts) if issubclass(cls, HybriMoEExperts) else cls(**contract)
+
+    def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
+        device = self._device
+        placement, lacking = place_modules(model, injections, device)
+        if self._overrides.get("accelerator", "auto") != "auto" and placement.is_split:
+            self.warnings.append(
+                f"{self._rules_file} divides the layers; with --accelerator they all stand on {device}"
+            )
+            placement = Placement(dict.fromkeys(placement.places, device), device)
+        if lacking is not None:
+            self.warnings.append(_lacking_device(lacking, device))
+        return placement
+
+
 @register_quantization_config(_METHOD)
-class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+class _Config(QuantizationConfigMixin):
     """Carries the injection step into Transformers' loading; never saved."""
+
+    quant_method: Any  # one of Transformers' own by its annotation
 
     def __init__(self, inject: Callable[[nn.Module], None] | None = None, **_: Any) -> None:
         self.quant_method = _METHOD
@@ -94,10 +135,11 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(_METHOD)
-class _Quantizer(HfQuantizer):  # type: ignore[misc]
+class _Quantizer(HfQuantizer):
     """Replaces modules by operators before any weight is loaded; quantises nothing."""
 
     requires_calibration = False
+    quantization_config: _Config
 
     def __init__(self, quantization_config: _Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -137,45 +179,23 @@ def load_model(
     source = open_source(gguf_path, model_path)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
-    rules = rule_engine.load_rules(rules_file)
-    loaded = LoadedModel(None, loader, architecture, rules_file)  # type: ignore[arg-type]
-
-    accelerator = (option_overrides or {}).get("accelerator", "auto")
-
-    def inject(model: nn.Module) -> None:
-        injections = rule_engine.match_modules(model, rules, default_device=device)
-        for rule in rule_engine.unused_rules(rules, injections):
-            loaded.warnings.append(f"{rules_file}:{rule.line}: rule {rule.number} matches no module of this model")
-        placement, lacking = place_modules(model, injections, device)
-        if accelerator != "auto" and placement.is_split:
-            loaded.warnings.append(f"{rules_file} divides the layers; with --accelerator they all stand on {device}")
-            placement = Placement(dict.fromkeys(placement.places, device), device)
-        if lacking is not None:
-            loaded.warnings.append(_lacking_device(lacking, device))
-        loaded.placement = placement
-        loaded.experts = experts = ModelExperts(overrides=option_overrides)
-
-        def construct(cls: type[nn.Module], **contract: Any) -> nn.Module:
-            return cls(**contract, experts=experts) if issubclass(cls, HybriMoEExperts) else cls(**contract)
-
-        rule_engine.inject(model, injections, gguf_loader=loader, config=model.config, construct=construct)
-
+    inject = _Injector(rules_file, loader, device, option_overrides or {})
     skeleton = _skeleton(config)
     inject(skeleton)
-    if not loaded.experts.store.layers:
+    if not inject.experts.store.layers:
         raise ModelError(
             f"{rules_file}: no rule gives this model's experts to HybriMoEExperts, so they have no weights"
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
-    state = source.state(parameters, dtype, loaded.placement.device_of)
-    loaded.warnings = []
+    state = source.state(parameters, dtype, inject.placement.device_of)
     with _progress(progress):
-        loaded.model = _build(type(skeleton), config, state, inject, dtype, loaded.placement, source, parameters)
-    give_back_unused({parameter.device for parameter in loaded.model.parameters()})  # slots come next, and are large
-    if loaded.placement.is_split:
-        loaded.crossings = Crossings(loaded.model, loaded.placement)
-    loaded.attach(assemble(loaded.experts))
-    note_routers(loaded.model, architecture)
+        model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
+    give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
+    placement = inject.placement
+    crossings = Crossings(model, placement) if placement.is_split else None
+    loaded = LoadedModel(model, loader, architecture, rules_file, inject.warnings, placement, crossings)
+    loaded.attach(assemble(inject.experts))
+    note_routers(model, architecture)
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         bring_in(loaded.runtime.experts_read_in_place, progress=progress)
@@ -202,17 +222,19 @@ def _build(
     parameters: Mapping[str, tuple[int, ...]],
 ) -> PreTrainedModel:
     different = "the weights and the configuration belong to different models"
-    model, report = cls.from_pretrained(
+    loaded: Any = cls.from_pretrained(  # a pair, with `output_loading_info`
         None,
         config=config,
         state_dict=state,
-        quantization_config=_Config(inject),
+        quantization_config=_Config(lambda model: inject(model)),  # a function, as configurations are copied deeply
         dtype=dtype,
         device_map=placement.device_map,
         attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, in one sentence
     )
+    model: PreTrainedModel = loaded[0]
+    report: Mapping[str, Any] = loaded[1]
     remove_hook_from_submodules(model)  # accelerate's, where devices differ: `Crossings` moves each tensor once
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source.file.path}: no tensor for {missing[0]}; {different}")
@@ -238,7 +260,8 @@ def _skeleton(config: Any) -> PreTrainedModel:
     """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            return model
     except Exception as error:  # whatever Transformers or torch make of dimensions that cannot be
         raise ModelError(
             f"no {config.model_type} model can be built from this configuration: {first_line(error)}"
@@ -251,15 +274,19 @@ def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 
-class _progress:
+@contextlib.contextmanager
+def _progress(shown: bool) -> Iterator[None]:
     """Show or hide Transformers' loading bar, leaving its setting as it was."""
+    before = transformers_logging.is_progress_bar_enabled()
+    _show_bars(shown)
+    try:
+        yield
+    finally:
+        _show_bars(before)
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
 
-    def __enter__(self) -> None:
-        self.before = transformers_logging.is_progress_bar_enabled()
-        (transformers_logging.enable_progress_bar if self.shown else transformers_logging.disable_progress_bar)()
-
-    def __exit__(self, *_: object) -> None:
-        (transformers_logging.enable_progress_bar if self.before else transformers_logging.disable_progress_bar)()
+def _show_bars(shown: bool) -> None:
+    if shown:
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()

@@ -34,7 +34,7 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
     for place, layer in enumerate(layers):
         ahead = slice(place + 1, place + 1 + depth)
         if layers[ahead]:
-            device = runtime.device_of(layer) or blocks[layer].module.weight.device
+            device = runtime.device_of(layer) or blocks[layer].weight.device
             if device not in rows:
                 rows[device] = GateRow([blocks[number] for number in layers], device)
             runtime.look_ahead(layer, rows[device].predictor(place, layers, ahead))
@@ -50,10 +50,11 @@ def _noting(experts: HybriMoEExperts) -> Any:
 
 def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMoEExperts, Gate]]:
     """Return the experts and the router of every MoE layer by its number."""
-    recorder = getattr(model.model, "_can_record_outputs", {}).get("router_logits")
+    body: Any = model.model
+    recorder = getattr(body, "_can_record_outputs", {}).get("router_logits")
     router = getattr(recorder, "target_class", None)
     found: dict[int, tuple[HybriMoEExperts, Gate]] = {}
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(body.layers):
         experts = next((module for module in layer.modules() if isinstance(module, HybriMoEExperts)), None)
         gate = next((module for module in layer.modules() if router and isinstance(module, router)), None)
         if experts is not None and gate is not None:

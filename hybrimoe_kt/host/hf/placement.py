@@ -74,12 +74,13 @@ def place_modules(
 def _units(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """What is placed as a whole: each decoder layer, and what stands before and after them."""
     for name, child in model.named_children():
-        if not isinstance(getattr(child, "layers", None), nn.ModuleList):
+        layers = getattr(child, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
             yield name, child
             continue
         for part, module in child.named_children():
             if part == "layers":
-                yield from ((f"{name}.layers.{number}", layer) for number, layer in enumerate(module))
+                yield from ((f"{name}.layers.{number}", layer) for number, layer in enumerate(layers))
             else:
                 yield f"{name}.{part}", module
 
@@ -104,8 +105,10 @@ def _place(name: str | None, default: str) -> str | None:
     device = numbered(name)
     if name == "cpu" or (device is not None and device.torch_type == "cpu"):
         return name
-    module = getattr(torch, device.torch_type) if device else None
-    if device is None or not module.is_available() or (device.number or 0) >= module.device_count():
+    if device is None:
+        return None
+    module = getattr(torch, device.torch_type)
+    if not module.is_available() or (device.number or 0) >= module.device_count():
         return None
     return name if device.number is not None else f"{name}:0"
 

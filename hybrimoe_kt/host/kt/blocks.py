@@ -65,7 +65,8 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
             self._ask_ahead(experts)
         if logits is not None:
             experts.note_logits(logits)
-        return experts(hidden, ids, weights).to(hidden.device)
+        out: torch.Tensor = experts(hidden, ids, weights)
+        return out.to(hidden.device)
 
     def _hybrid_experts(self) -> HybriMoEExperts:
         if not isinstance(self.experts, HybriMoEExperts):
@@ -92,7 +93,7 @@ class _Routers:
 
     def __init__(self, blocks: Sequence[_Block], num_experts: int, dtype: torch.dtype) -> None:
         self._blocks, self.num_experts, self._dtype = blocks, num_experts, dtype
-        self.layers = [block.layer for block in blocks]
+        self.layers: Sequence[int] = [block.layer for block in blocks]
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
@@ -119,7 +120,8 @@ class _DeepseekBlock(_Block):
         routed = self._routed(flat, ids, weights, self._logits(flat) if wanted else None).view(shape)
         if self.config.n_shared_experts is None:
             return routed
-        return routed + self.shared_experts(hidden_states)
+        shared: torch.Tensor = self.shared_experts(hidden_states)
+        return routed + shared
 
 
 class HybriMoEDeepseekV2Block(_DeepseekBlock):
@@ -165,4 +167,5 @@ class HybriMoEQwen2Block(_SoftmaxBlock):
         return bool(self.norm_topk_prob)
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor:
-        return functional.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        shared: torch.Tensor = functional.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        return shared

@@ -37,6 +37,12 @@ class HybriMoEExperts(BaseInjectedModule, KExpertsBase):  # type: ignore[misc]
     weights serve prefill and generation. The framework keeps attributes on the module it replaces, these stay here.
     """
 
+    layer: int
+    shared: Shared
+    logits: torch.Tensor | None
+    out_device: str | None
+    loaded: bool
+
     def __init__(
         self,
         key: str,

@@ -90,7 +90,8 @@ def _resolve(rule: Rule, name: str, written: str, key: str) -> type:
 
 def _options(cls: type) -> dict[str, inspect.Parameter] | None:
     """Return what a class takes beside the contract, None when it does not take the contract itself."""
-    if cls.__init__ is nn.Module.__init__:  # takes anything by its signature, and refuses it when called
+    constructor = inspect.getattr_static(cls, "__init__")
+    if constructor is nn.Module.__init__:  # takes anything by its signature, and refuses it when called
         return None
     try:
         parameters = dict(inspect.signature(cls).parameters)

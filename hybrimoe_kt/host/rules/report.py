@@ -77,11 +77,11 @@ def _placement(found: Mapping[str, Injection]) -> dict[str, Any]:
         if part is not None and device is not None and not path.endswith(".experts"):
             homes.setdefault(part[0], set()).add(str(device))
     route: list[tuple[str, list[str]]] = []
-    for part, devices in sorted(homes.items(), key=lambda home: _along_the_way(home[0])):
+    for place, devices in sorted(homes.items(), key=lambda home: _along_the_way(home[0])):
         home = "+".join(sorted(devices))
         if not route or route[-1][0] != home:
             route.append((home, []))
-        route[-1][1].append(part)
+        route[-1][1].append(place)
     return {
         "route": [{"device": device, "parts": parts} for device, parts in route],
         "crossings": [[left[1][-1], right[1][0]] for left, right in itertools.pairwise(route)],

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from benchmarks.generated_metadata import LINEAR_KERNEL
-
-if TYPE_CHECKING:
-    from benchmarks.generated_model import Builder
+from tests.support.generated_builder import Builder
+from tests.support.generated_metadata import LINEAR_KERNEL
 
 __all__ = ["full_attention", "linear_attention", "plus_one_norm"]
 

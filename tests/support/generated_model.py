@@ -7,18 +7,17 @@ that a test can load the very same numbers into the stock model without using an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quantize
+from gguf import GGMLQuantizationType
 
-from benchmarks.generated_hybrid import full_attention, linear_attention, plus_one_norm
-from benchmarks.generated_metadata import Shape, write_metadata
-from benchmarks.random_blocks import random_blocks
+from tests.support.generated_builder import Builder, GeneratedModel, as_it_is
+from tests.support.generated_hybrid import full_attention, linear_attention, plus_one_norm
+from tests.support.generated_metadata import Shape, write_metadata
+from tests.support.random_blocks import random_blocks
 
 __all__ = ["DEEPSEEK_V2_LITE", "DEEPSEEK_V2_LITE_LAYER", "GeneratedModel", "Shape", "Type", "generate", "random_blocks"]
 
@@ -34,101 +33,6 @@ The query is low-rank as in the full DeepSeek-V2, because llama.cpp takes every 
 """
 DEEPSEEK_V2_LITE = replace(DEEPSEEK_V2_LITE_LAYER, layers=27, q_lora_rank=0, unused_tokens=102400 - 261)
 """All of it: 15.7 billion random parameters."""
-
-
-@dataclass(slots=True)
-class GeneratedModel:
-    """A written file, and the same weights for the stock model: `state` by Hugging Face name, float32."""
-
-    path: Path
-    shape: Shape
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def _as_it_is(value: np.ndarray) -> np.ndarray:
-    return value
-
-
-class Builder:
-    def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
-        self.shape, self.random = shape, np.random.default_rng(shape.seed)
-        self.writer = GGUFWriter(str(path), shape.architecture, use_temp_file=not keep_state)
-        self.model = GeneratedModel(path, shape)
-        self.keep_state = keep_state
-
-    def dense(
-        self,
-        hf_name: str,
-        gguf_name: str,
-        *size: int,
-        scale: float | None = None,
-        centre: float = 0.0,
-        stored: Callable[[np.ndarray], np.ndarray] = _as_it_is,
-    ) -> np.ndarray:
-        """Draw a matrix, round it to the dense type, and write it (norms and routers stay F32).
-
-        `stored` rearranges rows or drops dimensions on the way into the file, as a family's converter does.
-        """
-        scale = scale if scale is not None else size[-1] ** -0.5
-        value = (centre + scale * self.random.standard_normal(size)).astype(np.float32)
-        kind = self.shape.dense_type if value.ndim == 2 and "ffn_gate_inp" not in gguf_name else Type.F32
-        if kind != Type.F32 and size[-1] % GGML_QUANT_SIZES[kind][0] == 0:
-            raw = quantize(value, kind)
-            value = dequantize(raw, kind)
-            self.writer.add_tensor(gguf_name, stored(raw), raw_dtype=kind)
-        else:
-            self.writer.add_tensor(gguf_name, np.ascontiguousarray(stored(value)))
-        self.remember(hf_name, value)
-        return value
-
-    def draw(self, *size: int, scale: float | None = None) -> np.ndarray:
-        """Draw a float32 matrix that is neither written nor remembered yet."""
-        scale = scale if scale is not None else size[-1] ** -0.5
-        return (scale * self.random.standard_normal(size)).astype(np.float32)
-
-    def write(self, gguf_name: str, value: np.ndarray) -> None:
-        """Write a float32 tensor as it is."""
-        self.writer.add_tensor(gguf_name, np.ascontiguousarray(value))
-
-    def norm(self, hf_name: str, gguf_name: str, size: int) -> None:
-        self.dense(hf_name, gguf_name, size, scale=0.1, centre=1.0)
-
-    def remember(self, hf_name: str, value: np.ndarray) -> None:
-        if self.keep_state and hf_name:
-            self.model.state[hf_name] = torch.from_numpy(value)
-
-    def experts(self, layer: int) -> None:
-        shape = self.shape
-        sizes = {
-            "gate": (shape.inter, shape.hidden),
-            "up": (shape.inter, shape.hidden),
-            "down": (shape.hidden, shape.inter),
-        }
-        values = {}
-        for (role, (rows, columns)), kind in zip(sizes.items(), shape.types, strict=True):
-            raw = random_blocks(self.random, kind, shape.experts * rows, columns)
-            self._write_experts(f"blk.{layer}.ffn_{role}", raw.reshape(shape.experts, rows, -1), kind)
-            if self.keep_state:
-                values[role] = dequantize(raw, kind).reshape(shape.experts, rows, columns)
-        if self.keep_state:
-            block = "block_sparse_moe" if shape.architecture == "granitemoe" else "mlp"
-            prefix = f"model.layers.{layer}.{block}.experts"
-            self.remember(f"{prefix}.gate_up_proj", np.concatenate((values["gate"], values["up"]), axis=1))
-            self.remember(f"{prefix}.down_proj", values["down"])
-
-    def _write_experts(self, name: str, raw: np.ndarray, kind: Type) -> None:
-        if not self.shape.expert_tensors:
-            self.writer.add_tensor(f"{name}_exps.weight", raw, raw_dtype=kind)
-            return
-        for index, matrix in enumerate(raw):
-            self.writer.add_tensor(f"{name}.{index}.weight", matrix, raw_dtype=kind)
-
-    def finish(self) -> GeneratedModel:
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
-        return self.model
 
 
 def generate(shape: Shape, path: Path, *, keep_state: bool = True) -> GeneratedModel:
@@ -162,7 +66,7 @@ def _attention(
     build.norm(f"{hf}.input_layernorm.weight", f"{gguf}.attn_norm.weight", shape.hidden)
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
         theirs, ours, rows = f"{hf}.self_attn.{name}_proj", f"{gguf}.attn_{name}", heads * shape.head_dim
-        stored = partial(_rotary_pairs, heads=heads) if pair_rotary and name != "v" else _as_it_is
+        stored = partial(_rotary_pairs, heads=heads) if pair_rotary and name != "v" else as_it_is
         build.dense(f"{theirs}.weight", f"{ours}.weight", rows, shape.hidden, stored=stored)
         if bias:
             build.dense(f"{theirs}.bias", f"{ours}.bias", rows, scale=0.5)

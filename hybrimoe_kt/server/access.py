@@ -13,12 +13,12 @@ from .errors import ApiError, error_response
 from .queue import shutting_down
 from .service import Service
 
-__all__ = ["Gate"]
+__all__ = ["Access"]
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-class Gate:
+class Access:
     """Refuses before any route is asked, and counts every response.
 
     - A key, when the server has one, on all paths but `open_paths`.
@@ -49,7 +49,7 @@ class Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 known = path if path in self._known_paths else "other"
-                self._service.metrics.count_request(known, message["status"])
+                self._service.tally.count_request(known, message["status"])
             await send(message)
 
         if (refusal := self._refusal(scope)) is not None:

@@ -1,0 +1,76 @@
+"""From a command line to a loaded engine, with a word about it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.models import embedded_model
+
+from .chat_output import visible
+from .options import expert_overrides
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.engine.engine import Engine
+
+__all__ = ["load_engine", "open_engine"]
+
+
+def open_engine(options: argparse.Namespace, console: Console) -> Engine:
+    """Load what the options name, and say what came of it."""
+    began = time.perf_counter()
+    engine = load_engine(options, console)
+    loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
+    console.print(visible(loaded), markup=False)
+    _note_unused(engine, options, console)
+    return engine
+
+
+def load_engine(options: argparse.Namespace, console: Console) -> Engine:
+    """Load what the options name; imports torch and transformers, which takes seconds."""
+    gguf_path = _model_file(options)
+    with console.status("starting torch and transformers"):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from hybrimoe_kt.engine.build import build_engine
+
+    return build_engine(
+        gguf_path,
+        model_path=options.model_path,
+        rules_path=options.optimize_rule_path,
+        dtype=options.dtype,
+        context_tokens=options.cache_lens,
+        option_overrides=expert_overrides(options),
+        progress=sys.stderr.isatty(),
+        time_shares=options.verbose,
+    )
+
+
+def _model_file(options: argparse.Namespace) -> Path:
+    if options.gguf_path is not None:
+        return Path(options.gguf_path)
+    if options.model_path is None:
+        return embedded_model()
+    try:
+        names = os.listdir(options.model_path)
+    except OSError as error:
+        raise ModelError(f"--model_path {options.model_path}: {error.strerror}; give a directory") from None
+    if not any(name.endswith((".gguf", ".safetensors")) for name in names):
+        raise ModelError(f"{options.model_path}: no .gguf or .safetensors file there; name one with --gguf_path")
+    return Path(options.model_path)
+
+
+def _note_unused(engine: Engine, options: argparse.Namespace, console: Console) -> None:
+    """Say which options the loaded model cannot follow."""
+    if not engine.runtime.accelerators:
+        for flag in ("cache_size", "policy", "scheduler", "prefetch_size", "prefetch_depth"):
+            if getattr(options, flag) is not None:
+                console.print(f"note: --{flag} has no effect without an accelerator")
+    if options.cache_lens is not None and options.cache_lens > engine.context_tokens:
+        console.print(f"note: --cache_lens {options.cache_lens}: the model's limit is {engine.context_tokens} tokens")

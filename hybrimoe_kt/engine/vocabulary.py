@@ -1,0 +1,75 @@
+"""Between text and token ids, the way one model wants it: its tokenizer, chat template and notation of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .detokenizer import IncrementalDetokenizer
+from .response_format import ResponseParts, response_format
+from .tokenizer import chat_prompt, template_takes
+
+__all__ = ["Message", "Vocabulary", "num_token_ids"]
+
+Message = Mapping[str, Any]
+"""What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ..."""
+
+
+def num_token_ids(model: PreTrainedModel) -> int:
+    """How many token ids a model has an embedding for; its tokenizer may know fewer."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)
+
+
+class Vocabulary:
+    """A model's words. Not for several threads at once, as tokenizers are not."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self._tokenizer, self._model = tokenizer, model
+
+    @property
+    def size(self) -> int:
+        """Token ids the model has, counted from 0."""
+        return num_token_ids(self._model)
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template of conversations, empty where there is none."""
+        return str(self._tokenizer.chat_template or "")
+
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
+        return chat_prompt(self._tokenizer, messages, tools, template_options)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a plain text that the model is to go on with."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def text_of(self, token: int) -> str:
+        """The text of a single token; U+FFFD stands in it for a part of a character."""
+        return str(self._tokenizer.decode([token]))
+
+    def detokenizer(self, *, keep_special: bool = False) -> IncrementalDetokenizer:
+        """Return what turns an answer's tokens into text as they come."""
+        return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, keep_special=keep_special)
+
+    def takes(self, option: str) -> bool:
+        """Whether the chat template reads a variable; one that it does not read would be dropped silently."""
+        return template_takes(self._tokenizer, option)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether both the chat template and the notation of answers have tool calls."""
+        return self.takes("tools") and response_format(self._tokenizer, self._model, calls=True) is not None
+
+    def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
+        """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
+        template = response_format(self._tokenizer, self._model, calls=bool(tools))
+        return None if template is None else ResponseParts(self._tokenizer, template, prompt, tools)
