@@ -119,14 +119,13 @@ class Coordinator:
         state = self._layers[layer]
         dropped: list[Transfer] = []
         closed: tuple[int, ...] = ()
-        left = self._streaming.left_behind(layer)
-        if left is not None:
+        if self._streaming.ahead is not None and (left := self._streaming.left_behind(layer)) is not None:
             dropped, closed = self._close_stream(left), (left.spec.layer,)
         if not state.uses_gpu:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
         else:
-            if self._uses_link and state.prefetched:
+            if self._uses_link and state.prefetched and state.link.free_s > self.now_s:
                 dropped += self._abort_wrong(state, loads)
             if state.spec.num_stream_slots and not routing.is_decode:
                 state.open_stream()  # if the layer before has not: on-demand transfers may pass through them
@@ -149,6 +148,8 @@ class Coordinator:
         takes the place of `plan` and `finish`.
         """
         state = self._layers[layer]
+        if state.cache.num_slots < state.spec.num_experts:
+            return False
         return state.is_whole and not self._whole.of(self.scheduler, state, num_tokens).cpu
 
     def pass_over(self, layer: int, num_tokens: int) -> Sequence[int]:
@@ -185,7 +186,7 @@ class Coordinator:
         dropped: list[Transfer] = []
         for guess in guesses:
             state = self._layers[guess.layer]
-            if state.prefetched:
+            if state.prefetched and state.link.free_s > now_s:
                 dropped += self._abort_wrong(state, guess.loads)
         next_s = now_s + plan.makespan_s + self._layers[plan.layer].cost.between_layers_s[routing.num_tokens]
         streamed: list[Transfer] = []
@@ -293,8 +294,7 @@ class Coordinator:
                     if transfer.evicted is not None:
                         self._ledger.lost(state, transfer.evicted.index)
             else:
-                slot_of = state.cache.slot_of
-                slots = {e: slot_of[e] for e in gpu}
+                slots = dict(zip(gpu, map(state.cache.slot_of.__getitem__, gpu), strict=True))
             state.cache.pin(set(slots.values()))
         return Plan(
             state.spec.layer,
@@ -328,6 +328,6 @@ class Coordinator:
             stats.transferred_bytes += num_transfers * state.spec.expert_bytes
         if state.predicted:
             stats.predicted += len(state.predicted)
-            stats.predicted_right += sum([e in state.predicted for e in task.loads])
+            stats.predicted_right += len(task.loads.keys() & state.predicted)
             stats.predicted_routed += len(task.loads)
             state.predicted = ()

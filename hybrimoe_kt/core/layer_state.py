@@ -175,7 +175,7 @@ class LayerState:
             held,
             missing,
             layer=self.spec.layer,
-            arrival_s=pending,
+            arrival_s=pending or {},
             link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
             shared_s=cost.shared_s[num_tokens],
             num_free=cache.num_slots - len(held) - num_loading - num_pinned,

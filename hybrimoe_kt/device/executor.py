@@ -43,6 +43,9 @@ class Executor:
         self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
         self.lane_of: dict[int, Lane] = {layer: lane for lane in lanes for layer in lane.layers}
         """Layer -> the accelerator that serves it; layers that none serves are not there."""
+        self.num_slots = 0
+        """Experts that can be resident at once, over all layers."""
+        self.count_slots()
         self._kept: list[Lane] = []
         self._cpu_busy = self._cpu_is_dead = False
         self._cpu_pace = 0.0
@@ -72,16 +75,17 @@ class Executor:
             self._kept.append(lane)
         self.lanes = tuple(other for other in self.lanes if other is not lane)
         self.lane_of = {layer: other for layer, other in self.lane_of.items() if other is not lane}
+        self.count_slots()
 
-    @property
-    def num_slots(self) -> int:
-        """Experts that can be resident at once, over all layers."""
-        return sum([lane.pool.num_slots for lane in self.lanes])
+    def count_slots(self) -> None:
+        """Take note that a lane's number of slots has changed."""
+        self.num_slots = sum([lane.pool.num_slots for lane in self.lanes])
 
     def start(self, plan: Plan, step: Step) -> None:
         """Submit the CPU share, enqueue the accelerator's."""
         if plan.cpu:
-            self._check_cpu()
+            if self._cpu_is_dead:
+                raise self._dead()
             ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
             if self._log is not None:
                 self._submitted = plan.layer, plan.cpu, time.perf_counter()
@@ -124,7 +128,7 @@ class Executor:
     def feed_links(self) -> None:
         """Send what waits, as far as there is room and the CPU share is not done."""
         for lane in self.lanes:
-            if lane.queue.num_waiting:
+            if lane.queue.waiting:
                 try:
                     lane.queue.pump(self._cpu_is_computing if self._cpu_busy else None)
                 except DEVICE_ERRORS as error:
@@ -149,7 +153,8 @@ class Executor:
         if lane is not None:
             lane.queue.close_plan()
         self.settle_cpu()
-        self._check_cpu()
+        if self._cpu_is_dead:
+            raise self._dead()
         if self._log is not None:
             self._submitted = layer, tuple(dict.fromkeys(step.host_ids.flatten().tolist())), time.perf_counter()
         self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)
@@ -187,9 +192,8 @@ class Executor:
         self._cpu_pace += 0.2 * ((ended - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()
 
-    def _check_cpu(self) -> None:
-        if self._cpu_is_dead:
-            raise KernelError(f"{self._cpu_name} has not come back; restart the program")
+    def _dead(self) -> KernelError:
+        return KernelError(f"{self._cpu_name} has not come back; restart the program")
 
     def _only(self, ids: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
         """Return `ids` with every expert that is not in `experts` replaced by -1; valid until the next call."""

@@ -211,7 +211,8 @@ class Inbox:
         for view, tensor in zip(views, tensors, strict=True):
             accelerator.copy(compute, view, tensor, "routing to host")
         compute.record(buffers.read, "routing read")
-        self._patience.wait(buffers.read.is_done, self._router)
+        if not buffers.read.is_done():
+            self._patience.wait(buffers.read.is_done, self._router)
         accelerator.on_host("planning", reads=views)
         listed = views[3].tolist() if scores is not None else None
         return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed)
@@ -245,6 +246,7 @@ class Inbox:
     def wait_guesses(self, step: Step) -> Guesses | None:
         """Return the step's guesses once they are on the host."""
         if step.guesses is not None and step.guessed is not None:
-            self._patience.wait(step.guessed.is_done, self._gates)
+            if not step.guessed.is_done():
+                self._patience.wait(step.guessed.is_done, self._gates)
             self._accelerator.on_host("prefetching", reads=step.guesses[1:])
         return step.guesses

@@ -136,7 +136,7 @@ class Lane:
         pairs, table = self.whole.table(layer, slot_of)
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        self._launch_experts(layer, slots, pairs, table, step)
+        self._launch_experts(layer, slots, pairs, table, step, out)
         self.whole.count(layer, step.ids)
         return self.finish(step, None, has_gpu=True)
 
@@ -154,36 +154,35 @@ class Lane:
 
     def run(self, plan: Plan, step: Step) -> None:
         """Enqueue the plan's transfers and its GPU experts: the resident at once, each other when it has arrived."""
-        pool, queue, layer, slot_of = self.pool, self.queue, plan.layer, plan.slots
-        own = pool.layers[layer]
+        queue, layer, slot_of = self.queue, plan.layer, plan.slots
+        own = self.pool.layers[layer]
         queue.in_use_layer, queue.in_use = layer, slot_of.values()
         through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
         queue.open_layer = -1 if through_slots else layer
         own.begin_step()
-        groups = [(expert,) for expert in plan.gpu] if through_slots else _by_arrival(plan, pool, queue)
-        # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
-        if layer in pool.streams:
-            places = [[(e, pool.locate(layer, slot_of[e])[1]) for e in group] for group in groups]
+        if not plan.transfers and layer not in self.pool.streams and own.unsettled.isdisjoint(slot_of.values()):
+            launches = [_Launch(own, plan.gpu, list(slot_of.items()))]
         else:
-            places = [[(e, slot_of[e]) for e in group] for group in groups]
-        tables = self._tables.send(places)
+            launches = _launches(plan, self.pool, queue, one_by_one=through_slots)
+        # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
+        tables = self._tables.send([launch.pairs for launch in launches])
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        if queue.num_waiting and queue.is_direct(layer):
+        if queue.waiting and queue.is_direct(layer):
             self._hasten(plan)
         if plan.transfers:
-            self._feed(plan, groups, through_slots, step, places, tables)
+            self._feed(plan, launches, through_slots, step, out, tables)
             return
-        for group, pairs, table in zip(groups, places, tables, strict=True):
-            self._compute(plan, group, pairs, table, step)
+        for launch, table in zip(launches, tables, strict=True):
+            self._compute(plan, launch, table, step, out)
 
     def _feed(
         self,
         plan: Plan,
-        groups: Sequence[tuple[int, ...]],
+        launches: Sequence[_Launch],
         through_slots: bool,
         step: Step,
-        places: Sequence[Sequence[tuple[int, int]]],
+        out: torch.Tensor,
         tables: Sequence[torch.Tensor],
     ) -> None:
         """Launch group by group, and start the transfers between them.
@@ -193,28 +192,20 @@ class Lane:
         """
         waiting, direct = deque(plan.transfers), self.queue.is_direct(plan.layer)
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
-        for number, (group, pairs, table) in enumerate(zip(groups, places, tables, strict=True)):
-            while waiting and ((direct and number > 0) or any(t.expert.index in group for t in waiting)):
+        for number, (launch, table) in enumerate(zip(launches, tables, strict=True)):
+            while waiting and ((direct and number > 0) or any(t.expert.index in launch.experts for t in waiting)):
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            self._compute(plan, group, pairs, table, step)
+            self._compute(plan, launch, table, step, out)
 
-    def _compute(
-        self,
-        plan: Plan,
-        group: Sequence[int],
-        pairs: Sequence[tuple[int, int]],
-        table: torch.Tensor,
-        step: Step,
-    ) -> None:
-        """Launch one group of a plan, after what is under way into its slots."""
-        slots = self.pool.locate(plan.layer, plan.slots[group[0]])[0]
-        if slots.unsettled:
-            for expert, place in pairs:
-                if place in slots.unsettled:
+    def _compute(self, plan: Plan, launch: _Launch, table: torch.Tensor, step: Step, out: torch.Tensor) -> None:
+        """Launch a part of a plan, after what is under way into its slots."""
+        if launch.slots.unsettled:
+            for expert, place in launch.pairs:
+                if place in launch.slots.unsettled:
                     self.queue.settle(plan.layer, plan.slots[expert])
-        self._launch_experts(plan.layer, slots, pairs, table, step)
+        self._launch_experts(plan.layer, launch.slots, launch.pairs, table, step, out)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -222,9 +213,14 @@ class Lane:
         self.queue.hasten(plan.layer, [slot for slot in plan.slots.values() if slot not in arriving])
 
     def _launch_experts(
-        self, layer: int, slots: LayerSlots, pairs: Sequence[tuple[int, int]], table: torch.Tensor, step: Step
+        self,
+        layer: int,
+        slots: LayerSlots,
+        pairs: Sequence[tuple[int, int]],
+        table: torch.Tensor,
+        step: Step,
+        out: torch.Tensor,
     ) -> None:
-        out = self._views(step).out
         is_whole = len(pairs) == len(slots.views)
         reads = [slots.memory] if is_whole else [slots.views[slot] for _, slot in pairs]
         reads += (table, step.hidden, step.ids, step.weights)
@@ -250,7 +246,9 @@ class Lane:
         result = torch.empty_like(step.hidden)
         out = views.out if has_gpu else None
         cpu = self._send(views, cpu_answer) if cpu_answer is not None else None
-        reads = [tensor for tensor in (out, cpu) if tensor is not None]
+        reads = [] if out is None else [out]
+        if cpu is not None:
+            reads.append(cpu)
 
         def work() -> None:
             _combine(out, cpu, views.total, result)
@@ -314,6 +312,15 @@ class Lane:
             self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)
 
 
+class _Launch(NamedTuple):
+    """Experts of a plan that are computed together, of the same memory."""
+
+    slots: LayerSlots
+    experts: tuple[int, ...]
+    pairs: list[tuple[int, int]]
+    """The experts, each with its place in `slots`."""
+
+
 class _Views(NamedTuple):
     """A lane's buffers as one shape of step sees them."""
 
@@ -347,34 +354,26 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
         torch.add(first, second.sum(dim=1) if second.dim() == 3 else second, out=result)  # rounded once, when stored
 
 
-def _by_arrival(plan: Plan, pool: SlotPool, queue: TransferQueue) -> list[tuple[int, ...]]:
-    """Group what can be launched together: everything resident first, then each arrival by itself.
+def _launches(plan: Plan, pool: SlotPool, queue: TransferQueue, *, one_by_one: bool) -> list[_Launch]:
+    """What can be launched together: everything resident first, then each arrival by itself, or all `one_by_one`.
 
     Experts in stream slots stand in other memory than the layer's own, so they are launched on their own.
     """
-    own = pool.layers[plan.layer]
-    if not plan.transfers and not own.unsettled and plan.layer not in pool.streams:
-        return [plan.gpu]
     arriving = {transfer.slot for transfer in plan.transfers} | queue.slots_waiting(plan.layer)
-    late: list[tuple[int, ...]] = []
-    if plan.layer not in pool.streams:
-        resident = []
-        for expert in plan.gpu:
-            slot = plan.slots[expert]
-            if slot in arriving or (slot in own.unsettled and not own.written[slot].is_done()):
-                late.append((expert,))
-            else:
-                resident.append(expert)
-        return [tuple(resident), *late] if resident else late
-    ready: dict[int, list[int]] = {}
+    own, is_plain = pool.layers[plan.layer], plan.layer not in pool.streams
+    ready: dict[int, _Launch] = {}
+    late: list[_Launch] = []
     for expert in plan.gpu:
         slot = plan.slots[expert]
-        slots, place = pool.locate(plan.layer, slot)
-        if slot in arriving or (place in slots.unsettled and not slots.written[place].is_done()):
-            late.append((expert,))
+        slots, place = (own, slot) if is_plain else pool.locate(plan.layer, slot)
+        alone = _Launch(slots, (expert,), [(expert, place)])
+        if one_by_one or slot in arriving or (place in slots.unsettled and not slots.written[place].is_done()):
+            late.append(alone)
         else:
-            ready.setdefault(slots.key, []).append(expert)
-    return [*map(tuple, ready.values()), *late]
+            before = ready.get(slots.key)
+            joined = alone if before is None else _Launch(slots, (*before.experts, expert), before.pairs + alone.pairs)
+            ready[slots.key] = joined
+    return [*ready.values(), *late]
 
 
 def _is_read(plan: Plan, position: Mapping[int, int], transfer: Transfer, num_launched: int) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from hybrimoe_kt.errors import KernelError
@@ -16,27 +14,22 @@ from .waiting import Patience
 __all__ = ["Chunk", "Ring", "Run", "chunks_of", "spans_of"]
 
 
-@dataclass(frozen=True, slots=True)
 class Run:
     """Neighbouring blocks of one matrix, as the file has them, and the planes they become."""
 
-    segments: tuple[Segment, ...]
-    first_block: int
-    num_blocks: int
+    __slots__ = ("_place", "first_block", "is_file_order", "matrix", "num_blocks", "num_bytes", "segments")
 
-    @property
-    def num_bytes(self) -> int:
-        return self.num_blocks * self.segments[0].block_bytes
-
-    @property
-    def is_file_order(self) -> bool:
+    def __init__(self, segments: tuple[Segment, ...], first_block: int, num_blocks: int) -> None:
+        self.segments, self.first_block, self.num_blocks = segments, first_block, num_blocks
+        self.matrix, block_bytes = segments[0].matrix, segments[0].block_bytes
+        self.num_bytes = num_blocks * block_bytes
+        self.is_file_order = len(segments) == 1
         """Whether the slot holds these blocks whole."""
-        return len(self.segments) == 1
+        self._place = slice(first_block * block_bytes, first_block * block_bytes + self.num_bytes)
 
     def source(self, parts: ExpertParts) -> torch.Tensor:
         """The blocks' bytes in an expert's matrices, uint8 `[num_bytes]`."""
-        start = self.first_block * self.segments[0].block_bytes
-        return parts[self.segments[0].matrix][start : start + self.num_bytes]
+        return parts[self.matrix][self._place]
 
     def targets(self, slot: torch.Tensor) -> list[torch.Tensor]:
         """Where the planes go in `slot`, each uint8 `[num_blocks, width_bytes]`."""
@@ -91,7 +84,8 @@ class Ring:
 
     def take(self, patience: Patience) -> torch.Tensor:
         """Wait for the next place and return its buffer, uint8 `[chunk_bytes]` (empty without buffers)."""
-        patience.wait(self._events[self._next].is_done, "a copy to the accelerator")
+        if not self._events[self._next].is_done():
+            patience.wait(self._events[self._next].is_done, "a copy to the accelerator")
         return self._buffers[self._next] if self._buffers.numel() else self._buffers
 
     def give(self, stream: Stream) -> None:

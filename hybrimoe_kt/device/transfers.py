@@ -106,8 +106,8 @@ class TransferQueue:
         accelerator.compute.record(fresh, "last use of fresh memory")
         for channel in (self._on_demand, self._prefetch):
             channel.stream.wait(fresh, "fresh memory before landing")
-        self._waiting: dict[tuple[int, int], Pending] = {}
-        """Prefetches by layer and slot, in the order taken: a slot waits for one expert at most."""
+        self.waiting: dict[tuple[int, int], Pending] = {}
+        """Prefetches not fully handed to the device, by layer and slot, in the order taken: to be read, not written."""
         self.log: ActivityLog | None = None
         self.number = 0
         """Of this link in the log."""
@@ -129,14 +129,9 @@ class TransferQueue:
         """The two streams of copies."""
         return self._on_demand.stream, self._prefetch.stream
 
-    @property
-    def num_waiting(self) -> int:
-        """Prefetches not fully handed to the device."""
-        return len(self._waiting)
-
     def slots_waiting(self, layer: int) -> set[int]:
         """The slots of `layer` into which something has yet to be sent; their marks are those of what was there."""
-        return {slot for waiting_layer, slot in self._waiting if waiting_layer == layer}
+        return {slot for waiting_layer, slot in self.waiting if waiting_layer == layer}
 
     def close_plan(self) -> None:
         """No plan is open on this accelerator."""
@@ -160,20 +155,20 @@ class TransferQueue:
         layer = transfer.expert.layer
         is_pinned = layer == self.in_use_layer and transfer.slot in self.in_use
         assert not is_pinned, f"{transfer} overwrites what its plan pinned"
-        self._waiting[layer, transfer.slot] = self._open(transfer, self._prefetch, self._chunks[layer])
+        self.waiting[layer, transfer.slot] = self._open(transfer, self._prefetch, self._chunks[layer])
 
     def pump(self, may_go_on: Callable[[], bool] | None = None) -> None:
         """Send waiting chunks while the window has room and `may_go_on()`."""
         ring = self._prefetch.ring
-        while self._waiting and ring.has_room() and (may_go_on is None or may_go_on()):
-            place, pending = next(iter(self._waiting.items()))
+        while self.waiting and ring.has_room() and (may_go_on is None or may_go_on()):
+            place, pending = next(iter(self.waiting.items()))
             self._send(pending, paced=True)
             if pending.next_chunk == len(pending.chunks):
-                del self._waiting[place]
+                del self.waiting[place]
 
     def hasten(self, layer: int, slots: Iterable[int]) -> None:
         """Send what waits for `slots`, if anything does, before all others."""
-        waiting = self._waiting
+        waiting = self.waiting
         for slot in slots:
             if (layer, slot) in waiting:
                 self._send_all(waiting[layer, slot])
@@ -204,12 +199,12 @@ class TransferQueue:
         self._keep(lambda pending: pending.transfer.expert.layer != layer)
 
     def _keep(self, is_wanted: Callable[[Pending], bool]) -> None:
-        self._waiting = {place: pending for place, pending in self._waiting.items() if is_wanted(pending)}
+        self.waiting = {place: pending for place, pending in self.waiting.items() if is_wanted(pending)}
 
     def doubtful_slots(self) -> set[tuple[int, int]]:
         """Drop what waits, and return layer and slot of everything that has not arrived for certain."""
-        found = set(self._waiting)
-        self._waiting = {}
+        found = set(self.waiting)
+        self.waiting = {}
         for layer, slots in self._pool.groups:
             for place in slots.unsettled:
                 try:
@@ -228,7 +223,7 @@ class TransferQueue:
     def _open(self, transfer: Transfer, channel: Channel, chunks: Sequence[Chunk | slice]) -> Pending:
         layer = transfer.expert.layer
         # The core may have given away a slot whose prefetch it thinks long arrived.
-        self._waiting.pop((layer, transfer.slot), None)
+        self.waiting.pop((layer, transfer.slot), None)
         slots, place = self._pool.locate(layer, transfer.slot)
         slots.unsettled.add(place)
         return Pending(transfer, slots, place, chunks, channel, self.log.plan_number if self.log is not None else 0)

@@ -110,6 +110,7 @@ class Recovery:
             for layer, num_slots in sizes.items():
                 lane.resize(layer, num_slots)
                 self._coordinator.resize(layer, num_slots)
+            self._executor.count_slots()
         except (KernelError, CapacityError, RuntimeError) as error:
             self._give_up(lane, AcceleratorFailed(lane, error), keep=False)
             return

@@ -250,7 +250,12 @@ class Runtime:
         layer, seconds, now = job.layer, self.seconds, time.perf_counter
         began = now()
         lane = self.executor.lane_of.get(layer)
-        if lane is not None and self._decides_nothing(lane, layer, routed):
+        if (
+            lane is not None
+            and lane.gpu.finds_routed
+            and self.coordinator.decides_nothing(layer, routed.hidden.shape[0])
+            and self._prefetches_nothing(layer, routed.hidden.shape[0])
+        ):
             self._run_whole(job, lane, routed)
             seconds.submit_and_gpu += now() - began
             return
@@ -281,7 +286,7 @@ class Runtime:
         seconds.prefetch += now() - started
 
     def _finish(self, job: Job) -> torch.Tensor:
-        """Join one chunk's shares."""
+        """Join one chunk's shares. What a recording keeps is what was decided by: see `RoutingRecorder`."""
         self.seconds.steps += 1
         began, plan, step = time.perf_counter(), job.plan, job.step
         if plan is None or step is None or job.routing is None:
@@ -314,8 +319,10 @@ class Runtime:
 
     def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
         scores = None
-        if routed.logits is not None and self.wants_scores:
-            scores = self._kept(mean_probabilities(routed.logits))
+        if routed.logits is not None and (self.executor.num_slots or self.recorder is not None):
+            scores = mean_probabilities(routed.logits)
+            if self.recorder is not None:
+                scores = halved(scores)
         step: Step | None = None
         if lane is not None:
             try:
@@ -342,7 +349,8 @@ class Runtime:
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
             if guesses is not None:
-                predictions = predicted_routing(guesses, self._kept(guesses.scores), phase)
+                scores = guesses.scores if self.recorder is None else halved(guesses.scores)
+                predictions = predicted_routing(guesses, scores, phase)
         if prefetches:
             began = time.perf_counter()
             orders = self.coordinator.prefetch(plan, predictions)
@@ -353,15 +361,12 @@ class Runtime:
             if self._log is not None:
                 self._log.chose(plan.layer, orders.transfers, began, time.perf_counter())
 
-    def _decides_nothing(self, lane: Lane, layer: int, routed: Routed) -> bool:
-        """Whether nothing depends on what is routed: neither this layer's plan nor what to prefetch, nor a record."""
-        num_tokens, decides_nothing = routed.hidden.shape[0], self.coordinator.decides_nothing
-        if not decides_nothing(layer, num_tokens) or self.recorder is not None or self._log is not None:
-            return False
-        if not lane.gpu.finds_routed:
+    def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
+        """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""
+        if self.recorder is not None or self._log is not None:
             return False
         predict = self._look_ahead.get(layer) if self.options.prefetch_size > 0 else None
-        return predict is None or all(decides_nothing(later, num_tokens) for later in predict.layers)
+        return predict is None or all(self.coordinator.decides_nothing(later, num_tokens) for later in predict.layers)
 
     def _run_whole(self, job: Job, lane: Lane, routed: Routed) -> None:
         """Enqueue a step of which nothing is read."""
@@ -373,10 +378,6 @@ class Runtime:
             job.answer = self.executor.compute_on_cpu(
                 job.layer, Step.on_host(routed.hidden, routed.ids, routed.weights, None)
             )
-
-    def _kept(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """As a recording keeps them, if there is one: a replay then decides on the very same numbers."""
-        return probabilities if self.recorder is None else halved(probabilities)
 
     def _record(self, recorder: RoutingRecorder, routing: Routing, step: Step, logits: torch.Tensor | None) -> None:
         layer = routing.layer

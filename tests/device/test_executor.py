@@ -112,7 +112,7 @@ def test_a_slot_given_away_is_not_filled_by_an_old_prefetch(store: HostStore) ->
 def test_a_prefetch_that_waits_is_sent_when_its_plan_comes(store: HostStore) -> None:
     run = executor(store)
     run.prefetch([bring(3, 0)])
-    assert run.lanes[0].queue.num_waiting == 1
+    assert len(run.lanes[0].queue.waiting) == 1
     plan = Plan(1, cpu=tuple(e for e in EVERYONE if e != 3), gpu=(3,), slots={3: 0})
     given = inputs()
     assert torch.equal(execute(run, plan, {}, given), wanted(1, given))
@@ -122,7 +122,7 @@ def test_an_aborted_prefetch_is_not_sent(store: HostStore) -> None:
     run = executor(store)
     run.prefetch([bring(3, 0), bring(4, 1)])
     run.heed([bring(3, 0)], [])
-    assert run.lanes[0].queue.num_waiting == 1
+    assert len(run.lanes[0].queue.waiting) == 1
 
 
 class _DeadWorker(TorchReferenceCpu):

@@ -33,7 +33,7 @@ def test_a_small_expert_is_one_copy_from_a_page_locked_one(monkeypatch: pytest.M
     machine.play(1, 1, 1, 4)
     stats = machine.runtime.coordinator.stats
     assert stats.num_transfers and stats.num_prefetches
-    waiting_still = machine.runtime.lanes[0].queue.num_waiting
+    waiting_still = len(machine.runtime.lanes[0].queue.waiting)
     sent = accelerator.sites.count("expert copy")
     assert stats.num_transfers <= sent <= stats.num_transfers + stats.num_prefetches - waiting_still
     assert "take blocks apart" not in accelerator.sites

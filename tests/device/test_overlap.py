@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, TorchReferenceGpu
+from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
+from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.emulated.journal import Entry, JournalAccelerator, JournalCpu
 from hybrimoe_kt.device.executor import Executor

@@ -82,12 +82,12 @@ class Ledger:
         kinds = {*gained.values(), *lost.values()}
         if len(kinds) != 1:
             return
-        arrival_s = {e: at_s for e, at_s in task.arrival_s.items() if e not in gained} if task.arrival_s else None
+        arrival_s = {e: at_s for e, at_s in task.arrival_s.items() if e not in gained} if task.arrival_s else {}
         without = Task(
             task.cost,
             task.loads,
-            [e for e in task.held if e not in gained] + list(lost),
-            [e for e in task.missing if e not in lost] + list(gained),
+            ([e for e in task.held if e not in gained] if gained else task.held) + list(lost),
+            ([e for e in task.missing if e not in lost] if lost else task.missing) + list(gained),
             arrival_s=arrival_s,
             shared_s=task.shared_s,
             num_free=max(0, task.num_free + len(gained) - len(lost)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from operator import itemgetter
 
 from hybrimoe_kt.core.cache import FREE
 from hybrimoe_kt.core.layer_state import LayerState
@@ -13,6 +14,7 @@ from .benefit import Ledger
 
 __all__ = ["GAINS", "Prefetcher", "by_load"]
 
+_EXPERT = itemgetter(2)
 _MAX_LOADS_TRIED = 3
 GAINS = 1.0 - 1e-9
 """A makespan must be so much shorter for a gain to be more than rounding."""
@@ -38,7 +40,7 @@ class Prefetcher:
             if not benefit.is_on:
                 benefit.tick()
         if self._gate.is_on and predictions:
-            self._layers[predictions[0].layer].predicted = predictions[0].loads
+            self._layers[predictions[0].layer].predicted = predictions[0].loads.keys()
             start_s = next_s
             for ahead, routing in enumerate(predictions[: self._num_lacking(predictions)]):
                 if len(result) >= self._size:
@@ -114,8 +116,8 @@ class Prefetcher:
         if not state.uses_gpu or state.is_streaming or max(now_s, state.link.free_s) + transfer_s > by_s:
             return
         slot_of, value = state.cache.slot_of, state.policy.value
-        absent = [e for e in plan.cpu if slot_of[e] == FREE]
-        for _, expert in sorted([(-value(e), e) for e in absent])[: self._size - len(result)]:
+        absent = sorted([(-value(e), e) for e in plan.cpu if slot_of[e] == FREE])
+        for _, expert in absent[: self._size - len(result)]:
             end_s = max(now_s, state.link.free_s) + transfer_s
             if end_s > by_s or not self._start(state, expert, (), now_s, "admission", result):
                 return
@@ -154,7 +156,8 @@ def by_load(routing: Routing, missing: Sequence[int]) -> list[int]:
     loads, scores = routing.loads, routing.scores
     if scores is None:
         return sorted(missing, key=loads.__getitem__, reverse=True)
-    return [expert for _, _, expert in sorted([(-loads[e], -scores[e], e) for e in missing])]
+    ranked = sorted([(-loads[e], -scores[e], e) for e in missing])
+    return list(map(_EXPERT, ranked))
 
 
 def _one_per_load(candidates: Sequence[int], loads: Mapping[int, int]) -> list[int]:

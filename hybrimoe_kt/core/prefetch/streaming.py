@@ -20,14 +20,14 @@ class Streaming:
 
     def __init__(self, layers: Mapping[int, LayerState], stats: Stats, ledger: Ledger) -> None:
         self._layers, self._stats, self._ledger = layers, stats, ledger
-        self._ahead: tuple[int, int] | None = None
+        self.ahead: tuple[int, int] | None = None
         """A layer whose prefetch lent slots, and the layer that got them."""
 
     def left_behind(self, layer: int) -> LayerState | None:
         """The layer whose slots were lent for a prompt that ended before its time, as `layer`'s step shows."""
-        if self._ahead is None or layer in self._ahead:
+        if self.ahead is None or layer in self.ahead:
             return None
-        state = self._layers[self._ahead[1]]
+        state = self._layers[self.ahead[1]]
         return state if state.is_streaming else None  # its slots may have been taken for good since
 
     def choose(self, layer: int, guess: Routing, scheduler: Scheduler, now_s: float, start_s: float) -> list[Transfer]:
@@ -40,11 +40,11 @@ class Streaming:
         if not state.uses_gpu or not state.spec.num_stream_slots:
             return []
         if state.is_streaming:
-            self._ahead = layer, guess.layer
+            self.ahead = layer, guess.layer
             return []
         task = state.task(guess.loads, guess.num_tokens, now_s, start_s)
         state.open_stream()
-        self._ahead = layer, guess.layer
+        self.ahead = layer, guess.layer
         missing = by_load(guess, task.missing)[: state.spec.num_stream_slots]
         best_s, best = scheduler.makespan_s(task) * GAINS, 0
         for quarter in range(1, 5):
@@ -62,8 +62,8 @@ class Streaming:
 
     def close(self, state: LayerState) -> None:
         """The layer is through: what was streamed is gone, and what it had no use for was wasted."""
-        if self._ahead is not None and self._ahead[1] == state.spec.layer:
-            self._ahead = None
+        if self.ahead is not None and self.ahead[1] == state.spec.layer:
+            self.ahead = None
         for expert in state.close_stream():
             self._ledger.lost(state, expert)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.policies.base import check_options
 
 
+@dataclass(slots=True)
 class Task:
     """One layer step to schedule.
 
@@ -17,42 +19,18 @@ class Task:
     the plan; beyond that a transfer waits for an expert of this plan to leave the GPU. Times count from now.
     """
 
-    __slots__ = (
-        "arrival_s",
-        "cost",
-        "held",
-        "layer",
-        "link_busy_s",
-        "loads",
-        "missing",
-        "num_free",
-        "shared_s",
-    )
-
-    def __init__(
-        self,
-        cost: CostModel,
-        loads: Mapping[int, int],
-        held: list[int],
-        missing: list[int],
-        *,
-        layer: int = 0,
-        arrival_s: Mapping[int, float] | None = None,
-        link_busy_s: float = 0.0,
-        shared_s: float = 0.0,
-        num_free: int = 1 << 30,
-    ) -> None:
-        self.layer = layer
-        self.cost = cost
-        self.loads = loads
-        self.held = held
-        self.missing = missing
-        self.arrival_s: Mapping[int, float] = arrival_s or {}
-        self.link_busy_s = link_busy_s
-        self.shared_s = shared_s
-        self.num_free = num_free
+    cost: CostModel
+    loads: Mapping[int, int]
+    held: list[int]
+    missing: list[int]
+    layer: int = 0
+    arrival_s: Mapping[int, float] = field(default_factory=dict)
+    link_busy_s: float = 0.0
+    shared_s: float = 0.0
+    num_free: int = 1 << 30
 
 
+@dataclass(slots=True)
 class Assignment:
     """A scheduler's answer: `cpu` and `gpu` partition the routed experts, `transfers` is a sub-sequence of `gpu`.
 
@@ -60,25 +38,13 @@ class Assignment:
     seconds of this step's own work, `makespan_s` its predicted end.
     """
 
-    __slots__ = ("cpu", "cpu_s", "gpu", "gpu_s", "link_s", "makespan_s", "transfers")
-
-    def __init__(
-        self,
-        cpu: Sequence[int],
-        gpu: Sequence[int],
-        transfers: Sequence[int],
-        makespan_s: float,
-        cpu_s: float,
-        gpu_s: float,
-        link_s: float,
-    ) -> None:
-        self.cpu = cpu
-        self.gpu = gpu
-        self.transfers = transfers
-        self.makespan_s = makespan_s
-        self.cpu_s = cpu_s
-        self.gpu_s = gpu_s
-        self.link_s = link_s
+    cpu: Sequence[int]
+    gpu: Sequence[int]
+    transfers: Sequence[int]
+    makespan_s: float
+    cpu_s: float
+    gpu_s: float
+    link_s: float
 
 
 class Scheduler:
