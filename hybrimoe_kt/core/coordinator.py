@@ -182,7 +182,8 @@ class Coordinator:
             return _NOTHING  # nothing would use it
         assert self._open is not None and self._open.plan is plan, "ask while the plan is open"
         routing, now_s = self._open.routing, self.now_s
-        guesses = self.predictor.predict(routing, predictions, self.strategy.prefetch_depth)
+        depth, predictor = self.strategy.prefetch_depth, self.predictor
+        guesses = predictions[:depth] if predictor.passes_on else predictor.predict(routing, predictions, depth)
         dropped: list[Transfer] = []
         for guess in guesses:
             state = self._layers[guess.layer]

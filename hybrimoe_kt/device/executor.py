@@ -177,7 +177,8 @@ class Executor:
                 meanwhile()
 
         try:
-            self._patience.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
+            if not self.cpu.is_done():
+                self._patience.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
         except DeadlineError:
             self._cpu_is_dead = True
             raise

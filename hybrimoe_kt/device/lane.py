@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ __all__ = ["Lane"]
 logger = logging.getLogger(__name__)
 
 _NOTHING = torch.empty(0)
+_PLACE, _PAIRS = itemgetter(1), itemgetter(2)
+"""Of an expert and its place, and of a `_Launch`; as functions of C they cost a step no calls."""
 _MOST_IN_A_ROW = 3
 _MOST_OF_STEPS = 8, 64
 """Failures, of so many steps in a row, that say a device will not recover, though steps between succeed: a choice."""
@@ -130,13 +133,11 @@ class Lane:
         weights = self.widened(routed.weights)
         step = Step(routed.hidden.contiguous(), routed.ids.contiguous(), weights, _NOTHING, _NOTHING, _NOTHING)
         slots = self.pool.layers[layer]
-        for place in sorted(slots.unsettled):
-            self.queue.settle(layer, place)
         slots.begin_step()
         pairs, table = self.whole.table(layer, slot_of)
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        self._launch_experts(layer, slots, pairs, table, step, out)
+        self._launch(layer, _Launch(slots, (), pairs), table, step, out)
         self.whole.count(layer, step.ids)
         return self.finish(step, None, has_gpu=True)
 
@@ -165,16 +166,16 @@ class Lane:
         else:
             launches = _launches(plan, self.pool, queue, one_by_one=through_slots)
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
-        tables = self._tables.send([launch.pairs for launch in launches])
+        tables = self._tables.send(list(map(_PAIRS, launches)))
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        if queue.waiting and queue.is_direct(layer):
+        if queue.waiting and layer in queue.direct:
             self._hasten(plan)
         if plan.transfers:
             self._feed(plan, launches, through_slots, step, out, tables)
             return
         for launch, table in zip(launches, tables, strict=True):
-            self._compute(plan, launch, table, step, out)
+            self._launch(layer, launch, table, step, out)
 
     def _feed(
         self,
@@ -190,39 +191,29 @@ class Lane:
         The resident experts are launched first: that is quicker than giving the link its work. Direct transfers are
         then all enqueued; staging takes the host's time, so no more than the next group needs is staged.
         """
-        waiting, direct = deque(plan.transfers), self.queue.is_direct(plan.layer)
+        waiting, direct = deque(plan.transfers), plan.layer in self.queue.direct
         position = {expert: number for number, expert in enumerate(plan.gpu)} if through_slots else {}
         for number, (launch, table) in enumerate(zip(launches, tables, strict=True)):
             while waiting and ((direct and number > 0) or any(t.expert.index in launch.experts for t in waiting)):
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            self._compute(plan, launch, table, step, out)
-
-    def _compute(self, plan: Plan, launch: _Launch, table: torch.Tensor, step: Step, out: torch.Tensor) -> None:
-        """Launch a part of a plan, after what is under way into its slots."""
-        if launch.slots.unsettled:
-            for expert, place in launch.pairs:
-                if place in launch.slots.unsettled:
-                    self.queue.settle(plan.layer, plan.slots[expert])
-        self._launch_experts(plan.layer, launch.slots, launch.pairs, table, step, out)
+            self._launch(plan.layer, launch, table, step, out)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
         arriving = {transfer.slot for transfer in plan.transfers}
         self.queue.hasten(plan.layer, [slot for slot in plan.slots.values() if slot not in arriving])
 
-    def _launch_experts(
-        self,
-        layer: int,
-        slots: LayerSlots,
-        pairs: Sequence[tuple[int, int]],
-        table: torch.Tensor,
-        step: Step,
-        out: torch.Tensor,
-    ) -> None:
+    def _launch(self, layer: int, launch: _Launch, table: torch.Tensor, step: Step, out: torch.Tensor) -> None:
+        """Enqueue experts of `layer` after what is under way into their slots; `table` says on the device which."""
+        slots, pairs = launch.slots, launch.pairs
+        if slots.unsettled:
+            for _, place in pairs:
+                if place in slots.unsettled:
+                    self.queue.settle(layer, slots.first + place)
         is_whole = len(pairs) == len(slots.views)
-        reads = [slots.memory] if is_whole else [slots.views[slot] for _, slot in pairs]
+        reads = [slots.memory] if is_whole else list(map(slots.views.__getitem__, map(_PLACE, pairs)))
         reads += (table, step.hidden, step.ids, step.weights)
 
         def work() -> None:
@@ -232,8 +223,7 @@ class Lane:
         before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
         if before is not None and self.log is not None:
-            experts = tuple(expert for expert, _ in pairs)
-            self.log.launched(self.number, layer, experts, before, self.accelerator.stamp(compute))
+            self.log.launched(self.number, layer, launch.experts, before, self.accelerator.stamp(compute))
         compute.record(slots.read_done, "readers")
 
     def finish(self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool) -> torch.Tensor:

@@ -33,6 +33,8 @@ class Run:
 
     def targets(self, slot: torch.Tensor) -> list[torch.Tensor]:
         """Where the planes go in `slot`, each uint8 `[num_blocks, width_bytes]`."""
+        if self.is_file_order:
+            return [self.segments[0].part_of(slot, self.first_block, self.num_blocks)]
         return [segment.part_of(slot, self.first_block, self.num_blocks) for segment in self.segments]
 
     def split(self, blocks: torch.Tensor, slot: torch.Tensor) -> None:

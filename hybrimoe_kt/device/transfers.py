@@ -93,7 +93,9 @@ class TransferQueue:
             **{layer: spans_of(layout, _WHOLE) for layer, layout in ready.items()},
         }
         largest = max((sum(r.num_bytes for r in c) for cs in pieces.values() for c in cs), default=0)
-        staged = 0 if all(store.is_direct(layer) for layer in layouts) else largest
+        self.direct = frozenset(layer for layer in layouts if store.is_direct(layer))
+        """Layers whose experts reach the device without staging."""
+        staged = 0 if len(self.direct) == len(layouts) else largest
         whole = max((layout.slot_bytes for layer, layout in mapped.items() if store.is_registered(layer)), default=0)
         landing = 0 if all(layout.is_file_order for layout in mapped.values()) else max(largest, whole)
         is_whole = not mapped and all(len(cut) == 1 for cut in spans.values())
@@ -140,15 +142,11 @@ class TransferQueue:
     def start(self, transfer: Transfer) -> None:
         """Hand an on-demand transfer to the device, whole, before anything that waits here.
 
-        Only enqueues if `is_direct`; otherwise copies through staging, and waits for it.
+        Only enqueues for `direct` layers; otherwise copies through staging, and waits for it.
         """
         layer = transfer.expert.layer
-        chunks = (self._whole if self._store.is_direct(layer) else self._chunks)[layer]
+        chunks = (self._whole if layer in self.direct else self._chunks)[layer]
         self._send_all(self._open(transfer, self._on_demand, chunks))
-
-    def is_direct(self, layer: int) -> bool:
-        """Whether `layer`'s experts reach the device without staging."""
-        return self._store.is_direct(layer)
 
     def enqueue(self, transfer: Transfer) -> None:
         """Take a prefetch; `pump` sends it."""
@@ -229,7 +227,7 @@ class TransferQueue:
         return Pending(transfer, slots, place, chunks, channel, self.log.plan_number if self.log is not None else 0)
 
     def _send_all(self, pending: Pending) -> None:
-        paced = not self._store.is_direct(pending.transfer.expert.layer)
+        paced = pending.transfer.expert.layer not in self.direct
         while pending.next_chunk < len(pending.chunks):
             self._send(pending, paced=paced)
 

@@ -229,21 +229,50 @@ class Runtime:
                 )
             *first, routed = routed.split(size)
             for chunk in first:
-                self._begin(job, chunk)
-                job.before.append(self._finish(job))
+                part = Job(layer)
+                self._begin(part, chunk)
+                job.before.append(self.finish(part))
         self._begin(job, routed)
         return job
 
     def finish(self, job: Job) -> torch.Tensor:
-        """Wait for what `begin` started; returns `[num_tokens, hidden]`, in the hidden states' dtype and place.
+        """Wait for what `begin` started; returns `[num_tokens, hidden]` in the hidden states' dtype and place.
 
         Waits for the CPU's share, and feeds the links meanwhile; what is on the device is only enqueued. The answer
         is in memory of its own.
         """
-        answer = self._finish(job)
+        began, plan, step, answer = time.perf_counter(), job.plan, job.step, job.answer
+        self.seconds.steps += 1
+        if plan is not None and step is not None and job.routing is not None:
+            if answer is None:
+                answer = self._join(job, plan, step)
+            if self.recorder is not None:
+                self._record(self.recorder, job.routing, step, job.logits)
+            ended = time.perf_counter()
+            self.seconds.wait += ended - began
+            if self._log is not None:
+                self._log.finished(ended)
+        assert answer is not None, "a step without a plan has an answer"
         if job.before:
             answer = torch.cat([*job.before, answer])
         return answer if job.home is None else answer.to(job.home)
+
+    def _join(self, job: Job, plan: Plan, step: Step) -> torch.Tensor:
+        """Join the shares of a plan and close it."""
+        try:
+            answer = self.executor.join(plan, step)
+        except AcceleratorFailed as failure:
+            return self._recover(failure, plan, step)
+        except BaseException:
+            self._abandon(plan)
+            raise
+        if self._watch is not None and job.routing is not None:
+            self._watch.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
+        self._begun = None
+        orders = self.coordinator.finish(plan)
+        if orders.closed:
+            self.executor.heed(orders.dropped, orders.closed)
+        return answer
 
     def _begin(self, job: Job, routed: Routed) -> None:
         """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
@@ -284,38 +313,6 @@ class Runtime:
         seconds.plan += planned - job.read_s
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += now() - started
-
-    def _finish(self, job: Job) -> torch.Tensor:
-        """Join one chunk's shares. What a recording keeps is what was decided by: see `RoutingRecorder`."""
-        self.seconds.steps += 1
-        began, plan, step = time.perf_counter(), job.plan, job.step
-        if plan is None or step is None or job.routing is None:
-            answer, job.answer = job.answer, None
-            assert answer is not None, "a step without a plan has an answer"
-            return answer
-        answer, job.plan, job.answer = job.answer, None, None
-        if answer is None:
-            try:
-                answer = self.executor.join(plan, step)
-            except AcceleratorFailed as failure:
-                answer = self._recover(failure, plan, step)
-            except BaseException:
-                self._abandon(plan)
-                raise
-            else:
-                if self._watch is not None:
-                    self._watch.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
-                self._begun = None
-                orders = self.coordinator.finish(plan)
-                if orders.closed:
-                    self.executor.heed(orders.dropped, orders.closed)
-        if self.recorder is not None:
-            self._record(self.recorder, job.routing, step, job.logits)
-        ended = time.perf_counter()
-        self.seconds.wait += ended - began
-        if self._log is not None:
-            self._log.finished(ended)
-        return answer
 
     def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
         scores = None

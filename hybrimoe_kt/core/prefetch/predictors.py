@@ -20,6 +20,8 @@ class Predictor:
     """Option name -> default."""
     learns: ClassVar[bool] = True
     """Whether `observe` does anything."""
+    passes_on: ClassVar[bool] = False
+    """Whether `predict` returns what it is given, so that nobody need ask."""
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:
         self.option = check_options(f"predictor {self.name}", options, self.options)
@@ -46,6 +48,7 @@ class StaleGatePredictor(Predictor):
 
     name = "stale_gate"
     learns = False
+    passes_on = True
 
     def predict(self, routing: Routing, given: Sequence[Routing], depth: int) -> Sequence[Routing]:
         """Return the host's look-ahead unchanged."""

@@ -97,7 +97,7 @@ class Prefetcher:
             if end_s > by_s:
                 break
             best, best_s = -1, makespan_s * GAINS
-            for expert in _one_per_load(candidates, routing.loads):
+            for expert in candidates[:1] if routing.num_tokens == 1 else _one_per_load(candidates, routing.loads):
                 after_s = scheduler.makespan_s(_with(task, expert, end_s - start_s))
                 if after_s < best_s:
                     best, best_s = expert, after_s
