@@ -359,7 +359,7 @@ def test_aliases_drop_kernel_options_keep_devices_and_say_so_once(write, caplog)
         "- match: {name: 'layers.1.mlp'}\n"
         "  replace: {class: ktransformers.operators.linear.KTransformersLinear}\n"
     )
-    with caplog.at_level(logging.INFO, "hybrimoe_kt.host.rules.injection.injection.injection.injection"):
+    with caplog.at_level(logging.INFO, "hybrimoe_kt.host.rules.injection"):
         found = match_modules(tree(), load_rules(file), default_device="cpu")
     assert found["layers.0.mlp"].cls == "hybrimoe_kt.operators.experts.HybriMoEExperts"
     assert found["layers.0.mlp"].kwargs == {"generate_device": "cpu"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 
@@ -74,14 +75,15 @@ def test_the_metrics_agree_with_it(hybrid: Serving) -> None:
     assert metrics["process_resident_memory_bytes"] > 2**20
 
 
-def test_the_moved_bytes_never_fall() -> None:
+def test_the_moved_bytes_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     """An aborted prefetch is taken back from the sum; a counter that falls reads as a restart."""
     engine, seen = ScriptedEngine(), []
-    service = Service(engine, Settings())
+    service, nothing = Service(engine, Settings()), engine.counters()
     for sent, taken_back in ((100, 0), (100, 40), (130, 40), (200, 0)):
         stats = Stats()
         stats.transferred_bytes, stats.prefetched_bytes = sent, 50 - taken_back
-        engine.runtime.statistics = stats.snapshot
+        counted = dataclasses.replace(nothing, statistics=stats.snapshot())
+        monkeypatch.setattr(engine, "counters", lambda counted=counted: counted)
         text = service.metrics.text().decode()
         seen += re.findall(r"^hybrimoe_moved_bytes_total (.*)$", text, re.MULTILINE)
     assert [float(number) for number in seen] == [150, 150, 150, 250]
