@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from hybrimoe_kt import accelerators
+from hybrimoe_kt.accelerators import Kind
 from hybrimoe_kt.backends import registry
 from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, expert_ffn
 from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.policies import POLICIES, Policy
+from hybrimoe_kt.core.types import Routing
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.emulated.journal import JournalAccelerator
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.engine.build import build_engine
@@ -170,3 +175,72 @@ def test_names_that_lead_nowhere() -> None:
         registry.cpu_backend("collections:OrderedDict")
     with pytest.raises(ConfigError, match="is no GpuBackend, it has no add_layer, launch"):
         registry.gpu_backend("hybrimoe_kt.device.backend:GpuBackend")
+
+
+class FewestFirst(Policy):
+    """A policy of one's own: the expert of the highest number goes last, times an option."""
+
+    name = "fewest_first"
+    options = {"factor": 1.0}  # noqa: RUF012
+
+    def touch(self, routing: Routing) -> None:
+        """Learn nothing."""
+
+    def value(self, expert: int) -> float:
+        return expert * float(self.option["factor"])
+
+
+@pytest.mark.parametrize("by", ["name", "place"])
+def test_a_policy_of_ones_own_runs_a_model(by: str, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    policy = FewestFirst.name
+    if by == "name":
+        monkeypatch.setitem(POLICIES, policy, FewestFirst)  # type: ignore[misc]
+    else:
+        policy = f"{__name__}:FewestFirst"
+    options = {"policy": policy, "policy_options": {"factor": 2.0}, "accelerator": "emulated", "cache_size": "25%"}
+    engine = build_engine(tiny_model, progress=False, option_overrides=options | {"cpu_backend": "torch_reference"})
+    engine.complete("Once", sampling=Sampling(max_new_tokens=3, temperature=0))
+    assert engine.runtime.coordinator.stats.num_plans > 0
+    assert engine.runtime.options.strategy.policy == policy
+    with pytest.raises(ConfigError, match="unknown option 'facter', did you mean 'factor'"):
+        ExpertOptions(policy=policy, policy_options={"facter": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("fewest", "unknown policy 'fewest'"),
+        ("no.such.module:Policy", "cannot be imported"),
+        (f"{__name__}:MADE_UP", "is not a subclass of hybrimoe_kt.core.policies.base.Policy"),
+    ],
+)
+def test_a_policy_that_is_none_is_one_sentence(policy: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExpertOptions(policy=policy)
+
+
+class MadeUpAccelerator(JournalAccelerator):
+    """One of one's own, of a kind that the table does not know."""
+
+    @classmethod
+    def named(cls, name: str, colour: str | None) -> MadeUpAccelerator:
+        made = cls(name)
+        made.colour = colour
+        return made
+
+    colour: str | None = None
+
+
+def test_an_accelerator_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown accelerator 'painted:red'"):
+        ExpertOptions(accelerator="painted:red")
+    kind = Kind("painted[:COLOUR]", r"painted(?::(\w+))?", f"{__name__}:MadeUpAccelerator.named")
+    monkeypatch.setattr(accelerators, "ACCELERATORS", [*accelerators.ACCELERATORS, kind])
+    options = {"accelerator": "painted:red", "cache_size": "50%", "cpu_backend": "torch_reference"}
+    engine = build_engine(tiny_model, progress=False, option_overrides=options)
+    engine.complete("Once", sampling=Sampling(max_new_tokens=3, temperature=0))
+    (accelerator,) = engine.runtime.accelerators
+    assert isinstance(accelerator, MadeUpAccelerator) and accelerator.colour == "red"
+    assert "experts" in accelerator.sites, "it computed nothing"
+    with pytest.raises(ConfigError, match=r"valid: .*painted\[:COLOUR\]"):
+        ExpertOptions(accelerator="paintd")

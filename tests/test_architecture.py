@@ -41,8 +41,8 @@ KNOWN_CIRCLES: dict[tuple[str, str], str] = {}
 IMPURE = {"asyncio", "concurrent", "datetime", "importlib", "io", "multiprocessing", "os", "pathlib", "shutil"}
 IMPURE |= {"signal", "socket", "subprocess", "tempfile", "threading", "time"}
 READING = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
-# core file -> what of these it uses, and why
-KNOWN_IMPURE = {"registry.py": {"importlib"}}  # a policy by dotted path is imported
+# core file -> what of these it uses
+KNOWN_IMPURE: dict[str, set[str]] = {}
 # Foreign packages and the only files that may import them.
 OWNED = {
     "kt_kernel": {"backends/kt_kernel_pool.py"},

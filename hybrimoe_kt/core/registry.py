@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from hybrimoe_kt.dotted import is_dotted, load_dotted
 from hybrimoe_kt.errors import ConfigError, unknown_name
 
 __all__ = ["find"]
@@ -14,18 +14,17 @@ _T = TypeVar("_T")
 
 
 def find(kind: str, name: str, known: Mapping[str, type[_T]], base: type[_T]) -> type[_T]:
-    """Return the class called `name`; with a dot in it that is a module's, `my_package.my_module.MyPolicy`.
+    """Return the class called `name`; one that is not known is named by its place, `my_module:MyPolicy`.
 
     ConfigError for a name that is not there, and for a class that is no `base`.
     """
     if name in known:
         return known[name]
-    if "." not in name:
+    if not is_dotted(name):
         raise ConfigError(unknown_name(kind, name, known))
-    module, _, attribute = name.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = load_dotted(name)
+    except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported ({error}); built in: {', '.join(known)}") from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{kind} {name!r} is not a subclass of {base.__module__}.{base.__qualname__}")

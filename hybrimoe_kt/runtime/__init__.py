@@ -8,6 +8,7 @@ shared = shared_experts(hidden)                                 # beside the CPU
 out = runtime.finish(job) + shared
 """
 
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.inbox import Guesses, Predict, Routed
 
 from .experts import ModelExperts
@@ -16,6 +17,6 @@ from .recording import RoutingRecorder
 from .runtime import Job, Runtime, assemble
 
 __all__ = [
-    "AcceleratorHealth", "Guesses", "Health", "Job", "ModelExperts", "Predict", "Routed", "RoutingRecorder", "Runtime",
-    "assemble",
+    "AcceleratorHealth", "ExpertMatrix", "Guesses", "Health", "Job", "LayerExperts", "ModelExperts", "Predict",
+    "Routed", "RoutingRecorder", "Runtime", "assemble",
 ]  # fmt: skip
