@@ -132,7 +132,7 @@ class Method:
 
 
 class TraceGates:
-    """Guesses as the trace has them; see `device.inbox.Predict`."""
+    """Guesses as the trace has them; see `device.readback.Predict`."""
 
     num_experts = EXPERTS
 

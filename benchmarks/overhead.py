@@ -26,7 +26,7 @@ from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Predict
+from hybrimoe_kt.device.readback import Predict
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 from hybrimoe_kt.sim.generate import generate
@@ -99,7 +99,7 @@ def random_gate(layer: int) -> Gate:
 
 
 class Gates:
-    """Asks the real gates, always `DEPTH` of them, and guesses what the trace says; see `device.inbox.Predict`."""
+    """Asks the real gates, always `DEPTH` of them, and guesses what the trace says; see `device.readback.Predict`."""
 
     num_experts = EXPERTS
 

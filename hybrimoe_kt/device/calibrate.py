@@ -23,7 +23,7 @@ from .cores import physical_cores
 from .host_store import HostStore
 from .measure import CpuMeter, GpuMeter, LinkMeter, Sample
 from .step_meter import StepMeter
-from .waiting import Patience
+from .waiting import Deadline
 
 __all__ = ["Calibration", "calibrate", "link_verdict", "machine_name", "profile_path", "trusted_profile"]
 
@@ -37,7 +37,7 @@ _WORST_CROWDING = 2.0
 _GUESSED_LAYER_S = {"cpu": 1.5e-3, "gpu": 5e-4}
 """Time per decoder layer outside the experts, which no experts tell: the CPU's as in the built-in profiles, the GPU's
 from the host time of Transformers' eager modules (336 us a layer measured on an EPYC core). Corrected in
-service, see `operators.watch`."""
+service, see `runtime.feedback`."""
 _PCIE = tuple(
     (f"PCIe {generation} x{lanes}", rate * lanes / 16)
     for lanes in (16, 8, 4)
@@ -101,15 +101,15 @@ def calibrate(
     *,
     max_tokens: int,
     repeats: int = 15,
-    patience: Patience | None = None,
+    deadline: Deadline | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Calibration:
     """Measure with the experts of `layer`, which `cpu` has taken already; `progress` is told before each piece.
 
     `max_tokens` bounds a call. Takes seconds to a minute with 15 repeats.
     """
-    patience = patience or Patience(60.0)
-    run = _Run(store, layer, cpu, max_tokens, repeats, patience, progress)
+    deadline = deadline or Deadline(60.0)
+    run = _Run(store, layer, cpu, max_tokens, repeats, deadline, progress)
     run.measure_cpu()
     if accelerator is not None and gpu is not None:
         run.measure_link(accelerator)
@@ -128,12 +128,12 @@ class _Run:
         cpu: CpuBackend,
         max_tokens: int,
         repeats: int,
-        patience: Patience,
+        deadline: Deadline,
         progress: Callable[[str], None],
     ) -> None:
         self._store, self._layer, self._repeats, self._progress = store, layer, repeats, progress
-        self._experts, self._patience, self._max_tokens = store.layers[layer], patience, max_tokens
-        self._cpu, self._meter = cpu, CpuMeter(cpu, self._experts, patience)
+        self._experts, self._deadline, self._max_tokens = store.layers[layer], deadline, max_tokens
+        self._cpu, self._meter = cpu, CpuMeter(cpu, self._experts, deadline)
         self._macs = 3 * self._experts.hidden * self._experts.inter
         self.samples: dict[str, Sample] = {}
         self.numbers: dict[str, float] = {"num_cpu_cores": physical_cores(), "cpu_layer_s": _GUESSED_LAYER_S["cpu"]}
@@ -174,7 +174,7 @@ class _Run:
 
     def measure_link(self, accelerator: Accelerator) -> None:
         small, large = _LINK_BYTES
-        link = LinkMeter(accelerator, large, self._patience)
+        link = LinkMeter(accelerator, large, self._deadline)
         times = {}
         for page_locked, memory in ((True, "page-locked"), (False, "pageable")):
             for size in _LINK_BYTES:
@@ -228,7 +228,7 @@ class _Run:
         loads = [load for load in GPU_LOADS if load <= self._max_tokens]
         meter = GpuMeter(
             accelerator, gpu, self._store, self._layer,
-            num_slots=self._experts.top_k, max_tokens=max(loads), patience=self._patience,
+            num_slots=self._experts.top_k, max_tokens=max(loads), deadline=self._deadline,
         )  # fmt: skip
         most = meter.num_slots
         one = self._sample("GPU, 1 expert, 1 token", lambda: meter.launch(1, 1, self._repeats))
@@ -256,7 +256,7 @@ class _Run:
         )
         meter = StepMeter(
             accelerator, self._cpu, gpu, self._store, self._layer, cost,
-            pause_s=_GUESSED_LAYER_S["gpu"], patience=self._patience,
+            pause_s=_GUESSED_LAYER_S["gpu"], deadline=self._deadline,
         )  # fmt: skip
         few, many = meter.least_on_cpu, max(self._experts.top_k - 1, meter.least_on_cpu)
         times = {

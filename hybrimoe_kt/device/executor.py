@@ -17,9 +17,9 @@ from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
 from .activity import ActivityLog
 from .backend import CpuBackend
-from .inbox import Step
 from .lane import Lane
-from .waiting import SHARE_SLEPT, Patience
+from .readback import Step
+from .waiting import SHARE_SLEPT, Deadline
 
 __all__ = ["DEVICE_ERRORS", "AcceleratorFailed", "Executor"]
 
@@ -39,8 +39,8 @@ class AcceleratorFailed(Exception):
 class Executor:
     """One CPU backend and any number of accelerators, each serving its own layers."""
 
-    def __init__(self, cpu: CpuBackend, lanes: Sequence[Lane], patience: Patience) -> None:
-        self.cpu, self.lanes, self._patience = cpu, tuple(lanes), patience
+    def __init__(self, cpu: CpuBackend, lanes: Sequence[Lane], deadline: Deadline) -> None:
+        self.cpu, self.lanes, self._deadline = cpu, tuple(lanes), deadline
         self.lane_of: dict[int, Lane] = {layer: lane for lane in lanes for layer in lane.layers}
         """Layer -> the accelerator that serves it; layers that none serves are not there."""
         self.num_slots = 0
@@ -178,7 +178,7 @@ class Executor:
 
         try:
             if not self.cpu.is_done():
-                self._patience.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
+                self._deadline.wait(self.cpu.is_done, self._cpu_name, between_polls, rest_s)
         except DeadlineError:
             self._cpu_is_dead = True
             raise

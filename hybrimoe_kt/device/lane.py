@@ -19,11 +19,11 @@ from .accelerator import Accelerator
 from .activity import ActivityLog
 from .backend import GpuBackend
 from .host_store import HostStore
-from .inbox import Inbox, Routed, Step
+from .readback import Readback, Routed, Step
 from .slot_tables import SlotTables
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
-from .waiting import Patience
+from .waiting import Deadline
 from .whole import WholeLayers
 
 __all__ = ["Lane"]
@@ -52,30 +52,30 @@ class Lane:
         max_tokens: int,
         cpu_answers_pairs: bool,
         chunk_bytes: int,
-        patience: Patience,
+        deadline: Deadline,
         whole_bytes: int = 0,
     ) -> None:
         """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU.
 
         `num_stream_slots` maps layers -> slots lent to them in the two buffers that prompts stream through.
         """
-        self.accelerator, self.gpu, self._store, self._patience = accelerator, gpu, store, patience
+        self.accelerator, self.gpu, self._store, self._deadline = accelerator, gpu, store, deadline
         self.layers = tuple(sorted(slots))
         self.pool = SlotPool(accelerator, store.layouts, slots, num_stream_slots)
         self.queue = TransferQueue(
-            accelerator, store, self.pool, chunk_bytes=chunk_bytes, patience=patience, whole_bytes=whole_bytes
+            accelerator, store, self.pool, chunk_bytes=chunk_bytes, deadline=deadline, whole_bytes=whole_bytes
         )
         shapes = [store.layers[layer] for layer in slots]
         hidden = max(experts.hidden for experts in shapes)
         top_k = max(experts.top_k for experts in shapes)
         self._num_experts = max(experts.num_experts for experts in shapes)
-        self.inbox = Inbox(
+        self.readback = Readback(
             accelerator,
             max_tokens=max_tokens,
             hidden=hidden,
             top_k=top_k,
             num_experts=self._num_experts,
-            patience=patience,
+            deadline=deadline,
         )
         for layer, layer_slots in self.pool.groups:
             experts = dataclasses.replace(store.layers[layer], layer=layer_slots.key)
@@ -123,7 +123,7 @@ class Lane:
         """Bring the routing to the host: the one wait of every step that decides anything."""
         weights = routed.weights
         weights = weights.contiguous() if weights.dtype == torch.float32 else self.widened(weights)
-        return self.inbox.read(routed.hidden.contiguous(), routed.ids.contiguous(), weights, scores)
+        return self.readback.read(routed.hidden.contiguous(), routed.ids.contiguous(), weights, scores)
 
     def run_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
         """Compute a step of a layer whose experts all have a slot, whatever was routed; only enqueues.
@@ -245,7 +245,7 @@ class Lane:
 
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         accelerator.compute.record(self._result, "result")
-        accelerator.hand_over(self._result, self._patience.wait)
+        accelerator.hand_over(self._result, self._deadline.wait)
         accelerator.on_host("result", reads=(result,))
         self.note_success()
         return result
@@ -284,11 +284,11 @@ class Lane:
 
     def drain(self) -> None:
         """Wait until nothing is under way; DeadlineError if that does not end. Failures met here are known already."""
-        for stream in (self.accelerator.compute, self.inbox.gates, *self.queue.streams):
+        for stream in (self.accelerator.compute, self.readback.gates, *self.queue.streams):
             event = self.accelerator.event()
             stream.record(event, "drained")
             try:
-                self._patience.wait(event.is_done, f"what {self.accelerator.name} was still doing")
+                self._deadline.wait(event.is_done, f"what {self.accelerator.name} was still doing")
             except DeadlineError:
                 raise
             except (RuntimeError, KernelError):

@@ -16,7 +16,7 @@ from .backend import CpuBackend, GpuBackend
 from .experts import LayerExperts
 from .host_store import HostStore
 from .layout import SlotLayout
-from .waiting import SHARE_SLEPT, Patience
+from .waiting import SHARE_SLEPT, Deadline
 
 __all__ = ["CpuMeter", "GpuMeter", "LinkMeter", "Sample"]
 
@@ -49,8 +49,8 @@ class Sample:
 class CpuMeter:
     """CPU experts of one layer, each call on other experts than the call before, so that none is in a cache."""
 
-    def __init__(self, backend: CpuBackend, experts: LayerExperts, patience: Patience) -> None:
-        self._backend, self._experts, self._patience = backend, experts, patience
+    def __init__(self, backend: CpuBackend, experts: LayerExperts, deadline: Deadline) -> None:
+        self._backend, self._experts, self._deadline = backend, experts, deadline
         self._next = 0
 
     def call(self, num_experts: int, load: int, repeats: int) -> Sample:
@@ -66,7 +66,7 @@ class CpuMeter:
             ids = torch.tensor([chosen]).repeat(load, 1)
             began = time.perf_counter()
             self._backend.submit(self._experts.layer, hidden, ids, weights)
-            self._patience.wait(self._backend.is_done, "a CPU expert", rest_s=SHARE_SLEPT * usual_s)
+            self._deadline.wait(self._backend.is_done, "a CPU expert", rest_s=SHARE_SLEPT * usual_s)
             self._backend.wait()
             seconds = time.perf_counter() - began
             usual_s += (seconds - usual_s) * (0.2 if usual_s else 1.0)
@@ -87,9 +87,9 @@ class GpuMeter:
         *,
         num_slots: int,
         max_tokens: int,
-        patience: Patience,
+        deadline: Deadline,
     ) -> None:
-        self._accelerator, self._gpu, self._patience = accelerator, gpu, patience
+        self._accelerator, self._gpu, self._deadline = accelerator, gpu, deadline
         self._experts, layout = store.layers[layer], store.layouts[layer]
         self.num_slots = min(num_slots, self._experts.top_k, self._experts.num_experts)
         self._memory = accelerator.allocate(self.num_slots * layout.slot_bytes)
@@ -122,7 +122,7 @@ class GpuMeter:
             for _ in range(launches):
                 self._accelerator.launch(compute, work, reads=(), writes=(), site="measured experts")
             compute.record(self._done, "measured experts")
-            self._patience.wait(self._done.is_done, "measured experts")
+            self._deadline.wait(self._done.is_done, "measured experts")
             return (time.perf_counter() - began) / launches
 
         return Sample.repeat(repeats, once)
@@ -135,8 +135,8 @@ class GpuMeter:
 class LinkMeter:
     """Copies from host to device."""
 
-    def __init__(self, accelerator: Accelerator, max_bytes: int, patience: Patience) -> None:
-        self._accelerator, self._patience = accelerator, patience
+    def __init__(self, accelerator: Accelerator, max_bytes: int, deadline: Deadline) -> None:
+        self._accelerator, self._deadline = accelerator, deadline
         self._target = accelerator.allocate(max_bytes)
         self._page_locked = accelerator.page_locked(max_bytes)
         self._pageable = torch.empty(max_bytes, dtype=torch.uint8)
@@ -155,7 +155,7 @@ class LinkMeter:
             for _ in range(copies):
                 self._accelerator.copy(self._stream, target, source, "measured copy")
             self._stream.record(self._done, "measured copy")
-            self._patience.wait(self._done.is_done, "a measured copy")
+            self._deadline.wait(self._done.is_done, "a measured copy")
             return (time.perf_counter() - began) / copies
 
         return Sample.repeat(repeats, once)
@@ -174,7 +174,7 @@ class LinkMeter:
 
     def release(self) -> None:
         """Give the memory back once nothing copies into it."""
-        self._patience.wait(self._done.is_done, "measured copies")
+        self._deadline.wait(self._done.is_done, "measured copies")
         self._accelerator.release(self._target)
 
 

@@ -9,7 +9,7 @@ from hybrimoe_kt.errors import KernelError
 from .accelerator import Accelerator, Event, Stream
 from .experts import ExpertParts
 from .layout import Segment, SlotLayout
-from .waiting import Patience
+from .waiting import Deadline
 
 __all__ = ["Chunk", "Ring", "Run", "chunks_of", "spans_of"]
 
@@ -84,10 +84,10 @@ class Ring:
         """Whether the next place is free; never blocks."""
         return self._events[self._next].is_done()
 
-    def take(self, patience: Patience) -> torch.Tensor:
+    def take(self, deadline: Deadline) -> torch.Tensor:
         """Wait for the next place and return its buffer, uint8 `[chunk_bytes]` (empty without buffers)."""
         if not self._events[self._next].is_done():
-            patience.wait(self._events[self._next].is_done, "a copy to the accelerator")
+            deadline.wait(self._events[self._next].is_done, "a copy to the accelerator")
         return self._buffers[self._next] if self._buffers.numel() else self._buffers
 
     def give(self, stream: Stream) -> None:

@@ -20,10 +20,10 @@ from .accelerator import Accelerator
 from .backend import CpuBackend, GpuBackend
 from .executor import Executor
 from .host_store import HostStore
-from .inbox import Routed
 from .lane import Lane
 from .measure import Sample
-from .waiting import Patience
+from .readback import Routed
+from .waiting import Deadline
 
 __all__ = ["StepMeter"]
 
@@ -44,7 +44,7 @@ class StepMeter:
         cost: CostModel,
         *,
         pause_s: float,
-        patience: Patience,
+        deadline: Deadline,
     ) -> None:
         """`cpu` has taken the layer already."""
         experts = store.layers[layer]
@@ -53,9 +53,9 @@ class StepMeter:
         self._num_slots = max(1, min(experts.top_k, experts.num_experts // 2))
         lane = Lane(
             accelerator, gpu, store, {layer: self._num_slots},
-            max_tokens=1, cpu_answers_pairs=cpu.answers_pairs, chunk_bytes=2**20, patience=patience,
+            max_tokens=1, cpu_answers_pairs=cpu.answers_pairs, chunk_bytes=2**20, deadline=deadline,
         )  # fmt: skip
-        self._lane, self._executor = lane, Executor(cpu, [lane], patience)
+        self._lane, self._executor = lane, Executor(cpu, [lane], deadline)
         spec = LayerSpec(layer, experts.num_experts, experts.top_k, experts.expert_bytes, self._num_slots)
         self._coordinator = Coordinator([spec], cost, Strategy(scheduler="static", prefetch_size=0))
         for transfer in self._coordinator.initial_transfers():

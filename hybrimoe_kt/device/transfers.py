@@ -24,7 +24,7 @@ from .activity import ActivityLog
 from .host_store import HostStore
 from .slots import LayerSlots, SlotPool
 from .staging import Chunk, Ring, chunks_of, spans_of
-from .waiting import Patience
+from .waiting import Deadline
 
 __all__ = ["TransferQueue"]
 
@@ -74,11 +74,11 @@ class TransferQueue:
         pool: SlotPool,
         *,
         chunk_bytes: int,
-        patience: Patience,
+        deadline: Deadline,
         whole_bytes: int = 0,
     ) -> None:
         """Prefetches go in chunks of `chunk_bytes`; from a page-locked copy whole, up to `whole_bytes` an expert."""
-        self._accelerator, self._store, self._pool, self._patience = accelerator, store, pool, patience
+        self._accelerator, self._store, self._pool, self._deadline = accelerator, store, pool, deadline
         layouts = {layer: slots.layout for layer, slots in pool.layers.items()}
         ready = {layer: layout for layer, layout in layouts.items() if store.is_copied(layer)}
         mapped = {layer: layout for layer, layout in layouts.items() if layer not in ready}
@@ -235,7 +235,7 @@ class TransferQueue:
         """Give the next chunk to the device; if `paced`, in a place of the channel's ring, waiting for one."""
         transfer, slots, channel = pending.transfer, pending.slots, pending.channel
         stream = channel.stream
-        buffer = channel.ring.take(self._patience) if paced else channel.landing
+        buffer = channel.ring.take(self._deadline) if paced else channel.landing
         if pending.next_chunk == 0:
             # A slot that the open plan does not read was last read a step ago: no need to wait for this one's experts.
             is_open = transfer.expert.layer == self.open_layer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hybrimoe_kt.errors import DeadlineError
 
-__all__ = ["SHARE_SLEPT", "SPIN_S", "Patience"]
+__all__ = ["SHARE_SLEPT", "SPIN_S", "Deadline"]
 
 SHARE_SLEPT = 0.7
 """Of a wait whose length is known about, before polling: every poll takes a core from somebody on a small machine."""
@@ -26,7 +26,7 @@ _PR_SET_TIMERSLACK = 29
 _sharpened = threading.local()
 
 
-class Patience:
+class Deadline:
     """How long anything may take before it counts as dead."""
 
     def __init__(self, deadline_s: float, spin_s: float = 0.0) -> None:

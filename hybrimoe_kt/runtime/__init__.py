@@ -9,7 +9,7 @@ out = runtime.finish(job) + shared
 """
 
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.inbox import Guesses, Predict, Routed
+from hybrimoe_kt.device.readback import Guesses, Predict, Routed
 
 from .experts import ModelExperts
 from .health import AcceleratorHealth, Health

@@ -25,7 +25,7 @@ from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.slots import slots_per_layer
-from hybrimoe_kt.device.waiting import SPIN_S, Patience
+from hybrimoe_kt.device.waiting import SPIN_S, Deadline
 from hybrimoe_kt.errors import CalibrationError, CapacityError, ConfigError
 from hybrimoe_kt.profiles import load_profile
 
@@ -73,7 +73,7 @@ def build(
     options, store = experts.options, experts.store
     if not store.layers:
         raise ConfigError("no HybriMoEExperts in this model: no rule of the rule file replaces its experts")
-    patience = Patience(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
+    deadline = Deadline(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
     cpu = make_cpu_backend(options) if cpu is None else cpu
     for layer_experts in store.layers.values():
         cpu.add_layer(layer_experts)
@@ -111,7 +111,7 @@ def build(
                 max_tokens=options.max_chunk_tokens,
                 cpu_answers_pairs=cpu.answers_pairs,
                 chunk_bytes=chunk_bytes,
-                patience=patience,
+                deadline=deadline,
                 whole_bytes=0 if options.transfer_chunk_bytes else _WHOLE_BYTES,
             )
         except torch.OutOfMemoryError:
@@ -129,7 +129,7 @@ def build(
         for layer, held in sorted(store.layers.items())
     )  # fmt: skip
     is_on_the_clock = any(device.is_on_the_clock for device in devices.values())
-    return Assembly(Executor(cpu, lanes, patience), profile, costs, specs, is_on_the_clock)
+    return Assembly(Executor(cpu, lanes, deadline), profile, costs, specs, is_on_the_clock)
 
 
 def _stream_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -> dict[int, int]:
@@ -193,7 +193,7 @@ def _profile(
     try:
         measured = calibrate(
             store, layer, cpu, device, gpus[name], max_tokens=options.max_chunk_tokens, repeats=_HASTY_REPEATS,
-            patience=Patience(options.deadline_s),
+            deadline=Deadline(options.deadline_s),
         )  # fmt: skip
     except CalibrationError as error:
         logger.warning("%s; plans are made with the built-in default profile", error)

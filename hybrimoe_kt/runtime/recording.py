@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.device.inbox import Guesses, Step
+from hybrimoe_kt.device.readback import Guesses, Step
 
 __all__ = ["RoutingRecorder", "halved", "record"]
 

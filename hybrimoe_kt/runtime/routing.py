@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from hybrimoe_kt.core.types import Phase, Routing
-from hybrimoe_kt.device.inbox import Guesses, Step
+from hybrimoe_kt.device.readback import Guesses, Step
 
 __all__ = ["mean_probabilities", "predicted_routing", "routing_of"]
 

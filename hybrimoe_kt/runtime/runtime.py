@@ -21,19 +21,19 @@ from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
-from hybrimoe_kt.device.inbox import Predict, Routed, Step, ask
 from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.device.readback import Predict, Routed, Step, ask
 from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
 
 from .assembly import Assembly, build
 from .description import configuration, describe
 from .experts import ModelExperts
+from .feedback import Feedback
 from .health import Health
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
 from .seconds import Seconds
-from .watch import Watch
 
 __all__ = ["Job", "Runtime", "assemble"]
 
@@ -80,7 +80,7 @@ class Runtime:
         """A plan that has not been finished."""
         self._recovery = Recovery(self.coordinator, self.executor)
         is_timed = assembly.is_on_the_clock
-        self._watch = Watch(self.options, self.coordinator, self.executor) if is_timed else None
+        self._feedback = Feedback(self.options, self.coordinator, self.executor) if is_timed else None
         self._counting = threading.Lock()
         while not self._fill_slots():
             pass
@@ -155,7 +155,7 @@ class Runtime:
 
     def health(self) -> Health:
         """What failed since the start, by accelerator, and what the fallback does."""
-        return Health(self._recovery.health, self._watch.fallback_state if self._watch is not None else "off")
+        return Health(self._recovery.health, self._feedback.fallback_state if self._feedback is not None else "off")
 
     def statistics(self) -> dict[str, float]:
         """Every counter since the start, by name. Waits for what was counted on a device; callable from any thread."""
@@ -266,8 +266,8 @@ class Runtime:
         except BaseException:
             self._abandon(plan)
             raise
-        if self._watch is not None and job.routing is not None:
-            self._watch.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
+        if self._feedback is not None and job.routing is not None:
+            self._feedback.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
         self._begun = None
         orders = self.coordinator.finish(plan)
         if orders.closed:
@@ -341,8 +341,8 @@ class Runtime:
         predict = self._look_ahead.get(plan.layer)
         if lane is not None and predict is not None:
             try:
-                lane.inbox.ask(step, predict)
-                guesses = lane.inbox.wait_guesses(step) if prefetches else None
+                lane.readback.ask(step, predict)
+                guesses = lane.readback.wait_guesses(step) if prefetches else None
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
             if guesses is not None:
@@ -382,7 +382,7 @@ class Runtime:
         lane = self.executor.lane_of.get(layer)
         if lane is not None:
             with contextlib.suppress(*DEVICE_ERRORS):
-                guesses = lane.inbox.wait_guesses(step)
+                guesses = lane.readback.wait_guesses(step)
         if guesses is None and layer in self._look_ahead:  # nobody prefetches here, but a replay may
             guesses = ask(self._look_ahead[layer], step.hidden, step.ids)
         record(recorder, routing, step, logits, guesses)

@@ -11,9 +11,9 @@ from hybrimoe_kt.core.types import ExpertId, Plan, Transfer
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
-from hybrimoe_kt.device.inbox import Routed
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.waiting import Patience
+from hybrimoe_kt.device.readback import Routed
+from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import DeadlineError, KernelError
 
 from .machine import EXPERTS, HIDDEN, TOP_K, Inputs, layers, wanted
@@ -35,13 +35,13 @@ def executor(store: HostStore, num_slots: int = 2, cpu: object = None) -> Execut
         backend.add_layer(experts)
     accelerator = choose_accelerator("emulated")
     assert accelerator is not None
-    patience = Patience(0.2)
+    deadline = Deadline(0.2)
     slots = dict.fromkeys(store.layers, num_slots)
     lane = Lane(
         accelerator, TorchReferenceGpu(), store, slots,
-        max_tokens=8, cpu_answers_pairs=True, chunk_bytes=4096, patience=patience,
+        max_tokens=8, cpu_answers_pairs=True, chunk_bytes=4096, deadline=deadline,
     )  # fmt: skip
-    return Executor(backend, [lane], patience)
+    return Executor(backend, [lane], deadline)
 
 
 def inputs(num_tokens: int = 6, seed: int = 3) -> Inputs:

@@ -13,7 +13,7 @@ from hybrimoe_kt.device import cores, waiting
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.emulated.journal import JournalAccelerator
 from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
-from hybrimoe_kt.device.waiting import Patience
+from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import CapacityError
 
 from .machine import EXPERTS, LAYERS, TOP_K, Machine, make
@@ -158,7 +158,7 @@ def test_polling_sleeps_only_where_no_core_is_to_spare(
     slept: list[float] = []
     monkeypatch.setattr(waiting.time, "sleep", slept.append)
     polls = iter([False] * 200 + [True] * 2)
-    Patience(60.0, spin_s).wait(lambda: next(polls), "something")
+    Deadline(60.0, spin_s).wait(lambda: next(polls), "something")
     assert bool(slept) == sleeps
 
 
@@ -168,7 +168,7 @@ def test_a_wait_of_known_length_sleeps_first(monkeypatch: pytest.MonkeyPatch) ->
     slept: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(waiting.time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds))[1])
-    Patience(60.0, waiting.SPIN_S).wait(lambda: time.perf_counter() > end, "something", rest_s=0.01)
+    Deadline(60.0, waiting.SPIN_S).wait(lambda: time.perf_counter() > end, "something", rest_s=0.01)
     assert slept and sum(slept) >= 0.009
 
 

@@ -101,7 +101,7 @@ def test_the_list_is_complete() -> None:
                 recorded.update(set(texts) - {"drained"})  # after failures only, see test_faults.py
             elif called == "_channel":
                 recorded.add(texts[1])
-            elif called == "wait" and "patience" not in ast.unparse(call.func):
+            elif called == "wait" and "deadline" not in ast.unparse(call.func):
                 named.update(texts)
     assert named and recorded
     waited_by_host = {site.removeprefix("host: ") for site in SITES if site.startswith("host: ")} - {"CPU experts"}

@@ -18,7 +18,7 @@ from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.torch_accelerator import TorchAccelerator
 from hybrimoe_kt.device.transfers import NUM_RING_CHUNKS
-from hybrimoe_kt.device.waiting import Patience
+from hybrimoe_kt.device.waiting import Deadline
 
 from .machine import EXPERTS, layers, wanted
 from .test_executor import EVERYONE, bring, execute, inputs
@@ -67,7 +67,7 @@ class Bench:
         streams: bool = False,
     ) -> None:
         self.accelerator = accelerator or JournalAccelerator()
-        cpu, patience, store = JournalCpu(TorchReferenceCpu(), self.accelerator, num_polls), Patience(60.0), HostStore()
+        cpu, deadline, store = JournalCpu(TorchReferenceCpu(), self.accelerator, num_polls), Deadline(60.0), HostStore()
         for experts in layers():
             store.add(experts)
             cpu.add_layer(experts)
@@ -76,9 +76,9 @@ class Bench:
         self.lane = Lane(
             self.accelerator, TorchReferenceGpu(), store, dict.fromkeys(store.layers, NUM_SLOTS),
             num_stream_slots=dict.fromkeys(store.layers, NUM_STREAM_SLOTS) if streams else None,
-            max_tokens=8, cpu_answers_pairs=True, chunk_bytes=CHUNK_BYTES, patience=patience,
+            max_tokens=8, cpu_answers_pairs=True, chunk_bytes=CHUNK_BYTES, deadline=deadline,
         )  # fmt: skip
-        self.executor = Executor(cpu, [self.lane], patience)
+        self.executor = Executor(cpu, [self.lane], deadline)
 
     def play(self, plan: Plan) -> list[Entry]:
         """Run a plan, whose answer must be right; return what was given meanwhile."""
@@ -180,7 +180,7 @@ def test_waiting_leaves_the_core_to_others() -> None:
     """A thread that polled without sleep would be charged all of the time."""
     began_s, used_s = time.perf_counter(), time.thread_time()
     end_s = began_s + 0.2
-    Patience(5.0).wait(lambda: time.perf_counter() > end_s, "something")
+    Deadline(5.0).wait(lambda: time.perf_counter() > end_s, "something")
     waited_s, used_s = time.perf_counter() - began_s, time.thread_time() - used_s
     assert waited_s >= 0.2 and used_s < 0.25 * waited_s
 

@@ -17,7 +17,7 @@ from hybrimoe_kt.device.layout import ALIGNMENT_BYTES, SlotLayout
 from hybrimoe_kt.device.slots import SlotPool, slots_per_layer
 from hybrimoe_kt.device.staging import chunks_of
 from hybrimoe_kt.device.transfers import TransferQueue
-from hybrimoe_kt.device.waiting import Patience
+from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 from tests.backends.test_llamafile import EXPERTS, TOP_K, layer
 from tests.support.generated_model import Type
@@ -45,7 +45,7 @@ def transfer(store: HostStore, number: int, index: int, slot: int) -> Transfer:
 
 
 def queue(accelerator: Accelerator, store: HostStore, pool: SlotPool, chunk_bytes: int = 4096) -> TransferQueue:
-    return TransferQueue(accelerator, store, pool, chunk_bytes=chunk_bytes, patience=Patience(5.0))
+    return TransferQueue(accelerator, store, pool, chunk_bytes=chunk_bytes, deadline=Deadline(5.0))
 
 
 def in_file_order(pool: SlotPool, layout: SlotLayout, number: int, slot: int) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.feedback import Fallback
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.profiles import load_profile
-from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble, watch
+from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble, feedback
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
 
 
@@ -49,7 +49,7 @@ def decode(runtime: Runtime, steps: int) -> None:
 def test_hybrid_plans_give_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
 ) -> None:
-    monkeypatch.setattr(watch, "Fallback", lambda: Fallback(first=24, probe=9))
+    monkeypatch.setattr(feedback, "Fallback", lambda: Fallback(first=24, probe=9))
     slow = profile(tmp_path, "slow", gpu_call_s=0.01)
     options = ExpertOptions(
         accelerator=f"emulated:timed:{slow}", profile="default", cpu_backend="torch_reference", cache_size="50%",

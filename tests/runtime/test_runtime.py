@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.device.inbox import Step
 from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.device.readback import Step
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import Routed, Runtime

@@ -83,7 +83,7 @@ class GateRow:
 
 
 class _OneByOne:
-    """See `device.inbox.Predict`."""
+    """See `device.readback.Predict`."""
 
     def __init__(self, layers: list[int], gates: Sequence[Gate], ratios: Sequence[torch.Tensor | None]) -> None:
         self.layers: Sequence[int] = layers
@@ -102,7 +102,7 @@ class _OneByOne:
 
 
 class _Together:
-    """See `device.inbox.Predict`."""
+    """See `device.readback.Predict`."""
 
     def __init__(
         self,

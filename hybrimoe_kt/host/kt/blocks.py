@@ -89,7 +89,7 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
 
 
 class _Routers:
-    """Asks the routers of some blocks, each in its own way; see `device.inbox.Predict`."""
+    """Asks the routers of some blocks, each in its own way; see `device.readback.Predict`."""
 
     def __init__(self, blocks: Sequence[_Block], num_experts: int, dtype: torch.dtype) -> None:
         self._blocks, self.num_experts, self._dtype = blocks, num_experts, dtype

@@ -11,7 +11,7 @@ from hybrimoe_kt.core.feedback import Fallback, Pace
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.executor import Executor
 
-__all__ = ["Watch"]
+__all__ = ["Feedback"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _DENSE_LIMIT = 16.0
 """The profile's time between layers is a guess (`device.calibrate`), so it may be further off than the CPU's."""
 
 
-class Watch:
+class Feedback:
     """Hands what steps took to `Pace` and `Fallback`, and does what they say."""
 
     def __init__(self, options: ExpertOptions, coordinator: Coordinator, executor: Executor) -> None:

@@ -18,9 +18,9 @@ import torch
 from hybrimoe_kt.core.types import Phase
 
 from .accelerator import Accelerator, Event
-from .waiting import Patience
+from .waiting import Deadline
 
-__all__ = ["Guesses", "Inbox", "Predict", "Routed", "Step", "ask"]
+__all__ = ["Guesses", "Predict", "Readback", "Routed", "Step", "ask"]
 
 
 class Guesses(NamedTuple):
@@ -175,7 +175,7 @@ class _Room:
         self.on_host = [parts(host) for host in hosts]
 
 
-class Inbox:
+class Readback:
     """Two sets of page-locked buffers for steps of up to `max_tokens` tokens."""
 
     def __init__(
@@ -186,9 +186,9 @@ class Inbox:
         hidden: int,
         top_k: int,
         num_experts: int,
-        patience: Patience,
+        deadline: Deadline,
     ) -> None:
-        self._accelerator, self._patience = accelerator, patience
+        self._accelerator, self._deadline = accelerator, deadline
         routed, scored = max_tokens * top_k * 8, num_experts * 4
         guessed = (routed + scored) * MAX_GUESSES
         sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored, guessed)
@@ -212,7 +212,7 @@ class Inbox:
             accelerator.copy(compute, view, tensor, "routing to host")
         compute.record(buffers.read, "routing read")
         if not buffers.read.is_done():
-            self._patience.wait(buffers.read.is_done, self._router)
+            self._deadline.wait(buffers.read.is_done, self._router)
         accelerator.on_host("planning", reads=views)
         listed = views[3].tolist() if scores is not None else None
         return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed)
@@ -247,6 +247,6 @@ class Inbox:
         """Return the step's guesses once they are on the host."""
         if step.guesses is not None and step.guessed is not None:
             if not step.guessed.is_done():
-                self._patience.wait(step.guessed.is_done, self._gates)
+                self._deadline.wait(step.guessed.is_done, self._gates)
             self._accelerator.on_host("prefetching", reads=step.guesses[1:])
         return step.guesses
