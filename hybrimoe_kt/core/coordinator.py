@@ -120,15 +120,15 @@ class Coordinator:
         dropped: list[Transfer] = []
         closed: tuple[int, ...] = ()
         if self._streaming.ahead is not None and (left := self._streaming.left_behind(layer)) is not None:
-            dropped, closed = self._close_stream(left), (left.spec.layer,)
+            dropped, closed = self._close_buffer(left), (left.spec.layer,)
         if not state.uses_gpu:
             task = Task(state.cost, loads, [], list(loads), num_free=0)
             assignment = all_on_cpu(task)
         else:
             if self._uses_link and state.prefetched and state.link.free_s > self.now_s:
                 dropped += self._abort_wrong(state, loads)
-            if state.spec.num_stream_slots and not routing.is_decode:
-                state.open_stream()  # if the layer before has not: on-demand transfers may pass through them
+            if state.spec.num_buffer_slots and not routing.is_decode:
+                state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
             if state.prefetched or state.displaced or state.proven:
@@ -191,7 +191,7 @@ class Coordinator:
                 dropped += self._abort_wrong(state, guess.loads)
         next_s = now_s + plan.makespan_s + self._layers[plan.layer].cost.between_layers_s[routing.num_tokens]
         streamed: list[Transfer] = []
-        if guesses and self._layers[guesses[0].layer].spec.num_stream_slots and not routing.is_decode:
+        if guesses and self._layers[guesses[0].layer].spec.num_buffer_slots and not routing.is_decode:
             streamed = self._streaming.choose(plan.layer, guesses[0], self.scheduler, now_s, next_s)
         chosen = self._prefetcher.choose(plan, guesses, self.scheduler, now_s, next_s)
         return Orders((*streamed, *chosen), tuple(dropped)) if streamed or chosen or dropped else _NOTHING
@@ -210,7 +210,7 @@ class Coordinator:
         step_s = plan.makespan_s + state.cost.between_layers_s[routing.num_tokens]
         orders = _NOTHING
         if state.is_streaming:
-            orders = Orders((), tuple(self._close_stream(state)), (plan.layer,))
+            orders = Orders((), tuple(self._close_buffer(state)), (plan.layer,))
         self.now_s += step_s
         self.stats.elapsed_s += step_s
         self._open = None
@@ -262,10 +262,10 @@ class Coordinator:
     def _may_prefetch(self) -> bool:
         return self.strategy.prefetch_size > 0 and any(state.uses_gpu for state in self._layers.values())
 
-    def _close_stream(self, state: LayerState) -> list[Transfer]:
+    def _close_buffer(self, state: LayerState) -> list[Transfer]:
         """Take lent slots back; return the prefetches into them that need not be made."""
         arrival_s, occupant = state.cache.arrival_s, state.cache.occupant
-        arriving = [expert for expert in occupant[state.first_stream_slot :] if expert in arrival_s]
+        arriving = [expert for expert in occupant[state.first_buffer_slot :] if expert in arrival_s]
         dropped = self._prefetcher.abort(state, arriving, self.now_s)
         self._streaming.close(state)
         return dropped

@@ -62,21 +62,21 @@ class LayerState:
         self.displaced.clear()
         self.is_streaming = False
 
-    def open_stream(self) -> None:
-        """Lend this layer its stream slots."""
-        if self.uses_gpu and self.spec.num_stream_slots and not self.is_streaming:
-            self.cache.lend(self.spec.num_stream_slots)
+    def open_buffer(self) -> None:
+        """Lend this layer its buffer slots."""
+        if self.uses_gpu and self.spec.num_buffer_slots and not self.is_streaming:
+            self.cache.lend(self.spec.num_buffer_slots)
             self.is_streaming = True
 
-    def close_stream(self) -> list[int]:
-        """Take the stream slots back; return the experts that stood there."""
+    def close_buffer(self) -> list[int]:
+        """Take the buffer slots back; return the experts that stood there."""
         self.is_streaming = False
-        return self.cache.take_back(self.spec.num_stream_slots)
+        return self.cache.take_back(self.spec.num_buffer_slots)
 
     @property
-    def first_stream_slot(self) -> int:
+    def first_buffer_slot(self) -> int:
         """The number of the first lent slot, while some are lent."""
-        return self.cache.num_slots - self.spec.num_stream_slots
+        return self.cache.num_slots - self.spec.num_buffer_slots
 
     def send(self, expert: int, slot: int, start_s: float, kind: TransferKind) -> Transfer:
         """Put the transfer of `expert` into `slot` on the link, not before `start_s`, and book it in the cache."""

@@ -31,11 +31,20 @@ class LayerSpec:
     """Which accelerator (and link) serves this layer."""
     gpu_supported: bool = True
     """False where no GPU kernel reads this layer's expert type: its experts then stay on the CPU."""
-    num_stream_slots: int = 0
+    num_buffer_slots: int = 0
     """Slots lent to this layer for one prompt step: layers take turns in two buffers of so many.
 
     They are numbered from `num_slots` on, filled while the layer before computes, and empty afterwards.
     """
+
+
+RECORDED_SPEC = {
+    "num_slots": "num_slots",
+    "accelerator": "accelerator",
+    "gpu_supported": "gpu_supported",
+    "num_stream_slots": "num_buffer_slots",
+}
+"""What a run decides of each layer, as recordings call it -> field of `LayerSpec`; the rest of it is the model's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class Executor:
                 lane.queue.abort(dropped)
         for layer in closed:
             if layer in self.lane_of:
-                self.lane_of[layer].queue.end_stream(layer)
+                self.lane_of[layer].queue.close_buffer(layer)
 
     def feed_links(self) -> None:
         """Send what waits, as far as there is room and the CPU share is not done."""

@@ -48,7 +48,7 @@ class Lane:
         store: HostStore,
         slots: Mapping[int, int],
         *,
-        num_stream_slots: Mapping[int, int] | None = None,
+        num_buffer_slots: Mapping[int, int] | None = None,
         max_tokens: int,
         cpu_answers_pairs: bool,
         chunk_bytes: int,
@@ -57,11 +57,11 @@ class Lane:
     ) -> None:
         """`slots` maps this accelerator's layers -> number of slots, 0 for those that stay on the CPU.
 
-        `num_stream_slots` maps layers -> slots lent to them in the two buffers that prompts stream through.
+        `num_buffer_slots` maps layers -> slots lent to them in the two buffers that prompts stream through.
         """
         self.accelerator, self.gpu, self._store, self._deadline = accelerator, gpu, store, deadline
         self.layers = tuple(sorted(slots))
-        self.pool = SlotPool(accelerator, store.layouts, slots, num_stream_slots)
+        self.pool = SlotPool(accelerator, store.layouts, slots, num_buffer_slots)
         self.queue = TransferQueue(
             accelerator, store, self.pool, chunk_bytes=chunk_bytes, deadline=deadline, whole_bytes=whole_bytes
         )
@@ -161,7 +161,7 @@ class Lane:
         through_slots = bool(plan.transfers) and len(set(slot_of.values())) < len(plan.gpu)
         queue.open_layer = -1 if through_slots else layer
         own.begin_step()
-        if not plan.transfers and layer not in self.pool.streams and own.unsettled.isdisjoint(slot_of.values()):
+        if not plan.transfers and layer not in self.pool.buffers and own.unsettled.isdisjoint(slot_of.values()):
             launches = [_Launch(own, plan.gpu, list(slot_of.items()))]
         else:
             launches = _launches(plan, self.pool, queue, one_by_one=through_slots)
@@ -347,10 +347,10 @@ def _combine(out: torch.Tensor | None, cpu: torch.Tensor | None, total: torch.Te
 def _launches(plan: Plan, pool: SlotPool, queue: TransferQueue, *, one_by_one: bool) -> list[_Launch]:
     """What can be launched together: everything resident first, then each arrival by itself, or all `one_by_one`.
 
-    Experts in stream slots stand in other memory than the layer's own, so they are launched on their own.
+    Experts in buffer slots stand in other memory than the layer's own, so they are launched on their own.
     """
     arriving = {transfer.slot for transfer in plan.transfers} | queue.slots_waiting(plan.layer)
-    own, is_plain = pool.layers[plan.layer], plan.layer not in pool.streams
+    own, is_plain = pool.layers[plan.layer], plan.layer not in pool.buffers
     ready: dict[int, _Launch] = {}
     late: list[_Launch] = []
     for expert in plan.gpu:

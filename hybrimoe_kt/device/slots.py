@@ -14,7 +14,7 @@ from .accelerator import Accelerator, Event
 from .host_store import HostStore
 from .layout import SlotLayout
 
-__all__ = ["LayerSlots", "SlotPool", "slots_per_layer", "stream_key"]
+__all__ = ["LayerSlots", "SlotPool", "buffer_key", "slots_per_layer"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _check_fits(slots: Mapping[int, int], layouts: Mapping[int, SlotLayout], acc
         )
 
 
-class StreamBuffer:
+class PrefillBuffer:
     """Memory that layers take turns in while a prompt is computed, and what orders one layer's use after another's."""
 
     __slots__ = ("memory", "read_done", "written_by")
@@ -88,7 +88,7 @@ class LayerSlots:
     `read_done` is recorded after every launch that reads any of them, in two events that take turns by step:
     `read_before` is the step before's. `written[slot]` is recorded after the last copy into it.
     `unsettled` holds the slots that `compute` has not waited for since they were last written. `key` is the layer's
-    number for the GPU backend; slots in a `StreamBuffer` have one of their own.
+    number for the GPU backend; slots in a `PrefillBuffer` have one of their own.
     """
 
     __slots__ = (
@@ -112,11 +112,11 @@ class LayerSlots:
         num_slots: int,
         *,
         first: int = 0,
-        buffer: StreamBuffer | None = None,
+        buffer: PrefillBuffer | None = None,
     ) -> None:
-        """`first` is the core's number of the first slot: stream slots follow the layer's own."""
+        """`first` is the core's number of the first slot: buffer slots follow the layer's own."""
         self.layout, self.first, self.buffer = layout, first, buffer
-        self.key = layer if buffer is None else stream_key(layer)
+        self.key = layer if buffer is None else buffer_key(layer)
         num_bytes = num_slots * layout.slot_bytes
         memory = accelerator.allocate(num_bytes) if buffer is None else buffer.memory[:num_bytes]
         self.memory = memory.view(num_slots, layout.slot_bytes)
@@ -142,24 +142,24 @@ class SlotPool:
         accelerator: Accelerator,
         layouts: Mapping[int, SlotLayout],
         slots: Mapping[int, int],
-        num_stream_slots: Mapping[int, int] | None = None,
+        num_buffer_slots: Mapping[int, int] | None = None,
     ) -> None:
         """`slots` maps layer -> number of slots; layers with none are left out, also of the streams."""
         self.accelerator, self._layouts = accelerator, layouts
         self.layers: dict[int, LayerSlots] = {
             layer: LayerSlots(accelerator, layer, layouts[layer], count) for layer, count in slots.items() if count
         }
-        self.streams = self._make_streams(num_stream_slots or {})
+        self.buffers = self._make_buffers(num_buffer_slots or {})
         self.num_slots = self._count()
         """Slots over all layers, without the streams'."""
 
-    def _make_streams(self, num_slots: Mapping[int, int]) -> dict[int, LayerSlots]:
+    def _make_buffers(self, num_slots: Mapping[int, int]) -> dict[int, LayerSlots]:
         """Neighbouring layers get different buffers, so that one is filled while the other is read."""
         layers = [layer for layer in sorted(self.layers) if num_slots.get(layer)]
         if not layers:
             return {}
         num_bytes = max(num_slots[layer] * self.layers[layer].layout.slot_bytes for layer in layers)
-        buffers = [StreamBuffer(self.accelerator, num_bytes) for _ in range(min(2, len(layers)))]
+        buffers = [PrefillBuffer(self.accelerator, num_bytes) for _ in range(min(2, len(layers)))]
         return {
             layer: LayerSlots(
                 self.accelerator,
@@ -177,13 +177,13 @@ class SlotPool:
         slots = self.layers[layer]
         if slot < len(slots.views):
             return slots, slot
-        stream = self.streams[layer]
+        stream = self.buffers[layer]
         return stream, slot - stream.first
 
     @property
     def groups(self) -> list[tuple[int, LayerSlots]]:
-        """Every layer's own slots and its stream slots, with the layer's number."""
-        return [*self.layers.items(), *self.streams.items()]
+        """Every layer's own slots and its buffer slots, with the layer's number."""
+        return [*self.layers.items(), *self.buffers.items()]
 
     def resize(self, layer: int, num_slots: int) -> LayerSlots | None:
         """Replace a layer's slots by `num_slots` empty ones; None when that is none. All work on them has ended."""
@@ -192,8 +192,8 @@ class SlotPool:
             self.accelerator.release(old.memory.view(-1))
         if num_slots:
             self.layers[layer] = LayerSlots(self.accelerator, layer, self._layouts[layer], num_slots)
-            if layer in self.streams:
-                self.streams[layer].first = num_slots
+            if layer in self.buffers:
+                self.buffers[layer].first = num_slots
         self.num_slots = self._count()
         return self.layers.get(layer)
 
@@ -212,6 +212,6 @@ class SlotPool:
         return sum(slots.memory.numel() for slots in self.layers.values())
 
 
-def stream_key(layer: int) -> int:
-    """The number under which a GPU backend knows the stream slots of `layer`; its own inverse."""
+def buffer_key(layer: int) -> int:
+    """The number under which a GPU backend knows the buffer slots of `layer`; its own inverse."""
     return -1 - layer

@@ -180,9 +180,9 @@ class TransferQueue:
             self._accelerator.compute.wait(slots.written[place], "arrival before use")
             slots.unsettled.discard(place)
 
-    def end_stream(self, layer: int) -> None:
-        """The layer's stream slots are lent no longer: send nothing into them that has not been sent."""
-        stream = self._pool.streams.get(layer)
+    def close_buffer(self, layer: int) -> None:
+        """The layer's buffer slots are lent no longer: send nothing into them that has not been sent."""
+        stream = self._pool.buffers.get(layer)
         if stream is not None:
             self._keep(lambda pending: pending.slots is not stream)
             stream.unsettled.clear()

@@ -99,7 +99,7 @@ def build(
             reserve = options.reserve_bytes + options.prefill_streaming_bytes
             slots |= slots_per_layer(options.cache_size, store, device, usable, reserve_bytes=reserve)
         _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
-        streamed = _stream_slots(options, store, [layer for layer in usable if slots[layer]])
+        streamed = _buffer_slots(options, store, [layer for layer in usable if slots[layer]])
         num_streamed |= streamed
         try:
             lane = Lane(
@@ -107,7 +107,7 @@ def build(
                 gpus[name],
                 store,
                 {layer: slots[layer] for layer in served[name]},
-                num_stream_slots=streamed,
+                num_buffer_slots=streamed,
                 max_tokens=options.max_chunk_tokens,
                 cpu_answers_pairs=cpu.answers_pairs,
                 chunk_bytes=chunk_bytes,
@@ -132,7 +132,7 @@ def build(
     return Assembly(Executor(cpu, lanes, deadline), profile, costs, specs, is_on_the_clock)
 
 
-def _stream_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -> dict[int, int]:
+def _buffer_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -> dict[int, int]:
     """How many slots of `prefill_streaming_bytes` each layer may borrow: half of them, never more than it has experts.
 
     ConfigError when that is not even one expert.

@@ -6,14 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.types import RECORDED_SPEC
 from hybrimoe_kt.device.host_store import HostStore
 
 from .assembly import Assembly
 
 __all__ = ["configuration", "describe"]
-
-_RECORDED_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots")
-"""What a run decides of each layer; the rest of a `LayerSpec` is the model's."""
 
 
 def configuration(options: ExpertOptions, store: HostStore, assembly: Assembly) -> dict[str, Any]:
@@ -21,7 +19,7 @@ def configuration(options: ExpertOptions, store: HostStore, assembly: Assembly) 
     experts = [store.layers[spec.layer] for spec in assembly.specs]
     return (
         options.strategy.as_dict()
-        | {name: [getattr(spec, name) for spec in assembly.specs] for name in _RECORDED_SPEC}
+        | {key: [getattr(spec, name) for spec in assembly.specs] for key, name in RECORDED_SPEC.items()}
         | {"expert_macs": [3 * layer.hidden * layer.inter for layer in experts]}
         | {"profile": asdict(assembly.profile)}
     )

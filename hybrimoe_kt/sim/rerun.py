@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_kt.core.profile import Profile
-from hybrimoe_kt.core.types import LayerSpec
+from hybrimoe_kt.core.types import RECORDED_SPEC, LayerSpec
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.profiles import load_profile
 
@@ -18,7 +18,6 @@ from .trace_file import read_trace
 
 RECORDED = "recorded"
 """The method's name: scheduler, policy, prefetching, cache and hardware profile as in the recorded run."""
-_SPEC = ("num_slots", "accelerator", "gpu_supported", "num_stream_slots")
 
 
 def as_recorded(
@@ -66,9 +65,10 @@ def _method(run: Mapping[str, Any]) -> Method:
 
 
 def _layers(trace: Trace, run: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    rows = zip(*(run[name] for name in _SPEC), strict=True)
+    rows = zip(*(run[key] for key in RECORDED_SPEC), strict=True)
+    names = RECORDED_SPEC.values()
     return tuple(
-        replace(spec, **dict(zip(_SPEC, row, strict=True))) for spec, row in zip(trace.specs(), rows, strict=True)
+        replace(spec, **dict(zip(names, row, strict=True))) for spec, row in zip(trace.specs(), rows, strict=True)
     )
 
 

@@ -65,7 +65,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(set(POLICIES) - {"belady"})),
         predictor=st.sampled_from(sorted(PREDICTORS)),
         num_slots=st.sampled_from([2, 1, 3, 4, EXPERTS]),
-        num_stream_slots=st.sampled_from([0, 0, 2, EXPERTS]),
+        num_buffer_slots=st.sampled_from([0, 0, 2, EXPERTS]),
         prefetch_size=st.sampled_from([2, 4, 1, 0]),
         prefetch_depth=st.integers(1, 2),
         admission=st.sampled_from([True, None]),
@@ -78,7 +78,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         policy: str,
         predictor: str,
         num_slots: int,
-        num_stream_slots: int,
+        num_buffer_slots: int,
         prefetch_size: int,
         prefetch_depth: int,
         admission: bool | None,
@@ -86,7 +86,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         specs = [
-            LayerSpec(layer, EXPERTS, TOP_K, 10**6, num_slots, num_stream_slots=num_stream_slots)
+            LayerSpec(layer, EXPERTS, TOP_K, 10**6, num_slots, num_buffer_slots=num_buffer_slots)
             for layer in range(LAYERS)
         ]
         strategy = Strategy(
@@ -222,7 +222,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             assert (
                 len(cache.occupant)
                 == cache.num_slots
-                in (own, own + self.coordinator._layers[layer].spec.num_stream_slots)
+                in (own, own + self.coordinator._layers[layer].spec.num_buffer_slots)
             )
             assert len(cache.free_slots()) + len({*held.values()} | used.keys()) == cache.num_slots
 

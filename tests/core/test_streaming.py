@@ -14,7 +14,7 @@ from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 EXPERTS, TOP_K, SLOTS, LAYERS = 16, 4, 4, 4
 
 
-def coordinator(num_stream_slots: int, link_bytes_per_s: float = 1e9) -> Coordinator:
+def coordinator(num_buffer_slots: int, link_bytes_per_s: float = 1e9) -> Coordinator:
     """Experts of 1 MB: 1 ms on the link at 1 GB/s, 0.1 ms on the GPU, 1 ms per token on the CPU."""
     cost = CostModel(
         cpu=lambda load: 1e-3 * load,
@@ -24,7 +24,7 @@ def coordinator(num_stream_slots: int, link_bytes_per_s: float = 1e9) -> Coordin
         dense_s=8e-3,
     )
     specs = [
-        LayerSpec(layer, EXPERTS, TOP_K, 10**6, SLOTS, num_stream_slots=num_stream_slots) for layer in range(LAYERS)
+        LayerSpec(layer, EXPERTS, TOP_K, 10**6, SLOTS, num_buffer_slots=num_buffer_slots) for layer in range(LAYERS)
     ]
     made = Coordinator(specs, cost, Strategy(prefetch_size=1))
     made.initial_transfers()
@@ -80,11 +80,11 @@ def test_nothing_stays_lent() -> None:
             assert made._layers[layer].cache.num_slots == SLOTS
 
 
-@pytest.mark.parametrize("num_stream_slots", [1, 3, EXPERTS])
-def test_never_more_than_was_lent(num_stream_slots: int) -> None:
-    for _, transfers in run(coordinator(num_stream_slots), 1):
+@pytest.mark.parametrize("num_buffer_slots", [1, 3, EXPERTS])
+def test_never_more_than_was_lent(num_buffer_slots: int) -> None:
+    for _, transfers in run(coordinator(num_buffer_slots), 1):
         slots = [transfer.slot for transfer in transfers if transfer.slot >= SLOTS]
-        assert len(set(slots)) == len(slots) <= num_stream_slots
+        assert len(set(slots)) == len(slots) <= num_buffer_slots
 
 
 def test_a_slow_link_streams_nothing() -> None:

@@ -75,7 +75,7 @@ class Bench:
             store.page_lock(self.accelerator, list(store.layers))
         self.lane = Lane(
             self.accelerator, TorchReferenceGpu(), store, dict.fromkeys(store.layers, NUM_SLOTS),
-            num_stream_slots=dict.fromkeys(store.layers, NUM_STREAM_SLOTS) if streams else None,
+            num_buffer_slots=dict.fromkeys(store.layers, NUM_STREAM_SLOTS) if streams else None,
             max_tokens=8, cpu_answers_pairs=True, chunk_bytes=CHUNK_BYTES, deadline=deadline,
         )  # fmt: skip
         self.executor = Executor(cpu, [self.lane], deadline)

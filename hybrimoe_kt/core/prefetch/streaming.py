@@ -37,22 +37,22 @@ class Streaming:
         tried, as every trial is a schedule of the whole layer. Returns nothing where the best is none.
         """
         state = self._layers[guess.layer]
-        if not state.uses_gpu or not state.spec.num_stream_slots:
+        if not state.uses_gpu or not state.spec.num_buffer_slots:
             return []
         if state.is_streaming:
             self.ahead = layer, guess.layer
             return []
         task = state.task(guess.loads, guess.num_tokens, now_s, start_s)
-        state.open_stream()
+        state.open_buffer()
         self.ahead = layer, guess.layer
-        missing = by_load(guess, task.missing)[: state.spec.num_stream_slots]
+        missing = by_load(guess, task.missing)[: state.spec.num_buffer_slots]
         best_s, best = scheduler.makespan_s(task) * GAINS, 0
         for quarter in range(1, 5):
             count = len(missing) * quarter // 4
             makespan_s = scheduler.makespan_s(_streamed(state, task, missing[:count], now_s, start_s))
             if makespan_s < best_s:
                 best_s, best = makespan_s, count
-        free = [slot for slot in state.cache.free_slots() if slot >= state.first_stream_slot]
+        free = [slot for slot in state.cache.free_slots() if slot >= state.first_buffer_slot]
         result = []
         for expert, slot in zip(missing[:best], free, strict=False):
             result.append(state.prefetch(expert, slot, now_s, "stream"))
@@ -64,7 +64,7 @@ class Streaming:
         """The layer is through: what was streamed is gone, and what it had no use for was wasted."""
         if self.ahead is not None and self.ahead[1] == state.spec.layer:
             self.ahead = None
-        for expert in state.close_stream():
+        for expert in state.close_buffer():
             self._ledger.lost(state, expert)
 
 

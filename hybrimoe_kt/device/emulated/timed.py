@@ -21,7 +21,7 @@ from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
-from hybrimoe_kt.device.slots import stream_key
+from hybrimoe_kt.device.slots import buffer_key
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.profiles import load_profile
 
@@ -176,7 +176,7 @@ class SleepingGpu(GpuBackend):
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        seconds = self._costs[layer if layer >= 0 else stream_key(layer)].gpu_expert_s
+        seconds = self._costs[layer if layer >= 0 else buffer_key(layer)].gpu_expert_s
         if ids.shape[0] == 1:
             self._accelerator.occupy(seconds[1] * len(slots))
             return
