@@ -38,6 +38,11 @@ class ActivityLog:
     def __init__(self, timeline: Timeline, first_layer: int) -> None:
         """A step begins whenever `first_layer` reports again."""
         self.timeline, self._first_layer = timeline, first_layer
+        timeline.info |= {
+            "origin": "a run, on the host's clock",
+            "scheduler": "host clock",
+            "CPU": "host clock, from submission to when the host saw it done",
+        }
         self._pending: deque[_Pending] = deque()
         self._num_steps = self._num_plans = 0
         self._step: tuple[float, int] | None = None

@@ -7,11 +7,13 @@ computed on the CPU alone, from what was read.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
@@ -65,6 +67,17 @@ class Executor:
         self._log = log
         for number, lane in enumerate(self.lanes):
             lane.log_to(log, number)
+
+    def finish_log(self, log: ActivityLog) -> Timeline:
+        """Stop writing down, wait for what is under way, and return the timeline."""
+        for number, lane in enumerate(self.lanes):
+            name = f"GPU {number}, link {number} ({lane.accelerator.name})"
+            log.timeline.info[name] = lane.accelerator.stamps_are  # known for certain after the first stamp only
+        self.log_to(None)
+        for lane in self.lanes:
+            with contextlib.suppress(DeadlineError):
+                lane.drain()
+        return log.close()
 
     def remove(self, lane: Lane, *, keep: bool) -> None:
         """Never ask an accelerator again; its layers are computed on the CPU.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
@@ -22,15 +21,15 @@ from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Predict, Routed, Step, ask
-from hybrimoe_kt.errors import ConfigError, DeadlineError, KernelError
+from hybrimoe_kt.device.readback import Predict, Routed, Step
+from hybrimoe_kt.errors import ConfigError, KernelError
 
 from .assembly import Assembly, build
 from .description import configuration, describe
 from .experts import ModelExperts
 from .feedback import Feedback
 from .health import Health
-from .recording import RoutingRecorder, halved, record
+from .recording import RoutingRecorder, guesses_for, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
 from .seconds import Seconds
@@ -167,27 +166,13 @@ class Runtime:
 
     def record_timeline(self, timeline: Timeline) -> None:
         """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
-        timeline.info |= {
-            "origin": "a run, on the host's clock",
-            "scheduler": "host clock",
-            "CPU": "host clock, from submission to when the host saw it done",
-        }
         self._log = ActivityLog(timeline, min(self.store.layers))
         self.executor.log_to(self._log)
 
     def finish_timeline(self) -> Timeline | None:
         """Wait for what is under way and return the timeline; None if none was being recorded."""
         log, self._log = self._log, None
-        if log is None:
-            return None
-        for lane in self.lanes:
-            name = f"GPU {lane.number}, link {lane.number} ({lane.accelerator.name})"
-            log.timeline.info[name] = lane.accelerator.stamps_are  # known for certain after the first stamp only
-        self.executor.log_to(None)
-        for lane in self.lanes:
-            with contextlib.suppress(DeadlineError):
-                lane.drain()
-        return log.close()
+        return None if log is None else self.executor.finish_log(log)
 
     # What engines do with it.
 
@@ -247,7 +232,8 @@ class Runtime:
             if answer is None:
                 answer = self._join(job, plan, step)
             if self.recorder is not None:
-                self._record(self.recorder, job.routing, step, job.logits)
+                lane, predict = self.executor.lane_of.get(job.layer), self._look_ahead.get(job.layer)
+                record(self.recorder, job.routing, step, job.logits, guesses_for(step, lane, predict))
             ended = time.perf_counter()
             self.seconds.wait += ended - began
             if self._log is not None:
@@ -375,17 +361,6 @@ class Runtime:
             job.answer = self.executor.compute_on_cpu(
                 job.layer, Step.on_host(routed.hidden, routed.ids, routed.weights, None)
             )
-
-    def _record(self, recorder: RoutingRecorder, routing: Routing, step: Step, logits: torch.Tensor | None) -> None:
-        layer = routing.layer
-        guesses = None
-        lane = self.executor.lane_of.get(layer)
-        if lane is not None:
-            with contextlib.suppress(*DEVICE_ERRORS):
-                guesses = lane.readback.wait_guesses(step)
-        if guesses is None and layer in self._look_ahead:  # nobody prefetches here, but a replay may
-            guesses = ask(self._look_ahead[layer], step.hidden, step.ids)
-        record(recorder, routing, step, logits, guesses)
 
     def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
         """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""

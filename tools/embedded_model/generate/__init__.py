@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from . import advice, everyday, knowledge, stories, talk, world
+from . import advice, everyday, knowledge, limits, stories, talk, world
 from .engine import Turns
 
 # How often each kind begins a dialogue.
 KINDS: dict[Callable[[random.Random], Turns], float] = {
     talk.greeting: 6, talk.good_news: 4, talk.bad_news: 9, talk.about_me: 9, talk.introduction: 8, talk.thanks: 1.5, talk.farewell: 2,
     talk.agreement: 1.5, talk.weather: 4, talk.smalltalk_lead: 4, knowledge.animal: 14, knowledge.food: 6, knowledge.capital: 9,
-    knowledge.total: 9, knowledge.order: 13, knowledge.explanation: 8, knowledge.listing: 6, knowledge.refusal: 6, knowledge.opinion: 4,
+    knowledge.total: 9, knowledge.order: 13, knowledge.explanation: 8, knowledge.listing: 6, limits.refusal: 6, limits.opinion: 4,
     advice.advice: 8, advice.joke: 4, advice.poem: 2.5, stories.story: 9, world.objects: 5, world.jobs: 4, world.places: 4,
     world.abilities: 3, world.rhyme: 1.5, world.numbers: 5, everyday.tastes: 6, everyday.pet: 7, everyday.suggestion: 16, everyday.family: 5,
 }  # fmt: skip
