@@ -41,7 +41,7 @@ def waiting_behind(
     server: ServerProcess, asked: dict[str, object], headers: dict[str, str] | None = None
 ) -> Iterator[list[httpx.Response]]:
     """Three more answers in the queue: one alone, of at most a thousand tokens, may be over before it is looked at."""
-    with contextlib.ExitStack() as streams, httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+    with contextlib.ExitStack() as streams, httpx.Client(base_url=server.url, headers=headers, timeout=180) as http:
         yield [streams.enter_context(http.stream("POST", "/v1/chat/completions", json=asked)) for _ in range(3)]
 
 
@@ -49,14 +49,14 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
     """Killed clients free their place; SIGTERM lets what runs end, refuses what is new, and ends with code 0."""
     with ServerProcess("--model-name", "mine", HYBRIMOE_API_KEY="secret") as server:
         headers = {"Authorization": "Bearer secret"}
-        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+        with httpx.Client(base_url=server.url, headers=headers, timeout=180) as http:
             assert http.get("/v1/models").json()["data"][0]["id"] == "mine"
             assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
             code = f"""
                 import httpx
                 asked = httpx.stream("POST", "{server.url}/v1/chat/completions", json={endless!r}, headers={headers!r},
-                                     timeout=60)
+                                     timeout=180)
                 with asked as answer:
                     for line in answer.iter_lines():
                         print(line, flush=True)
@@ -65,12 +65,12 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
             assert victim.stdout is not None
             assert victim.stdout.readline().startswith("data: ")
             victim.send_signal(signal.SIGKILL)
-            victim.wait(20)
+            victim.wait(60)
 
             def active() -> int:
                 return int(http.get("/hybrimoe/stats").json()["queue"]["active"])
 
-            assert eventually(lambda: active() == 0, 20)
+            assert eventually(lambda: active() == 0, 60)
             told = http.get("/metrics").text
             assert re.search(r'hybrimoe_answers_total\{finish="cancelled"\} 1.0', told)
 
@@ -80,7 +80,7 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
             def listen() -> None:
                 asked = endless | {"max_tokens": 150}
                 with httpx.stream(
-                    "POST", f"{server.url}/v1/chat/completions", json=asked, headers=headers, timeout=60
+                    "POST", f"{server.url}/v1/chat/completions", json=asked, headers=headers, timeout=180
                 ) as answer:
                     for line in answer.iter_lines():
                         lines.append(line)
@@ -88,10 +88,10 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
 
             listener = threading.Thread(target=listen)
             listener.start()
-            assert begun.wait(20)
+            assert begun.wait(60)
             with waiting_behind(server, endless | {"max_tokens": 150}, headers) as others:
                 server.process.send_signal(signal.SIGTERM)
-                assert eventually(lambda: http.get("/health").status_code == 503, 20)
+                assert eventually(lambda: http.get("/health").status_code == 503, 60)
                 assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
                 listener.join(60)
                 for other in others:
@@ -106,15 +106,15 @@ def test_one_server_from_its_start_to_its_end(endless: dict[str, object]) -> Non
 def test_the_second_signal_ends_at_once(endless: dict[str, object]) -> None:
     with (
         ServerProcess() as server,
-        httpx.Client(base_url=server.url, timeout=60) as http,
+        httpx.Client(base_url=server.url, timeout=180) as http,
         http.stream("POST", "/v1/chat/completions", json=endless) as answer,
         waiting_behind(server, endless),
     ):
         next(answer.iter_lines())
         server.process.send_signal(signal.SIGINT)
-        assert eventually(lambda: http.get("/health").status_code == 503, 20)
+        assert eventually(lambda: http.get("/health").status_code == 503, 60)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 1
+        assert server.process.wait(60) == 1
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
