@@ -129,11 +129,6 @@ class LayerState:
         cache = self.cache
         return cache.num_slots >= self.spec.num_experts and not cache.arrival_s and FREE not in cache.slot_of
 
-    def has_all(self, experts: Collection[int]) -> bool:
-        """Whether all of these are in slots or on their way."""
-        slot_of = self.cache.slot_of
-        return min(map(slot_of.__getitem__, experts), default=0) >= 0
-
     def count(self, task: Task, *, is_decode: bool) -> None:
         """Count a step's hits and misses by expert; one still on its way is a miss."""
         ready, absent = task.held, task.missing

@@ -8,7 +8,7 @@ the current state predicts as well as a real stale gate does, and errs in the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,27 +101,6 @@ def generate(
         predicted_scores=np.stack([_per_step(guess, counts) for guess in ahead], axis=2) if ahead else None,
         source=f"synthetic: seed {seed}, {prompt_tokens} prompt tokens, {tokens} decode tokens",
     )
-
-
-def with_predictions(trace: Trace, accuracy: float, *, seed: int = 0, depth: int = 1) -> Trace:
-    """Return `trace` with synthetic look-ahead that names each routed slot with probability `accuracy`.
-
-    Misses name a random other expert. For recorded traces that carry no look-ahead of their own.
-    """
-    if not 0 <= accuracy <= 1:
-        raise ConfigError(f"look-ahead accuracy {accuracy} is no probability; use 0 to 1")
-    rng = np.random.default_rng(seed)
-    tokens, layers, top_k = trace.experts.shape
-    predicted = np.full((tokens, layers, depth, top_k), -1, dtype=np.int16)
-    for ahead in range(min(depth, layers - 1)):
-        actual = trace.experts[:, ahead + 1 :]
-        others = rng.random((*actual.shape[:2], trace.num_experts), dtype=np.float32)
-        np.put_along_axis(others, actual.astype(np.int64), 2.0, axis=2)
-        strangers = np.argpartition(others, top_k, axis=2)[..., :top_k]
-        keep = rng.random(actual.shape) < accuracy
-        predicted[:, : layers - ahead - 1, ahead] = np.where((actual < 0) | keep, actual, strangers)
-    source = f"{trace.source}; synthetic look-ahead, accuracy {accuracy}"
-    return replace(trace, predicted=predicted, predicted_scores=None, source=source, _routings={}, _predictions={})
 
 
 def _check_counts(prompt_tokens: int, tokens: int, depth: int, seed: int) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.sim import locality
-from hybrimoe_kt.sim.generate import generate, with_predictions
+from hybrimoe_kt.sim.generate import generate
 from hybrimoe_kt.sim.models import MODELS, PAPER_MODELS
 from hybrimoe_kt.sim.trace import Trace
 from hybrimoe_kt.sim.trace_file import read_trace
+from tests.sim import likeness
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"
 SEEDS = (0, 1, 2)
@@ -31,13 +32,13 @@ def summarise(traces) -> dict[str, float]:  # type: ignore[no-untyped-def]
 
 
 def row(trace: Trace) -> dict[str, float]:
-    experts = locality.decode_experts(trace)
-    values = {f"reuse{lag}": locality.reuse(experts, lag) for lag in (1, 2, 4, 8)}
-    values |= {f"top{share}": locality.popularity(experts, trace.num_experts, share / 100) for share in (10, 25, 50)}
-    values["best match"] = locality.best_match(experts)
-    values["jaccard"] = locality.jaccard(experts)
+    experts = likeness.decode_experts(trace)
+    values = {f"reuse{lag}": likeness.reuse(experts, lag) for lag in (1, 2, 4, 8)}
+    values |= {f"top{share}": likeness.popularity(experts, trace.num_experts, share / 100) for share in (10, 25, 50)}
+    values["best match"] = likeness.best_match(experts)
+    values["jaccard"] = likeness.jaccard(experts)
     for quarter in (0.125, 0.25, 0.75):
-        values[f"lru{quarter}"] = locality.lru_hit_rate(trace, int(trace.num_experts * quarter))
+        values[f"lru{quarter}"] = likeness.lru_hit_rate(trace, int(trace.num_experts * quarter))
     for ahead in range(3):
         values[f"gate{ahead + 1}"] = locality.gate_accuracy(trace, ahead)
         values[f"gate{ahead + 1}first"] = locality.gate_accuracy(trace, ahead, top=1)
@@ -137,16 +138,6 @@ def test_generation_is_fast() -> None:
     begin = time.perf_counter()
     generate("qwen2-57b-a14b", prompt_tokens=0, tokens=200)
     assert time.perf_counter() - begin < 5
-
-
-def test_look_ahead_for_recorded_traces_has_the_accuracy_asked_for() -> None:
-    trace = with_predictions(read_trace(TRACES / "qwen3-30b-a3b.npz"), 0.886, depth=2)
-    assert locality.gate_accuracy(trace, 0) == pytest.approx(0.886, abs=0.01)
-    assert locality.gate_accuracy(trace, 1) == pytest.approx(0.886, abs=0.01)
-    guess = trace.predictions(trace.steps[-1], 0, 2)
-    assert [routing.layer for routing in guess] == [1, 2]
-    assert all(len(routing.loads) == 6 for routing in guess)
-    assert trace.predictions(trace.steps[-1], 47, 2) == ()
 
 
 @pytest.mark.parametrize(
