@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hybrimoe_kt.config import CacheSize, ExpertOptions, parse_bytes
+from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.sizes import CacheSize, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hybrimoe_kt.config import parse_bytes
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.sizes import parse_bytes
 
 from .chat_output import visible
 from .loading import open_engine

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.sizes import CacheSize
 
 from .accelerator import Accelerator, Event
 from .host_store import HostStore

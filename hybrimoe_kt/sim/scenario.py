@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.prefetch.predictors import PREDICTORS
@@ -17,6 +16,7 @@ from hybrimoe_kt.core.timeline import Span
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.profiles import load_profile
+from hybrimoe_kt.sizes import CacheSize
 
 from .bound import lower_bound
 from .generate import generate

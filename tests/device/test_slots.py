@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrimoe_kt.config import CacheSize
 from hybrimoe_kt.core.types import ExpertId, Transfer
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
@@ -19,6 +18,7 @@ from hybrimoe_kt.device.staging import chunks_of
 from hybrimoe_kt.device.transfers import TransferQueue
 from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
+from hybrimoe_kt.sizes import CacheSize
 from tests.backends.test_llamafile import EXPERTS, TOP_K, layer
 from tests.support.generated_model import Type
 
