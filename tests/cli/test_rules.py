@@ -117,3 +117,21 @@ def test_help_shows_an_example(capsys):
 def test_paths_fold_in_their_first_number():
     paths = ["", "a.0.b", "a.2.b", "a.1.b", "a.7.b", "a.3", "c.1.d.2", "c.2.d.2", "c2.x"]
     assert path_patterns(paths) == ["(model)", "a.{0..2,7}.b", "a.3", "c.{1..2}.d.2", "c2.x"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ("{policy: mrs, policy_options: {alfa: 0.05}}", "unknown option 'alfa', did you mean 'alpha'"),
+        ("{scheduler_options: {exact_experts: many}}", "option exact_experts is 'many'; give a number"),
+        ("{predictor: stale_gat}", "unknown predictor 'stale_gat', did you mean 'stale_gate'"),
+        ("{accelerator: 'emulatd'}", "unknown accelerator 'emulatd', did you mean 'emulated'"),
+        ("{cpu_backend: lamafile}", "did you mean 'llamafile'"),
+    ],
+)
+def test_options_of_options_are_checked_without_a_model(tmp_path, kwargs, message):
+    path = tmp_path / "my.yaml"
+    name, cls = "'^model\\.layers\\..*\\.mlp\\.experts$'", "hybrimoe_kt.operators.experts.HybriMoEExperts"
+    path.write_text(f"- match: {{name: {name}}}\n  replace: {{class: {cls}, kwargs: {kwargs}}}\n")
+    with pytest.raises(RuleError, match=message):
+        main(["check", str(path), "--model", "qwen3moe"])
