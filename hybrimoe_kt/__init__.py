@@ -68,9 +68,13 @@ def load(
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
     """
+    from .config import ExpertOptions
     from .engine.build import build_engine
+    from .errors import ConfigError
     from .models import embedded_model
 
+    if options is not None and not isinstance(options, ExpertOptions):
+        raise ConfigError(f"options are {type(options).__name__}, give ExpertOptions(...) or ExpertOptions.from_kwargs")
     return build_engine(
         embedded_model() if path is None else path,
         model_path=model_path,

@@ -42,6 +42,10 @@ ACCELERATORS = [
 ]
 
 
+_MEANT = {"gpu": "cuda", "rocm": "cuda", "hip": "cuda", "nvidia": "cuda", "cpu": "none", "off": "none"}
+"""What people write for them."""
+
+
 class Numbered(NamedTuple):
     """An accelerator that layers may be placed on."""
 
@@ -61,7 +65,8 @@ def parse(name: str) -> tuple[Kind, tuple[str | None, ...]]:
         if match := re.fullmatch(kind.pattern, name):
             return kind, match.groups()
     known = [kind.form.split("[")[0] for kind in ACCELERATORS]
-    raise ConfigError(f"unknown accelerator {name!r}{nearest(name, known) or ';'} valid: {forms()}")
+    hint = nearest(_MEANT.get(name.lower(), name.lower()), known)
+    raise ConfigError(f"unknown accelerator {name!r}{hint or ';'} valid: {forms()}")
 
 
 def numbered(name: str) -> Numbered | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import accelerators
-from .backends.registry import CPU_BACKENDS, DEFAULT_CPU, GPU_BACKENDS, check_name
+from .backends.registry import DEFAULT_CPU, check_cpu, check_gpu
 from .core.strategy import Strategy
 from .errors import ConfigError, nearest, unknown_name
 from .sizes import CacheSize, parse_bytes
@@ -100,8 +100,8 @@ class ExpertOptions:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
         accelerators.parse(self.accelerator)
-        check_name("cpu_backend", self.cpu_backend, CPU_BACKENDS)
-        check_name("gpu_backend", self.gpu_backend, ("auto", *GPU_BACKENDS))
+        check_cpu(self.cpu_backend)
+        check_gpu(self.gpu_backend)
         chosen = {name: getattr(self, name) for name in Strategy.names() if name in self.names()}
         object.__setattr__(self, "strategy", Strategy(**chosen))
         if self.policy == "belady":

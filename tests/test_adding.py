@@ -173,7 +173,7 @@ def test_names_that_lead_nowhere() -> None:
             registry.cpu_backend(ExpertOptions(cpu_backend=name).cpu_backend)
     with pytest.raises(ConfigError, match=r"is no CpuBackend, it has no .*submit.*let it inherit from"):
         registry.cpu_backend("collections:OrderedDict")
-    with pytest.raises(ConfigError, match="is no GpuBackend, it has no add_layer, launch"):
+    with pytest.raises(ConfigError, match="is no GpuBackend, it has no .*add_layer, launch"):
         registry.gpu_backend("hybrimoe_kt.device.backend:GpuBackend")
 
 
@@ -188,6 +188,13 @@ class FewestFirst(Policy):
 
     def value(self, expert: int) -> float:
         return expert * float(self.option["factor"])
+
+
+class Forgetful(Policy):
+    """Lacks the half of what a policy is."""
+
+    def touch(self, routing: Routing) -> None:
+        """Learn nothing."""
 
 
 @pytest.mark.parametrize("by", ["name", "place"])
@@ -212,6 +219,7 @@ def test_a_policy_of_ones_own_runs_a_model(by: str, monkeypatch: pytest.MonkeyPa
         ("fewest", "unknown policy 'fewest'"),
         ("no.such.module:Policy", "cannot be imported"),
         (f"{__name__}:MADE_UP", "is not a subclass of hybrimoe_kt.core.policies.base.Policy"),
+        (f"{__name__}:Forgetful", "lacks value, see hybrimoe_kt.core.policies.base.Policy"),
     ],
 )
 def test_a_policy_that_is_none_is_one_sentence(policy: str, message: str) -> None:
@@ -244,3 +252,19 @@ def test_an_accelerator_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, t
     assert "experts" in accelerator.sites, "it computed nothing"
     with pytest.raises(ConfigError, match=r"valid: .*painted\[:COLOUR\]"):
         ExpertOptions(accelerator="paintd")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("gpu", "cuda"), ("CUDA", "cuda"), ("cpu", "none"), ("emulatd", "emulated")]
+)
+def test_what_people_write_for_an_accelerator_is_understood(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        ExpertOptions(accelerator=name)
+
+
+def test_a_backend_that_is_none_is_refused_with_the_options() -> None:
+    """Before any model is loaded, by the rules command too."""
+    with pytest.raises(ConfigError, match=r"is no CpuBackend, it has no .*answers_pairs"):
+        ExpertOptions(cpu_backend=f"{__name__}:FewestFirst")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        ExpertOptions(gpu_backend="no.such.module:Backend")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_kt.dotted import is_dotted, load_dotted
@@ -25,7 +25,8 @@ __all__ = [
     "FALLBACK_GPU",
     "GPU_BACKENDS",
     "REFERENCE",
-    "check_name",
+    "check_cpu",
+    "check_gpu",
     "cpu_backend",
     "default_gpu",
     "gpu_backend",
@@ -51,10 +52,16 @@ REFERENCE = "torch_reference"
 """Of both kinds: any type, exact, slow; what an emulated accelerator computes with."""
 
 
-def check_name(option: str, name: str, known: Iterable[str]) -> None:
-    """ConfigError for what is neither one of `known` nor the place of a class; nothing is imported."""
-    if name not in known and not is_dotted(name):
-        raise ConfigError(unknown_name(option, name, known))
+def check_cpu(name: str) -> None:
+    """ConfigError for what is no CPU backend's name or place. Only one named by its place is imported."""
+    if name not in CPU_BACKENDS:
+        cpu_backend(name)
+
+
+def check_gpu(name: str) -> None:
+    """The same of a GPU backend; auto is one."""
+    if name not in ("auto", *GPU_BACKENDS):
+        gpu_backend(name)
 
 
 def cpu_backend(name: str) -> type[CpuBackend]:
@@ -100,14 +107,16 @@ def _warn_once(reason: str) -> None:
 
 
 def _load(option: str, name: str, known: Mapping[str, str], protocol: type) -> Any:
-    check_name(option, name, known)
     if name in known:
         return load_dotted(known[name])
+    if not is_dotted(name):
+        raise ConfigError(unknown_name(option, name, known if option == "cpu_backend" else ("auto", *known)))
     try:
         found = load_dotted(name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{option} {name!r} cannot be loaded: {summary(error)}") from error
-    lacking = [member for member in vars(protocol) if not member.startswith("_") and not hasattr(found, member)]
+    members = {*vars(protocol), *protocol.__annotations__}
+    lacking = [member for member in sorted(members) if not member.startswith("_") and not hasattr(found, member)]
     lacking += sorted(getattr(found, "__abstractmethods__", ()))
     if lacking:
         raise ConfigError(

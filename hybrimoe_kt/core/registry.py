@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hybrimoe_kt.dotted import is_dotted, load_dotted
 from hybrimoe_kt.errors import ConfigError, unknown_name
@@ -13,7 +13,7 @@ __all__ = ["find"]
 _T = TypeVar("_T")
 
 
-def find(kind: str, name: str, known: Mapping[str, type[_T]], base: type[_T]) -> type[_T]:
+def find(kind: str, name: str, known: Mapping[str, type[_T]], base: Any) -> type[_T]:
     """Return the class called `name`; one that is not known is named by its place, `my_module:MyPolicy`.
 
     ConfigError for a name that is not there, and for a class that is no `base`.
@@ -28,4 +28,6 @@ def find(kind: str, name: str, known: Mapping[str, type[_T]], base: type[_T]) ->
         raise ConfigError(f"{kind} {name!r} cannot be imported ({error}); built in: {', '.join(known)}") from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{kind} {name!r} is not a subclass of {base.__module__}.{base.__qualname__}")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"{kind} {name!r} lacks {' and '.join(lacking)}, see {base.__module__}.{base.__qualname__}")
     return found

@@ -72,7 +72,7 @@ def build(
     """Make everything for the layers of `experts` but what is given, see `runtime.assemble`."""
     options, store = experts.options, experts.store
     if not store.layers:
-        raise ConfigError("no HybriMoEExperts in this model: no rule of the rule file replaces its experts")
+        raise ConfigError("no layer's experts were added; rule files name HybriMoEExperts for that")
     deadline = Deadline(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
     cpu = make_cpu_backend(options) if cpu is None else cpu
     for layer_experts in store.layers.values():

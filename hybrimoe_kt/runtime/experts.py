@@ -43,7 +43,12 @@ class ModelExperts:
         return options
 
     def add(self, experts: LayerExperts, accelerator: str | None = None) -> None:
-        """Take a layer's experts, and the name of its accelerator where that is not `options.accelerator`."""
+        """Take a layer's experts, and the name of its accelerator where that is not `options.accelerator`.
+
+        ConfigError for a layer that is there already.
+        """
+        if experts.layer in self.accelerator_of:
+            raise ConfigError(f"layer {experts.layer} has been added already; a model's layers have different numbers")
         self.store.add(experts)
         self.accelerator_of[experts.layer] = accelerator or self.options.accelerator
 

@@ -197,10 +197,14 @@ class Runtime:
 
         Steps longer than `max_chunk_tokens` are computed in chunks, all but the last of them here. Reading the routing
         is the one synchronisation with the router's device. KernelError for hidden states that are not finite,
-        ConfigError for a recorded step longer than a chunk.
+        ConfigError for a recorded step longer than a chunk, and a
+        layer that is not there. Where nothing is read, because every expert is resident, nothing is looked at either.
         """
         if self._begun is not None:
             self._abandon(self._begun)
+        if layer not in self.store.layers:
+            known = ", ".join(map(str, sorted(self.store.layers)))
+            raise ConfigError(f"layer {layer} has no experts in this runtime, which has those of {known}")
         job, size = Job(layer), self.options.max_chunk_tokens
         lane = self.executor.lane_of.get(layer)
         if lane is not None and lane.accelerator.device != routed.hidden.device:
@@ -227,6 +231,8 @@ class Runtime:
         is in memory of its own.
         """
         began, plan, step, answer = time.perf_counter(), job.plan, job.step, job.answer
+        if plan is not None and answer is None and plan is not self._begun:
+            raise ConfigError("this step is over: it was finished before, or another one began, which abandoned it")
         self.seconds.steps += 1
         if plan is not None and step is not None and job.routing is not None:
             if answer is None:

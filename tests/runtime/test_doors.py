@@ -12,6 +12,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.emulated.journal import JournalAccelerator, JournalCpu
 from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 from tests.device.machine import CHUNK, EXPERTS, HIDDEN, LAYERS, TOP_K, layers, wanted
 
@@ -108,3 +109,18 @@ def test_the_host_says_what_is_decode() -> None:
     runtime.run(0, step(CHUNK + 1))
     assert [routing.is_decode for _, routing in plans[-2:]] == [False, False]
     assert [routing.num_tokens for _, routing in plans[-2:]] == [CHUNK, 1]
+
+
+def test_calls_in_a_wrong_order_are_one_sentence() -> None:
+    runtime, _, _ = made()
+    with pytest.raises(ConfigError, match="layer 7 has no experts in this runtime, which has those of 0, 1, 2"):
+        runtime.run(7, step(1))
+    first = runtime.begin(1, step(1))
+    runtime.run(1, step(2))
+    with pytest.raises(ConfigError, match="this step is over"):
+        runtime.finish(first)
+    with pytest.raises(ConfigError, match="layer 0 has been added already"):
+        runtime.experts.add(layers()[0])
+    with pytest.raises(ConfigError, match="no layer's experts were added"):
+        assemble(ModelExperts(ExpertOptions(accelerator="none")))
+    runtime.coordinator.check_integrity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from hybrimoe_kt.core.types import LayerSpec, Routing
 from hybrimoe_kt.errors import ConfigError, nearest
 
 
-class Policy:
+class Policy(ABC):
     """Ranks one layer's experts by retention value; the lowest loses its slot first.
 
     One object per layer. It sees every routing of its layer through `touch` and nothing of the future. Ties
@@ -22,7 +23,7 @@ class Policy:
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
         self.spec = spec
-        self.option = check_options(f"policy {self.name}", options, self.options)
+        self.option = check_options(f"policy {self.name or type(self).__name__}", options, self.options)
         self.step = 0
 
     @classmethod
@@ -30,13 +31,13 @@ class Policy:
         """Return one policy per layer; override it to let the layers share what they learn."""
         return [cls(spec, **options) for spec in specs]
 
+    @abstractmethod
     def touch(self, routing: Routing) -> None:
         """Learn what one step routed to; called once per step, after the step's plan is made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, expert: int) -> float:
         """Return the retention value of `expert` now; only its order among this layer's experts matters."""
-        raise NotImplementedError
 
     def rank(self, candidates: Sequence[int]) -> list[int]:
         """Return `candidates`, the first victim first."""

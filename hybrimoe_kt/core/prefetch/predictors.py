@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from heapq import nlargest
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from hybrimoe_kt.core.registry import find
 from hybrimoe_kt.core.types import LayerSpec, Routing
 
 
-class Predictor:
+class Predictor(ABC):
     """Turns what is known after one layer's routing into predicted routings of the layers after it."""
 
     name: ClassVar[str] = ""
@@ -24,17 +25,17 @@ class Predictor:
     """Whether `predict` returns what it is given, so that nobody need ask."""
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:
-        self.option = check_options(f"predictor {self.name}", options, self.options)
+        self.option = check_options(f"predictor {self.name or type(self).__name__}", options, self.options)
         self.specs = {spec.layer: spec for spec in specs}
         self.order = [spec.layer for spec in specs]
         self._position = {layer: position for position, layer in enumerate(self.order)}
 
-    def observe(self, routing: Routing) -> None:
+    def observe(self, routing: Routing) -> None:  # noqa: B027  nothing to learn is the default
         """Learn from a layer's actual routing; called once per plan, in order."""
 
+    @abstractmethod
     def predict(self, routing: Routing, given: Sequence[Routing], depth: int) -> Sequence[Routing]:
         """Return up to `depth` predicted routings; `given` is what the host's look-ahead gates say, maybe empty."""
-        raise NotImplementedError
 
     def following(self, layer: int, depth: int) -> list[LayerSpec]:
         """Return the next `depth` MoE layers, past the last one from the first on."""

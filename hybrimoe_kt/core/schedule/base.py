@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ class Assignment:
     link_s: float
 
 
-class Scheduler:
+class Scheduler(ABC):
     """Assigns each routed expert to the CPU, to the GPU, or to a transfer followed by the GPU. Stateless."""
 
     name: ClassVar[str] = ""
@@ -55,11 +56,11 @@ class Scheduler:
     """Option name -> default."""
 
     def __init__(self, **options: Any) -> None:
-        self.option = check_options(f"scheduler {self.name}", options, self.options)
+        self.option = check_options(f"scheduler {self.name or type(self).__name__}", options, self.options)
 
+    @abstractmethod
     def assign(self, task: Task) -> Assignment:
         """Return the assignment of `task`; the same task gives the same answer."""
-        raise NotImplementedError
 
     def makespan_s(self, task: Task) -> float:
         """Return the makespan of `assign`, for those who want nothing else of it."""

@@ -122,7 +122,10 @@ class Architecture:
 
     def name_map(self, num_blocks: int) -> TensorNameMap:
         """gguf-py's table of parameter name -> GGUF name for this family."""
-        arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == (self.tensor_table or self.gguf))
+        table = self.tensor_table or self.gguf
+        arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == table), None)
+        if arch is None:
+            raise ModelError(f"{self.gguf}: gguf-py has no tensor names of {table!r}; tensor_table names another")
         return get_tensor_name_map(arch, num_blocks)
 
 
