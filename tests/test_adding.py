@@ -173,7 +173,7 @@ def test_names_that_lead_nowhere() -> None:
             registry.cpu_backend(ExpertOptions(cpu_backend=name).cpu_backend)
     with pytest.raises(ConfigError, match=r"is no CpuBackend, it has no .*submit.*let it inherit from"):
         registry.cpu_backend("collections:OrderedDict")
-    with pytest.raises(ConfigError, match="is no GpuBackend, it has no .*add_layer, launch"):
+    with pytest.raises(ConfigError, match=r"is no GpuBackend, it has no .*add_layer, launch"):
         registry.gpu_backend("hybrimoe_kt.device.backend:GpuBackend")
 
 
