@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hybrimoe_kt.core.timeline import Kind, Span, Timeline, experts_label, plan_details
-from hybrimoe_kt.core.types import Plan, Transfer
+from hybrimoe_kt.core.types import Plan, Routing, Transfer
 
 from .accelerator import Stamp
 
@@ -45,7 +45,7 @@ class ActivityLog:
         }
         self._pending: deque[_Pending] = deque()
         self._num_steps = self._num_plans = 0
-        self._step: tuple[float, int] | None = None
+        self._step: tuple[float, Routing] | None = None
         self._last_s = 0.0
         self.is_open = True
         """Whether there is room for another plan's work; looked at between plans, so that none is cut in two."""
@@ -55,7 +55,7 @@ class ActivityLog:
         """The number of the plan at hand, counted from 1."""
         return self._num_plans
 
-    def planned(self, plan: Plan, num_tokens: int, began_s: float, ended_s: float) -> None:
+    def planned(self, plan: Plan, routing: Routing, began_s: float, ended_s: float) -> None:
         """A plan was made; everything until the next one belongs to it, but for prefetches."""
         self._settle()
         is_first = plan.layer == self._first_layer
@@ -67,7 +67,7 @@ class ActivityLog:
             return
         self._num_plans += 1
         if is_first:
-            self._step = began_s, num_tokens
+            self._step = began_s, routing
         details = plan_details(self._num_plans, plan)
         self._add("scheduler", 0, began_s, ended_s, f"L{plan.layer} plan", "plan", plan.layer, (), details)
 
@@ -114,8 +114,8 @@ class ActivityLog:
 
     def _end_step(self) -> None:
         if self._step is not None:
-            began_s, tokens = self._step
-            work = "prefill" if tokens > 1 else "decode"
+            began_s, routing = self._step
+            tokens, work = routing.num_tokens, "decode" if routing.is_decode else "prefill"
             details = {"step": self._num_steps, "tokens": tokens}
             ended_s = max(began_s, self._last_s)
             self._add("step", 0, began_s, ended_s, f"{work} {tokens}", work, -1, (), details)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Protocol
 
 import torch
 
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.device.executor import DEVICE_ERRORS
-from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
+from hybrimoe_kt.device.readback import Guesses, Step
 
-__all__ = ["RoutingRecorder", "guesses_for", "halved", "record"]
+__all__ = ["RoutingRecorder", "halved", "record"]
 
 
 class RoutingRecorder(Protocol):
@@ -39,15 +36,6 @@ class RoutingRecorder(Protocol):
 def halved(probabilities: torch.Tensor) -> torch.Tensor:
     """As a recording keeps them: a replay then decides on the very same numbers."""
     return probabilities.half().float()
-
-
-def guesses_for(step: Step, lane: Lane | None, predict: Predict | None) -> Guesses | None:
-    """What the gates guessed in a step; asked now where nobody prefetches, as a replay may."""
-    guesses = None
-    if lane is not None:
-        with contextlib.suppress(*DEVICE_ERRORS):
-            guesses = lane.readback.wait_guesses(step)
-    return ask(predict, step.hidden, step.ids) if guesses is None and predict is not None else guesses
 
 
 def record(

@@ -31,6 +31,23 @@ class Recovery:
         """By accelerator, for as long as the model runs."""
         self._told: set[tuple[str, str, type[Exception]]] = set()
 
+    def fill_slots(self) -> None:
+        """Bring an expert into every free slot; again after a failure, as what is free has changed then."""
+        while not self._fill_slots():
+            pass
+
+    def _fill_slots(self) -> bool:
+        transfers = self._coordinator.initial_transfers()
+        for number, transfer in enumerate(transfers):
+            try:
+                self._executor.fill(transfer)
+            except AcceleratorFailed as failure:
+                for missing in transfers[number:]:
+                    self._coordinator.fail(missing)
+                self.recover(failure)  # gives up after a few times, so this ends
+                return False
+        return True
+
     def recover(self, failure: AcceleratorFailed, plan: Plan | None = None) -> None:
         """Free every slot whose bytes are in doubt; shrink the cache or give the accelerator up if it comes to that.
 

@@ -21,7 +21,7 @@ from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Predict, Routed, Step
+from hybrimoe_kt.device.readback import Guesses, Predict, Routed, Step, ask
 from hybrimoe_kt.errors import ConfigError, KernelError
 
 from .assembly import Assembly, build
@@ -29,7 +29,7 @@ from .description import configuration, describe
 from .experts import ModelExperts
 from .feedback import Feedback
 from .health import Health
-from .recording import RoutingRecorder, guesses_for, halved, record
+from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
 from .seconds import Seconds
@@ -81,21 +81,7 @@ class Runtime:
         is_timed = assembly.is_on_the_clock
         self._feedback = Feedback(self.options, self.coordinator, self.executor) if is_timed else None
         self._counting = threading.Lock()
-        while not self._fill_slots():
-            pass
-
-    def _fill_slots(self) -> bool:
-        """Bring an expert into every free slot; False if an accelerator failed at it: then what is free has changed."""
-        transfers = self.coordinator.initial_transfers()
-        for number, transfer in enumerate(transfers):
-            try:
-                self.executor.fill(transfer)
-            except AcceleratorFailed as failure:
-                for missing in transfers[number:]:
-                    self.coordinator.fail(missing)
-                self._recovery.recover(failure)  # gives up after a few times, so this ends
-                return False
-        return True
+        self._recovery.fill_slots()
 
     # What it is.
 
@@ -197,8 +183,8 @@ class Runtime:
 
         Steps longer than `max_chunk_tokens` are computed in chunks, all but the last of them here. Reading the routing
         is the one synchronisation with the router's device. KernelError for hidden states that are not finite,
-        ConfigError for a recorded step longer than a chunk, and a
-        layer that is not there. Where nothing is read, because every expert is resident, nothing is looked at either.
+        ConfigError for a recorded step longer than a chunk, and for a layer that is not there. Where nothing is read,
+        because every expert is resident, nothing is looked at either.
         """
         if self._begun is not None:
             self._abandon(self._begun)
@@ -238,8 +224,7 @@ class Runtime:
             if answer is None:
                 answer = self._join(job, plan, step)
             if self.recorder is not None:
-                lane, predict = self.executor.lane_of.get(job.layer), self._look_ahead.get(job.layer)
-                record(self.recorder, job.routing, step, job.logits, guesses_for(step, lane, predict))
+                record(self.recorder, job.routing, step, job.logits, self._guesses(job.layer, step))
             ended = time.perf_counter()
             self.seconds.wait += ended - began
             if self._log is not None:
@@ -288,7 +273,7 @@ class Runtime:
         if self._on_plan is not None:
             self._on_plan(plan, routing)
         if self._log is not None:
-            self._log.planned(plan, routing.num_tokens, job.read_s, planned)
+            self._log.planned(plan, routing, job.read_s, planned)
         try:
             if plan.dropped or plan.closed:
                 self.executor.heed(plan.dropped, plan.closed)
@@ -349,6 +334,16 @@ class Runtime:
                 self.executor.prefetch(orders.transfers)
             if self._log is not None:
                 self._log.chose(plan.layer, orders.transfers, began, time.perf_counter())
+
+    def _guesses(self, layer: int, step: Step) -> Guesses | None:
+        """What the gates guessed in a step, for a recording; asked now where nobody prefetches, as a replay may."""
+        lane, predict, guesses = self.executor.lane_of.get(layer), self._look_ahead.get(layer), None
+        if lane is not None:
+            try:
+                guesses = lane.readback.wait_guesses(step)
+            except DEVICE_ERRORS as error:
+                self._recovery.recover(AcceleratorFailed(lane, error))
+        return ask(predict, step.hidden, step.ids) if guesses is None and predict is not None else guesses
 
     def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""

@@ -124,3 +124,40 @@ def test_calls_in_a_wrong_order_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match="no layer's experts were added"):
         assemble(ModelExperts(ExpertOptions(accelerator="none")))
     runtime.coordinator.check_integrity()
+
+
+def test_a_failure_met_only_by_a_recording_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody prefetches, so that the recording waits first for what the gates guess; the gates are asked again."""
+    runtime, _, _ = made(prefetch_size=0)
+    recorder = _Recorder()
+    runtime.recorder = recorder
+    runtime.look_ahead(0, _Gates())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.lanes[0].readback, "wait_guesses", fail)
+        routed = step(1)
+        assert torch.equal(runtime.run(0, routed), wanted(0, (routed.hidden, routed.ids, routed.weights)))
+    assert runtime.health().accelerators["emulated"].failed_steps == 1
+    runtime.coordinator.check_integrity()
+    routed = step(1, 1)
+    assert torch.equal(runtime.run(0, routed), wanted(0, (routed.hidden, routed.ids, routed.weights)))
+    assert [len(predicted) for predicted in recorder.predicted] == [1, 1]
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.predicted: list[Any] = []
+
+    def record(self, layer: int, experts: Any, weights: Any, scores: Any, predicted: Any, *_: Any) -> None:
+        self.predicted.append(predicted)
+
+
+class _Gates:
+    layers, num_experts = (1,), EXPERTS
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        ids[0].copy_(torch.arange(TOP_K))
+        scores.fill_(1 / EXPERTS)
