@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -27,7 +29,7 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def run_server(options: argparse.Namespace, console: Console) -> int:
-    """Load the model and serve it until a signal; 0 when everything accepted was answered, else 1."""
+    """Load the model and serve it until a signal; return 0, or end the process with 1 where an answer was cut short."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(
             f"the server needs {missing[0]}, which is not installed: run pip install 'hybrimoe-kt[serve]', "
@@ -49,7 +51,21 @@ def run_server(options: argparse.Namespace, console: Console) -> int:
             f"serving at {url} (chat page), {url}/v1 (OpenAI), {url}/api (Ollama); Ctrl-C ends it", markup=False
         )
 
-    return 0 if serve(engine, settings, listener, on_ready=on_ready) else 1
+    if not serve(engine, settings, listener, on_ready=on_ready):
+        _leave(1)
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process past the interpreter's own ending.
+
+    A server cut short leaves a thread inside a backend's native code. When that thread comes back to an interpreter
+    that has ended meanwhile, it is unwound through C++, which aborts (SIGABRT where the exit code should be).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def server_settings(options: argparse.Namespace) -> Settings:
