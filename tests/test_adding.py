@@ -18,7 +18,7 @@ from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu, expert_ffn
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.policies import POLICIES, Policy
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
 from hybrimoe_kt.device.emulated.journal import JournalAccelerator
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
@@ -74,9 +74,9 @@ def test_a_type_is_computed_by_the_reference(experts: LayerExperts) -> None:
     gpu.add_layer(experts, layout, memory)
     hidden, weights = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0)), torch.rand(4, TOP_K)
     ids = torch.tensor([[0, 1], [1, 2], [2, 0], [0, -1]])
-    cpu.submit(0, hidden, ids, weights)
+    cpu.submit(0, Routed(hidden, ids, weights))
     out = torch.zeros(4, TOP_K, HIDDEN)
-    gpu.launch(0, [(i, i) for i in range(EXPERTS)], torch.arange(EXPERTS), hidden, ids, weights, out)
+    gpu.launch(0, [(i, i) for i in range(EXPERTS)], torch.arange(EXPERTS), Routed(hidden, ids, weights), out)
     assert torch.equal(cpu.wait(), out)
     shapes = zip(experts.parts(2), experts.matrices, strict=True)
     matrices = [dequantize_made_up(part.view(-1, 20)).view(matrix.rows, matrix.columns) for part, matrix in shapes]
@@ -103,9 +103,9 @@ class MadeUpCpu(CpuBackend):
     def add_layer(self, experts: LayerExperts) -> None:
         self._reference.add_layer(experts)
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         MadeUpCpu.num_calls += 1
-        self._reference.submit(layer, hidden, ids, weights)
+        self._reference.submit(layer, routed)
 
     def is_done(self) -> bool:
         return True
@@ -126,9 +126,11 @@ class MadeUpGpu(GpuBackend):
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         self._reference.add_layer(experts, layout, memory)
 
-    def launch(self, layer: int, slots: Sequence[tuple[int, int]], *tensors: torch.Tensor) -> None:  # type: ignore[override]
+    def launch(
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
+    ) -> None:
         MadeUpGpu.num_calls += 1
-        self._reference.launch(layer, slots, *tensors)
+        self._reference.launch(layer, slots, slot_of, routed, out)
 
 
 class OnlyOnXpu(MadeUpGpu):

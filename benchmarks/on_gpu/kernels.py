@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_roofline import expert_bytes, mixes_of, roofline
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import summary
@@ -178,7 +178,8 @@ class _Work:
 
     def __call__(self) -> None:
         for ids, slots in zip(self._routes, self._slots, strict=True):
-            self._backend.launch(0, slots, self._layer.slot_of, self._hidden, ids, self._weights, self._out)
+            routed = Routed(self._hidden, ids, self._weights)
+            self._backend.launch(0, slots, self._layer.slot_of, routed, self._out)
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
@@ -98,17 +99,17 @@ class CpuInferBackend(LlamafileArithmetic):
             )
         )
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         """Start one layer's CPU share; ids of -1 are not computed here."""
         if self._calls is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
-        check_call(self._layers[layer], self.max_tokens, hidden, ids, weights)
-        self._shape = hidden.shape
+        check_call(self._layers[layer], self.max_tokens, routed)
+        self._shape = routed.hidden.shape
         self._calls = []
-        counts = (ids >= 0).sum(dim=1)
+        counts = (routed.ids >= 0).sum(dim=1)
         for count in counts.unique().tolist():
             if count:
-                self._calls.append(_Call(count, counts == count, hidden, ids, weights))
+                self._calls.append(_Call(count, counts == count, routed))
         for call in self._calls:
             self._pool.submit(self._kernels[layer].forward(*call.arguments))
 
@@ -131,14 +132,13 @@ class CpuInferBackend(LlamafileArithmetic):
 class _Call:
     """The tokens with `count` experts here, and the buffers that the kernel reads and writes until it is waited for."""
 
-    def __init__(
-        self, count: int, rows: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
+    def __init__(self, count: int, rows: torch.Tensor, routed: Routed) -> None:
         self.rows = rows.nonzero().flatten()
-        places = (ids[rows] < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-        self.ids = ids[rows].gather(1, places).contiguous()
-        self.weights = weights[rows].gather(1, places).contiguous()
-        self.hidden = hidden[rows].contiguous()
+        ids = routed.ids[rows]
+        places = (ids < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        self.ids = ids.gather(1, places).contiguous()
+        self.weights = routed.weights[rows].gather(1, places).contiguous()
+        self.hidden = routed.hidden[rows].contiguous()
         self.out = torch.empty_like(self.hidden)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError
 
@@ -96,16 +97,16 @@ class LlamafileBackend(LlamafileArithmetic):
             self._pool.sync()
         return kernel
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         """Start one layer's CPU share on the pool; returns in microseconds."""
         if self._task is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         experts = self._layers[layer]
-        check_call(experts, self.max_tokens, hidden, ids, weights)
-        num_tokens, width = hidden.shape
+        check_call(experts, self.max_tokens, routed)
+        num_tokens, width = routed.hidden.shape
         fill = self._buffers.fill_single if num_tokens == 1 else self._buffers.fill
         self._shape = num_tokens, width
-        self.start_rows(layer, fill(hidden, ids, weights), ids.shape[1])
+        self.start_rows(layer, fill(routed), routed.ids.shape[1])
 
     def start_rows(self, layer: int, num_rows: int, top_k: int) -> None:
         """Submit what stands in the first `num_rows` of the buffers, unchecked; `submit` is the safe way in."""
@@ -181,12 +182,13 @@ class _Buffers:
             return self
         return _Buffers(max(rows, self.rows), max(top_k, self.top_k), max(hidden, self.width))
 
-    def fill_single(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> int:
+    def fill_single(self, routed: Routed) -> int:
         """One token: present it twice, the second time with weights 0.
 
         The kernel's one-row path reads memory at half the speed of its many-row path, so two rows take half
         the time of one [m].
         """
+        hidden, ids, weights = routed[:3]
         top_k, width = ids.shape[1], hidden.shape[1]
         self.hidden[: 2 * width].view(2, width).copy_(hidden.expand(2, width))
         self.ids[: 2 * top_k].view(2, top_k).copy_(ids.expand(2, top_k))
@@ -194,8 +196,9 @@ class _Buffers:
         self.weights[top_k : 2 * top_k].zero_()
         return 2
 
-    def fill(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> int:
+    def fill(self, routed: Routed) -> int:
         """Many tokens: repeat, with weights 0, every token that alone uses some expert, for the same reason."""
+        hidden, ids, weights = routed[:3]
         num_tokens, top_k = ids.shape
         loads = torch.bincount(ids.flatten() + 1, minlength=2)
         alone = (loads[ids + 1] == 1) & (ids >= 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
@@ -34,22 +34,15 @@ class TorchGpu(GpuBackend):
         self._layers[experts.layer] = experts, layout, memory
 
     def launch(
-        self,
-        layer: int,
-        slots: Sequence[tuple[int, int]],
-        slot_of: torch.Tensor,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         """Enqueue the experts of `slots`; see `GpuBackend.launch`."""
         experts, layout, memory = self._layers[layer]
         self._check(layer, slots, slot_of, memory.shape[0])
-        x = hidden.float()
+        routed = routed._replace(hidden=routed.hidden.float())
         for expert, slot in slots:
             parts = (matrix.read(memory[slot]) for matrix in layout.matrices)
-            self._add(experts, expert, parts, x, ids, weights, out)
+            self._add(experts, expert, parts, routed, out)
 
     def _check(self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, num_slots: int) -> None:
         for expert, slot in slots:
@@ -57,17 +50,10 @@ class TorchGpu(GpuBackend):
                 raise KernelError(f"expert {expert} of layer {layer} is said to be in slot {slot} of {num_slots}")
 
     def _add(
-        self,
-        experts: LayerExperts,
-        index: int,
-        parts: Iterable[torch.Tensor],
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        self, experts: LayerExperts, index: int, parts: Iterable[torch.Tensor], routed: Routed, out: torch.Tensor
     ) -> None:
-        weight = torch.where(ids == index, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1]
-        answer = expert_ffn(hidden, *dequantized(experts, parts))
+        weight = torch.where(routed.ids == index, routed.weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1]
+        answer = expert_ffn(routed.hidden, *dequantized(experts, parts))
         out += torch.where(weight != 0, weight * answer, 0.0)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hybrimoe_kt.device.backend import GpuBackend, KernelRow
+from hybrimoe_kt.device.backend import GpuBackend, KernelRow, Routed
 from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError, summary
@@ -155,29 +155,21 @@ class TritonGpu(GpuBackend):
         return max((_bytes_for(layer, max_tokens) for layer in self._layers.values()), default=0)
 
     def launch(
-        self,
-        layer: int,
-        slots: Sequence[tuple[int, int]],
-        slot_of: torch.Tensor,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         """Enqueue the experts of `slots` on the current stream; see `GpuBackend.launch`."""
         kernels = self._layers[layer]
-        self._check(layer, kernels, slots, slot_of, hidden, ids, weights, out)
+        self._check(layer, kernels, slots, slot_of, routed, out)
         if not slots:
             return
         assert self._space is not None, "launch before prepare"
         try:
             with _current(kernels.memory.device):
-                if hidden.shape[0] <= CHUNK_TOKENS:
-                    kernels.add(self._space, len(slots), slot_of, hidden, ids, weights, out)
+                if routed.hidden.shape[0] <= CHUNK_TOKENS:
+                    kernels.add(self._space, len(slots), slot_of, *routed[:3], out)
                     return
-                for first in range(0, hidden.shape[0], CHUNK_TOKENS):
-                    part = slice(first, first + CHUNK_TOKENS)
-                    kernels.add(self._space, len(slots), slot_of, hidden[part], ids[part], weights[part], out[part])
+                for part, rows in zip(routed.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
+                    kernels.add(self._space, len(slots), slot_of, *part[:3], rows)
         except launch_failures() as error:
             raise KernelError(f"Triton cannot run the kernels of layer {layer}: {summary(error)}") from error
 
@@ -187,11 +179,10 @@ class TritonGpu(GpuBackend):
         kernels: LayerKernels,
         slots: Sequence[tuple[int, int]],
         slot_of: torch.Tensor,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
+        routed: Routed,
         out: torch.Tensor,
     ) -> None:
+        hidden, ids, weights = routed[:3]
         num_slots, shape = kernels.memory.shape[0], kernels.shape
         is_known = self._whole.get(layer) is slots  # the same object as before: all of a layer's, step after step
         for expert, slot in () if is_known else slots:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, Routed
 from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
 from hybrimoe_kt.quants import TYPES, QuantType, llamafile_types, row_bytes
@@ -92,10 +92,9 @@ def _padded(matrix: ExpertMatrix, experts: LayerExperts, width: int) -> torch.Te
     return torch.nn.functional.pad(rows, (0, row - rows.shape[2])).flatten(1).contiguous()
 
 
-def check_call(
-    experts: LayerExperts, max_tokens: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> None:
+def check_call(experts: LayerExperts, max_tokens: int, routed: Routed) -> None:
     """Raise KernelError for a call that the kernel would crash on or answer wrongly."""
+    hidden, ids, weights = routed[:3]
     num_tokens = hidden.shape[0]
     if not 1 <= num_tokens <= max_tokens:
         raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {max_tokens}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.nn import functional
 
-from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
 
 from .dequantize import dequantize
@@ -31,19 +31,14 @@ def dequantized(experts: LayerExperts, parts: Iterable[torch.Tensor]) -> Iterato
 
 
 def add_pairs(
-    experts: LayerExperts,
-    index: int,
-    parts: Iterable[torch.Tensor],
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    out: torch.Tensor,
+    experts: LayerExperts, index: int, parts: Iterable[torch.Tensor], routed: Routed, out: torch.Tensor
 ) -> None:
     """Write an expert's weighted answers to where `ids` name it; its bytes are read only if they do."""
-    token, place = torch.where(ids == index)
+    token, place = torch.where(routed.ids == index)
     if token.numel() == 0:
         return
-    out[token, place] = expert_ffn(hidden[token], *dequantized(experts, parts)) * weights[token, place, None]
+    answer = expert_ffn(routed.hidden[token], *dequantized(experts, parts))
+    out[token, place] = answer * routed.weights[token, place, None]
 
 
 class TorchReferenceCpu(CpuBackend):
@@ -59,11 +54,11 @@ class TorchReferenceCpu(CpuBackend):
     def add_layer(self, experts: LayerExperts) -> None:
         self._layers[experts.layer] = experts
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         experts = self._layers[layer]
-        self._pairs = torch.zeros(*ids.shape, hidden.shape[1])
-        for index in torch.unique(ids[ids >= 0]).tolist():
-            add_pairs(experts, index, experts.parts(index), hidden, ids, weights, self._pairs)
+        self._pairs = torch.zeros(*routed.ids.shape, experts.hidden)
+        for index in torch.unique(routed.ids[routed.ids >= 0]).tolist():
+            add_pairs(experts, index, experts.parts(index), routed, self._pairs)
 
     def is_done(self) -> bool:
         return True

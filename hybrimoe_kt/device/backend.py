@@ -1,9 +1,8 @@
 """What the executor expects of whatever computes experts.
 
-Both sides see the same step: `hidden [num_tokens, hidden]`, `ids [num_tokens, top_k]` int64 where -1 means "not
-yours", `weights [num_tokens, top_k]` float32. An answer is either the weighted *sum* `[num_tokens, hidden]` or, from
-a backend whose results must not depend on who computed what, the weighted *pairs* `[num_tokens, top_k, hidden]`, zero
-where the id is -1. Answers are float32.
+Both sides see the same step, each on its own device, where an id of -1 means "not yours" and weights are float32. An
+answer is either the weighted *sum* `[num_tokens, hidden]` or, from a backend whose results must not depend on who
+computed what, the weighted *pairs* `[num_tokens, top_k, hidden]`, zero where the id is -1. Answers are float32.
 
 A backend inherits from one of the protocols and so takes what they answer by themselves; what is asked of the class,
 before one is made, has to be cheap. `backends.registry` knows them by name.
@@ -17,12 +16,47 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.quants import TYPES, QuantType
 
 from .experts import ROLES, LayerExperts
 from .layout import SlotLayout
 
-__all__ = ["CpuBackend", "GpuBackend", "KernelRow"]
+__all__ = ["CpuBackend", "GpuBackend", "KernelRow", "Routed"]
+
+
+class Routed(NamedTuple):
+    """What a model hands over for one layer step, on the model's device.
+
+    `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 and `weights` `[num_tokens, top_k]`; the router's
+    `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says too little.
+    """
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor | None = None
+    phase: Phase | None = None
+
+    def to(self, device: torch.device) -> Routed:
+        """The same on another device."""
+        logits = None if self.logits is None else self.logits.to(device)
+        return Routed(self.hidden.to(device), self.ids.to(device), self.weights.to(device), logits, self.phase)
+
+    def split(self, size: int) -> list[Routed]:
+        """The same in pieces of at most `size` tokens; prefill unless said otherwise, also a last token alone."""
+        phase = self.phase or "prefill"
+        places = [slice(at, at + size) for at in range(0, self.hidden.shape[0], size)]
+        return [
+            Routed(
+                self.hidden[place],
+                self.ids[place],
+                self.weights[place],
+                None if self.logits is None else self.logits[place],
+                phase,
+            )
+            for place in places
+        ]
 
 
 class KernelRow(NamedTuple):
@@ -72,8 +106,8 @@ class CpuBackend(Protocol):
         return False
 
     @abstractmethod
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Start computing; inputs (hidden float32) stay unchanged until `wait` returns.
+    def submit(self, layer: int, routed: Routed) -> None:
+        """Start computing; inputs (hidden float32, on the host) stay unchanged until `wait` returns.
 
         KernelError on input it would get wrong.
         """
@@ -130,19 +164,12 @@ class GpuBackend(Protocol):
 
     @abstractmethod
     def launch(
-        self,
-        layer: int,
-        slots: Sequence[tuple[int, int]],
-        slot_of: torch.Tensor,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         """Enqueue the experts of `slots`, pairs (expert, slot), and *add* their answer to `out`, float32.
 
         `slot_of` int32 `[num_experts]` on the device says the same as `slots`, -1 elsewhere, so that kernels need no
-        host decision; it and all tensors are on the slots' device. `hidden` is float32, float16 or bfloat16. Pairs of
+        host decision; it and all tensors are on the slots' device, hidden states float32, float16 or bfloat16. Pairs of
         experts not in `slots` are left alone. Returns before anything has run; never synchronises, never allocates
         from the driver. KernelError, before any launch, for a slot out of range.
         """

@@ -18,7 +18,7 @@ from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
 from .activity import ActivityLog
-from .backend import CpuBackend
+from .backend import CpuBackend, Routed
 from .lane import Lane
 from .readback import Step
 from .waiting import SHARE_SLEPT, Deadline
@@ -99,10 +99,10 @@ class Executor:
         if plan.cpu:
             if self._cpu_is_dead:
                 raise self._dead()
-            ids = self._only(step.host_ids, plan.cpu) if plan.gpu else step.host_ids
+            routed = self._only(step.host, plan.cpu) if plan.gpu else step.host
             if self._log is not None:
                 self._submitted = plan.layer, plan.cpu, time.perf_counter()
-            self.cpu.submit(plan.layer, step.host_hidden, ids, step.host_weights)
+            self.cpu.submit(plan.layer, routed)
             self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
         if plan.gpu:
             lane = self.lane_of[plan.layer]
@@ -169,8 +169,8 @@ class Executor:
         if self._cpu_is_dead:
             raise self._dead()
         if self._log is not None:
-            self._submitted = layer, tuple(dict.fromkeys(step.host_ids.flatten().tolist())), time.perf_counter()
-        self.cpu.submit(layer, step.host_hidden, step.host_ids, step.host_weights)
+            self._submitted = layer, tuple(dict.fromkeys(step.host.ids.flatten().tolist())), time.perf_counter()
+        self.cpu.submit(layer, step.host)
         self._cpu_busy = True
         return _to_model(self._wait_cpu(None), step)
 
@@ -209,18 +209,19 @@ class Executor:
     def _dead(self) -> KernelError:
         return KernelError(f"{self._cpu_name} has not come back; restart the program")
 
-    def _only(self, ids: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
-        """Return `ids` with every expert that is not in `experts` replaced by -1; valid until the next call."""
+    def _only(self, routed: Routed, experts: tuple[int, ...]) -> Routed:
+        """Return it with the id of every expert that is not in `experts` replaced by -1; valid until the next call."""
+        ids = routed.ids
         if ids.shape[0] > 1:
             mine = torch.tensor(experts, dtype=ids.dtype)
-            return torch.where(torch.isin(ids, mine), ids, -1)
+            return Routed(routed.hidden, torch.where(torch.isin(ids, mine), ids, -1), routed.weights)
         if self._mine.shape != ids.shape:
             self._mine = torch.empty_like(ids)
             self._mine_values = memoryview(self._mine.numpy()[0])
         values = self._mine_values
         for place, index in enumerate(ids.tolist()[0]):
             values[place] = index if index in experts else -1
-        return self._mine
+        return Routed(routed.hidden, self._mine, routed.weights)
 
     def _cpu_is_computing(self) -> bool:
         return not self.cpu.is_done()
@@ -229,4 +230,4 @@ class Executor:
 def _to_model(answer: torch.Tensor, step: Step) -> torch.Tensor:
     """An answer of the CPU backend, pairs or sum, in memory of its own, where and as the model wants it."""
     total = answer.sum(dim=1) if answer.dim() == 3 else answer
-    return total.to(device=step.hidden.device, dtype=step.hidden.dtype, copy=True)
+    return total.to(step.routed.hidden, copy=True)

@@ -17,9 +17,9 @@ from hybrimoe_kt.errors import DeadlineError, KernelError
 
 from .accelerator import Accelerator
 from .activity import ActivityLog
-from .backend import GpuBackend
+from .backend import GpuBackend, Routed
 from .host_store import HostStore
-from .readback import Readback, Routed, Step
+from .readback import Readback, Step
 from .slot_tables import SlotTables
 from .slots import LayerSlots, SlotPool
 from .transfers import TransferQueue
@@ -30,7 +30,7 @@ __all__ = ["Lane"]
 
 logger = logging.getLogger(__name__)
 
-_NOTHING = torch.empty(0)
+_NOTHING = Routed(torch.empty(0), torch.empty(0), torch.empty(0))
 _PLACE, _PAIRS = itemgetter(1), itemgetter(2)
 """Of an expert and its place, and of a `_Launch`; as functions of C they cost a step no calls."""
 _MOST_IN_A_ROW = 3
@@ -121,30 +121,30 @@ class Lane:
 
     def read(self, routed: Routed, scores: torch.Tensor | None = None) -> Step:
         """Bring the routing to the host: the one wait of every step that decides anything."""
-        weights = routed.weights
-        weights = weights.contiguous() if weights.dtype == torch.float32 else self.widened(weights)
-        return self.readback.read(routed.hidden.contiguous(), routed.ids.contiguous(), weights, scores)
+        return self.readback.read(self._compact(routed), scores)
 
     def run_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
         """Compute a step of a layer whose experts all have a slot, whatever was routed; only enqueues.
 
         Returns `[num_tokens, hidden]` as `finish` does.
         """
-        weights = self.widened(routed.weights)
-        step = Step(routed.hidden.contiguous(), routed.ids.contiguous(), weights, _NOTHING, _NOTHING, _NOTHING)
+        step = Step(self._compact(routed), _NOTHING)
         slots = self.pool.layers[layer]
         slots.begin_step()
         pairs, table = self.whole.table(layer, slot_of)
         out = self._views(step).out
         self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         self._launch(layer, _Launch(slots, (), pairs), table, step, out)
-        self.whole.count(layer, step.ids)
+        self.whole.count(layer, step.routed.ids)
         return self.finish(step, None, has_gpu=True)
 
-    def widened(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weights in float32, in one piece."""
-        if weights.dtype == torch.float32:
-            return weights.contiguous()
+    def _compact(self, routed: Routed) -> Routed:
+        """Its tensors in one piece each, weights in float32."""
+        weights = routed.weights
+        weights = weights.contiguous() if weights.dtype == torch.float32 else self._widened(weights)
+        return Routed(routed.hidden.contiguous(), routed.ids.contiguous(), weights)
+
+    def _widened(self, weights: torch.Tensor) -> torch.Tensor:
         wide, narrow = self._weights[: weights.numel()].view(weights.shape), weights
 
         def widen() -> None:
@@ -214,10 +214,10 @@ class Lane:
                     self.queue.settle(layer, slots.first + place)
         is_whole = len(pairs) == len(slots.views)
         reads = [slots.memory] if is_whole else list(map(slots.views.__getitem__, map(_PLACE, pairs)))
-        reads += (table, step.hidden, step.ids, step.weights)
+        reads += (table, *step.routed[:3])
 
         def work() -> None:
-            self.gpu.launch(slots.key, pairs, table, step.hidden, step.ids, step.weights, out)
+            self.gpu.launch(slots.key, pairs, table, step.routed, out)
 
         compute = self.accelerator.compute
         before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
@@ -233,7 +233,7 @@ class Lane:
         """
         accelerator, views = self.accelerator, self._views(step)
         self.queue.close_plan()
-        result = torch.empty_like(step.hidden)
+        result = torch.empty_like(step.routed.hidden)
         out = views.out if has_gpu else None
         cpu = self._send(views, cpu_answer) if cpu_answer is not None else None
         reads = [] if out is None else [out]
@@ -261,8 +261,8 @@ class Lane:
 
     def _views(self, step: Step) -> _Views:
         """The buffers shaped for a step; made again only when the shape changes."""
-        num_tokens, top_k = step.ids.shape
-        hidden = step.hidden.shape[1]
+        num_tokens, top_k = step.routed.ids.shape
+        hidden = step.routed.hidden.shape[1]
         known = self._shaped
         if known is not None and known.shape == (num_tokens, top_k, hidden):
             return known

@@ -12,7 +12,7 @@ import torch
 from hybrimoe_kt.core.types import ExpertId
 
 from .accelerator import Accelerator, Stream
-from .backend import CpuBackend, GpuBackend
+from .backend import CpuBackend, GpuBackend, Routed
 from .experts import LayerExperts
 from .host_store import HostStore
 from .layout import SlotLayout
@@ -65,7 +65,7 @@ class CpuMeter:
             self._next += num_experts
             ids = torch.tensor([chosen]).repeat(load, 1)
             began = time.perf_counter()
-            self._backend.submit(self._experts.layer, hidden, ids, weights)
+            self._backend.submit(self._experts.layer, Routed(hidden, ids, weights))
             self._deadline.wait(self._backend.is_done, "a CPU expert", rest_s=SHARE_SLEPT * usual_s)
             self._backend.wait()
             seconds = time.perf_counter() - began
@@ -110,12 +110,13 @@ class GpuMeter:
         ids = torch.arange(num_experts).repeat(load, 1).to(device)
         hidden = torch.randn(load, experts.hidden, device=device)
         weights = torch.full((load, num_experts), 1.0 / num_experts, device=device)
+        routed = Routed(hidden, ids, weights)
         shape = (load, num_experts, experts.hidden) if self._gpu.answers_pairs else (load, experts.hidden)
         out = torch.zeros(shape, device=device)
         compute = self._accelerator.compute
 
         def work() -> None:
-            self._gpu.launch(experts.layer, slots, table, hidden, ids, weights, out)
+            self._gpu.launch(experts.layer, slots, table, routed, out)
 
         def once(number: int) -> float:
             began = time.perf_counter()

@@ -15,12 +15,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from hybrimoe_kt.core.types import Phase
-
 from .accelerator import Accelerator, Event
+from .backend import Routed
 from .waiting import Deadline
 
-__all__ = ["Guesses", "Predict", "Readback", "Routed", "Step", "ask"]
+__all__ = ["Guesses", "Predict", "Readback", "Step", "ask"]
 
 
 class Guesses(NamedTuple):
@@ -63,69 +62,26 @@ def ask(predict: Predict, hidden: torch.Tensor, ids: torch.Tensor) -> Guesses:
     return Guesses(predict.layers, chosen, scores)
 
 
-class Routed(NamedTuple):
-    """What a model hands over for one layer step, on the model's device.
-
-    `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 and `weights` `[num_tokens, top_k]`; the router's
-    `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says too little.
-    """
-
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-    logits: torch.Tensor | None = None
-    phase: Phase | None = None
-
-    def to(self, device: torch.device) -> Routed:
-        """The same on another device."""
-        logits = None if self.logits is None else self.logits.to(device)
-        return Routed(self.hidden.to(device), self.ids.to(device), self.weights.to(device), logits, self.phase)
-
-    def split(self, size: int) -> list[Routed]:
-        """The same in pieces of at most `size` tokens; prefill unless said otherwise, also a last token alone."""
-        phase = self.phase or "prefill"
-        places = [slice(at, at + size) for at in range(0, self.hidden.shape[0], size)]
-        return [
-            Routed(
-                self.hidden[place],
-                self.ids[place],
-                self.weights[place],
-                None if self.logits is None else self.logits[place],
-                phase,
-            )
-            for place in places
-        ]
-
-
 @dataclass(slots=True)
 class Step:
-    """One layer step: what the model handed over, and the same on the host.
+    """One layer step: what the model handed over, weights in float32, and the same on the host.
 
-    On the model's device `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 and `weights` float32
-    `[num_tokens, top_k]`; `host_*` are float32, int64, float32 on the host, valid until the step after next.
-    `scores` are the router's probabilities averaged over the tokens, `[num_experts]`; `guesses` are on the host once
-    `guessed` is done.
+    `host` is float32, int64, float32, valid until the step after next. `scores` are the router's probabilities
+    averaged over the tokens, `[num_experts]`; `guesses` are on the host once `guessed` is done.
     """
 
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-    host_hidden: torch.Tensor
-    host_ids: torch.Tensor
-    host_weights: torch.Tensor
+    routed: Routed
+    host: Routed
     scores: list[float] | None = None
     guesses: Guesses | None = None
     guessed: Event | None = None
 
     @classmethod
-    def on_host(
-        cls, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor | None
-    ) -> Step:
+    def on_host(cls, routed: Routed, scores: torch.Tensor | None = None) -> Step:
         """Read with plain copies; waits for the device as long as it takes. Makes no guesses."""
-        host_hidden = hidden.to(device="cpu", dtype=torch.float32).contiguous()
-        host_ids, host_weights = ids.to("cpu").contiguous(), weights.to(device="cpu", dtype=torch.float32).contiguous()
-        listed = None if scores is None else scores.tolist()
-        return cls(hidden, ids, weights.float(), host_hidden, host_ids, host_weights, listed)
+        hidden, ids, weights = routed.hidden, routed.ids, routed.weights.float()
+        host = Routed(hidden.to("cpu", torch.float32).contiguous(), ids.cpu().contiguous(), weights.cpu().contiguous())
+        return cls(Routed(hidden, ids, weights), host, None if scores is None else scores.tolist())
 
 
 class _Set:
@@ -201,12 +157,12 @@ class Readback:
         self._router = f"the router's choice on {accelerator.name}"
         self._gates = f"the gates' guesses on {accelerator.name}"
 
-    def read(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor | None) -> Step:
-        """Bring one step to the host; `weights` float32, `scores` float32 `[num_experts]` if there are any."""
+    def read(self, routed: Routed, scores: torch.Tensor | None) -> Step:
+        """Bring one step to the host; tensors in one piece, weights and `scores [num_experts]` float32."""
         self._turn ^= 1
         accelerator, buffers = self._accelerator, self._sets[self._turn]
         compute = accelerator.compute
-        tensors = (hidden, ids, weights) if scores is None else (hidden, ids, weights, scores)
+        tensors = routed[:3] if scores is None else (*routed[:3], scores)
         views = buffers.views(tensors)
         for view, tensor in zip(views, tensors, strict=True):
             accelerator.copy(compute, view, tensor, "routing to host")
@@ -215,14 +171,14 @@ class Readback:
             self._deadline.wait(buffers.read.is_done, self._router)
         accelerator.on_host("planning", reads=views)
         listed = views[3].tolist() if scores is not None else None
-        return Step(hidden, ids, weights, views[0].float(), views[1], views[2], listed)
+        return Step(routed, Routed(views[0].float(), views[1], views[2]), listed)
 
     def ask(self, step: Step, predict: Predict) -> None:
         """Enqueue the gates and their guesses' way to the host, for the step read last."""
         accelerator, buffers, gates = self._accelerator, self._sets[self._turn], self.gates
-        room = self._room_for(predict, step.ids)
+        room = self._room_for(predict, step.routed.ids)
         ids, scores = room.on_device
-        hidden = step.hidden  # written by now: the host has waited for a copy of it
+        hidden = step.routed.hidden  # written by now: the host has waited for a copy of it
 
         def work() -> None:
             predict(hidden, ids, scores)

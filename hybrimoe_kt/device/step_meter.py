@@ -17,12 +17,11 @@ from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import LayerSpec, Routing
 
 from .accelerator import Accelerator
-from .backend import CpuBackend, GpuBackend
+from .backend import CpuBackend, GpuBackend, Routed
 from .executor import Executor
 from .host_store import HostStore
 from .lane import Lane
 from .measure import Sample
-from .readback import Routed
 from .waiting import Deadline
 
 __all__ = ["StepMeter"]
@@ -84,7 +83,7 @@ class StepMeter:
         time.sleep(self._pause_s)
         began = time.perf_counter()
         step = self._lane.read(Routed(hidden, ids, weights))
-        plan = self._coordinator.plan(Routing(experts.layer, dict.fromkeys(step.host_ids[0].tolist(), 1)))
+        plan = self._coordinator.plan(Routing(experts.layer, dict.fromkeys(step.host.ids[0].tolist(), 1)))
         self._executor.start(plan, step)
         result = self._executor.join(plan, step)
         if result.device.type != "cpu":

@@ -8,8 +8,9 @@ shared = shared_experts(hidden)                                 # beside the CPU
 out = runtime.finish(job) + shared
 """
 
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.readback import Guesses, Predict, Routed
+from hybrimoe_kt.device.readback import Guesses, Predict
 
 from .experts import ModelExperts
 from .health import AcceleratorHealth, Health

@@ -44,8 +44,8 @@ def record(
     """Hand over one layer step; `logits [num_tokens, num_experts]`. Scores go in averaged, as decisions saw them."""
     recorder.record(
         routing.layer,
-        step.host_ids.numpy(),
-        step.host_weights.numpy(),
+        step.host.ids.numpy(),
+        step.host.weights.numpy(),
         None if routing.scores is None else [routing.scores],
         None if guesses is None else guesses.ids.cpu().numpy(),
         None if guesses is None else halved(guesses.scores)[:, None].cpu().numpy(),

@@ -14,7 +14,7 @@ __all__ = ["mean_probabilities", "predicted_routing", "routing_of"]
 
 def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:
     """Turn a step's tensors into plain numbers."""
-    ids, weights = step.host_ids, step.host_weights
+    ids, weights = step.host.ids, step.host.weights
     if len(ids) == 1:  # one token names an expert once
         chosen = ids.tolist()[0]
         shares = dict(zip(chosen, weights.tolist()[0], strict=True))

@@ -17,11 +17,11 @@ from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
-from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Guesses, Predict, Routed, Step, ask
+from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
 from hybrimoe_kt.errors import ConfigError, KernelError
 
 from .assembly import Assembly, build
@@ -304,8 +304,9 @@ class Runtime:
             except DEVICE_ERRORS as error:
                 self._recovery.recover(AcceleratorFailed(lane, error))
         if step is None:
-            step = Step.on_host(routed.hidden, routed.ids, routed.weights, scores)
-        if not math.isfinite(step.host_hidden.sum().item()) and not step.host_hidden.isfinite().all():
+            step = Step.on_host(routed, scores)
+        hidden = step.host.hidden
+        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
             raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
         return step
 
@@ -343,7 +344,7 @@ class Runtime:
                 guesses = lane.readback.wait_guesses(step)
             except DEVICE_ERRORS as error:
                 self._recovery.recover(AcceleratorFailed(lane, error))
-        return ask(predict, step.hidden, step.ids) if guesses is None and predict is not None else guesses
+        return ask(predict, step.routed.hidden, step.routed.ids) if guesses is None and predict is not None else guesses
 
     def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""
@@ -359,9 +360,7 @@ class Runtime:
             job.answer = lane.run_whole(job.layer, slot_of, routed)
         except DEVICE_ERRORS as error:
             self._recovery.recover(AcceleratorFailed(lane, error))
-            job.answer = self.executor.compute_on_cpu(
-                job.layer, Step.on_host(routed.hidden, routed.ids, routed.weights, None)
-            )
+            job.answer = self.executor.compute_on_cpu(job.layer, Step.on_host(routed))
 
     def _recover(self, failure: AcceleratorFailed, plan: Plan, step: Step) -> torch.Tensor:
         """Compute the step on the CPU, and leave slots and cache as if the accelerator had not been asked."""

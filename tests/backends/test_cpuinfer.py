@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybrimoe_kt.backends import cpu_cpuinfer
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
@@ -78,7 +79,7 @@ def test_every_pair_of_the_share_is_computed_once(
 ) -> None:
     hidden, ids, weights = step(num_tokens, skipped)
     for _ in range(2):
-        backend.submit(0, hidden, ids, weights)
+        backend.submit(0, Routed(hidden, ids, weights))
         found = backend.wait()
         wanted = torch.where(ids >= 0, (ids + 1) * weights, 0.0).sum(dim=1, keepdim=True) * hidden
         torch.testing.assert_close(found, wanted)
@@ -92,12 +93,12 @@ def test_the_pool_computes_with_the_threads_asked_for(backend: cpu_cpuinfer.CpuI
 def test_misuse_is_refused(backend: cpu_cpuinfer.CpuInferBackend) -> None:
     hidden, ids, weights = step(3, 0.0)
     with pytest.raises(KernelError, match="17 tokens in one call"):
-        backend.submit(0, *step(17, 0.0))
+        backend.submit(0, Routed(*step(17, 0.0)))
     with pytest.raises(KernelError, match=r"int32.*wanted int64"):
-        backend.submit(0, hidden, ids.int(), weights)
-    backend.submit(0, hidden, ids, weights)
+        backend.submit(0, Routed(hidden, ids.int(), weights))
+    backend.submit(0, Routed(hidden, ids, weights))
     with pytest.raises(KernelError, match="still in flight"):
-        backend.submit(0, hidden, ids, weights)
+        backend.submit(0, Routed(hidden, ids, weights))
     backend.wait()
 
 

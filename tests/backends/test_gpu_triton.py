@@ -20,7 +20,7 @@ from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.gpu_torch import TorchGpu
 from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.backends.registry import default_gpu
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
@@ -63,7 +63,7 @@ def launched(
     layer: SlottedLayer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], backend: TritonGpu | None = None
 ) -> torch.Tensor:
     out = torch.zeros(inputs[0].shape[0], layer.experts.hidden, device=DEVICE)
-    (backend or backend_for(layer)).launch(layer.experts.layer, layer.slots, layer.slot_of, *inputs, out)
+    (backend or backend_for(layer)).launch(layer.experts.layer, layer.slots, layer.slot_of, Routed(*inputs), out)
     return out
 
 
@@ -125,7 +125,7 @@ def test_groups_add_up(num_tokens: int) -> None:
         slot_of = torch.full_like(layer.slot_of, -1)
         for expert, slot in group:
             slot_of[expert] = slot
-        backend.launch(0, group, slot_of, *inputs, out)
+        backend.launch(0, group, slot_of, Routed(*inputs), out)
     torch.testing.assert_close(out - before, launched(layer, inputs), rtol=1e-3, atol=1e-3)
 
 
@@ -148,7 +148,7 @@ def test_where_experts_lie_changes_no_bit() -> None:
 def test_no_expert_in_a_slot_adds_nothing() -> None:
     layer = slotted_layer(Type.Q8_0)
     out = torch.ones(3, layer.experts.hidden, device=DEVICE)
-    backend_for(layer).launch(0, [], torch.full_like(layer.slot_of, -1), *routed(layer, 3), out)
+    backend_for(layer).launch(0, [], torch.full_like(layer.slot_of, -1), Routed(*routed(layer, 3)), out)
     assert torch.equal(out, torch.ones_like(out))
 
 
@@ -186,7 +186,7 @@ def test_the_workspace_is_allocated_once_and_launches_allocate_nothing(monkeypat
         inputs = routed(layer, num_tokens)
         out = torch.zeros(num_tokens, layer.experts.hidden, device=DEVICE)
         with Recorder():
-            backend.launch(0, layer.slots, layer.slot_of, *inputs, out)
+            backend.launch(0, layer.slots, layer.slot_of, Routed(*inputs), out)
     assert {name.partition(".")[0] for name in asked} <= {"view", "slice", "copy_", "detach", "alias"}
     decode = ["quantize_rows", "decode_gate_up", "quantize_rows", "decode_down"]
     assert calls == [*decode, "sort_pairs", "prefill_gate_up", "prefill_down", "combine_pairs"]
@@ -212,7 +212,7 @@ def test_a_slot_table_for_the_largest_layer_serves_all() -> None:
     for num_tokens in (3, 17):
         inputs = routed(layer, num_tokens)
         out = torch.zeros(num_tokens, layer.experts.hidden, device=DEVICE)
-        backend_for(layer).launch(0, layer.slots, longer, *inputs, out)
+        backend_for(layer).launch(0, layer.slots, longer, Routed(*inputs), out)
         assert torch.equal(out, launched(layer, inputs))
 
 
@@ -227,7 +227,7 @@ def test_a_slot_or_expert_out_of_range_is_caught_before_any_launch(monkeypatch: 
         ([(5, 0)], "expert 5 launched in layer 0, which has 5"),
     ):
         with pytest.raises(KernelError, match=message):
-            backend.launch(0, slots, layer.slot_of, *inputs, out)
+            backend.launch(0, slots, layer.slot_of, Routed(*inputs), out)
 
 
 def test_ids_out_of_range_read_nothing() -> None:
@@ -260,9 +260,9 @@ def test_inputs_it_would_get_wrong_are_refused() -> None:
     ]
     for message, (x, i, w, o) in wrong:
         with pytest.raises(KernelError, match=message):
-            backend.launch(0, layer.slots, layer.slot_of, x, i, w, o)
+            backend.launch(0, layer.slots, layer.slot_of, Routed(x, i, w), o)
     with pytest.raises(KernelError, match="slot_of"):
-        backend.launch(0, layer.slots, layer.slot_of.long(), hidden, ids, weights, out)
+        backend.launch(0, layer.slots, layer.slot_of.long(), Routed(hidden, ids, weights), out)
     with pytest.raises(KernelError, match=r"wanted uint8 \[num_slots, "):
         TritonGpu().add_layer(layer.experts, layer.layout, layer.memory[:, :-128])
 
@@ -314,10 +314,10 @@ def test_the_torch_fallback_is_exact(kind: Type) -> None:
     backend.add_layer(layer.experts, layer.layout, layer.memory)
     backend.prepare(3)
     out = torch.ones(3, layer.experts.hidden, device=DEVICE)
-    backend.launch(0, layer.slots, layer.slot_of, *inputs, out)
+    backend.launch(0, layer.slots, layer.slot_of, Routed(*inputs), out)
     assert relative_error(out - 1, layer.answer(*inputs)) < 1e-5
     with pytest.raises(KernelError, match="slot 5 of 5"):
-        backend.launch(0, [(0, 5)], layer.slot_of, *inputs, out)
+        backend.launch(0, [(0, 5)], layer.slot_of, Routed(*inputs), out)
 
 
 def test_q5_0_is_dequantised_where_it_lies_as_gguf_does() -> None:
@@ -388,7 +388,7 @@ def test_a_launch_can_be_captured_in_a_graph(num_tokens: int) -> None:
     out = torch.zeros_like(wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.launch(0, layer.slots, layer.slot_of, *inputs, out)
+        backend.launch(0, layer.slots, layer.slot_of, Routed(*inputs), out)
     out.zero_()
     graph.replay()
     torch.cuda.synchronize()

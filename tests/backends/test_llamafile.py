@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
 from tests.support.generated_model import Type, random_blocks
@@ -51,7 +52,7 @@ def both(experts: LayerExperts, *inputs: torch.Tensor) -> tuple[torch.Tensor, to
     results = []
     for backend in (ours, reference):
         backend.add_layer(experts)
-        backend.submit(experts.layer, *inputs)
+        backend.submit(experts.layer, Routed(*inputs))
         results.append(backend.wait().clone())
     return results[0], results[1].sum(dim=1)
 
@@ -78,10 +79,10 @@ def test_weights_are_used_in_place() -> None:
     backend = LlamafileBackend(1, MAX_TOKENS)
     backend.add_layer(experts)
     hidden, ids, weights = step(1, skipped=0)
-    backend.submit(0, hidden, ids, weights)
+    backend.submit(0, Routed(hidden, ids, weights))
     before = backend.wait().clone()
     experts.down.data.zero_()
-    backend.submit(0, hidden, ids, weights)
+    backend.submit(0, Routed(hidden, ids, weights))
     assert before.abs().max() > 0
     assert backend.wait().abs().max() == 0
 
@@ -98,7 +99,7 @@ def test_many_layers_and_lengths_share_one_set_of_buffers() -> None:
         backend.add_layer(experts)
     for seed, (experts, num_tokens) in enumerate([(layers[0], 32), (layers[1], 1), (layers[2], 9), (layers[0], 1)]):
         inputs = step(num_tokens, seed=seed)
-        backend.submit(experts.layer, *inputs)
+        backend.submit(experts.layer, Routed(*inputs))
         found = backend.wait().clone()
         wanted = both(experts, *inputs)[1]
         assert (found - wanted).norm() <= 0.026 * wanted.norm()
@@ -134,17 +135,17 @@ def test_input_that_the_kernel_gets_wrong_is_refused(case: str) -> None:
     backend = LlamafileBackend(1, MAX_TOKENS)
     backend.add_layer(layer())
     with pytest.raises(KernelError, match=message):
-        backend.submit(0, *inputs)
-    backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+        backend.submit(0, Routed(*inputs))
+    backend.submit(0, Routed(HIDDEN_2, IDS_2, WEIGHTS_2))
     assert backend.wait().abs().max() > 0, "a refused call must leave the backend usable"
 
 
 def test_a_second_call_in_flight_is_refused() -> None:
     backend = LlamafileBackend(1, MAX_TOKENS)
     backend.add_layer(layer())
-    backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+    backend.submit(0, Routed(HIDDEN_2, IDS_2, WEIGHTS_2))
     with pytest.raises(KernelError, match="still in flight"):
-        backend.submit(0, HIDDEN_2, IDS_2, WEIGHTS_2)
+        backend.submit(0, Routed(HIDDEN_2, IDS_2, WEIGHTS_2))
     backend.wait()
 
 
@@ -196,7 +197,7 @@ def test_calls_leave_no_memory_behind() -> None:
 
     def calls() -> int:
         for number in range(1000):
-            backend.submit(0, *step(1 + number % 3, seed=number))
+            backend.submit(0, Routed(*step(1 + number % 3, seed=number)))
             backend.wait()
         gc.collect()
         return int(tell().uordblks)

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hybrimoe_kt.backends.gpu_triton import TritonGpu
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels.layer import LayerKernels
 from tests.kernels.layers import DEVICE, SlottedLayer, routed, slotted_layer
@@ -27,7 +28,7 @@ def prepared(layer: SlottedLayer) -> Callable[[], None]:
     backend.add_layer(layer.experts, layer.layout, layer.memory)
     backend.prepare(4)
     out = torch.zeros(1, layer.experts.hidden, device=DEVICE)
-    return lambda: backend.launch(layer.experts.layer, layer.slots, layer.slot_of, *inputs, out)
+    return lambda: backend.launch(layer.experts.layer, layer.slots, layer.slot_of, Routed(*inputs), out)
 
 
 @pytest.mark.parametrize(

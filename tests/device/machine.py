@@ -84,7 +84,7 @@ def wanted(layer: int, inputs: Inputs) -> torch.Tensor:
     """What the layer answers, whoever computes it; in the runtime's chunks, as a product's rounding depends on them."""
     answers = []
     for chunk in zip(*(tensor.split(CHUNK) for tensor in inputs), strict=True):
-        _reference().submit(layer, *chunk)
+        _reference().submit(layer, Routed(*chunk))
         answers.append(_reference().wait().sum(dim=1))
     return torch.cat(answers)
 

@@ -31,9 +31,9 @@ class SteadyCpu(TorchReferenceCpu):
 
     num_threads = 1
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        self._ends = time.perf_counter() + 1e-3 + 2e-3 * int((ids >= 0).sum())
-        self._pairs = torch.zeros(*ids.shape, hidden.shape[1])
+    def submit(self, layer: int, routed: Routed) -> None:
+        self._ends = time.perf_counter() + 1e-3 + 2e-3 * int((routed.ids >= 0).sum())
+        self._pairs = torch.zeros(*routed.ids.shape, routed.hidden.shape[1])
 
     def is_done(self) -> bool:
         return time.perf_counter() >= self._ends

@@ -8,11 +8,11 @@ import torch
 from hybrimoe_kt.backends.gpu_torch import TorchReferenceGpu
 from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.core.types import ExpertId, Plan, Transfer
+from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Routed
 from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import DeadlineError, KernelError
 

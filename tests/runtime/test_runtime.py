@@ -129,7 +129,7 @@ def test_not_finite_is_refused_before_anything_is_planned(generated: Make) -> No
 
 def test_routing_in_plain_numbers() -> None:
     ids, weights = torch.tensor([[3, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    step = Step.on_host(torch.zeros(2, 1), ids, weights, torch.full((4,), 0.25))
+    step = Step.on_host(Routed(torch.zeros(2, 1), ids, weights), torch.full((4,), 0.25))
     routing = routing_of(4, step, None)
     assert dict(routing.loads) == {3: 1, 1: 2, 0: 1}
     assert routing.weights == {3: 0.75, 1: 0.75, 0: 0.5}

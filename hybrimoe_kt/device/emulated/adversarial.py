@@ -15,7 +15,7 @@ import torch
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.errors import CapacityError
 
 from .adversary import Adversary, Mark, Queue
@@ -207,19 +207,19 @@ class WatchedCpu:
     def add_layer(self, experts: Any) -> None:
         self.backend.add_layer(experts)
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         failure = self._faults.check("cpu", "CPU experts")
 
         def work() -> None:
             if failure == "late":
                 self._faults.raise_late()
-            self.backend.submit(layer, hidden, ids, weights)
+            self.backend.submit(layer, routed)
             self._answer = self.backend.wait()
 
         clock = self._adversary.submit(self._queue, [work])
         answer = getattr(self.backend, "answer", None)  # backends that answer in a buffer they use again
         writes = () if answer is None else (answer,)
-        self._adversary.detector.access(self._queue.who, clock, "CPU experts", (hidden, ids, weights), writes)
+        self._adversary.detector.access(self._queue.who, clock, "CPU experts", routed[:3], writes)
         self._queue.is_stalled = failure == "stall"
         self._mark = self._adversary.record(self._queue)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
 
 from .immediate import ImmediateAccelerator, _Done
@@ -83,10 +83,10 @@ class JournalCpu:
     def add_layer(self, experts: LayerExperts) -> None:
         self.backend.add_layer(experts)
 
-    def submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def submit(self, layer: int, routed: Routed) -> None:
         self._entries.append(Entry("CPU", "CPU experts", 0, "submit"))
         self._polls_left = self._num_polls
-        self.backend.submit(layer, hidden, ids, weights)
+        self.backend.submit(layer, routed)
 
     def is_done(self) -> bool:
         self._polls_left -= 1

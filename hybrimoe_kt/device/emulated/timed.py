@@ -18,7 +18,7 @@ import torch
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
-from hybrimoe_kt.device.backend import GpuBackend
+from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.slots import buffer_key
@@ -167,18 +167,11 @@ class SleepingGpu(GpuBackend):
         """Nothing to note: costs are known by layer."""
 
     def launch(
-        self,
-        layer: int,
-        slots: Sequence[tuple[int, int]],
-        slot_of: torch.Tensor,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         seconds = self._costs[layer if layer >= 0 else buffer_key(layer)].gpu_expert_s
-        if ids.shape[0] == 1:
+        if routed.ids.shape[0] == 1:
             self._accelerator.occupy(seconds[1] * len(slots))
             return
-        loads = torch.bincount(ids.flatten(), minlength=len(slot_of)).tolist()
+        loads = torch.bincount(routed.ids.flatten(), minlength=len(slot_of)).tolist()
         self._accelerator.occupy(sum(seconds[loads[expert]] for expert, _ in slots))
