@@ -44,8 +44,9 @@ serve: $(VENV)/.ready-run
 
 venv: $(VENV)/.ready-dev
 
+# Two files at a time: half of a serial run is waiting for servers and timers. -n0 in ARGS takes that back.
 test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 	$(BIN)/python -m pytest -m slow $(ARGS)
