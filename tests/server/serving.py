@@ -41,7 +41,7 @@ class Serving:
 @contextlib.contextmanager
 def serving(engine: Any, **options: Any) -> Iterator[Serving]:
     """Serve `engine` on a free port until the block ends."""
-    settings = Settings(**{"port": 0, "shutdown_s": 5.0, "temperature": 0.0} | options)
+    settings = Settings(**{"port": 0, "shutdown_s": 60.0, "temperature": 0.0} | options)
     listener = bind(settings)
     is_ready = threading.Event()
     service = Service(engine, settings)
