@@ -72,7 +72,7 @@ class AbsorbedMLA(nn.Module):
             )
         stock: Any = orig_module
         self.layer_idx: int = stock.layer_idx
-        self.config, self.scaling = config, float(stock.scaling)
+        self.config = config
         self.num_heads, self.kv_lora_rank = config.num_attention_heads, config.kv_lora_rank
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.absorb_for_prefill = absorb_for_prefill
@@ -80,6 +80,15 @@ class AbsorbedMLA(nn.Module):
             self.register_module(name, getattr(orig_module, name, None))
         self._rotate = _rotation_of(orig_module)
         object.__setattr__(self, "_stock", orig_module)
+
+    @property
+    def scaling(self) -> float:
+        """What logits are multiplied by before the softmax; the stock module's, which long prompts may go to."""
+        return float(self._stock.scaling)
+
+    @scaling.setter
+    def scaling(self, factor: float) -> None:
+        self._stock.scaling = factor
 
     def forward(
         self,

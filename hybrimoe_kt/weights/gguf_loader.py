@@ -65,14 +65,19 @@ class GgufLoader:
             self.file.release_pages()
         return self._gathered[layer, role]
 
-    def _half(self, fused: str, role: str) -> GgufTensor:
-        """Copy the gates, or the ups, out of a tensor `[num_experts, 2 * rows, columns]` that has both in turn."""
+    def _half(self, fused: str, role: str, *, copy: bool = True) -> GgufTensor:
+        """Copy the gates, or the ups, out of a tensor `[num_experts, 2 * rows, columns]` that has both in turn.
+
+        Without `copy` only name, type and shape are right.
+        """
         tensor = self.file.tensor(fused)
         if len(tensor.shape) != 3 or tensor.shape[1] % 2:
             raise ModelError(f"{self.file.path}: {fused} has shape {list(tensor.shape)}, which is not gate above up")
         num_experts, rows, columns = tensor.shape
-        half = tensor.data.reshape(num_experts, 2, -1)[:, 0 if role == "gate" else 1]
         shape = (num_experts, rows // 2, columns)
+        if not copy:
+            return GgufTensor(fused, shape, tensor.ggml_type, tensor.data)
+        half = tensor.data.reshape(num_experts, 2, -1)[:, 0 if role == "gate" else 1]
         return GgufTensor(fused, shape, tensor.ggml_type, np.ascontiguousarray(half).reshape(-1))
 
     def _gather(self, layer: int, role: str, num_experts: int) -> GgufTensor:
@@ -86,7 +91,9 @@ class GgufLoader:
         return GgufTensor(f"{parts[0].name} and following", (num_experts, *parts[0].shape), parts[0].ggml_type, data)
 
     def _without_data(self, layer: int, role: str, num_experts: int) -> GgufTensor:
-        name = f"blk.{layer}.ffn_{role}_exps.weight"
+        name, fused = f"blk.{layer}.ffn_{role}_exps.weight", f"blk.{layer}.ffn_gate_up_exps.weight"
+        if name not in self.file.tensors and role != "down" and fused in self.file.tensors:
+            return self._half(fused, role, copy=False)
         if name in self.file.tensors or f"blk.{layer}.ffn_{role}.0.weight" not in self.file.tensors:
             return self.file.tensor(name)
         first = self._parts(layer, role, num_experts)[0]

@@ -36,8 +36,10 @@ class LazyTensor:
         dtype: torch.dtype,
         device: torch.device,
         load: Load,
+        sources: tuple[str, ...] = (),
     ) -> None:
-        self.shape, self.dtype, self.device, self._load = shape, dtype, device, load
+        """`sources` are the names of the file's tensors that it is made of, where anybody asks for them."""
+        self.shape, self.dtype, self.device, self._load, self.sources = shape, dtype, device, load, sources
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self._load(self.dtype, self.device)

@@ -37,13 +37,14 @@ def dense_state_dict(
     names = architecture.name_map(num_blocks)
     state: dict[str, LazyTensor] = {}
     for name, shape in parameters.items():
-        gguf_name = _gguf_name(architecture, names, name)
+        gguf_name = _as_stored(file, _gguf_name(architecture, names, name))
         kept = torch.float32 if name.endswith(architecture.float32) else dtype
         if gguf_name in file.tensors:
-            load = _single(file, architecture, file.tensors[gguf_name], name, shape)
+            sources = (file.tensors[gguf_name],)
+            load = _single(file, architecture, sources[0], name, shape)
         else:
-            load = _composed(file, architecture, name, gguf_name, shape)
-        state[name] = LazyTensor(shape, kept, where(name), load)
+            sources, load = _composed(file, architecture, name, gguf_name, shape)
+        state[name] = LazyTensor(shape, kept, where(name), load, tuple(tensor.name for tensor in sources))
     return state
 
 
@@ -57,6 +58,12 @@ def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> s
     return found if found is None or found.endswith(suffix) else f"{found}.{suffix}"
 
 
+def _as_stored(file: GgufFile, name: str | None) -> str | None:
+    """The name itself, or as Ollama's converter has it: a bias that stands alone without its ending."""
+    bare = (name or "").removesuffix(".bias")
+    return bare if name not in file.tensors and bare != name and bare in file.tensors else name
+
+
 def _single(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name: str, shape: tuple[int, ...]) -> Load:
     transform, key = _recipe(architecture.transforms, name), architecture.key(file)
     _check_shape(file, tensor.name, transform.shape(tensor.shape) if transform else tensor.shape, name, shape)
@@ -67,17 +74,19 @@ def _single(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name
 
 def _composed(
     file: GgufFile, architecture: Architecture, name: str, gguf_name: str | None, shape: tuple[int, ...]
-) -> Load:
+) -> tuple[tuple[GgufTensor, ...], Load]:
     layer = _LAYER.search(name)
     recipe = _recipe(architecture.composed, name)
     if recipe is None or layer is None:
         raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
-    parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
+    parts = tuple(file.tensor(part.format(layer=layer[1])) for part in recipe.parts)
     _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
     key = architecture.key(file)
-    return lambda dtype, device: recipe.build(*(values_of(part, torch.float32, device) for part in parts), key).to(
-        dtype
-    )
+
+    def load(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return recipe.build(*(values_of(part, torch.float32, device) for part in parts), key).to(dtype)
+
+    return parts, load
 
 
 def _recipe(recipes: Mapping[str, _T], name: str) -> _T | None:

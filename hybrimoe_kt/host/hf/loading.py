@@ -37,6 +37,7 @@ from .architectures import Architecture
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
+from .unused import Unused, unused_in
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -188,8 +189,12 @@ def load_model(
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = source.state(parameters, dtype, inject.placement.device_of)
+    inject.warnings += _told(source, unused_in(source, state))
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
+    if source.rotary is not None:
+        source.rotary.apply(model)
+        _even_out_norms(model)
     give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
     placement = inject.placement
     crossings = Crossings(model, placement) if placement.is_split else None
@@ -202,6 +207,25 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def _even_out_norms(model: nn.Module) -> None:
+    """Give the norms of latent attention the file's epsilon, as llama.cpp does; Transformers has a fixed one there."""
+    for module in model.modules():
+        if hasattr(module, "kv_b_proj"):
+            for name in ("q_a_layernorm", "kv_a_layernorm"):
+                norm = getattr(module, name, None)
+                if norm is not None:
+                    norm.variance_epsilon = module.config.rms_norm_eps  # type: ignore[union-attr]
+
+
+def _told(source: Source, unused: list[Unused]) -> list[str]:
+    """One sentence on what the file says and nobody here knows a use or a reason for."""
+    names = [each.name for each in unused if not each.reason]
+    if not names:
+        return []
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [f"{source.file.path}: not used here, nor by llama.cpp: {some}; hybrimoe doctor --model lists all"]
 
 
 def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,16 @@ from transformers import AutoConfig
 from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
 from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 from hybrimoe_kt.weights.lazy import LazyTensor, Where
 
 from .architectures import Architecture, architecture_of, architecture_of_type
+from .architectures.rotary import Rotary
 from .dense_weights import dense_state_dict
 
 __all__ = ["Source", "open_source"]
-
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 State = Callable[[Mapping[str, tuple[int, ...]], torch.dtype, Where], dict[str, LazyTensor]]
 
@@ -38,6 +37,8 @@ class Source:
     config: Any
     loader: GgufLoader | CheckpointLoader
     state: State
+    rotary: Rotary | None = None
+    """How the file has positions rotated, where the configuration does not say it."""
 
 
 def open_source(path: str | Path, model_path: str | Path | None) -> Source:
@@ -54,7 +55,8 @@ def _gguf(path: str | Path, model_path: str | Path | None) -> Source:
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
-    return Source(file, architecture, config, GgufLoader(file), state)
+    rotary = architecture.rotary(file) if model_path is None else None
+    return Source(file, architecture, config, GgufLoader(file), state, rotary)
 
 
 def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
@@ -92,9 +94,7 @@ def _directory_config(path: Path) -> Any:
 
 def _check_consistent(file: GgufFile, architecture: Architecture, config: Any) -> None:
     """Refuse a configuration that would silently run another model than the file holds, or build one without end."""
-    blocks = {int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))}
-    ahead = architecture.key(file)("nextn_predict_layers", 0)
-    found = 1 + max(blocks, default=-1) - (ahead if isinstance(ahead, int) else 0)
+    found = num_layers(file)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     stated = architecture.key(file)("expert_used_count")
     if config.num_hidden_layers != found:

@@ -13,7 +13,10 @@ from gguf.tensor_mapping import TensorNameMap
 from hybrimoe_kt.device.experts import ROLES
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
+from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
+
+from .rotary import Rotary, rotary_of
 
 __all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Transform"]
 
@@ -102,9 +105,9 @@ class Architecture:
         """Name of the packaged rule file that applies when none is given."""
         return self.rules or self.name
 
-    def config(self, file: GgufFile) -> dict[str, Any]:
-        """Return the Transformers configuration that the file's metadata describes."""
-        key = self.key(file)
+    def config(self, file: GgufFile, read: set[str] | None = None) -> dict[str, Any]:
+        """Return the Transformers configuration that the file's metadata describes; `read` gets the keys it took."""
+        key = self.key(file, read)
         missing = [name for name in ("block_count", *self.keys.values()) if key(name) is None]
         if missing:
             raise ModelError(
@@ -114,11 +117,33 @@ class Architecture:
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
+        config["rope_parameters"] = self.rotary(file, read).parameters
         return config | {"model_type": self.model_type}
 
-    def key(self, file: GgufFile) -> Key:
-        """Return the reader of this family's metadata in `file`."""
-        return lambda name, default=None: file.metadata.get(f"{self.gguf}.{name}", default)
+    def rotary(self, file: GgufFile, read: set[str] | None = None) -> Rotary:
+        """Return how the file has positions rotated."""
+        return rotary_of(file, self.key(file, read), is_latent="kv_lora_rank" in self.keys)
+
+    def key(self, file: GgufFile, read: set[str] | None = None) -> Key:
+        """Return the reader of this family's metadata in `file`; it adds the names it is asked for to `read`.
+
+        "block_count" is of the layers that are run. What most files leave out is filled in, and a value for each layer
+        is one where all layers have the same; ModelError where they have not.
+        """
+
+        def value_of(name: str, default: Any = None) -> Any:
+            if read is not None:
+                read.add(name)
+            value = file.metadata.get(f"{self.gguf}.{name}")
+            if name == "block_count" and value is not None:
+                return num_layers(file)
+            if name == "expert_gating_func" and value == 0:
+                value = None  # how a converter says that it does not know
+            if value is None and default is None and name in _LEFT_OUT:
+                return _LEFT_OUT[name](file, value_of)
+            return default if value is None else _one(file, f"{self.gguf}.{name}", value)
+
+        return value_of
 
     def name_map(self, num_blocks: int) -> TensorNameMap:
         """gguf-py's table of parameter name -> GGUF name for this family."""
@@ -129,36 +154,37 @@ class Architecture:
         return get_tensor_name_map(arch, num_blocks)
 
 
+def _one(file: GgufFile, name: str, value: Any) -> Any:
+    """A value that may be given for each layer; layers with linear attention have 0 heads for keys."""
+    if not isinstance(value, list):
+        return value
+    different = sorted(set(value) - ({0} if name.endswith("head_count_kv") else set()))
+    if len(different) != 1:
+        raise ModelError(f"{file.path}: {name} differs from layer to layer ({value[:8]}), which is not supported")
+    return different[0]
+
+
+def _expert_width(file: GgufFile, key: Key) -> int | None:
+    found = [tensor.shape[-1] for name, tensor in file.tensors.items() if name.endswith(".ffn_down_exps.weight")]
+    return found[0] if found else None
+
+
+_LEFT_OUT: dict[str, Callable[[GgufFile, Key], Any]] = {
+    "attention.head_count_kv": lambda file, key: key("attention.head_count"),
+    "attention.key_length": lambda file, key: key("embedding_length") // key("attention.head_count"),
+    "expert_feed_forward_length": _expert_width,
+}
+"""What a file need not say -> where it follows from."""
+
+
 def _common(file: GgufFile, key: Key) -> dict[str, Any]:
     token = "tokenizer.ggml.{}_token_id".format
     ends = {file.metadata.get(token("eos")), file.metadata.get(token("eot"))} - {None}
     return {
         "vocab_size": file.tensor("token_embd.weight").shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "num_hidden_layers": key("block_count") - key("nextn_predict_layers", 0),
+        "num_hidden_layers": key("block_count"),
         "bos_token_id": file.metadata.get(token("bos")),
         "eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": file.metadata.get(token("padding")),
-        "rope_parameters": _rope(file, key),
     }
-
-
-def _rope(file: GgufFile, key: Key) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
-    kind = key("rope.scaling.type", "none")
-    if kind == "none":
-        return rope
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"{file.path}: position scaling {kind!r} is not supported; valid: none, linear, yarn")
-    rope |= {"rope_type": kind, "factor": key("rope.scaling.factor", 1.0)}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
-        rope |= {
-            "beta_fast": key("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": key("rope.scaling.yarn_beta_slow", 1.0),
-        }
-        multiplier = key("rope.scaling.yarn_log_multiplier")
-        if multiplier:  # the file stores 0.1 * mscale_all_dim; every released model has mscale equal to it
-            mscale = round(multiplier / 0.1, 6)
-            rope |= {"mscale": mscale, "mscale_all_dim": mscale}
-    return rope

@@ -39,7 +39,7 @@ def _glm4moe(key: Key) -> Mapping[str, Any]:
     return {
         "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"),
         "routed_scaling_factor": scale(key),
-        "norm_topk_prob": key("expert_weights_norm", True),
+        "norm_topk_prob": key("expert_weights_norm", False),
     }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.errors import ModelError
+
 from .base import Architecture, Composed, Key, Transform
 from .common import GQA_KEYS, GQA_SKELETON, ROW
 
@@ -36,7 +38,9 @@ _HYBRID_KEYS = GQA_KEYS | {
 
 
 def _hybrid(key: Key) -> Mapping[str, Any]:
-    interval, num_layers = key("full_attention_interval", 4), key("block_count") - key("nextn_predict_layers", 0)
+    interval, num_layers = key("full_attention_interval", 4), key("block_count")
+    if not 1 <= interval <= num_layers:
+        raise ModelError(f"no layer has full attention: every {interval}th of {num_layers}")
     return {
         "linear_value_head_dim": key("ssm.inner_size") // key(_VALUE_HEADS),
         "layer_types": [
