@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,9 @@ def dense_state_dict(
     for name, shape in parameters.items():
         gguf_name = _as_stored(file, _gguf_name(architecture, names, name))
         kept = torch.float32 if name.endswith(architecture.float32) else dtype
+        if gguf_name not in file.tensors and name.endswith(architecture.zero):
+            state[name] = LazyTensor(shape, kept, where(name), partial(_zeros, shape))
+            continue
         if gguf_name in file.tensors:
             sources = (file.tensors[gguf_name],)
             load = _single(file, architecture, sources[0], name, shape)
@@ -56,6 +60,10 @@ def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> s
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     suffix = name.rpartition(".")[2]
     return found if found is None or found.endswith(suffix) else f"{found}.{suffix}"
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _as_stored(file: GgufFile, name: str | None) -> str | None:

@@ -194,7 +194,8 @@ def load_model(
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
         source.rotary.apply(model)
-        _even_out_norms(model)
+    if isinstance(source.file, GgufFile):
+        architecture.finish(model)
     give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
     placement = inject.placement
     crossings = Crossings(model, placement) if placement.is_split else None
@@ -207,16 +208,6 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
-
-
-def _even_out_norms(model: nn.Module) -> None:
-    """Give the norms of latent attention the file's epsilon, as llama.cpp does; Transformers has a fixed one there."""
-    for module in model.modules():
-        if hasattr(module, "kv_b_proj"):
-            for name in ("q_a_layernorm", "kv_a_layernorm"):
-                norm = getattr(module, name, None)
-                if norm is not None:
-                    norm.variance_epsilon = module.config.rms_norm_eps  # type: ignore[union-attr]
 
 
 def _told(source: Source, unused: list[Unused]) -> list[str]:

@@ -57,7 +57,7 @@ def architecture_of(file: GgufFile) -> Architecture:
             f"{file.path}: a dense {name} model without experts; this program runs Mixture-of-Experts models"
         )
     family = ARCHITECTURES[name]
-    return family.variants.get(family.key(file)(family.variant_key), family)
+    return family.variants.get(family.variant(file, family.key(file)), family)
 
 
 def architecture_of_type(path: str, model_type: str) -> Architecture:

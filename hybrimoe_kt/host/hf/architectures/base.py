@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
+from torch import nn
 
 from hybrimoe_kt.device.experts import ROLES
 from hybrimoe_kt.errors import ModelError
@@ -83,13 +84,17 @@ class Architecture:
     """Ending of a parameter's name -> how to assemble it."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Ending of a parameter's name -> GGUF name, where gguf-py's table has none; `{layer}` as above."""
-    variant_key: str = ""
-    """GGUF key whose value may choose another entry from `variants`."""
+    variant: Callable[[GgufFile, Key], Any] = lambda file, key: None
+    """What a file says that may choose another entry from `variants`."""
     variants: Mapping[Any, Architecture] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     """Endings of the parameters that stay float32 whatever the model's dtype."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
+    zero: tuple[str, ...] = ()
+    """Endings of the parameters that are zero where the file has no tensor for them."""
+    finish: Callable[[nn.Module], None] = lambda model: None
+    """What is set right in a built model, where Transformers and llama.cpp read the family differently."""
     router_inputs: tuple[str, ...] = ()
     """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
     norm_offset: float = 0.0

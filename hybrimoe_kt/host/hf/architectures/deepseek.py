@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Composed, Key
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, scale
+from .softmax_router import choose_by_softmax
 
 __all__ = ["FAMILIES"]
 
@@ -46,8 +50,6 @@ def _glm4moe(key: Key) -> Mapping[str, Any]:
 def _deepseek2(key: Key) -> Mapping[str, Any]:
     if key("expert_gating_func", SOFTMAX) != SOFTMAX:
         raise ModelError(f"deepseek2 with expert_gating_func {key('expert_gating_func')} is not supported; 1 and 2 are")
-    if key("expert_weights_norm", False):
-        raise ModelError("deepseek2 with normalised softmax routing weights is not supported by the host's DeepSeek-V2")
     method = "group_limited_greedy" if key("expert_group_count", 1) > 1 else "greedy"
     return _latent(key) | {"topk_method": method}
 
@@ -72,6 +74,24 @@ def _latent(key: Key) -> dict[str, Any]:
     }
 
 
+def _even_out_norms(model: nn.Module) -> None:
+    """Give the norms within latent attention the file's epsilon; Transformers has a fixed one there."""
+    for module in model.modules():
+        if hasattr(module, "kv_b_proj"):
+            for name in ("q_a_layernorm", "kv_a_layernorm"):
+                norm: Any = getattr(module, name, None)
+                if norm is not None:
+                    config: Any = module.config
+                    norm.variance_epsilon = config.rms_norm_eps
+
+
+def _with_softmax(model: nn.Module) -> None:
+    _even_out_norms(model)
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.forward = partial(choose_by_softmax, module)  # type: ignore[method-assign]
+
+
 def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor, key: Key) -> torch.Tensor:
     """`attn_k_b [heads, rank, nope]` and `attn_v_b [heads, v, rank]` -> `[heads * (nope + v), rank]`."""
     return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
@@ -88,6 +108,7 @@ _DEEPSEEK2 = Architecture(
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
     derive=_deepseek2,
+    finish=_even_out_norms,
     composed={
         "self_attn.kv_b_proj.weight": Composed(
             ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
@@ -104,11 +125,26 @@ _DEEPSEEK3 = replace(
     rules="deepseek2",
     derive=_deepseek3,
     names={_BIAS: CORRECTION},
+    zero=(_BIAS,),
     float32=(_BIAS,),
 )
 
+_CORRECTED_SOFTMAX = replace(_DEEPSEEK3, finish=_with_softmax)
+"""DeepSeek-V3's choice by the softmax of DeepSeek-V2, as llama.cpp reads a file of the one without its function."""
+
+
+def _routing(file: GgufFile, key: Key) -> str:
+    """Which entry routes as the file says."""
+    if key("expert_gating_func", SOFTMAX) == SIGMOID:
+        return "sigmoid"
+    corrected = key("expert_weights_norm", False) or any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
+    return "corrected softmax" if key("expert_gating_func", SOFTMAX) == SOFTMAX and corrected else "softmax"
+
+
 FAMILIES = (
-    replace(_DEEPSEEK2, variant_key="expert_gating_func", variants={SIGMOID: _DEEPSEEK3}),
+    replace(
+        _DEEPSEEK2, variant=_routing, variants={"sigmoid": _DEEPSEEK3, "corrected softmax": _CORRECTED_SOFTMAX}
+    ),
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
