@@ -11,6 +11,7 @@ Importing the package imports neither torch nor Transformers; `load` and `Engine
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def load(
     model_path: str | Path | None = None,
     dtype: str = "auto",
     context_tokens: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Engine:
     """Load a model and return an engine that answers; takes seconds to minutes.
@@ -62,8 +64,8 @@ def load(
 
     `model_path` is a directory whose config.json and tokenizer take the place of what the GGUF file says. `dtype` is
     that of the dense weights: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
-    `context_tokens` limits prompt and answer together, by default the model's own limit. `progress` shows bars on
-    standard error.
+    `context_tokens` limits prompt and answer together, by default the model's own limit. `metadata` takes
+    the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `progress` shows bars on standard error.
 
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
@@ -82,5 +84,6 @@ def load(
         dtype=dtype,
         context_tokens=context_tokens,
         option_overrides=options.changed() if options is not None else {},
+        metadata=metadata,
         progress=progress,
     )

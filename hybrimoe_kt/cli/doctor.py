@@ -17,6 +17,7 @@ from rich.text import Text
 from hybrimoe_kt.backends.registry import DEFAULT_CPU, REFERENCE
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
+from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible
 from .terminal import Parser
@@ -44,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, metavar="GGUF", help="also say which kernels serve this file's experts")
+    parser.add_argument(
+        "--override_kv", "--override-kv", action="append", default=[], metavar="KEY=TYPE:VALUE",
+        help="metadata in the place of the file's, as in llama.cpp",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `hybrimoe doctor`; raises HybriMoEError, which the dispatcher prints with exit code 2."""
     options = build_parser().parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported
-        report = examine(options.model)
+        report = examine(options.model, parse_overrides(options.override_kv))
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -60,21 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def examine(model: Path | None) -> dict[str, Any]:
+def examine(model: Path | None, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return every fact and the verdict; ModelError for a file that is no model."""
     from hybrimoe_kt.host.doctor.machine import report_machine
 
     report = report_machine()
-    report["model"] = _judge(model, report) if model is not None else None
+    report["model"] = _judge(model, report, changes or {}) if model is not None else None
     return report | {"verdict": diagnose(report)}
 
 
-def _judge(model: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(model: Path, machine: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     try:
         from hybrimoe_kt.host.doctor.model import report_model
     except (ImportError, OSError, HostCompatibilityError) as error:
         return {"file": str(model), "problem": f"reading it needs more than is installed: {error}"}
-    return report_model(model, machine)
+    return report_model(model, machine, changes)
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:
@@ -179,6 +184,20 @@ def _show_model(model: Mapping[str, Any], console: Console) -> None:
         for refusal in filter(None, (kind["cpu_refusal"], kind["gpu_refusal"])):
             console.print(Text(f"because {visible(refusal)}", style="dim"))
     console.print(Text(_memory_line(model)))
+    if model["refusal"]:
+        console.print(Text(visible(f"it would not load: {model['refusal']}"), style="yellow"))
+    for line in _unused_lines(model["unused"]):
+        console.print(Text(visible(line), style="dim"))
+
+
+def _unused_lines(unused: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """What the file says to no effect, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for each in unused:
+        by_reason.setdefault(each["reason"], []).append(each["name"])
+    for reason, names in sorted(by_reason.items()):
+        some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        yield f"not used ({reason or 'nor by llama.cpp'}): {some}"
 
 
 def _kernels(decode: str | None, prefill: str | None) -> str:

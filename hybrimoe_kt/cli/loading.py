@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.models import embedded_model
+from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible
 from .options import expert_overrides
@@ -47,6 +48,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         dtype=options.dtype,
         context_tokens=options.cache_lens,
         option_overrides=expert_overrides(options),
+        metadata=parse_overrides(options.override_kv),
         progress=sys.stderr.isatty(),
         time_shares=options.verbose,
     )

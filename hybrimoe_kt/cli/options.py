@@ -107,6 +107,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU",
     )
+    model.add_argument(
+        "--override_kv",
+        action="append",
+        default=[],
+        metavar="KEY=TYPE:VALUE",
+        help="metadata in the place of the GGUF's, as in llama.cpp; TYPE is int, float, bool or str, "
+        "e.g. qwen3moe.expert_used_count=int:4",
+    )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
 
 

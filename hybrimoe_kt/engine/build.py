@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def build_engine(
     dtype: str = "auto",
     context_tokens: int | None = None,
     option_overrides: dict[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: bool = True,
     time_shares: bool = False,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
@@ -57,6 +58,7 @@ def build_engine(
         dtype=chosen,
         device=device,
         option_overrides=overrides,
+        metadata=metadata,
         progress=progress,
         assemble=assemble,
     )

@@ -12,6 +12,7 @@ import mmap
 import re
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.quants import TYPES, type_name
+
+from .overrides import overridden
 
 __all__ = ["GgufFile", "GgufTensor"]
 
@@ -59,13 +62,14 @@ class GgufFile:
     first. It lives as long as this object or any view taken from it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, changes: Mapping[str, Any] | None = None) -> None:
+        """`changes` are metadata in the place of the file's own; ConfigError where they are of another type."""
         try:
-            self._open(Path(path))
+            self._open(Path(path), changes or {})
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, changes: Mapping[str, Any]) -> None:
         self.files = _resolve(path)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
@@ -77,6 +81,7 @@ class GgufFile:
                 self.metadata = metadata
                 _check_split_count(file, metadata, len(self.files))
             self.tensors.update(tensors)
+        self.metadata = overridden(self.metadata, changes, self.path)
         _check_tensor_count(self.files[0], self.metadata, len(self.tensors))
 
     def release_pages(self) -> None:

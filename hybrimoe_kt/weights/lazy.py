@@ -36,10 +36,8 @@ class LazyTensor:
         dtype: torch.dtype,
         device: torch.device,
         load: Load,
-        sources: tuple[str, ...] = (),
     ) -> None:
-        """`sources` are the names of the file's tensors that it is made of, where anybody asks for them."""
-        self.shape, self.dtype, self.device, self._load, self.sources = shape, dtype, device, load, sources
+        self.shape, self.dtype, self.device, self._load = shape, dtype, device, load
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self._load(self.dtype, self.device)

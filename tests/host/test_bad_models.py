@@ -204,16 +204,16 @@ _ADD = {int: GGUFWriter.add_int64, float: GGUFWriter.add_float64, str: GGUFWrite
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qwen3moe.block_count": 1}, "holds 2 layers, its configuration says 1"),
+        ({"qwen3moe.block_count": 1}, "holds 2 layers, its metadata says 1"),
         ({"qwen3moe.block_count": 2**31 - 1}, "holds 2 layers"),
         ({"qwen3moe.block_count": None}, "block_count is missing"),
-        ({"qwen3moe.block_count": "two"}, "no usable model"),
+        ({"qwen3moe.block_count": "two"}, "block_count is 'two', not a number"),
         ({"qwen3moe.expert_used_count": 0}, "to 0 of 8 experts"),
         ({"qwen3moe.expert_used_count": 9}, "to 9 of 8 experts"),
         ({"qwen3moe.attention.head_count": 0}, "model"),
-        ({"qwen3moe.attention.head_count": [4, 4]}, "model"),
+        ({"qwen3moe.attention.head_count": [4, 2]}, "differs from layer to layer"),
         ({"qwen3moe.embedding_length": -256}, "model"),
-        ({"qwen3moe.rope.freq_base": "fast"}, "model"),
+        ({"qwen3moe.rope.freq_base": "fast"}, "freq_base is 'fast', not a number"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.weights.expert_layers import ExpertLayer, expert_layers, is_expert_tensor
+from hybrimoe_kt.weights.expert_layers import ExpertLayer, expert_layers, is_expert_tensor, num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 from tests.support.generated_model import GeneratedModel, Shape
@@ -38,7 +38,17 @@ def test_layers_and_their_outlines(generated: Callable[[Shape], GeneratedModel],
 def test_layers_that_guess_ahead_are_left_out(tiny_model: Path) -> None:
     file = GgufFile(tiny_model)
     file.metadata["qwen3moe.nextn_predict_layers"] = 1
+    with pytest.raises(ModelError, match="1 of its 3 layers should only guess further tokens, but none looks like it"):
+        num_layers(file)
+    file.tensors["blk.2.nextn.eh_proj.weight"] = file.tensors["output_norm.weight"]
+    assert num_layers(file) == 2
     assert [layer.layer for layer in expert_layers(file)] == [0, 1]
+    for name in [name for name in file.tensors if name.startswith("blk.2.")]:
+        del file.tensors[name]
+    assert num_layers(file) == 2, "left out of the file, and still counted"
+    file.metadata["qwen3moe.block_count"] = 2
+    with pytest.raises(ModelError, match="none looks like it"):
+        num_layers(file)
 
 
 def test_damaged_headers(tiny_model: Path) -> None:
@@ -47,7 +57,7 @@ def test_damaged_headers(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"damaged GGUF: qwen3moe\.block_count is 'six'"):
         expert_layers(file)
     file.metadata["qwen3moe.block_count"] = 0
-    with pytest.raises(ModelError, match="no layer of routed experts"):
+    with pytest.raises(ModelError, match="holds 3 layers, its metadata says 0"):
         expert_layers(file)
 
 

@@ -12,7 +12,9 @@ from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
+from hybrimoe_kt.host.hf.loading import unused_of
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -25,9 +27,12 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _DENSE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def report_model(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Judge a file's header against what `report_machine` found; ModelError for a file that cannot be run at all."""
-    file = GgufFile(path)
+def report_model(path: Path, machine: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Judge a file's header against what `report_machine` found; ModelError for a file that cannot be run at all.
+
+    `changes` are metadata in the place of the file's own.
+    """
+    file = GgufFile(path, changes)
     family = architecture_of(file)
     layers, loader = expert_layers(file), GgufLoader(file)
     outlines = [loader.layer_outline(**layer._asdict()) for layer in layers]
@@ -45,7 +50,15 @@ def report_model(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
         "kinds": _kinds(outlines, machine),
         "problem": None,
     }
-    return report | _memory(file, outlines, machine)
+    return report | _unused(path, changes) | _memory(file, outlines, machine)
+
+
+def _unused(path: Path, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of the file would not be used, and the sentence with which loading it would end, if it would."""
+    try:
+        return {"unused": [each._asdict() for each in unused_of(path, changes)], "refusal": None}
+    except ModelError as error:
+        return {"unused": [], "refusal": str(error)}
 
 
 def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dict[str, Any]]:

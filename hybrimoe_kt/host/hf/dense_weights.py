@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from hybrimoe_kt.weights.lazy import LazyTensor, Load, Where, values_of
 
 from .architectures import Architecture
 
-__all__ = ["dense_state_dict"]
+__all__ = ["dense_state_dict", "used_tensors"]
 
 _T = TypeVar("_T")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -34,8 +34,7 @@ def dense_state_dict(
     A parameter without a tensor, or whose tensor's shape contradicts the configuration, is a ModelError
     that names both; nothing is dequantised here.
     """
-    num_blocks = 1 + max((int(match[1]) for name in parameters if (match := _LAYER.search(name))), default=0)
-    names = architecture.name_map(num_blocks)
+    names = architecture.name_map(_num_blocks(parameters))
     state: dict[str, LazyTensor] = {}
     for name, shape in parameters.items():
         gguf_name = _as_stored(file, _gguf_name(architecture, names, name))
@@ -44,12 +43,26 @@ def dense_state_dict(
             state[name] = LazyTensor(shape, kept, where(name), partial(_zeros, shape))
             continue
         if gguf_name in file.tensors:
-            sources = (file.tensors[gguf_name],)
-            load = _single(file, architecture, sources[0], name, shape)
+            load = _single(file, architecture, file.tensors[gguf_name], name, shape)
         else:
-            sources, load = _composed(file, architecture, name, gguf_name, shape)
-        state[name] = LazyTensor(shape, kept, where(name), load, tuple(tensor.name for tensor in sources))
+            load = _composed(file, architecture, name, gguf_name, shape)
+        state[name] = LazyTensor(shape, kept, where(name), load)
     return state
+
+
+def used_tensors(file: GgufFile, architecture: Architecture, parameters: Iterable[str]) -> set[str]:
+    """Return the names of the tensors that these parameters are made of, as far as the file has them."""
+    names, used = architecture.name_map(_num_blocks(parameters)), set[str]()
+    for name in parameters:
+        layer, recipe = _LAYER.search(name), _recipe(architecture.composed, name)
+        found = _as_stored(file, _gguf_name(architecture, names, name))
+        parts = recipe.parts if recipe is not None and layer is not None and found not in file.tensors else ()
+        used |= {found or "", *(part.format(layer=layer[1]) for part in parts if layer is not None)}
+    return used & file.tensors.keys()
+
+
+def _num_blocks(parameters: Iterable[str]) -> int:
+    return 1 + max((int(match[1]) for name in parameters if (match := _LAYER.search(name))), default=0)
 
 
 def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> str | None:
@@ -82,19 +95,17 @@ def _single(file: GgufFile, architecture: Architecture, tensor: GgufTensor, name
 
 def _composed(
     file: GgufFile, architecture: Architecture, name: str, gguf_name: str | None, shape: tuple[int, ...]
-) -> tuple[tuple[GgufTensor, ...], Load]:
+) -> Load:
     layer = _LAYER.search(name)
     recipe = _recipe(architecture.composed, name)
     if recipe is None or layer is None:
         raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
-    parts = tuple(file.tensor(part.format(layer=layer[1])) for part in recipe.parts)
+    parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
     _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
     key = architecture.key(file)
-
-    def load(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return recipe.build(*(values_of(part, torch.float32, device) for part in parts), key).to(dtype)
-
-    return parts, load
+    return lambda dtype, device: recipe.build(*(values_of(part, torch.float32, device) for part in parts), key).to(
+        dtype
+    )
 
 
 def _recipe(recipes: Mapping[str, _T], name: str) -> _T | None:

@@ -39,7 +39,7 @@ from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
 from .unused import Unused, unused_in
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "load_model", "unused_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     option_overrides: dict[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: bool = True,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> LoadedModel:
@@ -175,9 +176,9 @@ def load_model(
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
-    elsewhere. `assemble` makes the runtime.
+    elsewhere. `metadata` takes the place of the GGUF file's own. `assemble` makes the runtime.
     """
-    source = open_source(gguf_path, model_path)
+    source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
     inject = _Injector(rules_file, loader, device, option_overrides or {})
@@ -189,7 +190,7 @@ def load_model(
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = source.state(parameters, dtype, inject.placement.device_of)
-    inject.warnings += _told(source, unused_in(source, state))
+    inject.warnings += _told(source, unused_in(source, parameters))
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -208,6 +209,12 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def unused_of(gguf_path: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Unused]:
+    """Return what a GGUF model holds that `load_model` would not use; ModelError for what it would not take."""
+    source = open_source(gguf_path, None, metadata)
+    return unused_in(source, list(_stored(_skeleton(source.config))))
 
 
 def _told(source: Source, unused: list[Unused]) -> list[str]:

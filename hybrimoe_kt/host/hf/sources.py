@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from hybrimoe_kt.errors import ModelError, first_line
+from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
 from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
 from hybrimoe_kt.weights.expert_layers import num_layers
@@ -41,13 +41,20 @@ class Source:
     """How the file has positions rotated, where the configuration does not say it."""
 
 
-def open_source(path: str | Path, model_path: str | Path | None) -> Source:
-    """Open a GGUF model, or a directory of safetensors; `model_path` is where its configuration is read from."""
-    return _checkpoint(path, model_path) if is_checkpoint(path) else _gguf(path, model_path)
+def open_source(path: str | Path, model_path: str | Path | None, metadata: Mapping[str, Any] | None = None) -> Source:
+    """Open a GGUF model, or a directory of safetensors; `model_path` is where its configuration is read from.
+
+    `metadata` takes the place of the GGUF file's own; ConfigError where there is none.
+    """
+    if not is_checkpoint(path):
+        return _gguf(path, model_path, metadata or {})
+    if metadata:
+        raise ConfigError(f"{path}: --override-kv changes the metadata of GGUF files; change config.json here")
+    return _checkpoint(path, model_path)
 
 
-def _gguf(path: str | Path, model_path: str | Path | None) -> Source:
-    file = GgufFile(path)
+def _gguf(path: str | Path, model_path: str | Path | None, metadata: Mapping[str, Any]) -> Source:
+    file = GgufFile(path, metadata)
     architecture = architecture_of(file)
     config = _config(file, architecture, model_path)
     _check_consistent(file, architecture, config)

@@ -1,21 +1,21 @@
 """What a GGUF file holds that nothing here uses: needless, refused because it would change answers, or told.
 
-Metadata that llama.cpp does not read for a family either is told and left at that; what it does read is used or refused.
+Metadata that llama.cpp does not read for a family either is told and left at that; what it reads is used or refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.expert_layers import is_expert_tensor, num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
-from hybrimoe_kt.weights.lazy import LazyTensor
 
 from .architectures import Architecture
 from .architectures.rotary import ROPE_FACTORS
+from .dense_weights import used_tensors
 from .sources import Source
 
 __all__ = ["Unused", "unused_in"]
@@ -95,8 +95,8 @@ _NEEDLESS_TENSORS = {
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def unused_in(source: Source, state: Mapping[str, LazyTensor]) -> list[Unused]:
-    """Return what a GGUF model holds and `state`, experts and configuration do not take up.
+def unused_in(source: Source, parameters: Collection[str]) -> list[Unused]:
+    """Return what a GGUF model holds and its `parameters`, experts and configuration do not take up.
 
     ModelError for a tensor that is not known to be needless, and for a key with which the model would be another one.
     A configuration that came from elsewhere makes the file's own needless.
@@ -104,10 +104,10 @@ def unused_in(source: Source, state: Mapping[str, LazyTensor]) -> list[Unused]:
     file = source.file
     if not isinstance(file, GgufFile):
         return []
-    used = {name for lazy in state.values() for name in lazy.sources}
-    if source.rotary is not None:
-        return unused_metadata(file, source.architecture) + unused_tensors(file, used | {ROPE_FACTORS}, num_layers(file))
-    return unused_tensors(file, used, num_layers(file))
+    used = used_tensors(file, source.architecture, parameters)
+    if source.rotary is None:
+        return unused_tensors(file, used, num_layers(file))
+    return unused_metadata(file, source.architecture) + unused_tensors(file, used | {ROPE_FACTORS}, num_layers(file))
 
 
 def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:

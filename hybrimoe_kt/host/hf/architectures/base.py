@@ -113,7 +113,8 @@ class Architecture:
     def config(self, file: GgufFile, read: set[str] | None = None) -> dict[str, Any]:
         """Return the Transformers configuration that the file's metadata describes; `read` gets the keys it took."""
         key = self.key(file, read)
-        missing = [name for name in ("block_count", *self.keys.values()) if key(name) is None]
+        stated = f"{self.gguf}.block_count" in file.metadata
+        missing = ([] if stated else ["block_count"]) + [name for name in self.keys.values() if key(name) is None]
         if missing:
             raise ModelError(
                 f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead"
@@ -174,9 +175,14 @@ def _expert_width(file: GgufFile, key: Key) -> int | None:
     return found[0] if found else None
 
 
+def _head_width(file: GgufFile, key: Key) -> int | None:
+    hidden, heads = key("embedding_length"), key("attention.head_count")
+    return hidden // heads if hidden and heads else None
+
+
 _LEFT_OUT: dict[str, Callable[[GgufFile, Key], Any]] = {
     "attention.head_count_kv": lambda file, key: key("attention.head_count"),
-    "attention.key_length": lambda file, key: key("embedding_length") // key("attention.head_count"),
+    "attention.key_length": _head_width,
     "expert_feed_forward_length": _expert_width,
 }
 """What a file need not say -> where it follows from."""

@@ -89,7 +89,7 @@ def _with_softmax(model: nn.Module) -> None:
     _even_out_norms(model)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
-            module.forward = partial(choose_by_softmax, module)  # type: ignore[method-assign]
+            module.forward = partial(choose_by_softmax, module)
 
 
 def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor, key: Key) -> torch.Tensor:
@@ -142,9 +142,7 @@ def _routing(file: GgufFile, key: Key) -> str:
 
 
 FAMILIES = (
-    replace(
-        _DEEPSEEK2, variant=_routing, variants={"sigmoid": _DEEPSEEK3, "corrected softmax": _CORRECTED_SOFTMAX}
-    ),
+    replace(_DEEPSEEK2, variant=_routing, variants={"sigmoid": _DEEPSEEK3, "corrected softmax": _CORRECTED_SOFTMAX}),
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",

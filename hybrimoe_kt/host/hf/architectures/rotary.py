@@ -101,7 +101,7 @@ class Rotary:
             if self.is_latent and hasattr(module, "kv_b_proj"):
                 config: Any = module.config
                 head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-                module.scaling = head_dim**-0.5 * self.sharpening  # type: ignore[assignment]
+                module.scaling = head_dim**-0.5 * self.sharpening
 
 
 def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
