@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hybrimoe_kt.accelerators import numbered
-from hybrimoe_kt.host.rules.injection import Injection
+from hybrimoe_kt.host.rules.injection import Injection, holds_weights
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 
 __all__ = ["Crossings", "Placement", "place_modules"]
@@ -92,9 +92,7 @@ def _deciding(path: str, unit: nn.Module, injections: Mapping[str, Injection]) -
             continue
         if injection.cls.endswith(f".{HybriMoEExperts.__name__}"):
             continue
-        module = unit.get_submodule(name[len(path) + 1 :])
-        below = not injection.recursive
-        if any(True for tensors in (module.parameters(below), module.buffers(below)) for _ in tensors):
+        if holds_weights(unit.get_submodule(name[len(path) + 1 :]), recurse=not injection.recursive):
             yield injection
 
 

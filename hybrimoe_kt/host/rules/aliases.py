@@ -71,11 +71,12 @@ OPERATORS: dict[str, dict[str, str]] = {
     "experts": {
         EXPERTS: "KTransformersExperts KTransformersExpertsV2 KGlm4Experts KSmallthinkerExperts",
         STOCK: (
-            "KQwen2MoeSparseMoeBlock KQwen2MoeSparseMoeBlockV2 KQwen3MoeSparseMoeBlockV2 KQwen3NextSparseMoeBlockV2 "
-            "KDeepseekV2MoE KDeepseekV3MoE KDeepseekV3MoEV2 KMistralSparseMoEBlock KGlm4MoeMoE KSmallthinkerMoeBlock"
+            "KQwen2MoeSparseMoeBlock KQwen2MoeSparseMoeBlockV2 KQwen3MoeSparseMoeBlock KQwen3MoeSparseMoeBlockV2 "
+            "KQwen3NextSparseMoeBlockV2 KDeepseekV2MoE KDeepseekV3MoE KDeepseekV3MoEV2 KMistralSparseMoEBlock "
+            "KGlm4MoeMoE KSmallthinkerMoeBlock"
         ),
     },
-    "attention": {MLA: "KDeepseekV2Attention", STOCK: "KLlamaAttention KQwen3MoeAttentionIPEXLLM"},
+    "attention": {MLA: "KDeepseekV2Attention", STOCK: "KLlamaAttention KQwen3MoeAttention KQwen3MoeAttentionIPEXLLM"},
     "balance_serve_attention": {
         MLA: "flashinfer_attn deepseek_torch_attn",
         STOCK: (
@@ -99,7 +100,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     },
     "mlp": {STOCK: "kDeepseekV3MLP KQwen2MoeMLP KGlm4MoeMLP KSmallthinkerDenseMlpBlock"},
     "gate": {STOCK: "KMoEGate KMoEGateQwen2Moe KMoEGateIPEXLLM"},
-    "models": {STOCK: "KQwen2MoeModel KDeepseekV2Model KLlamaModel"},
+    "models": {STOCK: "KQwen2MoeModel KQwen3MoeModel KDeepseekV2Model KLlamaModel"},
 }
 OPERATOR_CLASSES: dict[str, str] = {
     f"{_OPERATORS}{module}.{name}": meaning

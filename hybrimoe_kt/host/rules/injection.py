@@ -31,6 +31,7 @@ __all__ = [
     "Rule",
     "RuleSet",
     "check_operators",
+    "holds_weights",
     "inject",
     "list_packaged_rules",
     "load_rules",
@@ -62,6 +63,11 @@ def match_modules(
     """
     matcher = _Matcher(rules, getattr(getattr(model, "config", None), "model_type", ""))
     return matcher.walk(model, default_device, dict(onto or {}))
+
+
+def holds_weights(module: nn.Module, *, recurse: bool) -> bool:
+    """Whether parameters or buffers stand in a module itself, or also below it."""
+    return any(True for tensors in (module.parameters(recurse), module.buffers(recurse)) for _ in tensors)
 
 
 def unused_rules(rules: RuleSet, injections: Mapping[str, Injection]) -> list[Rule]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .classes import replacement
-from .injection import Injection, RuleSet, check_operators, match_modules, unused_rules
+from .injection import Injection, RuleSet, check_operators, holds_weights, match_modules, unused_rules
 from .skeletons import build_skeleton, skeleton_names
 
 __all__ = ["best_skeleton", "path_patterns", "report_rules"]
@@ -33,7 +33,7 @@ def report_rules(rules: RuleSet, model: nn.Module, *, default_device: str) -> di
         "unused": [rule.number for rule in unused_rules(rules, found)],
         "unmatched": [path for path, item in found.items() if item.rule is None],
         "devices": _devices(found.values()),
-        "placement": _placement(found),
+        "placement": _placement(found, model),
         "notes": [note for note in reversed(notes.values()) if note],
     }
 
@@ -65,16 +65,17 @@ def _devices(injections: Iterable[Injection]) -> list[dict[str, Any]]:
     ]
 
 
-def _placement(found: Mapping[str, Injection]) -> dict[str, Any]:
+def _placement(found: Mapping[str, Injection], model: nn.Module) -> dict[str, Any]:
     """Where a token passes: parts in order by device, the layers after which it crosses, and layers on several devices.
 
-    The routed experts do not count: they choose their places themselves.
+    The routed experts do not count: they choose their places themselves. Nor does what holds no weights of its own.
     """
     homes: dict[str, set[str]] = {}
     for path, item in found.items():
         part = _PART.match(path)
         device = item.kwargs.get("generate_device")
-        if part is not None and device is not None and not path.endswith(".experts"):
+        counts = part is not None and device is not None and not path.endswith(".experts")
+        if part is not None and counts and holds_weights(model.get_submodule(path), recurse=not item.recursive):
             homes.setdefault(part[0], set()).add(str(device))
     route: list[tuple[str, list[str]]] = []
     for place, devices in sorted(homes.items(), key=lambda home: _along_the_way(home[0])):
