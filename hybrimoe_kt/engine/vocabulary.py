@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .detokenizer import IncrementalDetokenizer
 from .response_format import ResponseParts, response_format
-from .tokenizer import chat_prompt, template_takes
+from .chat_template import chat_prompt, template_takes
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
