@@ -63,13 +63,14 @@ _CASED_LETTERS = _ranges(
     "A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 "
     "104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
 )
-_DEEPSEEK_SIGNS = _ranges("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3000-3002")
-_CJK = _ranges("4E00-9FA5 800-4E00 AC00-D7FF")
+_DEEPSEEK_SIGNS = _ranges("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3001-3002")
+_CJK = rf"[{_ranges('4E00-9FA5 800-4E00 AC00-D7FF')}&&\S]"
 _HAN_AND_KANA = _ranges("4E00-9FA5 3040-309F 30A0-30FF")
 _HAN = _ranges("3400-4DBF 4E00-9FFF 20000-2A6DF 2A700-2EBEF F900-FAFF 2F800-2FA1F").strip("[]")
 
 _QWEN2 = TextSplit((_words(digits=""),))
 _LLAMA3 = TextSplit((_words(digits="{1,3}"),))
+_GLM4 = TextSplit(_LLAMA3.patterns, ignore_merges=True)
 _LLAMA3_WHOLE = TextSplit(_LLAMA3.patterns, ignore_merges=True, adds_bos=True)
 _GPT2_SPLIT = TextSplit((_GPT2,))
 _GPT2_DIGITS = TextSplit((r"\p{N}", _GPT2))
@@ -110,7 +111,8 @@ TEXT_SPLITS: dict[str, TextSplit] = {
     "minicpm5": TextSplit((r"\p{N}{1,3}", _words(digits="+")), ignore_merges=True),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                      "jina-v5-nano"), _LLAMA3_WHOLE),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _LLAMA3),
+    "glm4": _GLM4,
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open",
                      "grok-2"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O),
