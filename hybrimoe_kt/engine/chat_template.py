@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
@@ -78,6 +79,7 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(template.values()) if isinstance(template, dict) else [template or ""]
 
 
+@lru_cache(16)
 def _variables(template: str) -> set[str]:
     environment = Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"], autoescape=True)
     # Transformers' own tag, which says what of a conversation an assistant wrote
@@ -95,9 +97,10 @@ def _render(
     options: Mapping[str, Any],
 ) -> str:
     given: Any = conversation  # of text only, by Transformers' annotation
+    functions: Any = tools or None
     return str(
         tokenizer.apply_chat_template(
-            given, tools=tools or None, add_generation_prompt=True, tokenize=False, **options
+            given, tools=functions, add_generation_prompt=True, tokenize=False, **options
         )
     )  # fmt: skip
 

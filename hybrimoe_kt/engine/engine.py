@@ -14,8 +14,8 @@ from hybrimoe_kt.host.hf.loading import LoadedModel
 
 from .answer import Request, answer
 from .events import Answer, Event, TextDelta
-from .file_vocabulary import end_ids
 from .facts import Counters, ModelInfo
+from .file_vocabulary import end_ids
 from .profiler import TimeShares
 from .sampling import Sampling
 from .token_generator import Run, TokenGenerator

@@ -13,13 +13,34 @@ __all__ = ["FileVocabulary", "TokenType", "end_ids"]
 _KEY = "tokenizer.ggml."
 
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
-    "<\uff5cend\u2581of\u2581sentence\uff5c> [e~[".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+    ]
 )
 _INFILL_ENDS = {
-    "fim_pad": frozenset("<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split()),
-    "fim_rep": frozenset("<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split()),
+    "fim_pad": frozenset(["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
+    "fim_rep": frozenset(["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
     "fim_sep": frozenset(["<|file_sep|>"]),
 }
 _CONTROL_NAMES = _ENDS.union(*_INFILL_ENDS.values())
@@ -88,7 +109,7 @@ class FileVocabulary:
 
 
 def end_ids(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
-    """Return what ends a generation: the ids that metadata name and, of the special tokens `ids`, those llama.cpp knows."""
+    """Return what ends a generation: ids that metadata name and, of the special tokens `ids`, those llama.cpp knows."""
     named = {name: int(metadata[key]) for name in _END_KEYS if (key := f"{_KEY}{name}_token_id") in metadata}
     texts = _ENDS.union(*(texts for name, texts in _INFILL_ENDS.items() if name not in named))
     return {*named.values(), *(ids[text] for text in texts & ids.keys())} - _within_answers(ids)

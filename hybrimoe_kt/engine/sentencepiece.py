@@ -30,7 +30,9 @@ def sentencepiece_backend(vocabulary: FileVocabulary) -> Tokenizer:
     backend = Tokenizer(models.BPE(ids, [], ignore_merges=True, byte_fallback=True, unk_token=unknown))
     spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
     # normalised is each stretch of text between special tokens: llama.cpp puts the space before every one of them
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if vocabulary.adds_space else spaces)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), *spaces] if vocabulary.adds_space else spaces
+    )
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
@@ -88,7 +90,9 @@ class PieceSplitter:
         after = [*range(1, len(word)), -1]
         before = list(range(-1, len(word) - 1))
         candidates = [
-            (-score, at, 2) for at, pair in enumerate(pairwise(word)) if (score := self._score("".join(pair))) is not None
+            (-score, at, 2)
+            for at, pair in enumerate(pairwise(word))
+            if (score := self._score("".join(pair))) is not None
         ]
         heapify(candidates)
         while candidates:
@@ -115,5 +119,7 @@ class PieceSplitter:
 def _slices(text: NormalizedString, parts: Iterator[str] | list[str]) -> Iterator[NormalizedString]:
     start = 0
     for part in parts:
-        yield text[start : start + len(part)]
+        piece = text[start : start + len(part)]
+        assert piece is not None, "a slice within a text is a text"
+        yield piece
         start += len(part)

@@ -29,7 +29,9 @@ _LOWER_CONTRACTION = r"'(?:[stmd]|re|ve|ll)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _words(letters: str = r"\p{L}", *, digits: str, signs: str = r"\s\p{L}\p{N}", contraction: str = _CONTRACTION) -> str:
+def _words(
+    letters: str = r"\p{L}", *, digits: str, signs: str = r"\s\p{L}\p{N}", contraction: str = _CONTRACTION
+) -> str:
     """Contractions, words with the sign before them, numbers, signs with the line ends after them, white space."""
     return rf"{contraction}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{digits}| ?[^{signs}]+[\r\n]*|{_SPACES}"
 
@@ -124,4 +126,4 @@ TEXT_SPLITS: dict[str, TextSplit] = {
                      "jina-v1-en", "jina-v2-code", "roberta-bpe"), _GPT2_SPLIT),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
 }  # fmt: skip
-"""By the name a file gives; names that llama.cpp knows and that are missing here are of models that cannot be run here."""
+"""By the name a file gives; names that llama.cpp knows and that are missing here are of models that do not run here."""

@@ -74,26 +74,22 @@ def _text_split(file: GgufFile, vocabulary: FileVocabulary) -> TextSplit:
     known |= TEXT_SPLITS
     if vocabulary.split in known:
         return known[vocabulary.split]
-    guess = _guess(file, len(vocabulary.tokens))
-    missing = "names no way of splitting text" if vocabulary.split is None else f"splits text by {vocabulary.split!r}"
+    names = [name for name in architecture_of(file).pre_tokenizers if name in known]
+    by_size = _BY_SIZE.get(len(vocabulary.tokens), "")
+    guess = by_size if by_size in names else next(iter(names), "default")
     logger.warning(
-        "%s: the tokenizer %s that is known here; it is taken for %s, as in other files of this architecture; "
-        "give --model_path the model's own tokenizer for exact tokens",
+        "%s: %s; guessed: %s, as in other files of its architecture. "
+        "Give --model_path a directory with the model's own tokenizer for exact tokens",
         file.path.name,
-        missing,
+        "the file does not say how its tokenizer splits text" if vocabulary.split is None
+        else f"its tokenizer splits text in a way that is not known here, {vocabulary.split!r}",
         guess,
-    )
+    )  # fmt: skip
     return known[guess]
 
 
 _BY_SIZE = {102400: "deepseek-llm", 129280: "deepseek-v3", 163840: "kimi-k2", 128256: "llama-bpe", 131072: "tekken"}
 """Vocabularies of released models that share an architecture: number of tokens -> how they split texts."""
-
-
-def _guess(file: GgufFile, num_tokens: int) -> str:
-    names = architecture_of(file).pre_tokenizers
-    by_size = _BY_SIZE.get(num_tokens, "")
-    return by_size if by_size in names else next(iter(names), "default")
 
 
 def _or_model_error(failure: str, load: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseParts, response_format
 from .chat_template import chat_prompt, template_takes
+from .detokenizer import IncrementalDetokenizer
+from .response_format import ResponseParts, response_format, response_parts
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
@@ -71,5 +71,4 @@ class Vocabulary:
 
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
-        template = response_format(self._tokenizer, self._model, calls=bool(tools))
-        return None if template is None else ResponseParts(self._tokenizer, template, prompt, tools)
+        return response_parts(self._tokenizer, self._model, prompt, tools)

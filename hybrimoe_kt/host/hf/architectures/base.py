@@ -67,7 +67,7 @@ class Architecture:
     checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
     """What a checkpoint may call a layer's experts, tried in this order."""
     pre_tokenizers: tuple[str, ...] = ()
-    """What `tokenizer.ggml.pre` says in its files; the first, or one of the same size, is taken for a file without it."""
+    """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of `tokenizer.ggml.pre` that no other family has -> the patterns of a `TextSplit`."""
     tensor_table: str = ""
