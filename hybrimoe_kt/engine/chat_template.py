@@ -45,8 +45,9 @@ def chat_prompt(
     options = dict(template_options or {})
     if taken := sorted(options.keys() & _TEMPLATE_ARGUMENTS):
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
-    wants_parts = _reads_parts_only(tokenizer)
-    conversation = [_with_content(message, wants_parts) for message in messages]
+    reads_parts = _shows_mark(tokenizer, _PARTS)
+    reads_text = not reads_parts or _shows_mark(tokenizer, _MARK)
+    conversation = [_with_content(message, reads_text, reads_parts) for message in messages]
     functions = [dict(tool) for tool in tools or ()]
     if functions and _reads_bare_functions(tokenizer):
         functions = [dict(tool.get("function", tool)) for tool in functions]
@@ -106,16 +107,12 @@ def _render(
 
 
 def _shows_mark(tokenizer: PreTrainedTokenizerBase, content: Any, *tools: dict[str, Any]) -> bool:
+    """Whether the mark comes out, and not as Python or JSON write a list of parts."""
     try:
         text = _render(tokenizer, [{"role": "user", "content": content}], list(tools), {})
     except Exception:
         return False
     return _MARK in text and not re.search(r"""['"]type['"]: ?['"]text['"]""", text)
-
-
-def _reads_parts_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text given as it is gets lost, and text given as a list of parts does not."""
-    return not _shows_mark(tokenizer, _MARK) and _shows_mark(tokenizer, _PARTS)
 
 
 def _reads_bare_functions(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -124,12 +121,14 @@ def _reads_bare_functions(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not _shows_mark(tokenizer, "hello", wrapped) and _shows_mark(tokenizer, "hello", _TOOL)
 
 
-def _with_content(message: Mapping[str, Any], wants_parts: bool) -> dict[str, Any]:
+def _with_content(message: Mapping[str, Any], reads_text: bool, reads_parts: bool) -> dict[str, Any]:
+    """The message with its content as it is given where the template reads that, else in the other form."""
     content = message.get("content")
-    if wants_parts and isinstance(content, str):
-        return {**message, "content": [{"type": "text", "text": content}]}
-    if not wants_parts and isinstance(content, list):
-        return {**message, "content": _text(content)}
+    text = _text(content)  # also to refuse what is no text
+    if isinstance(content, str) and not reads_text:
+        return {**message, "content": [{"type": "text", "text": text}]}
+    if isinstance(content, list) and not reads_parts:
+        return {**message, "content": text}
     return dict(message)
 
 

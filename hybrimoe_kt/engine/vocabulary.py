@@ -14,7 +14,10 @@ from .response_format import ResponseParts, response_format, response_parts
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
 Message = Mapping[str, Any]
-"""What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ..."""
+"""What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ...
+
+The content is a text or a list of parts `{"type": "text", "text": ...}`, whichever of the two the template reads.
+"""
 
 
 def num_token_ids(model: PreTrainedModel) -> int:

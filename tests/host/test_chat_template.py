@@ -48,7 +48,7 @@ def test_no_text_gets_lost_whatever_form_it_comes_in(template: str, content: Any
     assert shown(template, messages) == "[system] Be brief [user] Hello there [assistant] Hi [user] Bye "
 
 
-@pytest.mark.parametrize("template", [PARTS, TEXT], ids=["parts", "text"])
+@pytest.mark.parametrize("template", [PARTS, TEXT, EITHER], ids=["parts", "text", "either"])
 def test_several_parts_are_joined_as_in_llama_cpp(generated: Callable[[Shape], GeneratedModel], template: str) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [{"role": "user", "content": parts}]

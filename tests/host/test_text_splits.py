@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hybrimoe_kt.engine.tokenizer import load_tokenizer
+from hybrimoe_kt.engine.tokenizer import _BY_SIZE, load_tokenizer
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from tests.support.generated_model import GeneratedModel, Shape
 from tests.support.vocabularies import TEXTS, byte_level, mixed_texts
@@ -67,3 +67,14 @@ def test_a_split_that_is_not_known_is_guessed_with_a_warning(
     assert len(caplog.records) == 1
     for text in TEXTS:
         assert guessed(text)["input_ids"] == exact(text)["input_ids"], text
+
+
+def test_families_that_share_an_architecture_are_told_apart_by_their_size(
+    generated: Generated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vocabulary = byte_level(None)
+    monkeypatch.setitem(_BY_SIZE, len(vocabulary.tokens), "tekken")
+    sizes = {**SMALL, "head_dim": 64}
+    path = generated(Shape(architecture="llama", vocabulary=vocabulary, **sizes)).path  # type: ignore[arg-type]
+    load_tokenizer(GgufFile(path), None)
+    assert "guessed: tekken," in caplog.text
