@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,16 +63,16 @@ def response_parts(
     `prompt` are the token ids before the answer: the chat template may have begun it, with `<think>`, say.
     """
     prefix = str(tokenizer.decode(list(prompt[-_PREFIX_TOKENS:])))
-    template = response_format(tokenizer, model, calls=bool(tools))
+    template, marks = response_format(tokenizer, model, calls=bool(tools)), None
     if template is None or not _fits(template, prefix):
         if not _has_thoughts(tokenizer):
             return None
-        template = _THOUGHTS_FORMAT
+        template, marks = _THOUGHTS_FORMAT, (_OPEN, _CLOSE)
         prefix = _ANSWER + (_OPEN if re.search(rf"{_OPEN}\s*\Z", prefix) else "")
     parser = tokenizer.get_response_parser(
         dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None
     )  # fmt: skip
-    return ResponseParts(parser)
+    return ResponseParts(parser, marks)
 
 
 def _fits(template: Mapping[str, Any], prefix: str) -> bool:
@@ -91,8 +91,12 @@ def _has_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
 class ResponseParts:
     """Splits one answer as it comes. Text that is not what the notation promises stays content, as it is."""
 
-    def __init__(self, parser: Any) -> None:
-        """`parser` is Transformers' own, which has read what the chat template wrote of the answer."""
+    def __init__(self, parser: Any, marks: Collection[str] | None = None) -> None:
+        """`parser` is Transformers' own, which has read what the chat template wrote of the answer.
+
+        `marks` are the special tokens it must see, by default all.
+        """
+        self.marks = True if marks is None else marks
         self._parser = parser
         self._pending: list[str] = []  # pieces of a tool call that is still open
         self._unsaid = ""  # what was fed and is not yet in a part or a call

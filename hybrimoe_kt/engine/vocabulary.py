@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +59,8 @@ class Vocabulary:
         """The text of a single token; U+FFFD stands in it for a part of a character."""
         return str(self._tokenizer.decode([token]))
 
-    def detokenizer(self, *, keep_special: bool = False) -> IncrementalDetokenizer:
-        """Return what turns an answer's tokens into text as they come."""
+    def detokenizer(self, *, keep_special: bool | Collection[str] = False) -> IncrementalDetokenizer:
+        """Return what turns an answer's tokens into text as they come; `keep_special` as there."""
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, keep_special=keep_special)
 
     def takes(self, option: str) -> bool:

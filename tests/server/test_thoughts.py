@@ -81,6 +81,13 @@ def test_thoughts_that_the_template_closes_are_none(name: str) -> None:
     assert (told.thoughts, told.text) == ("", "Four.")
 
 
+@pytest.mark.parametrize("name", ["GLM-4.5", "MiniMax-M2"])
+def test_other_special_tokens_are_no_text(name: str) -> None:
+    begun = "" if FAMILIES[name].opens else "<think>"
+    told = said(FAMILIES[name], begun + "Hm<|im_start|>m</think>\u7b54<|im_start|>\u6848<tool_call>.")
+    assert (told.thoughts, told.text) == ("Hmm", "\u7b54\u6848.")
+
+
 def test_the_server_calls_them_reasoning_content() -> None:
     engine = ScriptedEngine(
         lambda prompt: "Hm.\n</think>\n\nYes.", chat_template=MINIMAX, model_type="minimax_m2"
