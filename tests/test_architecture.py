@@ -49,7 +49,7 @@ OWNED = {
     "ktransformers": {"host/kt/framework.py"},
     "cpuinfer_ext": {"backends/cpu_cpuinfer.py"},
     "triton": set(),
-    "transformers.integrations": {"backends/dequantize.py", "engine/tokenizer.py"},
+    "transformers.integrations": {"backends/dequantize.py"},
     "transformers.cli": {"engine/response_format.py"},
     "fastapi": {"server/app.py", "server/openai_routes.py", "server/ollama_routes.py"},
     "transformers.quantizers": {"host/hf/loading.py"},

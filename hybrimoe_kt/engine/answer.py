@@ -64,7 +64,7 @@ class _Answer:
 
     def events(self, stop: threading.Event) -> Generator[Event, None, None]:
         request = self._request
-        text = self._engine.vocabulary.detokenizer(keep_special=request.parts is not None)
+        text = self._engine.vocabulary.detokenizer(keep_special=request.parts.marks if request.parts else False)
         with closing(self._engine.generate(request.prompt, request.sampling, stop)) as tokens:
             for sampled in tokens:
                 if request.sampling.num_logprobs is not None:

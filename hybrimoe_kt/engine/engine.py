@@ -15,6 +15,7 @@ from hybrimoe_kt.host.hf.loading import LoadedModel
 from .answer import Request, answer
 from .events import Answer, Event, TextDelta
 from .facts import Counters, ModelInfo
+from .file_vocabulary import end_ids
 from .profiler import TimeShares
 from .sampling import Sampling
 from .token_generator import Run, TokenGenerator
@@ -41,8 +42,10 @@ class Engine(TokenGenerator):
     ) -> None:
         """`context_tokens` limits prompt and answer together; by default the model's own limit."""
         ends = loaded.model.config.eos_token_id
-        end_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-        super().__init__(loaded, end_ids, context_tokens=context_tokens, shares=shares)
+        known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        metadata = getattr(loaded.loader.file, "metadata", {})  # a checkpoint has none
+        known |= end_ids(metadata, tokenizer.added_tokens_encoder)
+        super().__init__(loaded, known - {None}, context_tokens=context_tokens, shares=shares)
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, loaded.model)
 

@@ -1,14 +1,16 @@
 """What an answer's text says beside its content: thoughts and tool calls, in the model family's own notation.
 
-Transformers knows the notations (a tokenizer's `response_template`, or its server's table by model type) and parses
-them; this is the only file that asks for them.
+Transformers knows notations (a tokenizer's `response_template`, or its server's table by model type) and parses them;
+this is the only file that asks for them. Thoughts between `<think>` and `</think>` at the beginning of an answer are
+split off for any other model whose chat template or vocabulary has these marks.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,11 +18,20 @@ from transformers.cli.serving.utils import get_response_template
 
 from .events import TextDelta, ToolCall
 
-__all__ = ["ResponseParts", "response_format"]
+__all__ = ["ResponseParts", "response_format", "response_parts"]
 
 logger = logging.getLogger(__name__)
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_OPEN, _CLOSE = "<think>", "</think>"
+# Only what an answer begins with; white space around the marks is neither thought nor content.
+_THOUGHTS_FIELD = {"open_pattern": rf"\A\s*{_OPEN}\s*", "close_pattern": rf"\s*{_CLOSE}\s*", "content": "text"}
+_ANSWER = "<answer>"  # the anchor that the parser wants, in front of what the chat template wrote of the answer
+_THOUGHTS_FORMAT: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": _ANSWER,
+    "fields": {"reasoning_content": _THOUGHTS_FIELD, "content": {"content": "text"}},
+}
 _PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
 
 
@@ -35,31 +46,60 @@ def response_format(
     if template is None or (calls and "tool_calls" not in template["fields"]):
         return None
     fields = {name: field for name, field in template["fields"].items() if calls or name != "tool_calls"}
+    thoughts = fields.get("reasoning_content", {})
+    if (thoughts.get("open"), thoughts.get("close")) == (_OPEN, _CLOSE):
+        fields["reasoning_content"] = _THOUGHTS_FIELD
     return {**template, "fields": fields}
+
+
+def response_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> ResponseParts | None:
+    """Return what splits the answer to `prompt`, None where no notation is known.
+
+    `prompt` are the token ids before the answer: the chat template may have begun it, with `<think>`, say.
+    """
+    prefix = str(tokenizer.decode(list(prompt[-_PREFIX_TOKENS:])))
+    template, marks = response_format(tokenizer, model, calls=bool(tools)), None
+    if template is None or not _fits(template, prefix):
+        if not _has_thoughts(tokenizer):
+            return None
+        template, marks = _THOUGHTS_FORMAT, (_OPEN, _CLOSE)
+        prefix = _ANSWER + (_OPEN if re.search(rf"{_OPEN}\s*\Z", prefix) else "")
+    parser = tokenizer.get_response_parser(
+        dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None
+    )  # fmt: skip
+    return ResponseParts(parser, marks)
+
+
+def _fits(template: Mapping[str, Any], prefix: str) -> bool:
+    """Whether the chat template is one that the notation was written for; else the parser would read the question."""
+    anchor = template.get("start_anchor")
+    anchors = [anchor] if isinstance(anchor, str) else anchor
+    return anchors is None or any(text in prefix for text in anchors)
+
+
+def _has_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return _OPEN in tokenizer.added_tokens_encoder or any(
+        mark in str(tokenizer.chat_template or "") for mark in (_OPEN, _CLOSE)
+    )
 
 
 class ResponseParts:
     """Splits one answer as it comes. Text that is not what the notation promises stays content, as it is."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Mapping[str, Any],
-        prompt: Sequence[int],
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """`prompt` are the token ids before the answer: a template may have begun it."""
-        prefix = str(tokenizer.decode(list(prompt[-_PREFIX_TOKENS:])))
-        self._parser: Any = None
+    def __init__(self, parser: Any, marks: Collection[str] | None = None) -> None:
+        """`parser` is Transformers' own, which has read what the chat template wrote of the answer.
+
+        `marks` are the special tokens it must see, by default all.
+        """
+        self.marks = True if marks is None else marks
+        self._parser = parser
         self._pending: list[str] = []  # pieces of a tool call that is still open
         self._unsaid = ""  # what was fed and is not yet in a part or a call
-        anchor = template.get("start_anchor")
-        anchors = [anchor] if isinstance(anchor, str) else anchor
-        # another chat template than the notation was written for: what it would read is the question, not the answer
-        if anchors is None or any(text in prefix for text in anchors):
-            self._parser = tokenizer.get_response_parser(
-                dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None
-            )
 
     def feed(self, text: str) -> list[TextDelta | ToolCall]:
         """Return what `text` completes."""

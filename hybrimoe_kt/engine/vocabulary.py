@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat_template import chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseParts, response_format
-from .tokenizer import chat_prompt, template_takes
+from .response_format import ResponseParts, response_format, response_parts
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
 Message = Mapping[str, Any]
-"""What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ..."""
+"""What a chat template reads of one message: `role` ("system", "user", "assistant", "tool"), `content`, ...
+
+The content is a text or a list of parts `{"type": "text", "text": ...}`, whichever of the two the template reads.
+"""
 
 
 def num_token_ids(model: PreTrainedModel) -> int:
@@ -56,8 +59,8 @@ class Vocabulary:
         """The text of a single token; U+FFFD stands in it for a part of a character."""
         return str(self._tokenizer.decode([token]))
 
-    def detokenizer(self, *, keep_special: bool = False) -> IncrementalDetokenizer:
-        """Return what turns an answer's tokens into text as they come."""
+    def detokenizer(self, *, keep_special: bool | Collection[str] = False) -> IncrementalDetokenizer:
+        """Return what turns an answer's tokens into text as they come; `keep_special` as there."""
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, keep_special=keep_special)
 
     def takes(self, option: str) -> bool:
@@ -71,5 +74,4 @@ class Vocabulary:
 
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
-        template = response_format(self._tokenizer, self._model, calls=bool(tools))
-        return None if template is None else ResponseParts(self._tokenizer, template, prompt, tools)
+        return response_parts(self._tokenizer, self._model, prompt, tools)

@@ -40,8 +40,8 @@ def _message(number: int, message: Message) -> dict[str, Any]:
     if message.content is None and message.role != "assistant":
         raise ApiError(400, f"{param} has no content", param=f"{param}.content")
     content = message.content or ""
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    shown: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    given = content if isinstance(content, str) else [part.model_dump() for part in content]
+    shown: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": given}
     for name in ("name", "reasoning_content", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             shown[name] = value

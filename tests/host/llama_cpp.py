@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 __all__ = ["LlamaCpp"]
@@ -21,7 +23,31 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.use_jinja = True
         self._server = xllamacpp.Server(parameters)
+        self._client = httpx.Client(base_url=self._server.listening_address, timeout=60)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text as a prompt: with BOS, and with special tokens where they are written."""
+        return list(self._post("/tokenize", content=text, add_special=True)["tokens"])
+
+    def complete(self, prompt: str, num_tokens: int, biases: Mapping[int, float]) -> str:
+        """The text after a prompt."""
+        answer = self._post("/v1/completions", prompt=prompt, **_request(num_tokens, biases))
+        return str(answer["choices"][0]["text"])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], num_tokens: int, biases: Mapping[int, float]) -> Any:
+        """The answer to a conversation, in OpenAI's shape."""
+        return self._post("/v1/chat/completions", messages=messages, **_request(num_tokens, biases))
+
+    def rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the file's chat template writes it."""
+        return str(self._post("/apply-template", messages=messages)["prompt"])
+
+    def _post(self, path: str, **body: Any) -> Any:
+        answer = self._client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
     def greedy(self, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
         """Tokens, and per token the log-probability by which it beat the second choice."""
@@ -39,3 +65,7 @@ class LlamaCpp:
         )
         steps = (answer["choices"][0]["logprobs"] or {}).get("content")
         return {choice["id"]: choice["logprob"] for choice in steps[0]["top_logprobs"]} if steps else {}
+
+
+def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
+    return {"max_tokens": num_tokens, "temperature": 0, "logit_bias": [[token, bias] for token, bias in biases.items()]}

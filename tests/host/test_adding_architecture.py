@@ -46,7 +46,7 @@ MADE_UP = Architecture(
     constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     skeleton={"hidden_size": 64, "num_hidden_layers": 7, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64},
     checkpoint_names=(ExpertNames(*(f"mlp.experts.{{expert}}.made_up_{role}" for role in ("gate", "up", "down"))),),
-    pre_tokenizers=("made-up-split",),
+    splits={"made-up-split": (r" ?\w+|\s+|[^\w\s]+",)},
     tensor_table="qwen3moe",
 )
 PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
@@ -134,7 +134,7 @@ def test_its_tokenizer_is_rebuilt_without_a_warning(file: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(GgufFile(file), None)
     assert tokenizer.decode(tokenizer("the path")["input_ids"]) == "the path"
-    assert "approximated" not in caplog.text
+    assert not caplog.records
 
 
 def test_rules_are_checked_on_its_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.chat_template import chat_prompt
 from hybrimoe_kt.engine.engine import Engine
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.tokenizer import chat_prompt
 from hybrimoe_kt.models import recorded_traces
 from hybrimoe_kt.sim.trace_file import read_trace
 from hybrimoe_kt.weights.gguf_file import GgufFile

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.chat_template import chat_prompt
 from hybrimoe_kt.engine.engine import Sampling
-from hybrimoe_kt.engine.tokenizer import chat_prompt
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [

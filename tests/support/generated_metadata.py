@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
 
+from tests.support.vocabularies import WrittenVocabulary
+
 __all__ = ["GRANITE", "LINEAR_KERNEL", "Shape", "write_metadata"]
 
 Type = GGMLQuantizationType
@@ -62,10 +64,14 @@ class Shape:
     full_attention_interval: int = 4
     unused_tokens: int = 0
     """That no text is split into: how a vocabulary gets a released model's size."""
+    vocabulary: WrittenVocabulary | None = None
+    """Instead of the smallest one that can spell any text."""
     seed: int = 0
 
     @property
     def vocab(self) -> int:
+        if self.vocabulary is not None:
+            return len(self.vocabulary.tokens)
         return 256 + len(_SPECIALS) + len(_MERGED) + self.unused_tokens
 
 
@@ -82,7 +88,10 @@ def write_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_expert_used_count(shape.top_k)
     writer.add_vocab_size(shape.vocab)
     _FAMILIES[shape.architecture](writer, shape)
-    _tokenizer(writer, shape.unused_tokens)
+    if shape.vocabulary is None:
+        _tokenizer(writer, shape.unused_tokens)
+    else:
+        shape.vocabulary.write(writer)
 
 
 def _qwen3moe_metadata(writer: GGUFWriter, shape: Shape) -> None:

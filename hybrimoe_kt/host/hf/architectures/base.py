@@ -71,7 +71,9 @@ class Architecture:
     checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
     """What a checkpoint may call a layer's experts, tried in this order."""
     pre_tokenizers: tuple[str, ...] = ()
-    """Values of the GGUF key `tokenizer.ggml.pre` in its files whose text splitting Transformers rebuilds exactly."""
+    """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Values of `tokenizer.ggml.pre` that no other family has -> the patterns of a `TextSplit`."""
     tensor_table: str = ""
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)

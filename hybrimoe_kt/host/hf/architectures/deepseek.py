@@ -104,6 +104,7 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     model_type="deepseek_v2",
+    pre_tokenizers=("deepseek-llm",),
     skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
@@ -119,6 +120,7 @@ _DEEPSEEK3 = replace(
     _DEEPSEEK2,
     alias="deepseek3",
     model_type="deepseek_v3",
+    pre_tokenizers=("deepseek-v3", "kimi-k2"),
     other_types=("kimi_k2",),
     skeleton=_LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
@@ -146,6 +148,7 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        pre_tokenizers=("glm4",),
         skeleton=GQA_SKELETON | {"num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},  # Air
         keys=DECODER_KEYS
         | _SHARED_EXPERT_KEYS

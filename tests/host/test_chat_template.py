@@ -1,0 +1,108 @@
+"""Chat templates get what they can read: text or parts, tools in their form, options they know; nothing gets lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hybrimoe_kt.engine.chat_template import chat_prompt, template_takes
+from hybrimoe_kt.errors import ConfigError, ModelError
+from tests.server.scripted import byte_tokenizer
+from tests.support.generated_model import GeneratedModel, Shape
+from tests.support.vocabularies import byte_level
+
+from .llama_cpp import LlamaCpp
+
+TEXT = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+PARTS = "{% for m in messages %}[{{ m.role }}] {% for p in m.content %}{{ p.text }}{% endfor %} {% endfor %}"
+TYPED = (
+    "{% for m in messages %}[{{ m.role }}] {% for p in m.content %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %} {% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %} {% endfor %}"
+)
+STRICT = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}" + TEXT
+TEMPLATES = {"text": TEXT, "parts": PARTS, "typed parts": TYPED, "either": EITHER}
+ONE_PART = [{"type": "text", "text": "Hello there"}]
+
+
+def shown(template: str, messages: list[dict[str, Any]], **more: Any) -> str:
+    tokenizer = byte_tokenizer(template)
+    return str(tokenizer.decode(chat_prompt(tokenizer, messages, **more)))
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("content", ["Hello there", ONE_PART], ids=["a text", "a list"])
+def test_no_text_gets_lost_whatever_form_it_comes_in(template: str, content: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    assert shown(template, messages) == "[system] Be brief [user] Hello there [assistant] Hi [user] Bye "
+
+
+@pytest.mark.parametrize("template", [PARTS, TEXT, EITHER], ids=["parts", "text", "either"])
+def test_several_parts_are_joined_as_in_llama_cpp(generated: Callable[[Shape], GeneratedModel], template: str) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "user", "content": parts}]
+    vocabulary = replace(byte_level("qwen2"), chat_template=template)
+    shape = Shape(vocabulary=vocabulary, hidden=64, inter=64, dense_inter=64, heads=2, kv_heads=1, layers=1)
+    assert shown(template, messages) == LlamaCpp(generated(shape).path).rendered(messages)
+
+
+def test_a_template_that_refuses_the_trial_gets_text() -> None:
+    assert shown(STRICT, [{"role": "system", "content": ONE_PART}]) == "[system] Hello there "
+    with pytest.raises(ModelError, match="a system message comes first"):
+        shown(STRICT, [{"role": "user", "content": ONE_PART}])
+
+
+def test_what_is_not_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="others are not understood"):
+        shown(TEXT, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+
+
+def test_a_tokenizer_without_a_template_gets_the_texts() -> None:
+    tokenizer = byte_tokenizer(None)
+    messages = [{"role": "user", "content": ONE_PART}, {"role": "user", "content": "x"}]
+    assert tokenizer.decode(chat_prompt(tokenizer, messages)) == "Hello there\nx"
+
+
+FUNCTION = {"name": "weather", "description": "Tells it", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    ("read", "wanted"),
+    [
+        ("{{ t.function.name }}: {{ t.function.description }}", "weather: Tells it"),
+        ("{{ t.name }}: {{ t.description }}", "weather: Tells it"),
+        ("{{ t.type }} {{ (t.function if t.function else t).description }}", "function Tells it"),
+    ],
+    ids=["OpenAI's form", "bare functions", "either"],
+)
+def test_tools_come_in_the_form_that_the_template_reads(read: str, wanted: str) -> None:
+    template = "{% for t in tools or [] %}" + read + "{% endfor %}"
+    assert shown(template, [{"role": "user", "content": "hi"}], tools=[TOOL]) == wanted
+
+
+def test_an_option_is_one_that_the_template_reads_not_one_that_it_mentions() -> None:
+    template = (
+        "{% set mine = 1 %}{# enable_thinking is not here #}Do your thinking first."
+        "{% if reasoning is defined and reasoning %}{% generation %}x{% endgeneration %}{% endif %}"
+        "{%- for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    assert [name for name in ("mine", "enable_thinking", "thinking", "m", "reasoning", "messages")
+            if template_takes(tokenizer, name)] == ["reasoning", "messages"]  # fmt: skip
+
+
+def test_a_template_that_cannot_be_parsed_is_searched_for_words() -> None:
+    assert template_takes(byte_tokenizer("{% unknown_tag tools %}"), "tools")
+    assert not template_takes(byte_tokenizer("{% unknown_tag tools %}"), "tool")
