@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-__all__ = ["LlamaCpp"]
+__all__ = ["LlamaCpp", "next_tokens_apart"]
+
+_ROOT = Path(__file__).parents[2]
+_ANSWER = "ANSWER "
+_UNPRINTABLE = [byte for byte in range(256) if not 32 <= byte <= 126]
+"""Of vocabularies that begin with all bytes."""
 
 
 class LlamaCpp:
@@ -58,14 +67,46 @@ class LlamaCpp:
         margins = [step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps]
         return [step["id"] for step in steps], margins
 
-    def next_token(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of the likeliest next tokens; empty where the likeliest is no whole UTF-8 character."""
+    def next_token(self, prompt: list[int], unwanted: Sequence[int] = ()) -> dict[int, float]:
+        """Log-probabilities of the likeliest next tokens; empty where the drawn one is no whole UTF-8 character.
+
+        Tokens that are `unwanted` are not drawn; what the others are likely by does not change.
+        """
+        biases = [[token, -1000.0] for token in unwanted]
         answer: dict[str, Any] = self._server.handle_completions(
-            {"prompt": prompt, "max_tokens": 1, "temperature": 0, "n_probs": 4, "cache_prompt": False}
+            {
+                "prompt": prompt,
+                "max_tokens": 1,
+                "temperature": 0,
+                "n_probs": 4,
+                "cache_prompt": False,
+                "logit_bias": biases,
+            }
         )
         steps = (answer["choices"][0]["logprobs"] or {}).get("content")
         return {choice["id"]: choice["logprob"] for choice in steps[0]["top_logprobs"]} if steps else {}
 
 
+def next_tokens_apart(path: Path, prompts: Sequence[list[int]]) -> list[dict[int, float]] | None:
+    """Return each prompt's next token as `LlamaCpp.next_token` does, of a process that may abort over the file.
+
+    Printable characters alone are drawn, so that none is empty; None where the file is refused or answers no numbers.
+    """
+    job = json.dumps([str(path), prompts])
+    done = subprocess.run([sys.executable, "-m", __name__, job], capture_output=True, text=True, timeout=120, cwd=_ROOT)
+    found = next((line for line in done.stdout.splitlines() if line.startswith(_ANSWER)), None)
+    answers = [] if found is None else json.loads(found.removeprefix(_ANSWER))
+    if not answers or any(value is None for answer in answers for value in answer.values()):
+        return None
+    return [{int(token): float(value) for token, value in answer.items()} for answer in answers]
+
+
 def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
     return {"max_tokens": num_tokens, "temperature": 0, "logit_bias": [[token, bias] for token, bias in biases.items()]}
+
+
+if __name__ == "__main__":
+    file, texts = json.loads(sys.argv[1])
+    oracle = LlamaCpp(Path(file), 256)
+    print(_ANSWER + json.dumps([oracle.next_token(text, _UNPRINTABLE) for text in texts]), flush=True)
+    os._exit(0)  # its threads need not end
