@@ -160,3 +160,20 @@ def test_rules_for_the_legacy_framework_mean_the_same_here(write, skeletons, nam
     text = file.read_text().replace("out_device: cuda", "out_device: cuda\n      cache_size: 25%")
     found = match_modules(skeletons[name], load_rules(write(text)), default_device="cpu")
     assert all(found[path].kwargs["cache_size"] == "25%" for path in experts)
+
+
+def test_modules_without_weights_are_on_no_device(write, skeletons):
+    """A layer itself and its MLP hold nothing: that no rule names them divides no layer."""
+    rules = load_rules(
+        write("- match: {name: '^model\\.layers\\.1\\.'}\n  replace: {kwargs: {generate_device: xpu}}\n")
+    )
+    placement = report_rules(rules, skeletons["qwen3moe"], default_device="cpu")["placement"]
+    assert placement["divided"] == []
+    assert [stage["device"] for stage in placement["route"]] == ["cpu", "xpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.KQwen3MoeAttention", "experts.KQwen3MoeSparseMoeBlock", "models.KQwen3MoeModel"]
+)
+def test_operators_of_qwen3_moe_leave_the_stock_module(name):
+    assert aliases.operator_class(f"ktransformers.operators.{name}") == aliases.STOCK

@@ -190,7 +190,7 @@ def load_model(
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = source.state(parameters, dtype, inject.placement.device_of)
-    inject.warnings += _told(source, unused_in(source, parameters))
+    told = _told(source, unused_in(source, parameters))
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -200,7 +200,7 @@ def load_model(
     give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
     placement = inject.placement
     crossings = Crossings(model, placement) if placement.is_split else None
-    loaded = LoadedModel(model, loader, architecture, rules_file, inject.warnings, placement, crossings)
+    loaded = LoadedModel(model, loader, architecture, rules_file, inject.warnings + told, placement, crossings)
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     source.file.release_pages()
