@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -107,11 +106,13 @@ def _size(text: str | None) -> int | None:
 
 
 def _origin(text: str) -> str:
-    """A browser names an origin without a path."""
-    origin = text.rstrip("/")
-    if re.fullmatch(r"https?://[^/?#\s@]+", origin) is None:
+    from hybrimoe_kt.server.origins import parse_origin
+
+    origin = parse_origin(text)
+    if origin is None:
         raise ConfigError(
-            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example"
+            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example or "
+            f"app://obsidian.md, a scheme such as chrome-extension://*, null, or * for any"
         )
     return origin
 
