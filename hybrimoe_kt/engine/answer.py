@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .detokenizer import IncrementalDetokenizer
-from .events import Event, Finished, TextDelta, ToolCall
+from .events import Event, Finished, PromptRead, TextDelta, ToolCall
 from .response_format import ResponseParts
 from .sampler import Sampled
 from .sampling import Sampling
@@ -27,7 +27,7 @@ class Generates(Protocol):
         """Turns tokens into text."""
 
     def generate(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Generator[Sampled, None, None]:
-        """Yield the tokens of an answer until it ends or `stop` is set."""
+        """Yield the tokens of an answer until it ends or `stop` is set; `sampling` may want the prompt's before."""
 
     def last_run(self) -> dict[str, Any]:
         """The numbers of the last answer, or of the one being given; `finish` says why it ended."""
@@ -64,11 +64,19 @@ class _Answer:
 
     def events(self, stop: threading.Event) -> Generator[Event, None, None]:
         request = self._request
+        prompt: list[Sampled] = []
         text = self._engine.vocabulary.detokenizer(keep_special=request.parts is not None)
         with closing(self._engine.generate(request.prompt, request.sampling, stop)) as tokens:
             for sampled in tokens:
+                if sampled.place == "prompt":
+                    prompt.append(sampled)
+                    if len(prompt) == len(request.prompt):
+                        yield PromptRead(tuple(prompt))
+                    continue
                 if request.sampling.num_logprobs is not None:
                     self._sampled.append(sampled)
+                if sampled.place == "end":
+                    break
                 yield from self._say(self._stops.feed(text.step(sampled.token)))
                 if self._is_over:
                     break

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .detokenizer import IncrementalDetokenizer
 from .response_format import ResponseParts, response_format
+from .spelling import Spelling
+from .token_bytes import TokenBytes
 from .tokenizer import chat_prompt, template_takes
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
@@ -52,9 +55,18 @@ class Vocabulary:
         """Token ids of a plain text that the model is to go on with."""
         return list(self._tokenizer(text)["input_ids"])
 
-    def text_of(self, token: int) -> str:
-        """The text of a single token; U+FFFD stands in it for a part of a character."""
-        return str(self._tokenizer.decode([token]))
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens from the beginning of one on, special ones written out."""
+        return str(self._tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def spelling(self) -> Spelling:
+        """Return what tells where in a text each of its tokens stands."""
+        return Spelling(self.bytes_of)
+
+    @cached_property
+    def bytes_of(self) -> TokenBytes:
+        """What tells the bytes of a single token."""
+        return TokenBytes(self._tokenizer)
 
     def detokenizer(self, *, keep_special: bool = False) -> IncrementalDetokenizer:
         """Return what turns an answer's tokens into text as they come."""
