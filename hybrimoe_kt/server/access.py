@@ -54,6 +54,7 @@ class Access:
             await send(message)
 
         if (refusal := self._refusal(scope)) is not None:
+            refusal.headers |= self._readable_by(scope)
             await error_response(path, refusal)(scope, receive, counted)
             return
         if scope["method"] == "HEAD":  # the server below knows, and sends no body
@@ -83,6 +84,12 @@ class Access:
         if self._service.is_shutting_down and (scope["method"] == "POST" or scope["path"] == "/health"):
             return shutting_down()
         return None
+
+    def _readable_by(self, scope: Scope) -> dict[str, str]:
+        """Headers with which a browser shows a refusal to the page that asked, when that may ask at all."""
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        allowed = origin if self._origins.allow(origin) else None
+        return {"Access-Control-Allow-Origin": allowed, "Vary": "Origin"} if allowed else {}
 
     def _is_foreign(self, headers: dict[bytes, bytes]) -> bool:
         origin = headers.get(b"origin")

@@ -86,7 +86,7 @@ def completion_prompts(request: CompletionRequest) -> list[str | list[int]]:
 def sampling_of(service: Service, request: ChatRequest | CompletionRequest) -> Sampling:
     """Return how to draw; what the request leaves out is the server's default."""
     settings = service.settings
-    lengths = (getattr(request, "max_completion_tokens", None), request.max_tokens, request.n_predict)
+    lengths = (request.max_completion_tokens, request.max_tokens, request.n_predict)
     num_logprobs = _num_logprobs(request)
     return Sampling(
         max_new_tokens=service.longest_answer(_first(*lengths)),
@@ -140,4 +140,4 @@ def _first(*values: Any) -> Any:
 
 
 def _refuse(request: ChatRequest | CompletionRequest) -> None:
-    refuse(OPENAI, {**(request.model_extra or {}), "tool_choice": getattr(request, "tool_choice", None)})
+    refuse(OPENAI, {"tool_choice": getattr(request, "tool_choice", None), **(request.model_extra or {})})

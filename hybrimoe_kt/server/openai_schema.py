@@ -88,6 +88,7 @@ class _Request(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Length | None = None
+    max_completion_tokens: Length | None = None
     n_predict: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=2, **Finite)] | None = None
     top_p: Share | None = None
@@ -108,7 +109,6 @@ class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Length | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None

@@ -37,10 +37,15 @@ class Unsupported:
 
 
 _SAMPLERS = "the samplers here are temperature, top_k, top_p, min_p, the penalties and biases"
+_LOADED = "the model and its words are served as they were loaded"
 _HELD = "answers cannot be held to a format or grammar here; ask for it in the prompt"
 _PROMPT = "the prompt is what the model's chat template makes of the messages"
 _TEXT = "only text goes into this server and comes out of it"
 _SHAPE = "answers come in one shape here"
+_DRAWN = "answers are drawn token by token here"
+_ENDS = "an answer ends by end token, stop string or length"
+_THINKS = "what a model thinks of is its chat template's business: give chat_template_kwargs what that reads"
+_OTHERS = "it belongs to the other endpoint"
 
 _BOTH = (
     Unsupported(("mirostat",), _SAMPLERS),
@@ -68,31 +73,36 @@ OPENAI = (
     Unsupported(("verbosity",), "no model here has it", _is("medium")),
     Unsupported(("xtc_probability", "dry_multiplier", "dynatemp_range", "top_a"), _SAMPLERS),
     Unsupported(("top_n_sigma",), _SAMPLERS, _at_most(0)),
-    Unsupported(("adaptive_target",), _SAMPLERS, lambda value: _at_most(0)(value) and value < 0),
+    Unsupported(("adaptive_target",), _SAMPLERS, lambda value: isinstance(value, int | float) and value < 0),
     Unsupported(("min_keep",), _SAMPLERS, _at_most(1)),
     Unsupported(("samplers",), "their order is fixed here: biases, penalties, temperature, top_k, top_p, min_p"),
-    Unsupported(("use_beam_search", "length_penalty"), "answers are drawn token by token here"),
-    Unsupported(("min_tokens", "stop_token_ids", "bad_words"), "an answer ends by end token, stop string or length"),
-    Unsupported(("n_indent", "t_max_predict_ms"), "an answer ends by end token, stop string or length", _at_most(0)),
+    Unsupported(("use_beam_search",), _DRAWN),
+    Unsupported(("length_penalty",), _DRAWN, _is(1)),
+    Unsupported(("min_tokens", "stop_token_ids", "bad_words"), _ENDS),
+    Unsupported(("n_indent", "t_max_predict_ms"), _ENDS, _at_most(0)),
     Unsupported(("n_probs", "post_sampling_probs"), "logprobs tells how likely tokens were"),
-    Unsupported(("prompt_logprobs",), "echo with logprobs tells how likely the prompt was", _is(False)),
-    Unsupported(("lora", "logits_processors"), "the model is served as it was loaded"),
+    Unsupported(("prompt_logprobs",), "echo with logprobs tells how likely a prompt was", lambda value: value is False),
+    Unsupported(("lora", "logits_processors", "allowed_token_ids"), _LOADED),
     Unsupported(("chat_template", "documents", "continue_final_message", "truncate_prompt_tokens"), _PROMPT),
     Unsupported(("add_generation_prompt",), _PROMPT, _is(True)),
-    Unsupported(("enable_thinking",), "the chat template's options belong into chat_template_kwargs", lambda _: False),
+    Unsupported(("enable_thinking", "thinking"), _THINKS, lambda _: False),
+    Unsupported(("reasoning_budget", "thinking_budget_tokens"), _THINKS, _is(-1)),
     Unsupported(("reasoning_format",), _SHAPE, _is("auto", "deepseek")),
-    Unsupported(("include_stop_str_in_output", "return_tokens_as_token_ids"), _SHAPE),
-    Unsupported(("skip_special_tokens",), _SHAPE, _is(True)),
+    Unsupported(("reasoning_in_content", "include_stop_str_in_output", "return_tokens_as_token_ids"), _SHAPE),
+    Unsupported(("skip_special_tokens", "parse_tool_calls", "include_reasoning"), _SHAPE, _is(True)),
+    Unsupported(("prompt", "echo"), _OTHERS),
+    Unsupported(("messages", "tools", "chat_template_kwargs", "reasoning_effort", "top_logprobs"), _OTHERS),
 )  # fmt: skip
-"""Of OpenAI's requests, and of those of llama.cpp's and vLLM's servers in the same interface."""
+"""Of OpenAI's interface, also as llama.cpp's and vLLM's servers speak it; an endpoint's own fields are not asked."""
 
 OLLAMA = (
     *_BOTH,
     Unsupported(("format",), _HELD),
     Unsupported(("template",), _PROMPT),
     Unsupported(("context",), "it is Ollama's memory of an earlier request; send the messages to /api/chat"),
-    Unsupported(("rope_frequency_base", "rope_frequency_scale"), "the model is served as it was loaded"),
+    Unsupported(("rope_frequency_base", "rope_frequency_scale"), _LOADED),
     Unsupported(("width", "height", "steps"), _TEXT),
+    Unsupported(("_debug_render_only",), _SHAPE),
 )
 """Of Ollama's requests and their options."""
 

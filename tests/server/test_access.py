@@ -80,6 +80,9 @@ def test_an_origin_that_is_allowed_gets_what_a_browser_asks_for() -> None:
         assert preflight.headers["access-control-allow-origin"] == origin
         answer = running.http.get("/v1/models", headers={"Origin": origin, "Authorization": "Bearer k"})
         assert answer.headers["access-control-allow-origin"] == origin
+        without_the_key = running.http.get("/v1/models", headers={"Origin": origin})
+        assert without_the_key.status_code == 401
+        assert without_the_key.headers["access-control-allow-origin"] == origin
         behind_a_proxy = {"Host": "chat.example", "Origin": origin}
         assert running.http.get("/health", headers=behind_a_proxy).status_code == 200
         refused = running.http.get("/v1/models", headers={"Origin": "https://other.example"})
