@@ -40,8 +40,15 @@ def run_server(options: argparse.Namespace, console: Console) -> int:
             f"warning: anyone who reaches {visible(settings.host)} can use this server; --api_key asks for a key",
             markup=False,
         )
+    from hybrimoe_kt.server.origins import EVERY_PAGE
     from hybrimoe_kt.server.run import bind, serve
 
+    if settings.api_key is None and (wide := [origin for origin in settings.origins if origin in EVERY_PAGE]):
+        console.print(
+            f"warning: with --cors_origin {wide[0]} any page that a browser here shows can use this server; --api_key "
+            f"asks for a key",
+            markup=False,
+        )
     listener = bind(settings)
     engine = open_engine(options, console)
 

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-__all__ = ["Origins", "parse_origin"]
+__all__ = ["EVERY_PAGE", "Origins", "parse_origin"]
+
+EVERY_PAGE = ("*", "null", "file://", "http://*", "https://*")
+"""Patterns that let in, by one way or another, any page that a browser on this machine shows."""
 
 _WRITTEN = re.compile(r"([a-z][a-z0-9+.-]*)://(\*|\[[0-9a-f:.]+\]|[^/?#\s@:*\[\]]*)(?::(\d{1,5}|\*))?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": "80", "https": "443"}

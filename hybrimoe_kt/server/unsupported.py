@@ -90,8 +90,8 @@ OPENAI = (
     Unsupported(("reasoning_format",), _SHAPE, _is("auto", "deepseek")),
     Unsupported(("reasoning_in_content", "include_stop_str_in_output", "return_tokens_as_token_ids"), _SHAPE),
     Unsupported(("skip_special_tokens", "parse_tool_calls", "include_reasoning"), _SHAPE, _is(True)),
-    Unsupported(("prompt", "echo"), _OTHERS),
-    Unsupported(("messages", "tools", "chat_template_kwargs", "reasoning_effort", "top_logprobs"), _OTHERS),
+    Unsupported(("echo",), _OTHERS),
+    Unsupported(("tools", "chat_template_kwargs", "reasoning_effort", "top_logprobs"), _OTHERS),
 )  # fmt: skip
 """Of OpenAI's interface, also as llama.cpp's and vLLM's servers speak it; an endpoint's own fields are not asked."""
 

@@ -79,6 +79,26 @@ def test_each_is_taken_or_refused_as_the_page_says(short: Serving, interface: st
         assert f"{name} is not supported: {reason}" == (error if interface == "Ollama" else error["message"])
 
 
+EXAMPLES = [example for cells in rows_below("### Everything else") for example in re.findall(r"`(\{.*?\})`", cells[0])]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_each_example_of_what_else_is_refused_is_refused(embedded: Serving, example: str) -> None:
+    """By the embedded model, whose template has neither tools nor options."""
+    body = json.loads(example)
+    is_plain = "prompt" in body
+    path = "/v1/completions" if is_plain else "/v1/chat/completions"
+    whole = {"max_tokens": 1} if is_plain else {"messages": HI, "max_tokens": 1}
+    assert embedded.post(path, whole | ({"prompt": "hi"} if is_plain else {})).status_code == 200
+    answer = embedded.http.post(path, content=json.dumps(whole | body))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_the_examples_were_found() -> None:
+    assert len(EXAMPLES) == 14
+
+
 REAL = {
     "mirostat": 2, "typical_p": 0.7, "n": 2, "best_of": 3.0, "response_format": {"type": "json_object"},
     "grammar": "root ::= x", "json_schema": {"type": "object"}, "tool_choice": "required", "top_n_sigma": 1.0,
