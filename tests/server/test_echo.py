@@ -11,6 +11,7 @@ import torch
 from hybrimoe_kt.engine.engine import Engine
 from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.server.logprobs import ShownLogprobs
+from tests.host.test_spelling import KINDS
 
 from .scripted import ScriptedEngine
 from .serving import Serving, serving
@@ -168,3 +169,28 @@ def test_tokens_of_one_text_keep_the_likelier() -> None:
     shown._bytes_of = lambda token: b"same"  # type: ignore[assignment]
     told = shown.of_completion("a", [Sampled(token, -3.0, ((7, -0.1), (8, -2.0)))])
     assert told["top_logprobs"] == [{"same": -0.1, "a": -3.0}]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace"])
+def test_a_sentencepiece_vocabularys_tokens_spell_prompt_and_answer(kind: str) -> None:
+    """Its first space is no part of a text, and characters that it has no word for are several byte tokens."""
+    engine = ScriptedEngine(lambda prompt: "Hello world 🙂 é")
+    engine.tokenizer = KINDS[kind]
+    engine.tokenizer.eos_token = "<s>"
+    engine.vocabulary._tokenizer = engine.tokenizer
+    with serving(engine) as running:
+        for echo in (False, True):
+            asked = {"prompt": "Hello 日", "logprobs": 1, "echo": echo}
+            choice = running.post(PLAIN, asked).json()["choices"][0]
+            assert choice["text"].endswith("Hello world 🙂 é")
+            told = choice["logprobs"]
+            assert told["tokens"][0] == "<s>"  # which the script has as well, and no text shows
+            shown = [
+                (token, at) for token, at in zip(told["tokens"], told["text_offset"], strict=True) if token != "<s>"
+            ]
+            assert b"".join(spelled(token) for token, _ in shown) == choice["text"].encode()
+            assert all(choice["text"][at:].startswith(token) for token, at in shown if not token.startswith("bytes:"))
+        body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "temperature": 0}
+        content = running.post("/v1/chat/completions", body).json()["choices"][0]
+        told = content["logprobs"]["content"]  # whose text has the special one
+        assert bytes(byte for one in told for byte in one["bytes"]) == content["message"]["content"].encode()
