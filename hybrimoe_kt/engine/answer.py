@@ -59,19 +59,19 @@ class _Answer:
     def __init__(self, engine: Generates, request: Request) -> None:
         self._engine, self._request = engine, request
         self._stops = StopStrings(request.stop_strings)
+        self._read: list[Sampled] = []
         self._sampled: list[Sampled] = []
         self._num_calls = 0
 
     def events(self, stop: threading.Event) -> Generator[Event, None, None]:
         request = self._request
-        prompt: list[Sampled] = []
         text = self._engine.vocabulary.detokenizer(keep_special=request.parts is not None)
         with closing(self._engine.generate(request.prompt, request.sampling, stop)) as tokens:
             for sampled in tokens:
                 if sampled.place == "prompt":
-                    prompt.append(sampled)
-                    if len(prompt) == len(request.prompt):
-                        yield PromptRead(tuple(prompt))
+                    self._read.append(sampled)
+                    if len(self._read) == len(request.prompt):
+                        yield PromptRead(tuple(self._read))
                     continue
                 if request.sampling.num_logprobs is not None:
                     self._sampled.append(sampled)
