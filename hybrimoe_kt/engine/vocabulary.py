@@ -55,7 +55,11 @@ class Vocabulary:
         """Token ids of a plain text that the model is to go on with."""
         return list(self._tokenizer(text)["input_ids"])
 
-    def text_of(self, tokens: Sequence[int]) -> str:
+    def text_of(self, token: int) -> str:
+        """The text of a single token; U+FFFD stands in it for a part of a character."""
+        return str(self._tokenizer.decode([token]))
+
+    def text_of_all(self, tokens: Sequence[int]) -> str:
         """The text of tokens from the beginning of one on, special ones written out."""
         return str(self._tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False))
 

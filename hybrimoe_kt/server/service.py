@@ -147,7 +147,7 @@ class Service:
         if isinstance(prompt, str):
             return prompt
         async with self._tokenizing:
-            return await asyncio.to_thread(self.engine.vocabulary.text_of, prompt)
+            return await asyncio.to_thread(self.engine.vocabulary.text_of_all, prompt)
 
     def _begin(self, requests: Sequence[Request], param: str) -> Events:
         if self.is_shutting_down:
