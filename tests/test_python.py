@@ -144,7 +144,7 @@ def test_nothing_needs_closing(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5},
+    [{"max_new_tokens": -1}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": -0.1}, {"top_p": 1.5},
      {"top_k": -1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"num_logprobs": -1}],
 )  # fmt: skip
 def test_sampling_that_cannot_be_names_its_option(wrong: dict[str, float]) -> None:

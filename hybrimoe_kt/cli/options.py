@@ -129,8 +129,13 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     answer.add_argument(
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
-    answer.add_argument("--top_p", type=_number(0.0001, 1), default=0.95, metavar="P")
-    answer.add_argument("--seed", type=_whole(0, 2**63 - 1), metavar="N", help="the same seed draws the same tokens")
+    answer.add_argument("--top_p", type=_number(0, 1), default=0.95, metavar="P")
+    answer.add_argument(
+        "--seed",
+        type=_whole(-1, 2**63 - 1),
+        metavar="N",
+        help="the same seed draws the same tokens; -1: others each time",
+    )
 
 
 def _add_experts(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -41,8 +40,15 @@ def run_server(options: argparse.Namespace, console: Console) -> int:
             f"warning: anyone who reaches {visible(settings.host)} can use this server; --api_key asks for a key",
             markup=False,
         )
+    from hybrimoe_kt.server.origins import EVERY_PAGE
     from hybrimoe_kt.server.run import bind, serve
 
+    if settings.api_key is None and (wide := [origin for origin in settings.origins if origin in EVERY_PAGE]):
+        console.print(
+            f"warning: with --cors_origin {wide[0]} any page that a browser here shows can use this server; --api_key "
+            f"asks for a key",
+            markup=False,
+        )
     listener = bind(settings)
     engine = open_engine(options, console)
 
@@ -107,11 +113,13 @@ def _size(text: str | None) -> int | None:
 
 
 def _origin(text: str) -> str:
-    """A browser names an origin without a path."""
-    origin = text.rstrip("/")
-    if re.fullmatch(r"https?://[^/?#\s@]+", origin) is None:
+    from hybrimoe_kt.server.origins import parse_origin
+
+    origin = parse_origin(text)
+    if origin is None:
         raise ConfigError(
-            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example"
+            f"--cors_origin {text!r} is not understood: give scheme and host, such as https://chat.example or "
+            f"app://obsidian.md, a scheme such as chrome-extension://*, null, or * for any"
         )
     return origin
 

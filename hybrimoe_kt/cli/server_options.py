@@ -34,7 +34,7 @@ def add_server_flags(server: argparse._ArgumentGroup) -> None:
         "--max_request_size", metavar="SIZE", help="longest request (16MiB); default: what the context may need"
     )
     server.add_argument(
-        "--cors_origin", action="append", metavar="URL", help="web page that may use the server; repeatable"
+        "--cors_origin", action="append", metavar="ORIGIN", help="page or app that may use the server; repeatable"
     )
     server.add_argument(
         "--shutdown_s", type=number(0, 86400), metavar="S", help="how long answers may go on after SIGTERM, default 60"

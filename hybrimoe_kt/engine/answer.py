@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .detokenizer import IncrementalDetokenizer
-from .events import Event, Finished, TextDelta, ToolCall
+from .events import Event, Finished, PromptRead, TextDelta, ToolCall
 from .response_format import ResponseParts
 from .sampler import Sampled
 from .sampling import Sampling
@@ -27,7 +27,7 @@ class Generates(Protocol):
         """Turns tokens into text."""
 
     def generate(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Generator[Sampled, None, None]:
-        """Yield the tokens of an answer until it ends or `stop` is set."""
+        """Yield the tokens of an answer until it ends or `stop` is set; `sampling` may want the prompt's before."""
 
     def last_run(self) -> dict[str, Any]:
         """The numbers of the last answer, or of the one being given; `finish` says why it ended."""
@@ -59,6 +59,7 @@ class _Answer:
     def __init__(self, engine: Generates, request: Request) -> None:
         self._engine, self._request = engine, request
         self._stops = StopStrings(request.stop_strings)
+        self._read: list[Sampled] = []
         self._sampled: list[Sampled] = []
         self._num_calls = 0
 
@@ -67,8 +68,15 @@ class _Answer:
         text = self._engine.vocabulary.detokenizer(keep_special=request.parts.marks if request.parts else False)
         with closing(self._engine.generate(request.prompt, request.sampling, stop)) as tokens:
             for sampled in tokens:
+                if sampled.place == "prompt":
+                    self._read.append(sampled)
+                    if len(self._read) == len(request.prompt):
+                        yield PromptRead(tuple(self._read))
+                    continue
                 if request.sampling.num_logprobs is not None:
                     self._sampled.append(sampled)
+                if sampled.place == "end":
+                    break
                 yield from self._say(self._stops.feed(text.step(sampled.token)))
                 if self._is_over:
                     break

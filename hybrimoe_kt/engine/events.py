@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .sampler import Sampled
 
-__all__ = ["Answer", "Event", "Finished", "TextDelta", "ToolCall"]
+__all__ = ["Answer", "Event", "Finished", "PromptRead", "TextDelta", "ToolCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRead:
+    """The prompt's tokens with their log-probabilities, when those were asked for; comes before all else."""
+
+    sampled: tuple[Sampled, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class Finished:
     run: Mapping[str, Any] = field(default_factory=dict)
 
 
-Event = TextDelta | ToolCall | Finished
+Event = PromptRead | TextDelta | ToolCall | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,8 @@ class Answer:
     """Why it ended: "stop", "length" (the longest allowed), "tool_calls" or "cancelled"."""
     sampled: tuple[Sampled, ...] = ()
     """Its tokens with their log-probabilities, when `Sampling.num_logprobs` asks for them."""
+    prompt_sampled: tuple[Sampled, ...] = ()
+    """The prompt's tokens likewise, when `Sampling.num_prompt_logprobs` does."""
     run: Mapping[str, Any] = field(default_factory=dict)
     """What it took: tokens, seconds, rates and expert counts, see `Engine.last_run`."""
 
@@ -66,8 +75,11 @@ class Answer:
         text, thoughts, finished = "", "", Finished("stop")
         calls: list[ToolCall] = []
         sampled: list[Sampled] = []
+        prompt: tuple[Sampled, ...] = ()
         for event in events:
-            if isinstance(event, ToolCall):
+            if isinstance(event, PromptRead):
+                prompt = event.sampled
+            elif isinstance(event, ToolCall):
                 calls.append(event)
             elif isinstance(event, Finished):
                 finished = event
@@ -75,4 +87,4 @@ class Answer:
                 sampled += event.sampled
                 text += "" if event.is_thought else event.text
                 thoughts += event.text if event.is_thought else ""
-        return cls(text, thoughts, tuple(calls), finished.reason, tuple(sampled), finished.run)
+        return cls(text, thoughts, tuple(calls), finished.reason, tuple(sampled), prompt, finished.run)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.generation import (
@@ -21,34 +21,44 @@ from .sampling import Sampling
 
 __all__ = ["Sampled", "Sampler"]
 
+# What keeps a token from being drawn. Finite: with every token forbidden there is still a likeliest one.
+_FORBIDDEN = -1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A drawn token; natural log-probabilities under the model's own distribution, before any of `Sampling`'s changes.
+    """A token and where it stands: the prompt's own, drawn for the answer, or drawn and its end.
 
-    `likeliest` holds `(token, logprob)` in falling order.
+    Natural log-probabilities under the model's own distribution, before any of `Sampling`'s changes; None where they
+    were not asked for, and of a prompt's first token. `likeliest` holds `(token, logprob)` in falling order.
     """
 
     token: int
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
+    place: Literal["prompt", "answer", "end"] = "answer"
 
 
 class Sampler:
     """Draws tokens one after the other; the same seed draws the same tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), forbidden: Collection[int] = ()) -> None:
+        """`forbidden` tokens are never drawn."""
         self._sampling = sampling
         self._greedy = sampling.temperature < 1e-6  # below, dividing by it overflows
         self._generator = torch.Generator()
-        if sampling.seed is None:
+        if sampling.seed is None or sampling.seed < 0:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
-        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
-        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+        biases = {**sampling.logit_bias, **dict.fromkeys(forbidden, _FORBIDDEN)}
+        self._biased = torch.tensor(list(biases), dtype=torch.long)
+        self._biases = torch.tensor(list(biases.values()), dtype=torch.float32)
         self._counts: Counter[int] = Counter()
         self._met = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else {}
+        self._window = deque(prompt, sampling.penalty_window)
+        penalties = sampling.repetition_penalty - 1, sampling.frequency_penalty, sampling.presence_penalty
+        self._penalises = any(penalties)
         self._warpers = LogitsProcessorList([] if self._greedy else _warpers(sampling))
 
     def __call__(self, logits: torch.Tensor) -> Sampled:
@@ -60,7 +70,7 @@ class Sampler:
             unused: Any = torch.empty(1, 0, dtype=torch.long)  # ids so far, which none of these looks at
             warped = self._warpers(unused, scores[None])
             token = int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
-        self._counts[token] += 1
+        self._count(token)
         if self._sampling.num_logprobs is None:
             return Sampled(token)
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -69,12 +79,21 @@ class Sampler:
             token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         )
 
+    def _count(self, token: int) -> None:
+        if self._sampling.penalty_window is None:
+            self._counts[token] += 1
+            self._met[token] = None
+        else:
+            self._window.append(token)
+
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
         sampling = self._sampling
-        if sampling.logit_bias:
+        if len(self._biased):
             logits = logits.index_add(0, self._biased, self._biases)
-        if sampling.repetition_penalty != 1.0:
-            self._met.update(dict.fromkeys(self._counts))
+        if sampling.penalty_window is not None and self._penalises:
+            self._counts = Counter(self._window)
+            self._met = dict.fromkeys(self._window)
+        if self._met and sampling.repetition_penalty != 1.0:
             penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
             logits = penalise(torch.tensor([list(self._met)]), logits[None].clone())[0]
         if self._counts and (sampling.frequency_penalty or sampling.presence_penalty):

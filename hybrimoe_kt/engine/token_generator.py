@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
 from .profiler import TimeShares
+from .prompt_scores import PromptScores
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
 from .vocabulary import num_token_ids
@@ -93,12 +94,16 @@ class TokenGenerator:
         """Yield the new token ids after `prompt`, end tokens left out; `last_run` tells what it took."""
         with closing(self.generate(prompt, sampling, stop)) as generated:
             for sampled in generated:
-                yield sampled.token
+                if sampled.place == "answer":
+                    yield sampled.token
 
     def generate(
         self, prompt: list[int], sampling: Sampling, stop: threading.Event | None = None
     ) -> Generator[Sampled, None, None]:
-        """Do as `tokens` does, and tell how likely they were."""
+        """Do as `tokens` does, and tell how likely they were.
+
+        With `num_prompt_logprobs` the prompt's tokens come first, and the end token last where one was drawn.
+        """
         self.check_length(prompt)
         self._run = run = Run(prompt_tokens=len(prompt))
         before = self.runtime_counters()
@@ -112,28 +117,35 @@ class TokenGenerator:
     def _generate(
         self, prompt: list[int], sampling: Sampling, stop: threading.Event | None, run: Run
     ) -> Iterator[Sampled]:
-        sample = Sampler(sampling, prompt)
+        sample = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else ())
+        scores = None
+        if sampling.num_prompt_logprobs is not None:
+            scores = PromptScores(prompt, sampling.num_prompt_logprobs)
+            self.reset()
         run.reused_tokens = self._reuse(prompt)
         began = time.perf_counter()
-        logits = self._forward(prompt[run.reused_tokens :], stop)
+        logits = self._forward(prompt[run.reused_tokens :], stop, scores)
         run.prefill_s = time.perf_counter() - began
-        room = self.context_tokens - len(prompt)
+        if scores is not None and logits is not None:
+            yield from scores.sampled()
+        limit = min(sampling.max_new_tokens, self.context_tokens - len(prompt))
         began = time.perf_counter()
-        while logits is not None:
+        while logits is not None and limit:
             sampled = sample(logits)
             if sampled.token in self.end_ids:
+                if scores is not None:
+                    yield replace(sampled, place="end")
                 return
             run.new_tokens += 1
             run.decode_s = time.perf_counter() - began
             yield sampled
-            if run.new_tokens >= min(sampling.max_new_tokens, room):
-                run.finish = "length"
-                return
+            if run.new_tokens >= limit:
+                break
             if stop is not None and stop.is_set():
                 run.finish = "cancelled"
                 return
             logits = self._forward([sampled.token], stop)
-        run.finish = "cancelled"
+        run.finish = "cancelled" if logits is None else "length"
 
     def feed(self, text: list[int], size: int, stop: threading.Event | None = None) -> Iterator[int]:
         """Run given tokens through the model from an empty cache, `size` at a time, and draw nothing.
@@ -160,7 +172,9 @@ class TokenGenerator:
             self._note.at_end(self.runtime.health())
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
+    def _forward(
+        self, ids: list[int], stop: threading.Event | None, scores: PromptScores | None = None
+    ) -> torch.Tensor | None:
         """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.
 
         None when `stop` is set between two chunks. Where an accelerator's memory runs out, expert caches shrink and
@@ -170,7 +184,7 @@ class TokenGenerator:
         whole, left = self._cached_ids + ids, ids
         while True:
             try:
-                logits = self._append(left, stop)
+                logits = self._append(left, stop, scores)
                 break
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -178,6 +192,8 @@ class TokenGenerator:
                 reason = first_line(error).split(". GPU ")[0]  # which goes on about the allocator
             self._make_room(reason, len(whole))  # not above: the error's frames hold what the failed step allocated
             left = whole
+            if scores is not None:
+                scores.clear()
         self._note.at_step(self.runtime.health())
         if logits is None:
             return None
@@ -187,8 +203,10 @@ class TokenGenerator:
             self.shares.step(len(ids), time.perf_counter() - began)
         return logits
 
-    def _append(self, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
+    def _append(self, ids: list[int], stop: threading.Event | None, scores: PromptScores | None) -> torch.Tensor | None:
         step = self.runtime.options.max_chunk_tokens
+        if scores is not None:
+            step = min(step, scores.max_tokens(num_token_ids(self.model)))
         logits: torch.Tensor | None = None
         for at in range(0, len(ids), step):
             if stop is not None and stop.is_set() and at:
@@ -198,7 +216,10 @@ class TokenGenerator:
             cached, self._cached_ids = self._cached_ids, []
             tokens = torch.tensor([piece], device=self.model.device)
             given = {self._cache_name: self._cache}
-            output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **given)
+            kept = 1 if scores is None else 0  # 0 keeps those of every token
+            output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=kept, **given)
+            if scores is not None:
+                scores.add(output.logits[0])
             logits = output.logits[0, -1].float().cpu()
             self._cached_ids = cached + piece
         return logits

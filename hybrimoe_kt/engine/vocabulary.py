@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chat_template import chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
 from .response_format import ResponseParts, response_format, response_parts
+from .spelling import Spelling
+from .token_bytes import TokenBytes
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
@@ -58,6 +61,19 @@ class Vocabulary:
     def text_of(self, token: int) -> str:
         """The text of a single token; U+FFFD stands in it for a part of a character."""
         return str(self._tokenizer.decode([token]))
+
+    def text_of_all(self, tokens: Sequence[int]) -> str:
+        """The text of tokens from the beginning of one on, special ones written out."""
+        return str(self._tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def spelling(self) -> Spelling:
+        """Return what tells where in a text each of its tokens stands."""
+        return Spelling(self.bytes_of)
+
+    @cached_property
+    def bytes_of(self) -> TokenBytes:
+        """What tells the bytes of a single token."""
+        return TokenBytes(self._tokenizer)
 
     def detokenizer(self, *, keep_special: bool | Collection[str] = False) -> IncrementalDetokenizer:
         """Return what turns an answer's tokens into text as they come; `keep_special` as there."""

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
+from .origins import Origins
 from .queue import shutting_down
 from .service import Service
 
@@ -19,7 +20,7 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Access:
-    """Refuses before any route is asked, and counts every response.
+    """Refuses before any route is asked, and counts every response. HEAD is asked like GET, the body left out.
 
     - A key, when the server has one, on all paths but `open_paths`.
     - A request that a web page of another origin makes, unless the origin is allowed: a browser lets any page send
@@ -34,8 +35,8 @@ class Access:
         self._app, self._service = app, service
         self._open_paths, self._known_paths = open_paths, known_paths
         self._key = (service.settings.api_key or "").encode()
-        allowed = [urlsplit(origin).hostname for origin in service.settings.origins]
-        self._names = (*_LOOPBACK_NAMES, *allowed, "") if _is_loopback(service.settings.host) else None
+        self._origins = Origins(service.settings.origins)
+        self._names = (*_LOOPBACK_NAMES, *self._origins.host_names, "") if _is_loopback(service.settings.host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,8 +54,11 @@ class Access:
             await send(message)
 
         if (refusal := self._refusal(scope)) is not None:
+            refusal.headers |= self._readable_by(scope)
             await error_response(path, refusal)(scope, receive, counted)
             return
+        if scope["method"] == "HEAD":  # the server below knows, and sends no body
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, counted)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
@@ -65,8 +69,9 @@ class Access:
                 code="foreign_host",
             )  # fmt: skip
         if self._is_foreign(headers) and scope["method"] != "OPTIONS":
+            origin = headers[b"origin"][:200].decode("latin-1")
             return ApiError(
-                403, "a web page of another origin may not use this server; --cors_origin allows it",
+                403, f"a web page or app of another origin ({origin}) may not use this server; --cors_origin allows it",
                 code="foreign_origin",
             )  # fmt: skip
         if self._key and scope["path"] not in self._open_paths and scope["method"] != "OPTIONS":
@@ -80,13 +85,20 @@ class Access:
             return shutting_down()
         return None
 
+    def _readable_by(self, scope: Scope) -> dict[str, str]:
+        """Headers with which a browser shows a refusal to the page that asked, when that may ask at all."""
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        allowed = origin if self._origins.allow(origin) else None
+        return {"Access-Control-Allow-Origin": allowed, "Vary": "Origin"} if allowed else {}
+
     def _is_foreign(self, headers: dict[bytes, bytes]) -> bool:
         origin = headers.get(b"origin")
         if origin is None:
             return False
         own = headers.get(b"host", b"").decode("latin-1")
         shown = origin.decode("latin-1")
-        return shown not in self._service.settings.origins and urlsplit(shown).netloc.lower() != own.lower()
+        is_own = shown.lower() in (f"http://{own.lower()}", f"https://{own.lower()}")
+        return not is_own and not self._origins.allow(shown)
 
 
 def _host_name(host: bytes) -> str:

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from hybrimoe_kt import __version__
@@ -24,6 +24,7 @@ from .body import BodyLimit
 from .errors import ApiError, Json, as_api_error, error_response
 from .ollama_routes import ollama_routes
 from .openai_routes import openai_routes
+from .origins import Origins
 from .service import Service
 
 __all__ = ["make_app"]
@@ -36,6 +37,19 @@ _PAGE_HEADERS = {
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
+}
+_BY_ACCEPT = {"Vary": "Accept"}
+
+# What clients of other servers ask for, and why there is nothing.
+_ABSENT = {
+    **dict.fromkeys(
+        ("/api/embed", "/api/embeddings", "/v1/embeddings"), "this server makes no embeddings, only answers"
+    ),
+    **dict.fromkeys(
+        ("/api/create", "/api/copy", "/api/delete", "/api/push"), "this server has one model and keeps it as it is"
+    ),
+    "/v1/responses": "this server has no responses that it keeps; use /v1/chat/completions",
+    "/completion": "llama.cpp's own interface is not spoken here; use /v1/completions",
 }
 
 
@@ -53,9 +67,9 @@ def make_app(service: Service) -> ASGIApp:
     known = {*app.openapi()["paths"], *page}
     settings = service.settings
     layers: ASGIApp = BodyLimit(app, service.max_request_bytes, settings.request_s)
-    if settings.origins:
+    if allowed := Origins(settings.origins).pattern:
         layers = CORSMiddleware(
-            layers, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
+            layers, allow_origin_regex=allowed, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     return Access(layers, service, {"/health", *page}, known)
 
@@ -78,10 +92,17 @@ def _add_page(app: FastAPI) -> list[str]:
     """Serve the page's files, and return their paths."""
     folder = Path(str(resources.files("hybrimoe_kt.server") / "page"))
     files = {f"/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
-    files["/"] = files["/index.html"]
     for path, file in files.items():
-        app.add_api_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
-    return list(files)
+        app.add_api_route(path, _sender(file), include_in_schema=False)
+
+    @app.get("/", include_in_schema=False)
+    async def root(request: Request) -> Response:
+        """Browsers get the page, and programs what Ollama's clients look for."""
+        if "text/html" in request.headers.get("accept", ""):
+            return FileResponse(files["/index.html"], headers=_PAGE_HEADERS | _BY_ACCEPT)
+        return PlainTextResponse("Ollama is running", headers=_BY_ACCEPT)
+
+    return [*files, "/"]
 
 
 def _sender(file: Path) -> Any:
@@ -98,7 +119,7 @@ async def _refused(request: Request, error: Any) -> Response:
 async def _http(request: Request, error: Any) -> Response:
     path = request.url.path
     if error.status_code == 404:
-        shown = ApiError(404, f"there is nothing at {path}", code="not_found")
+        shown = ApiError(404, _ABSENT.get(path, f"there is nothing at {path}"), code="not_found")
     elif error.status_code == 405:
         shown = ApiError(
             405, f"{path} does not take {request.method}", code="method_not_allowed", headers=error.headers

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from hybrimoe_kt.engine.events import Answer, Event, Finished, ToolCall
+from hybrimoe_kt.engine.events import Answer, Event, Finished, TextDelta, ToolCall
+from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.engine.sampling import Sampling
 
 from .errors import ApiError, Json, as_api_error
-from .ollama_schema import ChatRequest, GenerateRequest, Message, Options, ShowRequest
+from .logprobs import ShownLogprobs
+from .ollama_schema import ChatRequest, GenerateRequest, Message, Options, PullRequest, ShowRequest
 from .openai_routes import EventStream
 from .service import ChatInput, Events, Service, unless_gone
+from .unsupported import OLLAMA, refuse
 
 __all__ = ["ollama_routes"]
 
@@ -54,6 +57,13 @@ def ollama_routes(service: Service) -> APIRouter:
         _check_model(service, body.model or body.name or "")
         return Json(_shown_details(service, started))
 
+    @router.post("/api/pull")
+    async def pull(body: PullRequest) -> Response:
+        _check_model(service, body.model or body.name or "")
+        done = _line({"status": "success"})  # it is here already
+        is_whole = body.stream is False
+        return Response(done, media_type="application/json" if is_whole else "application/x-ndjson")
+
     @router.post("/api/chat")
     async def chat(body: ChatRequest, request: Request) -> Response:
         _check(service, body)
@@ -69,18 +79,14 @@ def ollama_routes(service: Service) -> APIRouter:
     @router.post("/api/generate")
     async def generate(body: GenerateRequest, request: Request) -> Response:
         _check(service, body)
-        for name in ("suffix", "template", "context", "images"):
-            if getattr(body, name):
-                raise ApiError(400, f"{name} is not supported")
-        if not body.prompt:
+        prompt = body.prompt
+        if not prompt:
             return Json(_loaded(service, {"response": ""}))
         if body.raw:
-            return await _respond(
-                service, request, body, lambda *how: service.complete(body.prompt, *how), _in_response
-            )
+            return await _respond(service, request, body, lambda *how: service.complete([prompt], *how), _in_response)
         system = [{"role": "system", "content": body.system}] if body.system else []
         given = ChatInput(
-            messages=[*system, {"role": "user", "content": body.prompt}],
+            messages=[*system, {"role": "user", "content": prompt}],
             template_options=_thinking(service, body.think),
         )
         return await _respond(service, request, body, lambda *how: service.chat(given, *how), _in_response)
@@ -90,15 +96,17 @@ def ollama_routes(service: Service) -> APIRouter:
 
 def _check(service: Service, body: ChatRequest | GenerateRequest) -> None:
     _check_model(service, body.model)
-    if body.format:
-        raise ApiError(400, "format is not supported: answers cannot be held to a format here")
+    options = body.options.model_extra if body.options else None
+    refuse(OLLAMA, {**(options or {}), **(body.model_extra or {})})
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true")
 
 
 def _check_model(service: Service, name: str) -> None:
     try:
         service.check_model(name)
     except ApiError:
-        raise ApiError(404, f"model {name!r} not found") from None
+        raise ApiError(404, f"model {name!r} not found; the one served is {service.model_name!r}") from None
 
 
 def _thinking(service: Service, think: bool | str | None) -> dict[str, Any]:
@@ -112,25 +120,26 @@ def _thinking(service: Service, think: bool | str | None) -> dict[str, Any]:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    if message.images:
-        raise ApiError(400, "images are not supported")
-    shown: dict[str, Any] = {"role": message.role, "content": message.content}
+    refuse(OLLAMA, {"images": message.images})
+    shown: dict[str, Any] = {"role": message.role, "content": message.content or ""}
     if message.thinking is not None:
         shown["reasoning_content"] = message.thinking
+    if message.tool_call_id is not None:
+        shown["tool_call_id"] = message.tool_call_id
     if message.tool_name is not None:
         shown["name"] = message.tool_name
     if message.tool_calls:
         shown["tool_calls"] = [
-            {"type": "function", "function": call.function.model_dump()} for call in message.tool_calls
+            {"type": "function", "function": {"name": call.function.name, "arguments": call.function.arguments or {}}}
+            for call in message.tool_calls
         ]
     return shown
 
 
-def _how(service: Service, options: Options) -> tuple[Sampling, tuple[str, ...]]:
-    settings = service.settings
-    wanted = options.num_predict if options.num_predict is not None and options.num_predict > 0 else None
+def _how(service: Service, body: ChatRequest | GenerateRequest) -> tuple[Sampling, tuple[str, ...]]:
+    settings, options = service.settings, body.options or Options()
     sampling = Sampling(
-        max_new_tokens=service.longest_answer(wanted),
+        max_new_tokens=service.longest_answer(options.num_predict or None),
         temperature=settings.temperature if options.temperature is None else options.temperature,
         top_p=settings.top_p if options.top_p is None else options.top_p,
         top_k=max(0, options.top_k or 0),
@@ -138,10 +147,12 @@ def _how(service: Service, options: Options) -> tuple[Sampling, tuple[str, ...]]
         repetition_penalty=1.0 if options.repeat_penalty is None else options.repeat_penalty,
         frequency_penalty=options.frequency_penalty or 0.0,
         presence_penalty=options.presence_penalty or 0.0,
+        penalty_window=service.penalty_window(options.repeat_last_n),
         seed=settings.seed if options.seed is None else options.seed,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    stop = options.stop
-    return sampling, (stop,) if isinstance(stop, str) else tuple(stop or ())
+    given = [options.stop] if isinstance(options.stop, str) else options.stop or []
+    return sampling, tuple(filter(None, given))
 
 
 async def _respond(
@@ -152,8 +163,8 @@ async def _respond(
     shape: Callable[..., dict[str, Any]],
 ) -> Response:
     began = time.perf_counter()
-    events: Events = await begin(*_how(service, body.options or Options()))
-    if body.stream:
+    events: Events = await begin(*_how(service, body))
+    if body.stream is not False:
         lines = _lines(service, aiter(events), shape, began)
         return EventStream(lines, events, media_type="application/x-ndjson")
     async with events:
@@ -164,6 +175,7 @@ async def _respond(
 async def _lines(
     service: Service, events: AsyncIterator[Event], shape: Callable[..., dict[str, Any]], began: float
 ) -> AsyncIterator[str]:
+    told = ShownLogprobs(service.engine.vocabulary)
     try:
         async for event in events:
             head = {"model": service.model_name, "created_at": _now()}
@@ -171,9 +183,9 @@ async def _lines(
                 yield _line(head | shape() | _ending(event.reason, event.run, began))
             elif isinstance(event, ToolCall):
                 yield _line(head | shape(calls=[_shown_call(event)]) | {"done": False})
-            elif event.text:
+            elif isinstance(event, TextDelta) and (event.text or event.sampled):
                 said = {"thoughts" if event.is_thought else "text": event.text}
-                yield _line(head | shape(**said) | {"done": False})
+                yield _line(head | shape(**said) | _logprobs(told, event.text, event.sampled) | {"done": False})
     except Exception as error:  # the status is sent already: say it in the stream
         if not isinstance(error, ApiError):
             logger.warning("a stream was cut short: %s", error)
@@ -187,7 +199,14 @@ async def _whole(
     calls = [_shown_call(call) for call in answer.tool_calls]
     head = {"model": service.model_name, "created_at": _now()}
     said = shape(text=answer.text, thoughts=answer.thoughts, calls=calls)
+    told = ShownLogprobs(service.engine.vocabulary)
+    said |= _logprobs(told, answer.thoughts + answer.text, answer.sampled)
     return head | said | _ending(answer.reason, answer.run, began)
+
+
+def _logprobs(told: ShownLogprobs, text: str, sampled: Sequence[Sampled]) -> dict[str, Any]:
+    shown = told.of_chat(text, sampled)
+    return {"logprobs": shown} if shown else {}
 
 
 def _in_message(*, text: str = "", thoughts: str = "", calls: list[Any] | None = None) -> dict[str, Any]:

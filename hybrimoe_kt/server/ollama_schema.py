@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .openai_schema import Finite, Text, Tool
+from .fields import Finite, Penalty, Repetition, Seed, Share, Stop, Text, TopK, Whole, Window
+from .openai_schema import Tool
 
-__all__ = ["ChatRequest", "GenerateRequest", "Message", "Options", "ShowRequest"]
+__all__ = ["ChatRequest", "GenerateRequest", "Message", "Options", "PullRequest", "ShowRequest"]
 
 
 class _Model(BaseModel):
@@ -16,26 +17,29 @@ class _Model(BaseModel):
 
 
 class Options(_Model):
-    """How to draw; Ollama's other options choose among its own ways of running a model and are ignored."""
+    """How to draw; `unsupported` knows those that are refused, all others choose among Ollama's ways to run a model."""
 
-    num_predict: Annotated[int, Field(ge=-2)] | None = None
-    """Longest answer, tokens; -1 and -2: what the context holds."""
+    model_config = ConfigDict(extra="allow")
+
+    num_predict: Annotated[Whole, Field(ge=-2)] | None = None
+    """Longest answer, tokens; -2, -1 and, as in Ollama, 0: what the context holds."""
     temperature: Annotated[float, Field(ge=0, le=100, **Finite)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, **Finite)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, **Finite)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10, **Finite)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, **Finite)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, **Finite)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repeat_penalty: Repetition | None = None
+    repeat_last_n: Window | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
 
 
 class CalledFunction(_Model):
     """A function that the assistant called."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] | None = None
 
 
 class ToolCall(_Model):
@@ -48,39 +52,46 @@ class Message(_Model):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
+    content: str | None = None
     thinking: str | None = None
     images: list[str] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 class _Request(_Model):
+    model_config = ConfigDict(extra="allow")
+
     model: Text
-    stream: bool = True
+    stream: bool | None = None
     options: Options | None = None
-    format: str | dict[str, Any] | None = None
     think: bool | str | None = None
-    keep_alive: int | float | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class ChatRequest(_Request):
     """`POST /api/chat`."""
 
-    messages: list[Message] = []
+    messages: list[Message] | None = None
     tools: list[Tool] | None = None
 
 
 class GenerateRequest(_Request):
     """`POST /api/generate`."""
 
-    prompt: str = ""
+    prompt: str | None = None
     system: str | None = None
-    suffix: str | None = None
-    template: str | None = None
-    context: list[int] | None = None
-    images: list[str] | None = None
-    raw: bool = False
+    raw: bool | None = None
+
+
+class PullRequest(_Model):
+    """`POST /api/pull`."""
+
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
 
 
 class ShowRequest(_Model):

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.vocabulary import Vocabulary
 
 from .errors import ApiError
 from .openai_schema import ChatRequest, CompletionRequest, Message
 from .service import ChatInput, Service
+from .unsupported import OPENAI, refuse
 
-__all__ = ["chat_input", "completion_prompt", "sampling_of", "stops_of"]
-
-_REFUSED = ("audio", "functions", "function_call", "web_search_options")
+__all__ = ["chat_input", "completion_prompts", "sampling_of", "stops_of"]
 
 
-def chat_input(request: ChatRequest) -> ChatInput:
+def chat_input(request: ChatRequest, service: Service) -> ChatInput:
     """Return the conversation; ApiError for what this server cannot do."""
-    _refuse(request, _REFUSED)
-    if request.modalities not in (None, ["text"]):
-        raise _unsupported("modalities", "only text comes out of this server")
-    if (request.response_format or {"type": "text"}).get("type") != "text":
-        raise _unsupported("response_format", "answers cannot be held to a format here; ask for it in the prompt")
-    if request.tool_choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", 'a tool call cannot be forced here; give "auto" or "none"')
+    _refuse(request)
     tools = [] if request.tool_choice == "none" else request.tools or []
+    options = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        options |= _effort(request.reasoning_effort, service.engine.vocabulary)
     return ChatInput(
         messages=[_message(number, message) for number, message in enumerate(request.messages)],
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
-        template_options=request.chat_template_kwargs or {},
+        template_options=options,
         one_call=request.parallel_tool_calls is False,
     )
+
+
+def _effort(effort: str, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What the chat template is to know of it; "medium" is what a model does that has no such choice."""
+    if vocabulary.takes("reasoning_effort"):
+        return {"reasoning_effort": effort}
+    if effort == "none" and vocabulary.takes("enable_thinking"):
+        return {"enable_thinking": False}
+    if effort in ("medium", ""):
+        return {}
+    raise ApiError(
+        400, f"reasoning_effort {effort!r} is not supported: this model's chat template has no such option",
+        param="reasoning_effort", code="unsupported_parameter",
+    )  # fmt: skip
 
 
 def _message(number: int, message: Message) -> dict[str, Any]:
     param = f"messages[{number}]"
     if message.content is None and message.role != "assistant":
         raise ApiError(400, f"{param} has no content", param=f"{param}.content")
-    content = message.content or ""
+    content = message.content or message.refusal or ""
     given = content if isinstance(content, str) else [part.model_dump() for part in content]
     shown: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": given}
     for name in ("name", "reasoning_content", "tool_call_id"):
@@ -62,40 +72,45 @@ def _called(function: Any, param: str) -> dict[str, Any]:
     return {"name": function.name, "arguments": arguments}
 
 
-def completion_prompt(request: CompletionRequest) -> str | list[int]:
-    """Return the one prompt, text or token ids."""
-    if request.best_of not in (None, 1):
-        raise _unsupported("best_of", "one answer at a time is given here")
-    if request.echo:
-        raise _unsupported("echo", "put the prompt before the answer yourself")
-    _refuse(request, ("suffix",))
-    prompt = request.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return prompt
-    if len(prompt) != 1:
-        raise _unsupported("prompt", f"one prompt a request is answered here, not {len(prompt)}")
-    return prompt[0]  # type: ignore[return-value]
+def completion_prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts in order, each a text or token ids; ApiError for what this server cannot do."""
+    _refuse(request)
+    given: Any = request.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise ApiError(400, "there is no prompt", param="prompt")
+    return list(given)
 
 
 def sampling_of(service: Service, request: ChatRequest | CompletionRequest) -> Sampling:
     """Return how to draw; what the request leaves out is the server's default."""
-    if request.n not in (None, 1):
-        raise _unsupported("n", "one answer at a time is given here")
     settings = service.settings
-    wanted = getattr(request, "max_completion_tokens", None) or request.max_tokens
+    lengths = (request.max_completion_tokens, request.max_tokens, request.n_predict)
+    num_logprobs = _num_logprobs(request)
     return Sampling(
-        max_new_tokens=service.longest_answer(wanted),
-        temperature=_given(request.temperature, settings.temperature),
-        top_p=_given(request.top_p, settings.top_p),
+        max_new_tokens=service.longest_answer(_first(*lengths)),
+        temperature=_first(request.temperature, settings.temperature),
+        top_p=_first(request.top_p, settings.top_p),
         top_k=max(0, request.top_k or 0),
         min_p=request.min_p or 0.0,
-        repetition_penalty=_given(request.repetition_penalty, 1.0),
+        repetition_penalty=_first(request.repetition_penalty, request.repeat_penalty, 1.0),
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
+        penalty_window=_window(service, request),
         logit_bias=_biases(request.logit_bias or {}),
-        seed=_given(request.seed, settings.seed),
-        num_logprobs=_num_logprobs(request),
+        seed=_first(request.seed, settings.seed),
+        ignore_end=bool(request.ignore_eos),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_logprobs if getattr(request, "echo", None) else None,
     )
+
+
+def _window(service: Service, request: ChatRequest | CompletionRequest) -> int | None:
+    """llama.cpp's names have its meaning, OpenAI's and vLLM's have theirs."""
+    if request.repeat_last_n is None and request.repeat_penalty is None:
+        return None
+    return service.penalty_window(request.repeat_last_n)
 
 
 def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
@@ -114,19 +129,15 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
 
 
 def stops_of(request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
-    """Return the stop strings."""
-    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    """Return the stop strings; an empty one is none."""
+    given = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return tuple(filter(None, given))
 
 
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _first(*values: Any) -> Any:
+    """The first that is given, None when none is."""
+    return next((value for value in values if value is not None), None)
 
 
-def _refuse(request: Any, names: Iterable[str]) -> None:
-    for name in names:
-        if getattr(request, name) not in (None, [], {}, "", "none"):
-            raise _unsupported(name, "this server does not know it")
-
-
-def _unsupported(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{param} is not supported: {reason}", param=param, code="unsupported_parameter")
+def _refuse(request: ChatRequest | CompletionRequest) -> None:
+    refuse(OPENAI, {"tool_choice": getattr(request, "tool_choice", None), **(request.model_extra or {})})

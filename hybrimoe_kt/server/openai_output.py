@@ -8,22 +8,27 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from hybrimoe_kt.engine.events import Answer, Event, TextDelta, ToolCall
+from hybrimoe_kt.engine.events import Answer, Event, Finished, PromptRead, TextDelta, ToolCall
 from hybrimoe_kt.engine.sampler import Sampled
 
+from .logprobs import ShownLogprobs
 from .service import Service
 
 __all__ = ["Reply"]
 
+_TEXTS = ("reasoning_content", "content")
+
 
 class Reply:
-    """Writes one answer; `is_chat` tells a conversation from a plain completion."""
+    """Writes the answers of one request; `is_chat` tells a conversation from a plain completion.
 
-    def __init__(self, service: Service, *, is_chat: bool, logprobs: bool) -> None:
+    With `echoed`, the prompts' texts, each answer begins with its prompt.
+    """
+
+    def __init__(self, service: Service, *, is_chat: bool, logprobs: bool, echoed: Sequence[str] = ()) -> None:
         self._vocabulary = service.engine.vocabulary
-        self._is_chat, self._logprobs = is_chat, logprobs
+        self._is_chat, self._logprobs, self._echoed = is_chat, logprobs, echoed
         self._num_calls = 0
-        self._offset = 0
         kind = "chat.completion" if is_chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -31,17 +36,40 @@ class Reply:
             "created": int(time.time()),
             "model": service.model_name,
         }
+        self._begin(0)
+
+    def _begin(self, index: int) -> None:
+        self._index, self._shown = index, ShownLogprobs(self._vocabulary)
+
+    @property
+    def _prompt(self) -> str:
+        return self._echoed[self._index] if self._echoed else ""
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        """Return the whole answer at once."""
-        answer = Answer.of([event async for event in events])
-        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.reason}
-        choice["logprobs"] = self._shown_logprobs(answer.sampled) if self._logprobs else None
+        """Return all answers at once."""
+        choices: list[dict[str, Any]] = []
+        runs: list[Mapping[str, Any]] = []
+        told: list[Event] = []
+        async for event in events:
+            told.append(event)
+            if isinstance(event, Finished):
+                self._begin(len(choices))
+                choices.append(self._choice(Answer.of(told)))
+                runs.append(event.run)
+                told = []
+        return {**self._head, "choices": choices, "usage": _usage(runs)}
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": self._index, "finish_reason": answer.reason, "logprobs": None}
+        if self._logprobs:
+            told = self._told(self._prompt, answer.prompt_sampled)
+            self._shown.turn()
+            choice["logprobs"] = _joined(told, self._told(answer.thoughts + answer.text, answer.sampled))
         if self._is_chat:
             choice["message"] = self._message(answer)
         else:
-            choice["text"] = answer.text
-        return {**self._head, "choices": [choice], "usage": _usage(answer.run)}
+            choice["text"] = self._prompt + answer.text
+        return choice
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         content = None if answer.tool_calls and not answer.text else answer.text
@@ -56,17 +84,25 @@ class Reply:
         """Yield the answer as server-sent events as it comes, `[DONE]` at the end."""
         if self._is_chat:
             yield self._piece({"role": "assistant", "content": ""}, with_usage=with_usage)
+        runs, is_new = [], True
         async for event in events:
+            if is_new and self._echoed:
+                told = event.sampled if isinstance(event, PromptRead) else ()
+                yield self._piece({"content": self._prompt}, logprobs=told, with_usage=with_usage)
+                self._shown.turn()
+            is_new = isinstance(event, Finished)
             if isinstance(event, TextDelta):
                 text = {"reasoning_content" if event.is_thought else "content": event.text}
                 yield self._piece(text, logprobs=event.sampled, with_usage=with_usage)
             elif isinstance(event, ToolCall):
                 call = {"index": self._num_calls, **self._call(event)}
                 yield self._piece({"tool_calls": [call]}, with_usage=with_usage)
-            else:
+            elif isinstance(event, Finished):
                 yield self._piece({}, finish=event.reason, with_usage=with_usage)
-                if with_usage:
-                    yield _sse({**self._piece_head, "choices": [], "usage": _usage(event.run)})
+                runs.append(event.run)
+                self._begin(len(runs))
+        if with_usage:
+            yield _sse({**self._piece_head, "choices": [], "usage": _usage(runs)})
         yield "data: [DONE]\n\n"
 
     @property
@@ -76,9 +112,10 @@ class Reply:
     def _piece(
         self, delta: dict[str, Any], *, finish: str | None = None, logprobs: Sequence[Sampled] = (), with_usage: bool
     ) -> str:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+        choice: dict[str, Any] = {"index": self._index, "finish_reason": finish}
         choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        choice["logprobs"] = self._shown_logprobs(logprobs) if logprobs else None
+        told = self._told("".join(delta.get(name, "") for name in _TEXTS), logprobs) if self._logprobs else None
+        choice["logprobs"] = told if logprobs else None
         return _sse({**self._piece_head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
@@ -87,38 +124,21 @@ class Reply:
         function = {"name": call.name, "arguments": arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
-    def _shown_logprobs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
+    def _told(self, text: str, sampled: Sequence[Sampled]) -> dict[str, Any]:
         if self._is_chat:
-            content = [
-                self._token(one.token, one.logprob)
-                | {"top_logprobs": [self._token(token, logprob) for token, logprob in one.likeliest]}
-                for one in sampled
-            ]
-            return {"content": content, "refusal": None}
-        texts = [self._text(one.token) for one in sampled]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [one.logprob for one in sampled],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in one.likeliest} for one in sampled],
-            "text_offset": offsets,
-        }
-
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token)
-        # a token may be a part of a character, which has no text of its own
-        return {"token": text, "logprob": logprob, "bytes": None if "�" in text else list(text.encode())}
-
-    def _text(self, token: int) -> str:
-        return self._vocabulary.text_of(token)
+            return {"content": self._shown.of_chat(text, sampled), "refusal": None}
+        return self._shown.of_completion(text, sampled)
 
 
-def _usage(run: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, new = run.get("prompt_tokens", 0), run.get("new_tokens", 0)
-    cached = run.get("reused_tokens", 0)
+def _joined(prompt: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of a prompt, where it has any, and its answer."""
+    return {name: (prompt[name] or []) + told if told is not None else None for name, told in answer.items()}
+
+
+def _usage(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    prompt, new, cached = (
+        sum(run.get(name, 0) for run in runs) for name in ("prompt_tokens", "new_tokens", "reused_tokens")
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from .errors import ApiError, Json, as_api_error, error_body
-from .openai_input import chat_input, completion_prompt, sampling_of, stops_of
+from .openai_input import chat_input, completion_prompts, sampling_of, stops_of
 from .openai_output import Reply
 from .openai_schema import ChatRequest, CompletionRequest
 from .service import Events, Service, unless_gone
@@ -46,7 +46,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         sampling = sampling_of(service, body)
-        events = await service.chat(chat_input(body), sampling, stops_of(body))
+        events = await service.chat(chat_input(body, service), sampling, stops_of(body))
         reply = Reply(service, is_chat=True, logprobs=bool(body.logprobs))
         return await _respond(request, body, events, reply)
 
@@ -54,8 +54,10 @@ def openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         sampling = sampling_of(service, body)
-        events = await service.complete(completion_prompt(body), sampling, stops_of(body))
-        reply = Reply(service, is_chat=False, logprobs=body.logprobs is not None)
+        prompts = completion_prompts(body)
+        events = await service.complete(prompts, sampling, stops_of(body))
+        echoed = [await service.text_of(prompt) for prompt in prompts] if body.echo else []
+        reply = Reply(service, is_chat=False, logprobs=body.logprobs is not None, echoed=echoed)
         return await _respond(request, body, events, reply)
 
     return router
@@ -63,7 +65,7 @@ def openai_routes(service: Service) -> APIRouter:
 
 async def _respond(request: Request, body: ChatRequest | CompletionRequest, events: Events, reply: Reply) -> Response:
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_stream(events, reply, with_usage), events)
     async with events:
         whole = await unless_gone(request.receive, reply.whole(aiter(events)))

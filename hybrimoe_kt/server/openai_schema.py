@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ChatRequest", "CompletionRequest", "Function", "Message", "StreamOptions", "Text", "Tool", "ToolCall"]
+from .fields import Biases, Finite, Penalty, Repetition, Seed, Share, Stop, Text, TopK, Whole, Window
 
-Text = Annotated[str, Field(min_length=1)]
-Finite = {"allow_inf_nan": False}
+__all__ = ["ChatRequest", "CompletionRequest", "Function", "Message", "StreamOptions", "Tool", "ToolCall"]
+
+Length = Annotated[Whole, Field(ge=-2)]
+"""Tokens, 0 for none; -1 and -2: what the context holds."""
+Token = Annotated[int, Field(ge=0)]
 
 
 class _Model(BaseModel):
@@ -29,7 +32,7 @@ class CalledFunction(_Model):
     """A function that the assistant called; `arguments` are JSON text."""
 
     name: str
-    arguments: str = "{}"
+    arguments: str | None = None
 
 
 class ToolCall(_Model):
@@ -49,6 +52,9 @@ class Message(_Model):
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
+    function_call: None = None
+    audio: None = None
 
 
 class Function(_Model):
@@ -70,52 +76,51 @@ class Tool(_Model):
 class StreamOptions(_Model):
     """With `include_usage` the last piece of a stream tells the tokens it took."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class _Request(_Model):
+    """What both have; `unsupported` knows the fields that are refused, all others choose nothing here."""
+
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Length | None = None
+    max_completion_tokens: Length | None = None
+    n_predict: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=2, **Finite)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, **Finite)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, **Finite)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, **Finite)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, **Finite)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, **Finite)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, **Finite)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    n: int | None = None
-    user: str | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repetition_penalty: Repetition | None = None
+    repeat_penalty: Repetition | None = None
+    repeat_last_n: Window | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    ignore_eos: bool | None = None
 
 
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    audio: dict[str, Any] | None = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    web_search_options: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    suffix: str | None = None

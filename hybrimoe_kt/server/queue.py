@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from hybrimoe_kt.engine.answer import Request, answer
 from hybrimoe_kt.engine.events import Event, Finished
@@ -21,10 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """A request on its way. `emit` gets its events, last of all `Finished` or an exception, on the queue's thread."""
+    """Requests on their way, answered one after the other as if they were one.
 
-    def __init__(self, request: Request, emit: Callable[[Event | Exception], None]) -> None:
-        self.request, self.emit = request, emit
+    `emit` gets their events on the queue's thread: `Finished` at the end of each, or an exception, which is the last.
+    """
+
+    def __init__(self, requests: Sequence[Request], emit: Callable[[Event | Exception], None]) -> None:
+        self.requests, self.emit = requests, emit
         self.stop = threading.Event()
 
 
@@ -108,13 +111,17 @@ class AnswerQueue:
     def _answer(self, job: Job) -> None:
         began = time.perf_counter()
         last: Event | Exception = Finished("cancelled")
+        num_left = len(job.requests)
         try:
-            for event in () if job.stop.is_set() else answer(self._engine, job.request, job.stop):
+            for event in self._events(job):
                 if isinstance(event, Finished):
-                    last = event
                     self._on_finished(event)
-                else:
+                    num_left -= 1
+                if num_left and not is_cancelled(event):
                     job.emit(event)
+                else:
+                    last = event
+                    break
         except Exception as error:
             logger.exception("an answer failed")
             last = error
@@ -123,6 +130,17 @@ class AnswerQueue:
             self._active = None
             self._changed.notify_all()
         job.emit(last)
+
+    def _events(self, job: Job) -> Iterator[Event]:
+        for request in job.requests:
+            if job.stop.is_set():
+                return
+            yield from answer(self._engine, request, job.stop)
+
+
+def is_cancelled(event: Event) -> bool:
+    """Whether an answer ended because it was told to."""
+    return isinstance(event, Finished) and event.reason == "cancelled"
 
 
 def shutting_down() -> ApiError:

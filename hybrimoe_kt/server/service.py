@@ -37,12 +37,12 @@ class ChatInput:
 
 
 class Events:
-    """The events of one answer as they come; leaving the `async with` ends the answer wherever it is."""
+    """The events of answers, one after the other as they come; leaving the `async with` ends them where they are."""
 
-    def __init__(self, queue: AnswerQueue, request: Request) -> None:
+    def __init__(self, queue: AnswerQueue, requests: Sequence[Request]) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._queue, self._job = queue, Job(request, self._emit)
+        self._queue, self._job = queue, Job(requests, self._emit)
         queue.submit(self._job)
 
     def _emit(self, event: Event | Exception) -> None:
@@ -62,15 +62,15 @@ class Events:
         self._queue.cancel(self._job)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        while True:
+        num_left = len(self._job.requests)
+        while num_left:
             event = await self._arrived.get()
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Finished) and event.reason == "cancelled":
                 raise shutting_down()  # nobody else ends an answer that is still listened to
+            num_left -= isinstance(event, Finished)
             yield event
-            if isinstance(event, Finished):
-                return
 
 
 class Service:
@@ -127,21 +127,36 @@ class Service:
         request = Request(
             prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
         )
-        return self._begin(request, "messages")
+        return self._begin([request], "messages")
 
-    async def complete(self, prompt: str | list[int], sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to go on with a text, or with token ids."""
-        _check_text(prompt)
+    async def complete(self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str]) -> Events:
+        """Begin to go on with texts, or with token ids: one answer to each, in their order."""
+        _check_text(prompts)
+        requests = [
+            Request(prompt=await self._ids(prompt), sampling=sampling, stop_strings=tuple(stops)) for prompt in prompts
+        ]
+        return self._begin(requests, "prompt")
+
+    async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            text = prompt
-            tokens = await self._tokens(lambda: self.engine.vocabulary.text_ids(text))
-        else:
-            tokens = prompt
-        return self._begin(Request(prompt=tokens, sampling=sampling, stop_strings=tuple(stops)), "prompt")
+            return await self._tokens(lambda: self.engine.vocabulary.text_ids(prompt))
+        return prompt
 
-    def _begin(self, request: Request, param: str) -> Events:
+    async def text_of(self, prompt: str | list[int]) -> str:
+        """The text of a prompt given in either way; special tokens are written out."""
+        if isinstance(prompt, str):
+            return prompt
+        async with self._tokenizing:
+            return await asyncio.to_thread(self.engine.vocabulary.text_of_all, prompt)
+
+    def _begin(self, requests: Sequence[Request], param: str) -> Events:
         if self.is_shutting_down:
             raise shutting_down()
+        for request in requests:
+            self._check(request, param)
+        return Events(self.queue, requests)
+
+    def _check(self, request: Request, param: str) -> None:
         size = self.engine.vocabulary.size
         if any(not 0 <= token < size for token in request.sampling.logit_bias):
             raise ApiError(400, f"logit_bias names tokens from 0 to {size - 1}", param="logit_bias")
@@ -153,7 +168,6 @@ class Service:
             raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
         except ModelError as error:
             raise ApiError(400, str(error), param=param) from None
-        return Events(self.queue, request)
 
     async def _tokens(self, tokenize: Callable[[], list[int]]) -> list[int]:
         async with self._tokenizing:
@@ -163,9 +177,15 @@ class Service:
                 raise as_api_error(error) from None
 
     def longest_answer(self, wanted: int | None) -> int:
-        """Tokens an answer may have at most: what is asked for within what the server allows."""
-        limits = [limit for limit in (wanted, self.settings.max_new_tokens) if limit is not None]
+        """Tokens an answer may have at most: what is asked for, below 0 all, within what the server allows."""
+        limits = [limit for limit in (wanted, self.settings.max_new_tokens) if limit is not None and limit >= 0]
         return min(limits, default=self.engine.context_tokens)
+
+    def penalty_window(self, wanted: int | None) -> int:
+        """Tokens that penalties count as llama.cpp does, whose own default is 64."""
+        if wanted is None:
+            return 64
+        return self.engine.context_tokens if wanted < 0 else wanted
 
 
 def _check_text(content: Any) -> None:

@@ -142,7 +142,7 @@ BAD = {
     "not a number": (lambda t, e: ["--max_new_tokens", "ten"], "'ten' is not a whole number"),
     "not a digit": (lambda t, e: ["--max_new_tokens", "²"], "'²' is not a whole number of at least 1"),
     "two signs": (lambda t, e: ["--max_new_tokens=--3"], "'--3' is not a whole number"),
-    "seed too large": (lambda t, e: ["--seed", str(2**63)], "is not a whole number from 0 to"),
+    "seed too large": (lambda t, e: ["--seed", str(2**63)], "is not a whole number from -1 to"),
     "prompt not UTF-8": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"\xff\xfe hello")], "not UTF-8"),
     "empty prompt": (lambda t, e: ["--prompt_file", _written(t, "p.txt", b"  \n")], "no text"),
     "two prompts": (lambda t, e: ["--prompt", "a", "--prompt_file", "b"], "not both"),

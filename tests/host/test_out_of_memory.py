@@ -70,6 +70,19 @@ def test_the_answer_is_the_same_and_the_cache_smaller(generated: Make, shape: Sh
     assert list(engine.tokens(longer, GREEDY)) == found
 
 
+@pytest.mark.parametrize("call", [1, 3], ids=["first", "last chunk"])
+def test_a_prompts_log_probabilities_are_those_of_the_second_attempt(generated: Make, call: int) -> None:
+    asked = Sampling(max_new_tokens=2, temperature=0, num_logprobs=1, num_prompt_logprobs=1)
+    wanted = list(build(generated).generate(PROMPT, asked))
+    engine = build(generated)
+    full = Full(last_mixer(engine), call)
+    found = list(engine.generate(PROMPT, asked))
+    assert full.count > call
+    assert [(one.token, one.place) for one in found] == [(one.token, one.place) for one in wanted]
+    assert len(found) == len(PROMPT) + 2
+    assert [one.logprob for one in found[1:]] == pytest.approx([one.logprob for one in wanted[1:]], abs=1e-4)
+
+
 def test_a_conversation_that_is_continued(generated: Make) -> None:
     engine, other = build(generated), build(generated)
     first = list(engine.tokens(PROMPT, GREEDY))

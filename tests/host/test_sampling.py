@@ -42,7 +42,8 @@ def test_the_draws_follow_the_distribution_and_the_seed() -> None:
     for token in ranked()[:4]:
         assert counts[token] / 4000 == pytest.approx(float(LOGITS.softmax(-1)[token]), abs=0.04)
     assert drawn(50) == drawn(50) != drawn(50, seed=6)
-    assert drawn(50, seed=-1) == drawn(50, seed=-1)
+    assert drawn(50, seed=-1) != drawn(50, seed=-1)
+    assert drawn(50, seed=None) != drawn(50, seed=None)
 
 
 def test_a_bias_moves_a_token() -> None:
@@ -70,6 +71,31 @@ def test_repetition_counts_the_prompt_as_well() -> None:
     assert drawn(1, temperature=0, repetition_penalty=50.0) == [first]
     assert drawn(2, prompt=(first, first), temperature=0, repetition_penalty=50.0)[0] == second
     assert len(set(drawn(10, temperature=0, repetition_penalty=50.0))) == 10
+
+
+def test_no_probability_at_all_leaves_the_likeliest() -> None:
+    assert set(drawn(20, top_p=0.0, temperature=5.0)) == {ranked()[0]}
+
+
+def test_a_window_is_what_all_penalties_count() -> None:
+    """Greedy by hand over the last tokens of prompt and answer together."""
+    likely = ranked()
+    for window in (0, 1, 3, 100):
+        text, options = [likely[0], likely[1], likely[0]], {"frequency_penalty": 0.6, "presence_penalty": 0.4}
+        prompt = tuple(text)
+        for _ in range(12):
+            scores = LOGITS.clone()
+            for token, count in Counter(text[-window:] if window else []).items():
+                scores[token] = scores[token] / 1.5 if scores[token] > 0 else scores[token] * 1.5
+                scores[token] -= 0.6 * count + 0.4
+            text.append(int(scores.argmax()))
+        assert drawn(12, prompt, temperature=0, repetition_penalty=1.5, penalty_window=window, **options) == text[3:]
+
+
+def test_what_is_forbidden_is_never_drawn() -> None:
+    draw = Sampler(Sampling(temperature=2.0, seed=1, logit_bias={ranked()[0]: 100.0}), (), ranked()[:30])
+    assert {draw(LOGITS).token for _ in range(100)} <= set(ranked()[30:])
+    assert Sampler(Sampling(temperature=2.0), (), range(VOCABULARY))(LOGITS).token in range(VOCABULARY)
 
 
 def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:

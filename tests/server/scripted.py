@@ -93,6 +93,9 @@ class ScriptedEngine:
         self._run = run = self._new_run(prompt)
         self.prompts.append(self.tokenizer.decode(prompt))
         self.samplings.append(sampling)
+        if sampling.num_prompt_logprobs is not None:
+            for number, token in enumerate(prompt):
+                yield self._sampled(token, sampling.num_prompt_logprobs, "prompt", is_known=number > 0)
         for number, token in enumerate(self.vocabulary.text_ids(self.script(self.prompts[-1]))):
             self.before_token(number, stop)
             if stop.is_set():
@@ -102,7 +105,13 @@ class ScriptedEngine:
                 run["finish"] = "length"
                 return
             run["new_tokens"] += 1
-            yield Sampled(token, -0.5, ((token, -0.5),) * (sampling.num_logprobs or 0))
+            yield self._sampled(token, sampling.num_logprobs, "answer")
+        if sampling.num_prompt_logprobs is not None:
+            yield self._sampled(self.tokenizer.eos_token_id, sampling.num_logprobs, "end")
+
+    def _sampled(self, token: int, num_likeliest: int | None, place: Any, *, is_known: bool = True) -> Sampled:
+        likeliest = ((token, -0.5),) * (num_likeliest or 0)
+        return Sampled(token, -0.5, likeliest, place) if is_known else Sampled(token, place=place)
 
     def last_run(self) -> dict[str, Any]:
         return self._run

@@ -56,6 +56,23 @@ def test_a_model_may_be_loaded_by_asking_for_nothing(tiny: ollama.Client) -> Non
     assert tiny.chat("small-talk").done_reason == "load"
 
 
+def test_what_ollama_has_besides_one_model() -> None:
+    with serving(ScriptedEngine()) as running:
+        made = ollama.Client(host=running.url)
+        assert made.pull("scripted").status == "success"
+        assert [part.status for part in made.pull("scripted", stream=True)] == ["success"]
+        for ask, wanted in (
+            (lambda: made.pull("llama3"), "'llama3' not found; the one served is 'scripted'"),
+            (lambda: made.embed("scripted", "x"), "makes no embeddings"),
+            (lambda: made.embeddings("scripted", "x"), "makes no embeddings"),
+            (lambda: made.delete("scripted"), "keeps it as it is"),
+            (lambda: made.copy("scripted", "other"), "keeps it as it is"),
+        ):
+            with pytest.raises(ollama.ResponseError, match=wanted) as refused:
+                ask()
+            assert refused.value.status_code == 404
+
+
 def test_every_option_reaches_the_sampling() -> None:
     engine = ScriptedEngine()
     given = {"num_predict": 6, "temperature": 0.5, "top_p": 0.4, "top_k": 3, "min_p": 0.2, "repeat_penalty": 1.3,
@@ -98,6 +115,8 @@ def test_tool_calls_and_thoughts() -> None:
     [
         ({"model": "other", "messages": HI}, 404, "model 'other' not found"),
         ({"model": "scripted", "messages": HI, "format": "json"}, 400, "format is not supported"),
+        ({"model": "scripted", "messages": HI, "options": {"mirostat": 2}}, 400, "mirostat is not supported"),
+        ({"model": "scripted", "messages": HI, "top_logprobs": 2}, 400, "needs logprobs"),
         ({"model": "scripted", "messages": HI, "options": {"temperature": -1}}, 400, "options.temperature"),
         ({"model": "scripted", "messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400, "images"),
         ({"messages": HI}, 400, "model: Field required"),

@@ -152,6 +152,16 @@ def test_mistakes_are_one_sentence(arguments: list[str], wanted: str, capsys: py
     assert wanted in failure(capsys, *arguments)
 
 
+@pytest.mark.parametrize(("origin", "is_wide"), [("*", True), ("null", True), ("https://*", True), ("app://*", False)])
+def test_letting_every_page_in_without_a_key_is_warned_of(
+    origin: str, is_wide: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--port", "0", f"--cors_origin={origin}", "--gguf_path", "/no/such.gguf"]
+    for more, is_warned in (([], is_wide), (["--api_key", "k"], False)):
+        assert main([*arguments, *more]) == 2
+        assert ("any page that a browser here shows" in " ".join(capsys.readouterr().err.split())) == is_warned
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
