@@ -63,7 +63,7 @@ def _model_file(options: argparse.Namespace) -> Path:
         names = os.listdir(options.model_path)
     except OSError as error:
         raise ModelError(f"--model_path {options.model_path}: {error.strerror}; give a directory") from None
-    if not any(name.endswith((".gguf", ".safetensors")) for name in names):
+    if not any(name.lower().endswith((".gguf", ".safetensors")) for name in names):
         raise ModelError(f"{options.model_path}: no .gguf or .safetensors file there; name one with --gguf_path")
     return Path(options.model_path)
 

@@ -49,7 +49,7 @@ class ExpertNames:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a directory with safetensors and no GGUF file."""
     folder = Path(path)
-    return folder.is_dir() and any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf"))
+    return folder.is_dir() and any(folder.glob("*.safetensors")) and not any(folder.glob("*.[gG][gG][uU][fF]"))
 
 
 class Checkpoint:

@@ -29,6 +29,9 @@ __all__ = ["GgufFile", "GgufTensor"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_PIECE_NAME = re.compile(r"(?:-split-[a-z]{1,2}|\.part[-_]?\d+(?:-?of-?\d+)?|\.gguf\.\d+)$", re.IGNORECASE)
+"""Of files that were cut by size, before GGUF had splits of its own."""
+_BESIDE_A_MODEL = re.compile(r"mmproj|imatrix|lora|adapter", re.IGNORECASE)
 _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -74,12 +77,15 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         self._mappings: list[np.memmap] = []
-        for number, file in enumerate(self.files):
-            metadata, tensors, mapping = _parse(file)
+        parsed = [_parse(file) for file in self.files]
+        if len(self.files) == 1 and _split_count(path, parsed[0][0]) > 1:
+            self.files = _siblings(self.files[0], _split_count(path, parsed[0][0]))
+            parsed = [_parse(file) for file in self.files]
+        for number, (metadata, tensors, mapping) in enumerate(parsed):
             self._mappings.append(mapping)
             if number == 0:
                 self.metadata = metadata
-                _check_split_count(file, metadata, len(self.files))
+                _check_split_count(self.files[0], metadata, len(self.files))
             self.tensors.update(tensors)
         self.metadata = overridden(self.metadata, changes, self.path)
         _check_tensor_count(self.files[0], self.metadata, len(self.tensors))
@@ -116,6 +122,11 @@ def _resolve(path: Path) -> list[Path]:
         raise ModelError(f"{path}: no such file or directory; --gguf_path takes a .gguf file or a directory of them")
     if path.is_dir():
         path = _first_in_directory(path)
+    if cut := _PIECE_NAME.search(path.name):
+        whole = path.name[: cut.start()].removesuffix(".gguf") + ".gguf"
+        raise ModelError(
+            f"{path}: one piece of a file that was cut by size; join them all, in order: cat ... > {whole}"
+        )
     match = _SPLIT_NAME.match(path.name)
     if not match:
         return [path]
@@ -132,24 +143,48 @@ def _resolve(path: Path) -> list[Path]:
 
 
 def _first_in_directory(directory: Path) -> Path:
-    files = sorted(file for file in directory.glob("*.gguf") if file.is_file())
-    if not files:
+    every = sorted(file for file in directory.iterdir() if file.name.lower().endswith(".gguf") and file.is_file())
+    if not every:
         raise ModelError(f"{directory}: no .gguf file in this directory")
+    files = [file for file in every if not _BESIDE_A_MODEL.match(file.name)] or every
     models = {(_SPLIT_NAME.match(file.name) or {"stem": file.name})["stem"] for file in files}
     if len(models) > 1:
         raise ModelError(f"{directory}: holds {len(models)} models ({', '.join(sorted(models)[:4])}); name one file")
     return files[0]
 
 
-def _check_split_count(file: Path, metadata: dict[str, Any], num_files: int) -> None:
+def _split_count(file: Path, metadata: Mapping[str, Any]) -> int:
     count = metadata.get("split.count", 0)
     if not isinstance(count, int):
         raise ModelError(f"{file}: damaged GGUF: split.count is {count!r}")
-    if count > 1 and count != num_files:
+    return count
+
+
+def _siblings(path: Path, count: int) -> list[Path]:
+    """Return the splits of the model that `path` is one of, whatever a browser or a hub has called them.
+
+    They are known by what stands in them: the number of the split, and how many there are of how many tensors.
+    """
+    found: dict[Any, list[Path]] = {}
+    wanted = _parse(path)[0].get("split.tensors.count")
+    for file in sorted(file for file in path.parent.iterdir() if file.name.lower().endswith(".gguf")):
+        try:
+            metadata = _parse(file)[0]
+        except (ModelError, OSError):
+            continue
+        if metadata.get("split.count") == count and metadata.get("split.tensors.count") == wanted:
+            found.setdefault(metadata.get("split.no"), []).append(file)
+    if sorted(map(str, found)) != sorted(map(str, range(count))) or any(len(files) > 1 for files in found.values()):
         raise ModelError(
-            f"{file}: one split of {count}, but its name does not end in -00001-of-{count:05d}.gguf, "
-            f"so the others cannot be found; restore the original names"
+            f"{path}: one split of {count}, but its name does not end in -00001-of-{count:05d}.gguf, and the others "
+            f"cannot be told from what lies beside it; restore the original names"
         )
+    return [found[number][0] for number in range(count)]
+
+
+def _check_split_count(file: Path, metadata: Mapping[str, Any], num_files: int) -> None:
+    if _split_count(file, metadata) > 1 and _split_count(file, metadata) != num_files:
+        raise ModelError(f"{file}: one split of {metadata['split.count']}, {num_files} were found; restore the names")
 
 
 def _check_tensor_count(file: Path, metadata: dict[str, Any], num_tensors: int) -> None:

@@ -90,10 +90,15 @@ class LlamaCpp:
 def next_tokens_apart(path: Path, prompts: Sequence[list[int]]) -> list[dict[int, float]] | None:
     """Return each prompt's next token as `LlamaCpp.next_token` does, of a process that may abort over the file.
 
-    Printable characters alone are drawn, so that none is empty; None where the file is refused or answers no numbers.
+    Printable characters alone are drawn, so that none is empty; None where the file is refused, answers no numbers or
+    does not answer within a minute.
     """
     job = json.dumps([str(path), prompts])
-    done = subprocess.run([sys.executable, "-m", __name__, job], capture_output=True, text=True, timeout=120, cwd=_ROOT)
+    command = [sys.executable, "-m", __name__, job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=_ROOT)
+    except subprocess.TimeoutExpired:
+        return None
     found = next((line for line in done.stdout.splitlines() if line.startswith(_ANSWER)), None)
     answers = [] if found is None else json.loads(found.removeprefix(_ANSWER))
     if not answers or any(value is None for answer in answers for value in answer.values()):
