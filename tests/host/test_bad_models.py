@@ -213,6 +213,8 @@ _ADD = {int: GGUFWriter.add_int64, float: GGUFWriter.add_float64, str: GGUFWrite
         ({"qwen3moe.attention.head_count": 0}, "model"),
         ({"qwen3moe.attention.head_count": [4, 2]}, "differs from layer to layer"),
         ({"qwen3moe.embedding_length": -256}, "model"),
+        ({"qwen3moe.rope.dimension_count": 2**31}, "2147483648 dimensions of heads of 32 cannot be rotated"),
+        ({"qwen3moe.rope.dimension_count": 0}, "0 dimensions of heads of 32 cannot be rotated"),
         ({"qwen3moe.rope.freq_base": "fast"}, "freq_base is 'fast', not a number"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.expert_layers import is_expert_tensor, num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .architectures import Architecture
+from .architectures import ARCHITECTURES, Architecture
 from .architectures.rotary import ROPE_FACTORS
 from .dense_weights import used_tensors
 from .sources import Source
@@ -42,6 +42,8 @@ _NEEDLESS = {
     "rope.dimension_count": "all dimensions of a head are rotated",
     "rope.dimension_sections": "text has one position where pictures have three",
     "rope.scaling.finetuned": "says how the model was trained",
+    "attention.head_count_kv": "latent attention has keys for all heads in one",
+    "expert_group_used_count": "of groups of experts, see expert_group_count",
     "nextn_predict_layers": "which tensors a layer has says it",
     "token_type_count": "of encoders",
     "embedding_length_out": "the head's tensor has it",
@@ -117,6 +119,8 @@ def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:
     """
     read: set[str] = set()
     head_dim = _head_dim(architecture.config(file, read))
+    family = ARCHITECTURES[architecture.gguf]
+    family.variant(file, family.key(file, read))
     found = []
     for full in file.metadata:
         prefix, _, name = full.partition(".")

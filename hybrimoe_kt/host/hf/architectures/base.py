@@ -121,12 +121,19 @@ class Architecture:
             raise ModelError(
                 f"{file.path}: metadata key {self.gguf}.{missing[0]} is missing; give --model_path instead"
             )
+        self._check_rotated(file)
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
         config["rope_parameters"] = self.rotary(file, read).parameters
         return config | {"model_type": self.model_type}
+
+    def _check_rotated(self, file: GgufFile) -> None:
+        key = self.key(file)
+        rotated, width = key("rope.dimension_count"), key("attention.key_length_mla") or key("attention.key_length")
+        if rotated is not None and not 0 < rotated <= width:
+            raise ModelError(f"{file.path}: {rotated!r} dimensions of heads of {width} cannot be rotated")
 
     def rotary(self, file: GgufFile, read: set[str] | None = None) -> Rotary:
         """Return how the file has positions rotated."""
@@ -162,9 +169,13 @@ class Architecture:
         return get_tensor_name_map(arch, num_blocks)
 
 
+_OF_EACH_LAYER = ("attention.recurrent_layers",)
+"""Keys that differ from layer to layer by their meaning."""
+
+
 def _one(file: GgufFile, name: str, value: Any) -> Any:
     """A value that may be given for each layer; layers with linear attention have 0 heads for keys."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or name.endswith(_OF_EACH_LAYER):
         return value
     different = sorted(set(value) - ({0} if name.endswith("head_count_kv") else set()))
     if len(different) != 1:

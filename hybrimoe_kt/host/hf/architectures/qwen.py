@@ -39,12 +39,13 @@ _HYBRID_KEYS = GQA_KEYS | {
 
 def _hybrid(key: Key) -> Mapping[str, Any]:
     interval, num_layers = key("full_attention_interval", 4), key("block_count")
-    if not 1 <= interval <= num_layers:
-        raise ModelError(f"no layer has full attention: every {interval}th of {num_layers}")
+    recurrent = key("attention.recurrent_layers") or [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if len(recurrent) < num_layers or all(recurrent[:num_layers]):
+        raise ModelError(f"attention.recurrent_layers of {len(recurrent)} layers leaves none of {num_layers} full")
     return {
         "linear_value_head_dim": key("ssm.inner_size") // key(_VALUE_HEADS),
         "layer_types": [
-            "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
+            "linear_attention" if is_recurrent else "full_attention" for is_recurrent in recurrent[:num_layers]
         ],
         "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
     }

@@ -50,12 +50,15 @@ class Rotary:
 
     def frequencies(self, rotated: int) -> torch.Tensor:
         """Radians a position for each pair of `rotated` dimensions, float32 `[rotated // 2]`; ModelError."""
-        plain = self.base ** (-torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+        # in Transformers' order of operations, so that a configuration of its own gives the same bits
+        wavelengths = self.base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+        plain = 1.0 / wavelengths
         if self.divisors is not None:
             if self.divisors.shape != plain.shape:
                 raise ModelError(f"{ROPE_FACTORS} has {self.divisors.numel()} values, {rotated} dimensions are rotated")
-            plain = plain / self.divisors
-        stretched = plain / self.factor
+            wavelengths = wavelengths * self.divisors
+            plain = 1.0 / wavelengths
+        stretched = 1.0 / (self.factor * wavelengths)
         if self.kind != "yarn":
             return stretched
         first = math.floor(self._place(_BETA_FAST, rotated))
@@ -76,9 +79,9 @@ class Rotary:
 
     @property
     def sharpening(self) -> float:
-        """What the logits of latent attention are multiplied by."""
+        """What the logits of latent attention are multiplied by, twice."""
         own = (self._own if self.kind == "yarn" else self._grown(1.0)) * self.attention_factor
-        return (own * self._grown(self.log_multiplier)) ** 2
+        return own * self._grown(self.log_multiplier)
 
     @property
     def _own(self) -> float:
@@ -101,7 +104,7 @@ class Rotary:
             if self.is_latent and hasattr(module, "kv_b_proj"):
                 config: Any = module.config
                 head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-                module.scaling = head_dim**-0.5 * self.sharpening
+                module.scaling = head_dim**-0.5 * self.sharpening * self.sharpening
 
 
 def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
