@@ -87,6 +87,8 @@ class GgufFile:
                 self.metadata = metadata
                 _check_split_count(self.files[0], metadata, len(self.files))
             self.tensors.update(tensors)
+        self.added = changes.keys() - self.metadata.keys()
+        """Keys that the file itself does not have."""
         self.metadata = overridden(self.metadata, changes, self.path)
         _check_tensor_count(self.files[0], self.metadata, len(self.tensors))
 

@@ -115,7 +115,7 @@ def unused_in(source: Source, parameters: Collection[str]) -> list[Unused]:
 def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:
     """Return what the metadata says of the model and the configuration does not take up; ModelError for what must be.
 
-    The tokenizer's and general keys are not looked at.
+    The tokenizer's keys are not looked at, and of the general ones those alone that a user has added.
     """
     read: set[str] = set()
     head_dim = _head_dim(architecture.config(file, read))
@@ -124,6 +124,8 @@ def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:
     found = []
     for full in file.metadata:
         prefix, _, name = full.partition(".")
+        if full in file.added and prefix not in (architecture.gguf, "tokenizer"):
+            found.append(Unused(full))
         if prefix != architecture.gguf or name in read:
             continue
         value = _value(file.metadata[full])
