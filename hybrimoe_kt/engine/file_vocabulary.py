@@ -83,7 +83,10 @@ class FileVocabulary:
         model = str(metadata.get(_KEY + "model"))
         if model not in ("gpt2", "llama"):
             raise ModelError(f"tokenizer.ggml.model {model!r} cannot be rebuilt here; valid: gpt2, llama")
+        _check_kinds(metadata)
         tokens = _unique(metadata[_KEY + "tokens"])
+        if model == "gpt2" and not metadata.get(_KEY + "merges"):
+            raise ModelError("tokenizer.ggml.merges is missing, without which every byte would be a token")
         types = _types(tokens, metadata.get(_KEY + "token_type") or ())
         ids = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
         for name in ("bos", "eos", "unknown", "padding"):
@@ -100,12 +103,34 @@ class FileVocabulary:
             adds_bos=metadata.get(_KEY + "add_bos_token"),
             adds_eos=bool(metadata.get(_KEY + "add_eos_token", False)),
             adds_space=bool(metadata.get(_KEY + "add_space_prefix", model == "llama")),
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=metadata.get("tokenizer.chat_template") or None,
         )
 
     def text(self, name: str) -> str | None:
         """The text of a special token, None where there is none."""
         return self.tokens[self.special[name]] if name in self.special else None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    _KEY + "add_bos_token": bool,
+    _KEY + "add_eos_token": bool,
+    _KEY + "add_space_prefix": bool,
+    _KEY + "merges": list,
+    _KEY + "pre": str,
+    _KEY + "scores": list,
+    _KEY + "tokens": list,
+    _KEY + "token_type": list,
+    "tokenizer.chat_template": str,
+}
+
+
+def _check_kinds(metadata: Mapping[str, Any]) -> None:
+    for key, kind in _KINDS.items():
+        if key in metadata and not isinstance(metadata[key], kind):
+            raise ModelError(f"{key} is {str(metadata[key])[:40]!r}, which is of the wrong type")
+    scores = metadata.get(_KEY + "scores") or ()
+    if not all(isinstance(score, int | float) for score in scores):
+        raise ModelError(f"{_KEY}scores are not numbers")
 
 
 def end_ids(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:

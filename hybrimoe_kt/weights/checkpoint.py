@@ -49,7 +49,12 @@ class ExpertNames:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a directory with safetensors and no GGUF file."""
     folder = Path(path)
-    return folder.is_dir() and any(folder.glob("*.safetensors")) and not any(folder.glob("*.[gG][gG][uU][fF]"))
+    try:
+        if not folder.is_dir():
+            return False
+    except OSError:  # a name that no file system takes
+        return False
+    return any(folder.glob("*.safetensors")) and not any(folder.glob("*.[gG][gG][uU][fF]"))
 
 
 class Checkpoint:

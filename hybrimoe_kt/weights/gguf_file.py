@@ -150,9 +150,18 @@ def _first_in_directory(directory: Path) -> Path:
         raise ModelError(f"{directory}: no .gguf file in this directory")
     files = [file for file in every if not _BESIDE_A_MODEL.match(file.name)] or every
     models = {(_SPLIT_NAME.match(file.name) or {"stem": file.name})["stem"] for file in files}
-    if len(models) > 1:
+    if len(models) > 1 and not _are_splits_of_one(files):
         raise ModelError(f"{directory}: holds {len(models)} models ({', '.join(sorted(models)[:4])}); name one file")
     return files[0]
+
+
+def _are_splits_of_one(files: list[Path]) -> bool:
+    """Whether these are all splits of a model, whatever they are called."""
+    try:
+        first = _parse(files[0])[0]
+        return set(_siblings(files[0], _split_count(files[0], first))) == set(files)
+    except ModelError:
+        return False
 
 
 def _split_count(file: Path, metadata: Mapping[str, Any]) -> int:

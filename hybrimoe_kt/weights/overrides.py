@@ -39,6 +39,8 @@ def overridden(metadata: Mapping[str, Any], changes: Mapping[str, Any], file: Pa
     """Return the metadata with `changes` in it; ConfigError where one is of another type than what the file has."""
     for key, value in changes.items():
         before = metadata.get(key, value)
+        if isinstance(before, list) and key.startswith("tokenizer."):
+            raise ConfigError(f"--override-kv {key}: {file.name} has a list there, which one value cannot replace")
         kinds = [_kind(each) for each in (before[:1] if isinstance(before, list) else [before])]
         if kinds and _kind(value) not in kinds and not (kinds == ["float"] and _kind(value) == "int"):
             raise ConfigError(f"--override-kv {key}: {file.name} has {kinds[0]} there, not {_kind(value)}")

@@ -73,6 +73,10 @@ def write_model(path: Path, *layers: tuple[Type, Type, Type], hidden: int = 256,
     writer.add_block_count(len(layers))
     writer.add_expert_count(4)
     writer.add_expert_used_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tensor("token_embd.weight", np.zeros((16, hidden), np.float32))
     for number, types in enumerate(layers):
         sizes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}

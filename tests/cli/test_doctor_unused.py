@@ -54,6 +54,7 @@ def test_what_keeps_it_from_loading_is_told(model: Path, tmp_path: Path, capsys:
     path = rewritten(model, tmp_path / "n.gguf", tensors=lambda found: found | {"blk.1.attn_sinks.weight": ONES})
     assert doctor.main(["--model", str(path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert "not ready: this file would not load" in shown
     assert "it would not load:" in shown and "tensor blk.1.attn_sinks.weight is not used by qwen3moe models" in shown
     assert doctor.main(["--model", str(model), "--json", "--override-kv", "qwen3moe.logit_scale=float:3"]) == 0
     assert "logit_scale is 3.0, which changes" in json.loads(capsys.readouterr().out)["model"]["refusal"]

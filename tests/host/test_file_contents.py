@@ -254,6 +254,45 @@ def test_ollamas_layout(generated: Generated, tmp_path: Path) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
+def test_latent_matrices_in_both_forms(generated: Generated, tmp_path: Path) -> None:
+    """Some converters keep what newer files split; the whole one is used, and the halves are not missed."""
+    shape = dataclasses.replace(SHAPES["deepseek2"], split_kv_b=False)
+    whole, halves = generated(shape), generated(SHAPES["deepseek2"])
+    found = {tensor.name: tensor for tensor in GGUFReader(str(halves.path)).tensors}
+
+    def add(tensors: Tensors) -> Tensors:
+        both = {name: found[name] for name in found if name.endswith(("attn_k_b.weight", "attn_v_b.weight"))}
+        return tensors | {name: (np.array(tensor.data), tensor.tensor_type) for name, tensor in both.items()}
+
+    ours = log_probabilities(rewritten(whole.path, tmp_path / "m.gguf", tensors=add))
+    assert all(torch.equal(a, b) for a, b in zip(ours, log_probabilities(whole.path), strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen2moe", "qwen35moe"])
+def test_a_width_left_out(generated: Generated, tmp_path: Path, family: str) -> None:
+    model = generated(SHAPES[family])
+    keys: Keys = {"expert_shared_feed_forward_length": None, "expert_feed_forward_length": None}
+    ours = log_probabilities(changed(model, tmp_path / "m.gguf", keys))
+    assert all(torch.equal(a, b) for a, b in zip(ours, log_probabilities(model.path), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.merges", None, "merges is missing, without which every byte would be a token"),
+        ("tokenizer.ggml.scores", (["a"], S), "scores are not numbers"),
+        ("tokenizer.ggml.add_bos_token", ("false", S), "add_bos_token is 'false', which is of the wrong type"),
+        ("tokenizer.chat_template", (4, U), "chat_template is '4', which is of the wrong type"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be(
+    generated: Generated, tmp_path: Path, key: str, value: Value, message: str
+) -> None:
+    path = rewritten(generated(SHAPES["qwen3moe"]).path, tmp_path / "m.gguf", {key: value})
+    with pytest.raises(ModelError, match=message):
+        build_engine(path, progress=False, option_overrides=PLACES)
+
+
 _ODD: list[Value] = [
     None, (0, U), (1, U), (-1, V.INT32), (3, U), (2**31, U), (7, V.UINT8), (0.0, F), (1.0, F), (-2.5, F),
     (float("nan"), F), (float("inf"), F), (1e9, V.FLOAT64), ("", S), ("yarn", S), ("x" * 300, S), (True, B), (False, B),

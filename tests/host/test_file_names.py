@@ -10,6 +10,7 @@ import gguf
 import pytest
 from gguf import GGUFValueType
 
+from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from tests.support.generated_model import GeneratedModel, Shape
@@ -64,6 +65,20 @@ def test_two_copies_or_a_missing_one_are_refused(splits: list[Path]) -> None:
     splits[2].unlink()
     with pytest.raises(ModelError, match="cannot be told from what lies beside it"):
         GgufFile(odd)
+
+
+def test_a_directory_of_renamed_splits_is_one_model(splits: list[Path], tiny_model: Path) -> None:
+    for file in splits:
+        file.rename(file.with_name(f"{file.stem} (1).GGUF"))
+    assert len(GgufFile(splits[0].parent).files) == 3
+    shutil.copy(tiny_model, splits[0].with_name("another.gguf"))
+    with pytest.raises(ModelError, match="holds 4 models"):
+        GgufFile(splits[0].parent)
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gguf_path", str(tmp_path / ("x" * 300)), "--prompt", "hi"]) == 2
+    assert "cannot be read: File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["m.gguf-split-a", "m.gguf.part1of2", "m.gguf.part-01-of-02", "m.gguf.001"])

@@ -90,6 +90,8 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(f"the model was not judged: {model['problem']}", blocking=True)
         return
     run = f"ktransformers --gguf_path {shlex.quote(model['file'])}"
+    if model["refusal"]:
+        yield Finding("this file would not load", f"{run} --model_path DIR  # if there is a config.json", blocking=True)
     for kind in model["kinds"]:
         if kind["cpu_refusal"]:
             yield Finding(kind["cpu_refusal"], f"{run} --cpu_backend {REFERENCE}", blocking=True)

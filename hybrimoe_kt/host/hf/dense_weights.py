@@ -50,15 +50,20 @@ def dense_state_dict(
     return state
 
 
-def used_tensors(file: GgufFile, architecture: Architecture, parameters: Iterable[str]) -> set[str]:
-    """Return the names of the tensors that these parameters are made of, as far as the file has them."""
-    names, used = architecture.name_map(_num_blocks(parameters)), set[str]()
+def used_tensors(file: GgufFile, architecture: Architecture, parameters: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return the names of the tensors that these parameters are made of, as far as the file has them.
+
+    And of those that they would be made of if the file had not what they make as well.
+    """
+    names, used, spare = architecture.name_map(_num_blocks(parameters)), set[str](), set[str]()
     for name in parameters:
         layer, recipe = _LAYER.search(name), _recipe(architecture.composed, name)
         found = _as_stored(file, _gguf_name(architecture, names, name))
-        parts = recipe.parts if recipe is not None and layer is not None and found not in file.tensors else ()
-        used |= {found or "", *(part.format(layer=layer[1]) for part in parts if layer is not None)}
-    return used & file.tensors.keys()
+        parts = recipe.parts if recipe is not None and layer is not None else ()
+        used.add(found or "")
+        others = spare if found in file.tensors else used
+        others |= {part.format(layer=layer[1]) for part in parts if layer is not None}
+    return used & file.tensors.keys(), spare & file.tensors.keys()
 
 
 def _num_blocks(parameters: Iterable[str]) -> int:

@@ -106,10 +106,11 @@ def unused_in(source: Source, parameters: Collection[str]) -> list[Unused]:
     file = source.file
     if not isinstance(file, GgufFile):
         return []
-    used = used_tensors(file, source.architecture, parameters)
+    used, spare = used_tensors(file, source.architecture, parameters)
     if source.rotary is None:
-        return unused_tensors(file, used, num_layers(file))
-    return unused_metadata(file, source.architecture) + unused_tensors(file, used | {ROPE_FACTORS}, num_layers(file))
+        return unused_tensors(file, used, spare, num_layers(file))
+    used.add(ROPE_FACTORS)
+    return unused_metadata(file, source.architecture) + unused_tensors(file, used, spare, num_layers(file))
 
 
 def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:
@@ -155,9 +156,10 @@ def _head_dim(config: dict[str, Any]) -> int | None:
     return found
 
 
-def unused_tensors(file: GgufFile, used: Collection[str], num_layers: int) -> list[Unused]:
+def unused_tensors(file: GgufFile, used: Collection[str], spare: Collection[str], num_layers: int) -> list[Unused]:
     """Return the tensors that are neither in `used` nor experts of `num_layers` layers; ModelError for one not known.
 
+    What is `spare` is there in another form as well.
     A tensor that is left out silently would be another model.
     """
     found = []
@@ -165,6 +167,8 @@ def unused_tensors(file: GgufFile, used: Collection[str], num_layers: int) -> li
         block = _BLOCK.match(name)
         if block is not None and int(block[1]) >= num_layers:
             found.append(Unused(name, "only guesses further tokens"))
+        elif name in spare and name not in used:
+            found.append(Unused(name, "the file has the product of it as well"))
         elif name not in used and not is_expert_tensor(name):
             reason = next((why for pattern, why in _NEEDLESS_TENSORS.items() if re.fullmatch(pattern, name)), None)
             if reason is None:

@@ -183,9 +183,14 @@ def _one(file: GgufFile, name: str, value: Any) -> Any:
     return different[0]
 
 
-def _expert_width(file: GgufFile, key: Key) -> int | None:
-    found = [tensor.shape[-1] for name, tensor in file.tensors.items() if name.endswith(".ffn_down_exps.weight")]
-    return found[0] if found else None
+def _width_of(role: str) -> Callable[[GgufFile, Key], int | None]:
+    """How wide what ends in this tensor is, by the tensor of the first layer that has it."""
+
+    def width(file: GgufFile, key: Key) -> int | None:
+        found = (tensor.shape[-1] for name, tensor in file.tensors.items() if name.endswith(f".{role}.weight"))
+        return next(found, None)
+
+    return width
 
 
 def _head_width(file: GgufFile, key: Key) -> int | None:
@@ -196,7 +201,8 @@ def _head_width(file: GgufFile, key: Key) -> int | None:
 _LEFT_OUT: dict[str, Callable[[GgufFile, Key], Any]] = {
     "attention.head_count_kv": lambda file, key: key("attention.head_count"),
     "attention.key_length": _head_width,
-    "expert_feed_forward_length": _expert_width,
+    "expert_feed_forward_length": _width_of("ffn_down_exps"),
+    "expert_shared_feed_forward_length": _width_of("ffn_down_shexp"),
 }
 """What a file need not say -> where it follows from."""
 

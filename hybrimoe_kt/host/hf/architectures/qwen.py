@@ -47,7 +47,7 @@ def _hybrid(key: Key) -> Mapping[str, Any]:
         "layer_types": [
             "linear_attention" if is_recurrent else "full_attention" for is_recurrent in recurrent[:num_layers]
         ],
-        "partial_rotary_factor": key("rope.dimension_count") / key("attention.key_length"),
+        "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"),
     }
 
 
