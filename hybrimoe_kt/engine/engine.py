@@ -43,8 +43,7 @@ class Engine(TokenGenerator):
         """`context_tokens` limits prompt and answer together; by default the model's own limit."""
         ends = loaded.model.config.eos_token_id
         known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-        metadata = getattr(loaded.loader.file, "metadata", {})  # a checkpoint has none
-        known |= end_ids(metadata, tokenizer.added_tokens_encoder)
+        known |= end_ids(loaded.loader.file.metadata, tokenizer.added_tokens_encoder)
         super().__init__(loaded, known - {None}, context_tokens=context_tokens, shares=shares)
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, loaded.model)
