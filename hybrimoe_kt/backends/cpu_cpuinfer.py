@@ -16,7 +16,8 @@ from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError
 
-from .llamafile_input import LlamafileArithmetic, check_call, kernel_matrices
+from .call_checks import check_call
+from .llamafile_input import LlamafileArithmetic, kernel_matrices
 
 __all__ = ["CpuInferBackend", "adopt_pool"]
 

@@ -1,6 +1,6 @@
 """CPU experts on kTransformers' llamafile kernels, through kt-kernel's low-level extension.
 
-Every call and every layer is checked by `llamafile_input`. kt-kernel reads the mapped GGUF in place, so experts are
+Every call is checked by `call_checks`, every layer by `llamafile_input`. kt-kernel reads the mapped GGUF in place, so experts are
 not copied, except where an expert's width must be padded.
 
 Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0.7.2.
@@ -19,7 +19,8 @@ from hybrimoe_kt.errors import KernelError
 
 from . import kt_kernel_pool
 from .kt_kernel_pool import extension, stdout_silenced, worker_pool
-from .llamafile_input import LlamafileArithmetic, check_call, kernel_matrices
+from .call_checks import check_call
+from .llamafile_input import LlamafileArithmetic, kernel_matrices
 
 __all__ = ["LlamafileBackend"]
 

@@ -36,6 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CPU_BACKENDS: dict[str, str] = {
+    "ggml": "hybrimoe_kt.backends.cpu_ggml:GgmlBackend",
     "llamafile": "hybrimoe_kt.backends.cpu_llamafile:LlamafileBackend",
     "cpuinfer": "hybrimoe_kt.backends.cpu_cpuinfer:CpuInferBackend",
     "torch_reference": "hybrimoe_kt.backends.torch_reference:TorchReferenceCpu",

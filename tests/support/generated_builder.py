@@ -30,6 +30,14 @@ def as_it_is(value: np.ndarray) -> np.ndarray:
     return value
 
 
+def _quantized(random: np.random.Generator, value: np.ndarray, kind: Type) -> np.ndarray:
+    """The matrix itself in a type that gguf-py can make, another of its size in one that it cannot."""
+    try:
+        return quantize(value, kind)
+    except NotImplementedError:
+        return random_blocks(random, kind, *value.shape)
+
+
 class Builder:
     def __init__(self, shape: Shape, path: Path, keep_state: bool) -> None:
         self.shape, self.random = shape, np.random.default_rng(shape.seed)
@@ -54,7 +62,7 @@ class Builder:
         value = (centre + scale * self.random.standard_normal(size)).astype(np.float32)
         kind = self.shape.dense_type if value.ndim == 2 and "ffn_gate_inp" not in gguf_name else Type.F32
         if kind != Type.F32 and size[-1] % GGML_QUANT_SIZES[kind][0] == 0:
-            raw = quantize(value, kind)
+            raw = _quantized(self.random, value, kind)
             value = dequantize(raw, kind)
             self.writer.add_tensor(gguf_name, stored(raw), raw_dtype=kind)
         else:

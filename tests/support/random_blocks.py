@@ -1,4 +1,4 @@
-"""Random quantised matrices, including K-quants, which gguf-py cannot make."""
+"""Random quantised matrices, also of types that gguf-py cannot make."""
 
 from __future__ import annotations
 
@@ -23,16 +23,33 @@ _K_QUANTS: dict[Type, tuple[tuple[int, float], ...]] = {
 def random_blocks(random: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
     """Return `[rows, row_bytes]` of `kind` whose values are zero-centred with a spread of `columns ** -0.5`.
 
-    gguf-py cannot quantise to K-quants, so their blocks are drawn as bytes; the rest are quantised normals, in large
-    matrices each row one of `MOST_ROWS`.
+    K-quants of the large models that are generated are drawn as bytes; the rest are quantised normals, in large
+    matrices each row one of `MOST_ROWS`, of gguf-py where it can, else of ggml.
     """
     spread = columns**-0.5
     if kind not in _K_QUANTS:
         drawn = spread * random.standard_normal((min(rows, MOST_ROWS), columns), dtype=np.float32)
-        raw = np.ascontiguousarray(quantize(drawn, kind)).view(np.uint8).reshape(len(drawn), -1)
+        try:
+            raw = np.ascontiguousarray(quantize(drawn, kind)).view(np.uint8).reshape(len(drawn), -1)
+        except NotImplementedError:
+            raw = _quantized_by_ggml(drawn, kind)
         return raw if rows <= MOST_ROWS else raw[random.integers(0, MOST_ROWS, rows)]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     raw = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
     for offset, unit in _K_QUANTS[kind]:
         raw[:, offset : offset + 2] = np.full(1, spread * unit, np.float16).view(np.uint8)
     return raw.reshape(rows, -1)
+
+
+def _quantized_by_ggml(values: np.ndarray, kind: Type) -> np.ndarray:
+    from hybrimoe_kt.backends.ggml.library import library
+
+    rows, columns = values.shape
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    raw = np.empty((rows, columns // block * block_bytes), np.uint8)
+    alike = np.ones(columns, np.float32)  # every column matters as much
+    made = library().ggml_quantize_chunk(
+        int(kind), values.ctypes.data, raw.ctypes.data, 0, rows, columns, alike.ctypes.data
+    )
+    assert made == raw.nbytes, kind
+    return raw

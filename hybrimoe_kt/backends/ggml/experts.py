@@ -1,0 +1,121 @@
+"""A layer's routed experts as graphs: pairs of a token and an expert in, their unweighted answers out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from hybrimoe_kt.device.experts import LayerExperts
+
+from .library import F32, I32, Context, data_of
+from .pool import Graph, Pool
+
+__all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind"]
+
+_MOST_GRAPHS = 64
+"""Kept, the latest used; one takes 30 us to make."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertKind:
+    """All that a graph depends on but the number of tokens: layers that are alike share theirs."""
+
+    num_experts: int
+    hidden: int
+    inter: int
+    types: tuple[int, int, int]
+    """Of gate, up and down."""
+    activation: str = "swiglu"
+    """What joins gate and up: `silu(gate) * up`."""
+
+    @classmethod
+    def of(cls, experts: LayerExperts) -> ExpertKind:
+        gate, up, down = (matrix.ggml_type for matrix in experts.matrices)
+        return cls(experts.num_experts, experts.hidden, experts.inter, (gate, up, down))
+
+
+class Scratch:
+    """Memory for what lies between an expert's matrices, and for answers; grows, and is one call's at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, num_values: int) -> torch.Tensor:
+        """float32 `[num_values]`, valid until the next call."""
+        if num_values > self._memory.numel():
+            self._memory = torch.empty(num_values)
+        return self._memory[:num_values]
+
+
+class ExpertGraph:
+    """Experts of one kind for `tokens` tokens of `per_token` experts each."""
+
+    def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
+        library, pairs = on.library, per_token * tokens
+        context = Context(library, 9)
+        shapes = (kind.hidden, kind.inter), (kind.hidden, kind.inter), (kind.inter, kind.hidden)
+        weights = [
+            context.tensor(ggml_type, *shape, kind.num_experts)
+            for ggml_type, shape in zip(kind.types, shapes, strict=True)
+        ]
+        hidden, ids = context.tensor(F32, kind.hidden, 1, tokens), context.tensor(I32, per_token, tokens)
+        product = library.ggml_mul_mat_id
+        gate, up = (product(context.pointer, weight, hidden, ids) for weight in weights[:2])
+        joined = _ACTIVATIONS[kind.activation](context, gate, up)
+        out = product(context.pointer, weights[2], joined, ids)
+        self._weights = [data_of(weight) for weight in weights]
+        self._hidden, self._ids = data_of(hidden), data_of(ids)
+        self._between = [data_of(gate), data_of(up), data_of(joined), data_of(out)]
+        self._inner, self._shape = pairs * kind.inter, (tokens, per_token, kind.hidden)
+        self._graph = Graph(on, context, out)
+
+    def place(
+        self, weights: tuple[int, ...], hidden: torch.Tensor, ids: torch.Tensor, scratch: Scratch
+    ) -> torch.Tensor:
+        """Say where everything is; return where answers will be, `[tokens, per_token, hidden]`.
+
+        `weights` are the addresses of gate, up and down, `hidden` float32 `[tokens, hidden]`, `ids` int32
+        `[tokens, per_token]`, all contiguous and alive until `compute` has ended.
+        """
+        tokens, per_token, width = self._shape
+        memory = scratch.take(2 * self._inner + tokens * per_token * width)
+        address = memory.data_ptr()
+        for field, weight in zip(self._weights, weights, strict=True):
+            field.value = weight
+        self._hidden.value, self._ids.value = hidden.data_ptr(), ids.data_ptr()
+        gate, up, joined, out = self._between
+        gate.value = joined.value = address  # element by element, so in place
+        up.value, out.value = address + 4 * self._inner, address + 8 * self._inner
+        return memory[2 * self._inner :].view(self._shape)
+
+    def compute(self) -> None:
+        self._graph.compute()
+
+
+class ExpertGraphs:
+    """Graphs by kind and size, made when they are first wanted."""
+
+    def __init__(self, on: Pool) -> None:
+        self._pool = on
+        self._made: OrderedDict[tuple[ExpertKind, int, int], ExpertGraph] = OrderedDict()
+
+    def of(self, kind: ExpertKind, per_token: int, tokens: int) -> ExpertGraph:
+        key = kind, per_token, tokens
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = ExpertGraph(self._pool, kind, per_token, tokens)
+            if len(self._made) > _MOST_GRAPHS:
+                self._made.popitem(last=False)
+        else:
+            self._made.move_to_end(key)
+        return found
+
+
+def _swiglu(context: Context, gate: int, up: int) -> int:
+    joined: int = context.library.ggml_swiglu_split(context.pointer, gate, up)
+    return joined
+
+
+_ACTIVATIONS = {"swiglu": _swiglu}

@@ -1,0 +1,77 @@
+"""ggml's threads: one pool a process, which experts and dense products share, one graph at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+
+import torch
+
+from hybrimoe_kt.errors import KernelError
+
+from .library import Context, Library, Plan, library
+
+__all__ = ["Graph", "Pool", "pool"]
+
+_POLL = 0
+"""Rounds of polling before an idle thread sleeps, in ggml's unit of 131,072."""
+_SPARE_BYTES = 64
+"""ggml aligns its scratch memory itself, within this."""
+
+
+class Pool:
+    """A number of threads, of which the calling one is the first. Several callers take turns."""
+
+    def __init__(self, of: Library, num_threads: int) -> None:
+        self.library, self.num_threads = of, num_threads
+        parameters = of.ggml_threadpool_params_default(num_threads)
+        parameters.poll = _POLL
+        self._threads = of.ggml_threadpool_new(ctypes.byref(parameters)) if num_threads > 1 else None
+        self._turn = threading.Lock()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._address = 0
+
+    def plan(self, graph: int, num_threads: int) -> Plan:
+        """How `graph` is computed by so many of the threads."""
+        with self._turn:
+            plan: Plan = self.library.ggml_graph_plan(graph, min(num_threads, self.num_threads), self._threads)
+            if plan.work_size + _SPARE_BYTES > self._scratch.numel():
+                self._scratch = torch.empty(plan.work_size + _SPARE_BYTES, dtype=torch.uint8)
+                self._address = self._scratch.data_ptr()
+        return plan
+
+    def compute(self, graph: int, plan: Plan, reference: object) -> None:
+        """Compute a graph without the interpreter's lock; `reference` is `plan` by reference."""
+        with self._turn:
+            plan.work_data = self._address
+            status = self.library.ggml_graph_compute(graph, reference)
+        if status != 0:
+            raise KernelError(f"ggml ended a computation with status {status}")
+
+
+class Graph:
+    """A graph of a few tensors, planned once; where its tensors' values are may change from call to call."""
+
+    def __init__(self, on: Pool, context: Context, *results: int, num_threads: int = 0) -> None:
+        self._pool, self._context = on, context  # the context goes when nobody computes with it any more
+        self._graph = context.graph(*results)
+        self._plan = on.plan(self._graph, num_threads or on.num_threads)
+        self._reference = ctypes.byref(self._plan)
+
+    def compute(self) -> None:
+        self._pool.compute(self._graph, self._plan, self._reference)
+
+
+_made: list[Pool] = []
+_lock = threading.Lock()
+
+
+def pool(num_threads: int = 0) -> Pool:
+    """The process's pool; the first caller that names a number of threads decides how many it has."""
+    from hybrimoe_kt.device.cores import physical_cores
+
+    with _lock:
+        if not _made:
+            _made.append(Pool(library(), num_threads or physical_cores()))
+        return _made[0]
