@@ -112,6 +112,13 @@ class CpuBackend(Protocol):
         KernelError on input it would get wrong.
         """
 
+    def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
+        """Do all of it in the calling thread, where nobody has anything else to do meanwhile: return the answer.
+
+        None, having done nothing, where that is no faster; then `submit` is asked.
+        """
+        return None
+
     @abstractmethod
     def is_done(self) -> bool:
         """Whether the submitted call has ended; never blocks."""

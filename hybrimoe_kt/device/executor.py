@@ -50,6 +50,8 @@ class Executor:
         self.count_slots()
         self._kept: list[Lane] = []
         self._cpu_busy = self._cpu_is_dead = False
+        self._answered: torch.Tensor | None = None
+        """What the CPU has computed in this thread already, of the step under way."""
         self._cpu_pace = 0.0
         """Seconds waited for the CPU per second predicted, a moving average: how long to sleep before polling."""
         self._cpu_began_s = 0.0
@@ -102,8 +104,12 @@ class Executor:
             routed = self._only(step.host, plan.cpu) if plan.gpu else step.host
             if self._log is not None:
                 self._submitted = plan.layer, plan.cpu, time.perf_counter()
-            self.cpu.submit(plan.layer, routed)
-            self._cpu_busy, self._cpu_began_s = True, time.perf_counter()
+            began = time.perf_counter()
+            self._answered = None if self.lanes else self.cpu.compute(plan.layer, routed)
+            if self._answered is None:
+                self.cpu.submit(plan.layer, routed)
+                began = time.perf_counter()
+            self._cpu_busy, self._cpu_began_s = True, began
         if plan.gpu:
             lane = self.lane_of[plan.layer]
             try:
@@ -180,6 +186,13 @@ class Executor:
             self._wait_cpu(None)
 
     def _wait_cpu(self, meanwhile: Callable[[], object] | None, predicted_s: float = 0.0) -> torch.Tensor:
+        if self._answered is not None:
+            answer, self._answered, self._cpu_busy = self._answered, None, False
+            ended = time.perf_counter()
+            if self._log is not None:
+                self._log.computed(*self._submitted, ended)
+            self.cpu_share_s, self.cpu_was_waited_for = ended - self._cpu_began_s, True
+            return answer
         began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
         rest_s = SHARE_SLEPT * self._cpu_pace * predicted_s
         self.cpu_was_waited_for = False

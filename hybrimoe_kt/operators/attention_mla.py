@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.errors import HostCompatibilityError
+
+from .linear import check_cpu, is_computed_by_ggml
 
 __all__ = ["AbsorbedMLA"]
 
@@ -57,8 +60,13 @@ class AbsorbedMLA(nn.Module):
         prefill_device: str = "cpu",
         generate_device: str = "cpu",
         absorb_for_prefill: bool = True,
+        cpu: str = "ggml",
     ) -> None:
-        """`absorb_for_prefill=False` leaves prompts to the stock expansion, cheaper while the context is short."""
+        """`absorb_for_prefill=False` leaves prompts to the stock expansion, cheaper while the context is short.
+
+        `cpu`: who multiplies by the up-projections there, "ggml" or "float". They stay as the file has them where it
+        has them as two tensors; where it has one, the half that turns latents into values does.
+        """
         super().__init__()
         if not hasattr(orig_module, "kv_b_proj"):
             raise HostCompatibilityError(
@@ -79,7 +87,27 @@ class AbsorbedMLA(nn.Module):
         for name in _ADOPTED:
             self.register_module(name, getattr(orig_module, name, None))
         self._rotate = _rotation_of(orig_module)
+        self._up: UpProjections | None = None
+        check_cpu(cpu, type(self).__name__)
+        if absorb_for_prefill and is_computed_by_ggml(cpu, generate_device):
+            self._up = self._packed_up(gguf_loader)
+        if self._up is not None:
+            self.kv_b_proj = None
         object.__setattr__(self, "_stock", orig_module)
+
+    def _packed_up(self, gguf_loader: Any) -> UpProjections | None:
+        names = (f"blk.{self.layer_idx}.attn_{name}.weight" for name in ("k_b", "v_b", "kv_b"))
+        keys, values, both = (gguf_loader.packed_tensor(name) for name in names)
+        heads, rank = self.num_heads, self.kv_lora_rank
+        if keys is not None and values is not None:
+            if (keys.heads, keys.rows, keys.columns) != (heads, rank, self.nope):
+                return None  # told by what loads floats
+            if (values.heads, values.rows, values.columns) != (heads, self.value, rank):
+                return None
+            return SplitUpProjections(keys, values)
+        if both is not None and (both.rows, both.columns) == (heads * (self.nope + self.value), rank):
+            return FusedUpProjections(both, heads, self.nope, self.value)
+        return None
 
     @property
     def scaling(self) -> float:
@@ -126,11 +154,11 @@ class AbsorbedMLA(nn.Module):
         if past is not None:
             latent, key_rope = past.update(latent, key_rope, self.layer_idx)
 
-        up = self.kv_b_proj.weight.view(self.num_heads, self.nope + self.value, self.kv_lora_rank)
-        query_latent = query_nope @ up[:, : self.nope]  # [batch, heads, tokens, rank]
+        up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
+        query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
         scores = query_latent @ latent.transpose(2, 3) + query_rope @ key_rope.transpose(2, 3)
         probabilities = self._softmax(scores * self.scaling, attention_mask, query.dtype)
-        context = (probabilities @ latent) @ up[:, self.nope :].transpose(1, 2)  # [batch, heads, tokens, value]
+        context = up.to_values(probabilities @ latent)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -146,6 +174,20 @@ class AbsorbedMLA(nn.Module):
             causal = torch.ones(tokens, length, dtype=torch.bool, device=scores.device).tril(length - tokens)
             scores = scores.masked_fill(~causal, -torch.inf)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+
+
+class _FloatUpProjections:
+    """The up-projections of all heads as one float matrix `[heads * (nope + value), rank]`."""
+
+    def __init__(self, weight: torch.Tensor, heads: int, nope: int, value: int) -> None:
+        up = weight.view(heads, nope + value, -1)
+        self._keys, self._values = up[:, :nope], up[:, nope:].transpose(1, 2)
+
+    def to_latent(self, query: torch.Tensor) -> torch.Tensor:
+        return query @ self._keys
+
+    def to_values(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent @ self._values
 
 
 def _rotation_of(module: nn.Module) -> Any:

@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
+from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError, first_line
 
@@ -150,6 +151,9 @@ class CheckpointLoader:
         self.file = file
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         self._layers: dict[int, LayerExperts] = {}
+        self.packed: dict[str, PackedMatrix] = {}
+        self.dequantised: dict[str, str] = {}
+        """Both empty: checkpoints hold floats."""
 
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts, gathered once; ModelError when the files lack or contradict them."""
@@ -163,6 +167,12 @@ class CheckpointLoader:
                 }
             self._layers[layer] = LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
         return self._layers[layer]
+
+    def packed_weight(self, parameter: str, shape: tuple[int, ...]) -> None:
+        """None for every parameter."""
+
+    def packed_tensor(self, name: str) -> None:
+        """None as well."""
 
     def _names(self, layer: int) -> ExpertNames:
         for names in self.file.expert_names:

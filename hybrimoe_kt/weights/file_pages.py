@@ -1,4 +1,4 @@
-"""Experts that the CPU reads in place, brought into memory at once instead of page by page when they are first used."""
+"""Weights that the CPU reads in place, brought into memory at once instead of page by page when they are first used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import mmap
 import sys
 from collections.abc import Iterable, Sequence
+
+import torch
 
 from hybrimoe_kt.device.emulated.immediate import host_available_bytes
 from hybrimoe_kt.device.experts import LayerExperts
@@ -22,18 +24,22 @@ _LEFT_BYTES = 2**31
 just read. An assumption, not measured."""
 
 
-def bring_in(layers: Sequence[LayerExperts], *, progress: bool) -> int:
-    """Map every page of `layers` and read what is not in memory; return how many bytes that covered.
+def bring_in(layers: Sequence[LayerExperts], dense: Sequence[torch.Tensor] = (), *, progress: bool) -> int:
+    """Map every page of `dense` and `layers` and read what is not in memory; return how many bytes that covered.
 
     Fewer where the system cannot, none where they would not fit with room to spare: then pages come as they are used.
     """
-    needed = sum(layer.expert_bytes * layer.num_experts for layer in layers)
+    needed = sum(layer.expert_bytes * layer.num_experts for layer in layers) + sum(data.numel() for data in dense)
     if needed + _LEFT_BYTES > _room_bytes():
         logger.debug(
-            "%.1f GB of experts do not fit in free memory; their pages are read as they are used", needed / 1e9
+            "%.1f GB of weights do not fit in free memory; their pages are read as they are used", needed / 1e9
         )
         return 0
     done = 0
+    for data in dense:
+        if not _populate(data.data_ptr(), data.numel()):
+            return done
+        done += data.numel()
     for layer in _shown(layers, progress):
         for matrix in layer.matrices:
             if not _populate(matrix.data.data_ptr(), matrix.data.numel()):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.quants import TYPES, type_name
 
@@ -56,6 +57,11 @@ class GgufTensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             return torch.from_numpy(self.data)
+
+    def packed(self) -> PackedMatrix:
+        """A matrix in place; of three dimensions, one for each head."""
+        *heads, rows, columns = self.shape
+        return PackedMatrix(self.name, self.values(), self.ggml_type, rows, columns, *heads)
 
 
 class GgufFile:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.quants import row_bytes
+from hybrimoe_kt.quants import TYPES, row_bytes
 
 from .gguf_file import GgufFile, GgufTensor
 
 __all__ = ["GgufLoader"]
+
+FindPacked = Callable[[str, tuple[int, ...]], "PackedWeight | str | None"]
 
 
 class GgufLoader:
@@ -23,8 +27,13 @@ class GgufLoader:
     llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
     """
 
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
+    def __init__(self, file: GgufFile, find_packed: FindPacked | None = None) -> None:
+        """`find_packed(parameter, shape)` gives a dense matrix as it stands, or says why not; without it none is."""
+        self.file, self._find_packed = file, find_packed
+        self.packed: dict[str, PackedMatrix] = {}
+        """Every tensor handed out to stay as it is, by its name."""
+        self.dequantised: dict[str, str] = {}
+        """Parameter -> why it cannot stay as it is, though it was to."""
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         """Module path -> kwargs of the rule that decided it."""
         self._gathered: dict[tuple[int, str], GgufTensor] = {}
@@ -42,6 +51,24 @@ class GgufLoader:
         self._check_shapes(tensors, num_experts, hidden, inter)
         matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
         return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+
+    def packed_weight(self, parameter: str, shape: tuple[int, ...]) -> PackedWeight | None:
+        """Return a dense matrix of the model as the file has it; None where the parameter has to be floats."""
+        found = self._find_packed(parameter, shape) if self._find_packed is not None else None
+        if isinstance(found, str):
+            self.dequantised[parameter] = found
+            return None
+        if found is not None:
+            self.packed |= {part.name: part for part in found.parts}
+        return found
+
+    def packed_tensor(self, name: str) -> PackedMatrix | None:
+        """Return a tensor of the file by its own name, None where it has none or holds float32."""
+        tensor = self.file.tensors.get(name)
+        if tensor is None or TYPES[tensor.ggml_type].dtype == "float32":
+            return None
+        found = self.packed[name] = tensor.packed()
+        return found
 
     def _check_shapes(self, tensors: dict[str, GgufTensor], num_experts: int, hidden: int, inter: int) -> None:
         shapes = {"gate": (num_experts, inter, hidden), "up": (num_experts, inter, hidden)}

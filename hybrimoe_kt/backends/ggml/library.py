@@ -84,6 +84,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_mul_mat_id": (_Tensor, (c_void_p, _Tensor, _Tensor, _Tensor)),
     "ggml_swiglu_split": (_Tensor, (c_void_p, _Tensor, _Tensor)),
     "ggml_mul": (_Tensor, (c_void_p, _Tensor, _Tensor)),
+    "ggml_view_3d": (_Tensor, (c_void_p, _Tensor, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t)),
     "ggml_cast": (_Tensor, (c_void_p, _Tensor, c_int)),
     "ggml_quantize_chunk": (c_size_t, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "ggml_threadpool_params_default": (PoolParameters, (c_int,)),

@@ -1,28 +1,34 @@
-"""Products with one packed matrix, and its dequantisation, as graphs that are made once for each shape."""
+"""Products with packed matrices, and their dequantisation, as graphs that are made once for each shape."""
 
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 
 import torch
 
 from .library import F32, Context, data_of
-from .pool import Graph, Pool, pool
+from .pool import Graph, pool
 
-__all__ = ["dequantize_into", "multiply"]
+__all__ = ["dequantize_into", "multiply", "multiply_heads"]
 
-_MOST_GRAPHS = 512
-"""Kept of a kind, the latest used: a model has some ten shapes, a prompt may have any length. 3 KB each."""
+_MOST_GRAPHS = 1024
+"""Kept of a kind, the latest used: a model has some ten shapes, a prompt may have any length. 4 KB each."""
 
 
 class _Product:
-    """`[tokens, columns]` times a packed `[rows, columns]`, transposed: `[tokens, rows]`."""
+    """`[heads, tokens, columns]` times packed `[heads, rows, columns]`, transposed: `[heads, tokens, rows]`."""
 
-    def __init__(self, on: Pool, ggml_type: int, rows: int, columns: int, tokens: int) -> None:
-        context = Context(on.library, 3)
-        weight, given = context.tensor(ggml_type, columns, rows), context.tensor(F32, columns, tokens)
-        out = on.library.ggml_mul_mat(context.pointer, weight, given)
+    def __init__(self, ggml_type: int, heads: int, rows: int, columns: int, tokens: int, stride: int) -> None:
+        on = pool()
+        library, context = on.library, Context(on.library, 4)
+        if stride:
+            whole = context.tensor(ggml_type, columns, rows, heads)
+            row_bytes = library.ggml_nbytes(whole) // (rows * heads)
+            weight = library.ggml_view_3d(context.pointer, whole, columns, rows, heads, row_bytes, stride, 0)
+        else:
+            weight = context.tensor(ggml_type, columns, rows, heads)
+        given = context.tensor(F32, columns, tokens, heads)
+        out = library.ggml_mul_mat(context.pointer, weight, given)
         self.weight, self.given, self.out = data_of(weight), data_of(given), data_of(out)
         self.compute = Graph(on, context, out).compute
 
@@ -30,7 +36,8 @@ class _Product:
 class _Dequantisation:
     """Packed values as float32."""
 
-    def __init__(self, on: Pool, ggml_type: int, rows: int, columns: int) -> None:
+    def __init__(self, ggml_type: int, rows: int, columns: int) -> None:
+        on = pool()
         context = Context(on.library, 2)
         weight = context.tensor(ggml_type, columns, rows)
         out = on.library.ggml_cast(context.pointer, weight, F32)
@@ -38,22 +45,30 @@ class _Dequantisation:
         self.compute = Graph(on, context, out).compute
 
 
-@functools.lru_cache(_MOST_GRAPHS)
-def _product(ggml_type: int, rows: int, columns: int, tokens: int) -> _Product:
-    return _Product(pool(), ggml_type, rows, columns, tokens)
-
-
-@functools.lru_cache(_MOST_GRAPHS)
-def _dequantisation(ggml_type: int, rows: int, columns: int) -> _Dequantisation:
-    return _Dequantisation(pool(), ggml_type, rows, columns)
+_product = functools.lru_cache(_MOST_GRAPHS)(_Product)
+_dequantisation = functools.lru_cache(_MOST_GRAPHS)(_Dequantisation)
 
 
 def multiply(weight: int, ggml_type: int, rows: int, columns: int, given: torch.Tensor, out: torch.Tensor) -> None:
     """Write `given` times the transposed matrix at the address `weight` to `out`, float32 `[tokens, rows]`.
 
-    `given` float32 `[tokens, columns]`; both contiguous on the CPU. Activations are rounded as the type's kernel has it.
+    `given` float32 `[tokens, columns]`; both contiguous on the CPU. Activations are rounded as the type's kernel has
+    it: to 8 bits where weights are blocks.
     """
-    product = _product(ggml_type, rows, columns, given.shape[0])
+    product = _product(ggml_type, 1, rows, columns, given.shape[0], 0)
+    product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
+    product.compute()
+
+
+def multiply_heads(
+    weight: int, ggml_type: int, rows: int, columns: int, given: torch.Tensor, out: torch.Tensor, stride: int = 0
+) -> None:
+    """Do that for every head: `given` float32 `[heads, tokens, columns]`, `out` `[heads, tokens, rows]`.
+
+    Heads' matrices lie `stride` bytes apart; 0: one after the other.
+    """
+    heads, tokens, _ = given.shape
+    product = _product(ggml_type, heads, rows, columns, tokens, stride)
     product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
     product.compute()
 

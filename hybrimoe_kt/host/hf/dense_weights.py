@@ -10,15 +10,18 @@ from typing import TypeVar
 import torch
 from gguf.tensor_mapping import TensorNameMap
 
+from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
+from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.weights.lazy import LazyTensor, Load, Where, values_of
 
-from .architectures import Architecture
+from .architectures import Architecture, Composed, Key, Transform
 
-__all__ = ["dense_state_dict", "used_tensors"]
+__all__ = ["dense_state_dict", "packed_weight", "used_tensors"]
 
 _T = TypeVar("_T")
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -66,6 +69,51 @@ def used_tensors(file: GgufFile, architecture: Architecture, parameters: Iterabl
     return used & file.tensors.keys(), spare & file.tensors.keys()
 
 
+def packed_weight(
+    file: GgufFile, architecture: Architecture, name: str, shape: tuple[int, ...]
+) -> PackedWeight | str | None:
+    """Return a matrix as the file has it; why it must be dequantised, or None where the file itself holds floats.
+
+    ModelError as of `dense_state_dict`.
+    """
+    names = architecture.name_map(_num_blocks((name,)))
+    found = _as_stored(file, _gguf_name(architecture, names, name))
+    if found in file.tensors:
+        tensors, recipe = [file.tensors[found]], _recipe(architecture.transforms, name)
+        if recipe is not None and recipe.moves is None:
+            return None if _is_float32(tensors) else "its values are changed"
+    else:
+        layer, recipe = _LAYER.search(name), _recipe(architecture.composed, name)
+        if recipe is None or layer is None:
+            return None  # told by what loads floats
+        tensors = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
+        if recipe.moves is None:
+            return None if _is_float32(tensors) else f"it is made of {' and '.join(tensor.name for tensor in tensors)}"
+    if _is_float32(tensors) or any(len(tensor.shape) != 2 for tensor in tensors):
+        return None
+    found_shape = recipe.shape(*(tensor.shape for tensor in tensors)) if recipe else tensors[0].shape
+    _check_shape(file, " + ".join(tensor.name for tensor in tensors), found_shape, name, shape)
+    parts = tuple(tensor.packed() for tensor in tensors)
+    if recipe is None:
+        return PackedWeight(parts)
+    return _in_order(parts, recipe, architecture.key(file))
+
+
+def _in_order(parts: tuple[PackedMatrix, ...], recipe: Transform | Composed, key: Key) -> PackedWeight:
+    """Find the order that a recipe puts rows or columns into by giving it their numbers."""
+    if recipe.moves == "columns":
+        numbers = torch.arange(parts[0].columns, dtype=torch.int64, device="cpu")[None]
+        order = recipe.build(numbers, key)[0]
+        return PackedWeight(parts, column_order=order.argsort())
+    sizes = [part.rows for part in parts]
+    numbers = torch.arange(sum(sizes), dtype=torch.int64, device="cpu")[:, None]
+    return PackedWeight(parts, row_order=recipe.build(*numbers.split(sizes), key)[:, 0])
+
+
+def _is_float32(tensors: Iterable[GgufTensor]) -> bool:
+    return all(TYPES[tensor.ggml_type].dtype == "float32" for tensor in tensors)
+
+
 def _num_blocks(parameters: Iterable[str]) -> int:
     return 1 + max((int(match[1]) for name in parameters if (match := _LAYER.search(name))), default=0)
 
@@ -85,7 +133,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _as_stored(file: GgufFile, name: str | None) -> str | None:
-    """The name itself, or as Ollama's converter has it: a bias that stands alone without its ending."""
+    """The name itself, or as Ollama's converter has it: a bias that stands alone without its ending.
+
+    A head that the file lacks is the embedding.
+    """
+    if name == _HEAD and name not in file.tensors:
+        return _EMBEDDING
     bare = (name or "").removesuffix(".bias")
     return bare if name not in file.tensors and bare != name and bare in file.tensors else name
 

@@ -26,7 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
+from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
 from hybrimoe_kt.weights.file_pages import bring_in
@@ -44,6 +47,8 @@ __all__ = ["LoadedModel", "load_model", "unused_of"]
 logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
+_KEPT_PACKED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA
+"""What asks where it will stand: on a CPU, weights stay as the file has them."""
 
 
 @dataclass
@@ -104,9 +109,15 @@ class _Injector:
         self.placement = self._placed(model, injections)
         self.experts = ModelExperts(overrides=self._overrides)
         rule_engine.inject(model, injections, gguf_loader=self._loader, config=model.config, construct=self._construct)
+        _untie_packed(model)
 
     def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
-        return cls(**contract, experts=self.experts) if issubclass(cls, HybriMoEExperts) else cls(**contract)
+        if issubclass(cls, HybriMoEExperts):
+            return cls(**contract, experts=self.experts)
+        if issubclass(cls, _KEPT_PACKED):
+            place = self.placement.device_of(f"{contract['key']}.weight")
+            return cls(**contract | {"generate_device": str(place)})
+        return cls(**contract)
 
     def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
         device = self._device
@@ -190,7 +201,9 @@ def load_model(
         )
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     state = source.state(parameters, dtype, inject.placement.device_of)
-    told = _told(source, unused_in(source, parameters))
+    told = _told(source, unused_in(source, parameters, loader.packed))
+    for name, reason in loader.dequantised.items():
+        logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -205,7 +218,8 @@ def load_model(
     note_routers(model, architecture)
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
-        bring_in(loaded.runtime.experts_read_in_place, progress=progress)
+        dense = [matrix.data for matrix in loader.packed.values()]
+        bring_in(loaded.runtime.experts_read_in_place, dense, progress=progress)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
@@ -294,6 +308,15 @@ def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers that a file must provide: tied ones only once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+def _untie_packed(model: nn.Module) -> None:
+    """Forget that a head without floats shares the embedding's, or that it could: both then read the same tensor."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, owner in list(tied.items()):
+        if name not in stored or owner not in stored:
+            del tied[name]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hybrimoe_kt.weights.lazy import LazyTensor, Where
 
 from .architectures import Architecture, architecture_of, architecture_of_type
 from .architectures.rotary import Rotary
-from .dense_weights import dense_state_dict
+from .dense_weights import dense_state_dict, packed_weight
 
 __all__ = ["Source", "open_source"]
 
@@ -63,7 +64,8 @@ def _gguf(path: str | Path, model_path: str | Path | None, metadata: Mapping[str
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
     rotary = architecture.rotary(file) if model_path is None else None
-    return Source(file, architecture, config, GgufLoader(file), state, rotary)
+    loader = GgufLoader(file, partial(packed_weight, file, architecture))
+    return Source(file, architecture, config, loader, state, rotary)
 
 
 def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:

@@ -97,9 +97,10 @@ _NEEDLESS_TENSORS = {
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def unused_in(source: Source, parameters: Collection[str]) -> list[Unused]:
+def unused_in(source: Source, parameters: Collection[str], packed: Collection[str] = ()) -> list[Unused]:
     """Return what a GGUF model holds and its `parameters`, experts and configuration do not take up.
 
+    `packed` are tensors that operators read in place.
     ModelError for a tensor that is not known to be needless, and for a key with which the model would be another one.
     A configuration that came from elsewhere makes the file's own needless.
     """
@@ -107,6 +108,7 @@ def unused_in(source: Source, parameters: Collection[str]) -> list[Unused]:
     if not isinstance(file, GgufFile):
         return []
     used, spare = used_tensors(file, source.architecture, parameters)
+    used |= set(packed)
     if source.rotary is None:
         return unused_tensors(file, used, spare, num_layers(file))
     used.add(ROPE_FACTORS)

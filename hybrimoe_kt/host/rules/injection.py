@@ -157,18 +157,22 @@ class _Injector:
     construct: Callable[..., nn.Module] | None
     operators: list[tuple[Injection, nn.Module]] = field(default_factory=list)
 
-    def descend(self, parent: nn.Module, prefix: str) -> None:
+    def descend(self, parent: nn.Module, prefix: str, adopter: nn.Module | None = None) -> None:
+        """Put operators in place of the modules of `parent`, and of those that the operator `adopter` took of them."""
         for name, child in list(parent._modules.items()):
             injection = self.injections.get(prefix + name)
             if child is None or injection is None:
                 continue
             if (device_map := getattr(self.gguf_loader, "tensor_device_map", None)) is not None:
                 device_map[injection.path] = injection.kwargs
+            operator = None
             if injection.cls != DEFAULT:
                 operator = self.build(injection, child)
                 setattr(parent, name, operator)
+                if adopter is not None and adopter._modules.get(name) is child:
+                    setattr(adopter, name, operator)
                 self.operators.append((injection, operator))
-            self.descend(child, f"{prefix}{name}.")
+            self.descend(child, f"{prefix}{name}.", operator)
 
     def build(self, injection: Injection, child: nn.Module) -> nn.Module:
         cls = self.classes[injection.path]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -19,8 +19,9 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Transform"]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Moves", "Transform"]
 
+Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
 """Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
 
@@ -35,6 +36,8 @@ class Composed:
     """From the parts, in order, and the reader of the metadata."""
     shape: Callable[..., tuple[int, ...]]
     """Result shape from the parts' shapes, to check a file before anything is dequantised."""
+    moves: Moves | None = None
+    """As of `Transform`; of the parts one above the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Transform:
     build: Callable[[torch.Tensor, Key], torch.Tensor]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
     """Result shape from the tensor's."""
+    moves: Moves | None = None
+    """What of a matrix is put in another order, if it is done to nothing else: blocks then stay as they are."""
 
 
 ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))

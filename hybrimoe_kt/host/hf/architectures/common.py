@@ -72,4 +72,4 @@ def unpermuted(heads: str) -> Transform:
     def build(tensor: torch.Tensor, key: Key) -> torch.Tensor:
         return tensor.view(key(heads), -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
-    return Transform(build)
+    return Transform(build, moves="rows")

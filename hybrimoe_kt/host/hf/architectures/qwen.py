@@ -84,7 +84,7 @@ def _grouped(head_dim: Callable[[Key], int], dim: int = 0, after: Callable[[Key]
         shape = (*tiled.shape[:dim], -1, key_heads, head_dim(key), *tiled.shape[dim + 1 :])
         return torch.cat((fixed, tiled.reshape(shape).transpose(dim, dim + 1).reshape(tiled.shape)), dim)
 
-    return Transform(build)
+    return Transform(build, moves="columns" if dim else "rows")
 
 
 def _value_dim(key: Key) -> int:
@@ -149,6 +149,7 @@ FAMILIES = (
                 ("blk.{layer}.attn_qkv.weight", "blk.{layer}.attn_gate.weight"),
                 _qkvz,
                 lambda qkv, gate: (qkv[0] + gate[0], qkv[1]),
+                moves="rows",
             )
         },
         transforms=_HYBRID_TRANSFORMS | {_LINEAR + "A_log": _LOG, _LINEAR + "conv1d.weight": _CHANNELS},

@@ -1,0 +1,55 @@
+"""`QuantizedEmbedding`: an embedding that stays as the file has it; what is looked up is dequantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hybrimoe_kt.backends.dequantize import dequantize
+from hybrimoe_kt.device.packed import PackedWeight
+from hybrimoe_kt.errors import ConfigError
+
+__all__ = ["QuantizedEmbedding"]
+
+
+class QuantizedEmbedding(nn.Module):
+    """In place of `torch.nn.Embedding`, on a CPU. On other devices it is what it replaces."""
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str | None = None,
+        generate_device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        if type(orig_module) is not nn.Embedding:
+            raise ConfigError(
+                f"{key}: QuantizedEmbedding replaces torch.nn.Embedding, found {type(orig_module).__name__}"
+            )
+        self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
+        self._packed: PackedWeight | None = None
+        if torch.device(generate_device).type == "cpu":
+            shape = self.num_embeddings, self.embedding_dim
+            self._packed = gguf_loader.packed_weight(f"{key}.weight", shape)
+        if self._packed is None:
+            self.weight = orig_module.weight
+        self._dtype = orig_module.weight.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Ids `[...]` -> `[..., embedding_dim]`, in the model's dtype."""
+        if self._packed is None:
+            return functional.embedding(input, self.weight)
+        (part,) = self._packed.parts
+        rows = part.data.view(part.rows, -1)[input.flatten()]
+        values = dequantize(rows.flatten(), part.ggml_type, (len(rows), part.columns))
+        return values.to(self._dtype).view(*input.shape, part.columns)
+
+    def extra_repr(self) -> str:
+        kept = "float" if self._packed is None else self._packed.parts[0].name
+        return f"{self.num_embeddings}, {self.embedding_dim}, weight={kept}"
