@@ -6,7 +6,8 @@
 Parameters are counted in the model that Transformers builds from the published configuration, without weights. Bytes of
 experts are those of this program's own loader, slots and CPU kernels, for the types llama.cpp gives a Q4_K_M file: gate
 and up Q4_K, down Q4_K in half of the layers and Q6_K in the others (Q5_0 and Q8_0 where the width is no multiple of
-256). All other weights count `DENSE_BITS` in the file; loaded, they are float32 on a CPU and bfloat16 on a GPU.
+256). All other weights count `DENSE_BITS` in the file. Loaded, matrices stay as they are on a CPU, and what is no matrix
+or routes is float32; on a GPU all of it is bfloat16.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ DENSE_BITS = 5.0
 """Bits a weight of everything but routed experts in a Q4_K_M file: Q4_K is 4.5, a few tensors are Q6_K."""
 Q4_K, Q5_0, Q6_K, Q8_0 = 12, 6, 14, 8
 CARDS_GIB = (16, 24)
+_PACKED = nn.Linear, nn.Embedding
+"""What rules keep as the file has it, on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +141,8 @@ class Memory:
 
     params: int
     dense_params: int
+    float_params: int
+    """Of these, what is float32 on a CPU: norms, routers, what is small."""
     file: float
     host_experts: int
     """Experts in host memory where the CPU alone computes: the file's pages, or a padded copy instead of them."""
@@ -153,8 +158,9 @@ class Memory:
 
     @property
     def host_alone(self) -> int:
-        """Host memory when everything is computed on the CPU: dense weights are float32 there."""
-        return self.host_experts + 4 * self.dense_params
+        """Host memory when everything is computed on the CPU: the file's pages, and a few floats."""
+        packed = (self.dense_params - self.float_params) * DENSE_BITS / 8
+        return round(self.host_experts + packed) + 4 * self.float_params
 
     @property
     def gpu_least(self) -> int:
@@ -189,11 +195,13 @@ def memory(release: Release) -> Memory:
     routed = [module for name, module in model.named_modules() if name.endswith(".experts")]
     params = sum(parameter.numel() for parameter in model.parameters())
     dense = params - sum(parameter.numel() for module in routed for parameter in module.parameters())
+    packed = {id(module.weight): module.weight.numel() for module in model.modules() if type(module) in _PACKED}
     layers = [_layer(number, module, int(config.num_experts_per_tok)) for number, module in enumerate(routed)]
     experts = sum(layer.num_experts * layer.expert_bytes for layer in layers)
     return Memory(
         params=params,
         dense_params=dense,
+        float_params=dense - sum(packed.values()),
         file=experts + dense * DENSE_BITS / 8,
         host_experts=sum(host_expert_bytes(layer, transfers=False) for layer in layers),
         host_beside_gpu=sum(host_expert_bytes(layer, transfers=True) for layer in layers),

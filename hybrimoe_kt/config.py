@@ -41,14 +41,22 @@ class ExpertOptions:
     Layers may name different ones, in rules of their own. See `hybrimoe_kt.accelerators`.
     """
     cpu_backend: str = DEFAULT_CPU
-    """Who computes experts on the CPU: a name of `backends.registry`, or a class, "package.module:Class"."""
+    """Who computes experts on the CPU: a name of `backends.registry`, or a class, "package.module:Class".
+
+    auto is ggml, and kt-kernel where `hybrimoe calibrate` found it faster.
+    """
+    ggml_library: str = ""
+    """Another build of ggml than libggml-python's: the directory of libggml-base and libggml-cpu, or one library."""
     gpu_backend: str = "auto"
     """Who computes experts on the accelerator: auto takes the Triton kernels where they run, else torch. Or a class.
 
     On an emulated accelerator auto is torch_reference, slow and exact; triton runs there in Triton's interpreter.
     """
     cpu_threads: int = 0
-    """Threads computing CPU experts; 0 chooses from the machine's cores."""
+    """Threads computing CPU experts, and dense layers on a CPU; 0 takes all cores, beside an accelerator all but two.
+
+    For backends whose threads spin between calls, kt-kernel's, half of them.
+    """
     cache_size: _CacheSize = field(default_factory=CacheSize)  # type: ignore[assignment]
     """How many experts may live on the accelerator; given in any way that `CacheSize.parse` reads."""
     policy: str = "adaptive"
@@ -96,7 +104,7 @@ class ExpertOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_size", CacheSize.parse(self.cache_size))
-        for name in ("accelerator", "cpu_backend", "gpu_backend", "profile", "host_store"):
+        for name in ("accelerator", "cpu_backend", "ggml_library", "gpu_backend", "profile", "host_store"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, valid: a name")
         accelerators.parse(self.accelerator)

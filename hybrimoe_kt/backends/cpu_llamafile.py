@@ -22,7 +22,7 @@ from .kt_kernel_pool import extension, stdout_silenced, worker_pool
 from .call_checks import check_call
 from .llamafile_input import LlamafileArithmetic, kernel_matrices
 
-__all__ = ["LlamafileBackend"]
+__all__ = ["LlamafileBackend", "LlamafileTwiceBackend"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ class LlamafileBackend(LlamafileArithmetic):
 
     name = "llamafile"
     answers_pairs = False
+    presents_twice = False
+    """Whether a single token is presented twice, the second time with weights 0.
+
+    The kernel's one-row path read memory at half the speed of its many-row path on an AVX2 machine, so that two rows
+    took half the time of one [m]; on an AVX-512 one they took 1.1 times that. `hybrimoe calibrate` finds out.
+    """
     _pool_threads = 0
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
@@ -105,9 +111,9 @@ class LlamafileBackend(LlamafileArithmetic):
         experts = self._layers[layer]
         check_call(experts, self.max_tokens, routed)
         num_tokens, width = routed.hidden.shape
-        fill = self._buffers.fill_single if num_tokens == 1 else self._buffers.fill
         self._shape = num_tokens, width
-        self.start_rows(layer, fill(routed), routed.ids.shape[1])
+        num_rows = self._buffers.fill(routed) if num_tokens > 1 else self._buffers.fill_single(routed, self.presents_twice)
+        self.start_rows(layer, num_rows, routed.ids.shape[1])
 
     def start_rows(self, layer: int, num_rows: int, top_k: int) -> None:
         """Submit what stands in the first `num_rows` of the buffers, unchecked; `submit` is the safe way in."""
@@ -139,6 +145,13 @@ class LlamafileBackend(LlamafileArithmetic):
         self._task = None
         num_tokens, width = self._shape
         return self._buffers.out[: num_tokens * width].view(num_tokens, width)
+
+
+class LlamafileTwiceBackend(LlamafileBackend):
+    """The same with single tokens presented twice."""
+
+    name = "llamafile presented twice"
+    presents_twice = True
 
 
 class _Flag:
@@ -183,22 +196,21 @@ class _Buffers:
             return self
         return _Buffers(max(rows, self.rows), max(top_k, self.top_k), max(hidden, self.width))
 
-    def fill_single(self, routed: Routed) -> int:
-        """One token: present it twice, the second time with weights 0.
-
-        The kernel's one-row path reads memory at half the speed of its many-row path, so two rows take half
-        the time of one [m].
-        """
+    def fill_single(self, routed: Routed, twice: bool) -> int:
+        """One token, or the same twice, see `LlamafileBackend.presents_twice`."""
         hidden, ids, weights = routed[:3]
-        top_k, width = ids.shape[1], hidden.shape[1]
-        self.hidden[: 2 * width].view(2, width).copy_(hidden.expand(2, width))
-        self.ids[: 2 * top_k].view(2, top_k).copy_(ids.expand(2, top_k))
+        top_k, width, rows = ids.shape[1], hidden.shape[1], 1 + twice
+        self.hidden[: rows * width].view(rows, width).copy_(hidden.expand(rows, width))
+        self.ids[: rows * top_k].view(rows, top_k).copy_(ids.expand(rows, top_k))
         self.weights[:top_k].copy_(weights[0])
-        self.weights[top_k : 2 * top_k].zero_()
-        return 2
+        self.weights[top_k : rows * top_k].zero_()
+        return rows
 
     def fill(self, routed: Routed) -> int:
-        """Many tokens: repeat, with weights 0, every token that alone uses some expert, for the same reason."""
+        """Many tokens: repeat, with weights 0, every token that alone uses some expert: two rows cost less than one.
+
+        Some two thirds on an AVX2 machine [m].
+        """
         hidden, ids, weights = routed[:3]
         num_tokens, top_k = ids.shape
         loads = torch.bincount(ids.flatten() + 1, minlength=2)

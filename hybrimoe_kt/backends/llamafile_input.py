@@ -7,6 +7,7 @@ import math
 import torch
 
 from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.cores import spinning_threads
 from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.quants import TYPES, QuantType, llamafile_types, row_bytes
@@ -19,6 +20,8 @@ _MAX_TOP_K = 64
 
 class LlamafileArithmetic(CpuBackend):
     """What is known of the kernels before any is made, whichever library they come from."""
+
+    spins = True
 
     @classmethod
     def types(cls) -> tuple[QuantType, ...]:
@@ -55,6 +58,10 @@ class LlamafileArithmetic(CpuBackend):
         """Raise ModelError for experts whose types or shapes the kernels get wrong."""
         if reason := cls.refuses(experts):
             raise ModelError(reason)
+
+    @classmethod
+    def default_threads(cls, *, beside_accelerator: bool) -> int:
+        return spinning_threads()
 
     @classmethod
     def copied_bytes(cls, experts: LayerExperts) -> int:

@@ -36,6 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CPU_BACKENDS: dict[str, str] = {
+    "auto": "hybrimoe_kt.backends.cpu_auto:AutoBackend",
     "ggml": "hybrimoe_kt.backends.cpu_ggml:GgmlBackend",
     "llamafile": "hybrimoe_kt.backends.cpu_llamafile:LlamafileBackend",
     "cpuinfer": "hybrimoe_kt.backends.cpu_cpuinfer:CpuInferBackend",
@@ -46,7 +47,7 @@ GPU_BACKENDS: dict[str, str] = {
     "torch": "hybrimoe_kt.backends.gpu_torch:TorchGpu",
     "torch_reference": "hybrimoe_kt.backends.gpu_torch:TorchReferenceGpu",
 }
-DEFAULT_CPU, DEFAULT_GPU = "llamafile", "triton"
+DEFAULT_CPU, DEFAULT_GPU = "auto", "triton"
 FALLBACK_GPU = "torch"
 """Where the default cannot run: any type, several times slower."""
 REFERENCE = "torch_reference"

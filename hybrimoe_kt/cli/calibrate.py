@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
     parser.add_argument("--accelerator", default="auto", metavar="NAME", help=accelerators.forms())
     parser.add_argument("--cpu_backend", "--cpu-backend", default=DEFAULT_CPU, metavar="NAME")
+    parser.add_argument("--ggml_library", "--ggml-library", default="", metavar="PATH", help="another build of ggml")
     parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")
     parser.add_argument("--json", action="store_true", help="print the profile and every sample as JSON")
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, console: Console) -> Calibration:
+    from hybrimoe_kt.backends.ggml.library import choose_library
     from hybrimoe_kt.config import ExpertOptions
     from hybrimoe_kt.device.calibrate import calibrate
     from hybrimoe_kt.device.choose import choose_accelerator
@@ -93,15 +95,17 @@ def _measure(options: argparse.Namespace, console: Console) -> Calibration:
     chosen = ExpertOptions(
         accelerator=options.accelerator,
         cpu_backend=options.cpu_backend,
+        ggml_library=options.ggml_library,
         cpu_threads=options.cpu_infer,
         max_chunk_tokens=_MAX_TOKENS,
     )
+    choose_library(chosen.ggml_library)
     experts = _experts_of(options.model) if options.model is not None else _random_experts()
     store = HostStore()
     store.add(experts)
-    cpu = make_cpu_backend(chosen)
-    cpu.add_layer(experts)
     accelerator = choose_accelerator(chosen.accelerator)
+    cpu = make_cpu_backend(chosen, beside_accelerator=accelerator is not None)
+    cpu.add_layer(experts)
     gpu = make_gpu_backend(chosen, accelerator, store) if accelerator is not None else None
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -143,8 +143,9 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help=accelerators.forms())
     experts.add_argument("--cpu_backend", metavar="NAME", help=f"{', '.join(CPU_BACKENDS)}, or module:Class")
+    experts.add_argument("--ggml_library", metavar="PATH", help="another build of ggml: its directory, or one library")
     experts.add_argument("--gpu_backend", metavar="NAME", help=f"auto, {', '.join(GPU_BACKENDS)}, or module:Class")
-    experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for CPU experts")
+    experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for the CPU's share")
     experts.add_argument(
         "--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto"
     )
@@ -233,7 +234,7 @@ def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
     names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
     flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "policy", "scheduler", "prefetch_size",
              "prefetch_depth", "profile", "chunk_size", "host_store",
-             "gpu_backend")  # fmt: skip
+             "gpu_backend", "ggml_library")  # fmt: skip
     fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}
     return fallback | {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}
 

@@ -57,6 +57,8 @@ class Profile:
     source: Mapping[str, str] = field(default_factory=dict)
     machine: str = ""
     """What it was measured on, as `hybrimoe calibrate` names machines; empty for profiles that fit any."""
+    cpu_backends: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """CPU backend -> tokens of an expert -> seconds of one expert in one call, where several were compared."""
 
     @property
     def has_gpu(self) -> bool:
@@ -65,13 +67,14 @@ class Profile:
 
 
 _OPTIONAL_TEXT_KEYS = ("machine",)
+_COMPARED = "cpu_backends"
 _NUMBER_KEYS = tuple(
-    f.name for f in fields(Profile) if f.name not in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "name", "source")
+    f.name for f in fields(Profile) if f.name not in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "name", "source", _COMPARED)
 )
 _OPTIONAL_NUMBER_KEYS = ("cpu_slowdown_while_link_busy", "link_chunk_bytes", "step_overhead_s")
 _GPU_KEYS = tuple(key for key in _NUMBER_KEYS if key.startswith(("gpu_", "link_")) and key not in _OPTIONAL_NUMBER_KEYS)
 _REQUIRED = tuple(key for key in _NUMBER_KEYS if key not in (*_GPU_KEYS, *_OPTIONAL_NUMBER_KEYS))
-_ALL_KEYS = (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, *_NUMBER_KEYS, "source")
+_ALL_KEYS = (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, *_NUMBER_KEYS, _COMPARED, "source")
 
 
 def parse_profile(content: str, *, name: str, file: str) -> Profile:
@@ -88,7 +91,8 @@ def parse_profile(content: str, *, name: str, file: str) -> Profile:
     numbers = {key: _number(data[key], key, file) for key in _NUMBER_KEYS if key in data}
     numbers["num_cpu_cores"] = int(numbers["num_cpu_cores"])
     texts = {key: _text(data[key], key, file) for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS) if key in data}
-    return Profile(name=name, **texts, **numbers, source=_sources(data, file))  # type: ignore[arg-type]
+    compared = _compared(data.get(_COMPARED, {}), file)
+    return Profile(name=name, **texts, **numbers, source=_sources(data, file), cpu_backends=compared)  # type: ignore[arg-type]
 
 
 def _check_keys(data: Mapping[str, Any], file: str) -> None:
@@ -114,6 +118,18 @@ def _number(value: object, key: str, file: str) -> float:
     if key == "num_cpu_cores" and value != int(value):
         raise ConfigError(f"profile {file}: {key} is {value!r}; give a whole number")
     return float(value)
+
+
+def _compared(value: object, file: str) -> Mapping[str, Mapping[int, float]]:
+    wanted = f"profile {file}: {_COMPARED} must map each backend to seconds by number of tokens"
+    if not isinstance(value, dict) or not all(isinstance(times, dict) for times in value.values()):
+        raise ConfigError(wanted)
+    if not all(load.isdecimal() and int(load) > 0 for times in value.values() for load in times):
+        raise ConfigError(f"{wanted}, which are whole and more than 0")
+    return {
+        name: {int(load): _number(seconds, f"{_COMPARED}.{name}.{load}", file) for load, seconds in times.items()}
+        for name, times in value.items()
+    }
 
 
 def _text(value: object, key: str, file: str) -> str:

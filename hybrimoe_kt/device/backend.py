@@ -11,7 +11,7 @@ before one is made, has to be cheap. `backends.registry` knows them by name.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,10 +19,11 @@ import torch
 from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.quants import TYPES, QuantType
 
+from .cores import default_expert_threads
 from .experts import ROLES, LayerExperts
 from .layout import SlotLayout
 
-__all__ = ["CpuBackend", "GpuBackend", "KernelRow", "Routed"]
+__all__ = ["CandidateSeconds", "CpuBackend", "GpuBackend", "KernelRow", "Routed"]
 
 
 class Routed(NamedTuple):
@@ -68,11 +69,17 @@ class KernelRow(NamedTuple):
     prefill: str
 
 
+CandidateSeconds = Mapping[str, Mapping[int, float]]
+"""Candidate -> tokens an expert has -> seconds of that expert in one call, on one machine, of the same experts."""
+
+
 class CpuBackend(Protocol):
     """Computes experts from host memory, beside the accelerator. One call in flight at a time."""
 
     name: str
     answers_pairs: bool
+    spins: bool = False
+    """Whether its threads keep their cores between calls."""
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         """`max_tokens` bounds one call."""
@@ -91,6 +98,23 @@ class CpuBackend(Protocol):
     def refuses(cls, experts: LayerExperts) -> str | None:
         """Return why it cannot compute these experts, one sentence that says what to do; None when it can."""
         return None
+
+    @classmethod
+    def default_threads(cls, *, beside_accelerator: bool) -> int:
+        """How many threads it is made with where nobody says."""
+        return default_expert_threads(beside_accelerator=beside_accelerator)
+
+    def candidates(self) -> Mapping[str, CpuBackend]:
+        """Backends among which this one chooses by what they take, see `choose`; each with its layers."""
+        return {}
+
+    def choose(self, seconds: CandidateSeconds) -> None:
+        """Take what each candidate was measured to take; by default nothing depends on it."""
+        return
+
+    def describe(self) -> str:
+        """What computes, in a few words."""
+        return self.name
 
     @classmethod
     def copied_bytes(cls, experts: LayerExperts) -> int:

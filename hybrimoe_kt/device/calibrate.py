@@ -28,6 +28,8 @@ from .waiting import Deadline
 __all__ = ["Calibration", "calibrate", "link_verdict", "machine_name", "profile_path", "trusted_profile"]
 
 CPU_LOADS = (1, 2, 4, 8, 32, 128)
+COMPARED_LOADS = (1, 2, 8, 32, 128)
+"""Tokens an expert has in a call, where CPU backends are compared."""
 GPU_LOADS = (1, 8, 64, 512)
 _LINK_BYTES = (2**16, 2**25)
 _CHUNK_BYTES = (2**18, 2**19, 2**20, 2**21, 2**22)
@@ -110,6 +112,7 @@ def calibrate(
     """
     deadline = deadline or Deadline(60.0)
     run = _Run(store, layer, cpu, max_tokens, repeats, deadline, progress)
+    run.compare_cpu()
     run.measure_cpu()
     if accelerator is not None and gpu is not None:
         run.measure_link(accelerator)
@@ -136,6 +139,7 @@ class _Run:
         self._cpu, self._meter = cpu, CpuMeter(cpu, self._experts, deadline)
         self._macs = 3 * self._experts.hidden * self._experts.inter
         self.samples: dict[str, Sample] = {}
+        self.compared: dict[str, dict[int, float]] = {}
         self.numbers: dict[str, float] = {"num_cpu_cores": physical_cores(), "cpu_layer_s": _GUESSED_LAYER_S["cpu"]}
         self.sources = {"num_cpu_cores": "counted", "cpu_layer_s": "not measured: as in the built-in profiles"}
 
@@ -146,6 +150,18 @@ class _Run:
 
     def _set(self, key: str, value: float, source: str) -> None:
         self.numbers[key], self.sources[key] = value, source
+
+    def compare_cpu(self) -> None:
+        """Time the backends that the CPU's chooses among, where they are several, and let it choose."""
+        candidates = self._cpu.candidates()
+        for name, backend in candidates.items() if len(candidates) > 1 else ():
+            meter = CpuMeter(backend, self._experts, self._deadline)
+            times = self.compared[name] = {}
+            for load in COMPARED_LOADS:
+                if load <= self._max_tokens:
+                    label = f"{name}, 1 expert, {load} token{'s' * (load > 1)}"
+                    times[load] = self._sample(label, partial(meter.call, 1, load, self._repeats))
+        self._cpu.choose(self.compared)
 
     def measure_cpu(self) -> None:
         most = max(1, self._experts.top_k)
@@ -294,6 +310,7 @@ class _Run:
                 f"{self._experts.hidden}x{self._experts.inter} {matrices}"
             ),
             **self.numbers,
+            **({"cpu_backends": self.compared} if self.compared else {}),
             "source": self.sources,
         }
         return json.dumps(data, indent=2) + "\n"

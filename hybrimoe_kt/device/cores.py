@@ -1,14 +1,17 @@
 """How many threads may compute: the machine's physical cores, shared out so that two pools never fight.
 
-kt-kernel keeps its compute threads and one queue thread spinning for 50 ms after each call, which is longer
-than the time between two MoE layers: while a model runs, those cores are taken.
+ggml's threads sleep between calls, so experts and dense layers share them. kt-kernel keeps its compute threads and one
+queue thread spinning for 50 ms after each call, which is longer than the time between two MoE layers: while a model
+runs, those cores are taken.
 """
 
 from __future__ import annotations
 
 import os
 
-__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "physical_cores"]
+__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "physical_cores", "spinning_threads"]
+
+_HOSTS_CORES = 2
 
 _SPARE_FROM = 8
 """Cores from which one that only polls is not missed: experts' threads have half of them, torch the rest. Estimated."""
@@ -29,8 +32,16 @@ def physical_cores() -> int:
     return max(1, allowed * physical // logical)
 
 
-def default_expert_threads() -> int:
-    """Threads for CPU experts: half the cores, at least one; the queue thread and torch share the rest.
+def default_expert_threads(*, beside_accelerator: bool = False) -> int:
+    """Threads for CPU experts: all cores where experts and dense layers take turns, all but two beside an accelerator.
+
+    Two are the host's there: one that plans and launches, one for the driver.
+    """
+    return max(1, physical_cores() - _HOSTS_CORES) if beside_accelerator else physical_cores()
+
+
+def spinning_threads() -> int:
+    """Threads for a pool that spins between calls, kt-kernel's: half the cores, at least one; the rest is torch's.
 
     One on a 2-core machine, where two were measured to make a small call take 8-20 ms instead of 30 us.
     """

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.device.choose import choose_accelerator
-from hybrimoe_kt.device.cores import dense_threads
 from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
@@ -62,9 +61,7 @@ def build_engine(
         progress=progress,
         assemble=assemble,
     )
-    expert_threads = loaded.runtime.num_expert_threads
-    if expert_threads:  # kt-kernel's spin between calls: torch takes the other cores
-        torch.set_num_threads(dense_threads(expert_threads))
+    torch.set_num_threads(loaded.runtime.num_dense_threads)
     file = loaded.loader.file
     tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
     shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None

@@ -19,7 +19,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.calibrate import calibrate, machine_name, profile_path, trusted_profile
 from hybrimoe_kt.device.choose import choose_accelerator
-from hybrimoe_kt.device.cores import default_expert_threads, has_core_to_spare
+from hybrimoe_kt.device.cores import has_core_to_spare
 from hybrimoe_kt.device.emulated.immediate import host_available_bytes
 from hybrimoe_kt.device.executor import Executor
 from hybrimoe_kt.device.host_store import HostStore
@@ -74,19 +74,21 @@ def build(
     if not store.layers:
         raise ConfigError("no layer's experts were added; rule files name HybriMoEExperts for that")
     deadline = Deadline(options.deadline_s, SPIN_S if has_core_to_spare() else 0.0)
-    cpu = make_cpu_backend(options) if cpu is None else cpu
-    for layer_experts in store.layers.values():
-        cpu.add_layer(layer_experts)
     served: dict[str, list[int]] = {}
     for layer in sorted(store.layers):
         served.setdefault(experts.accelerator_of[layer], []).append(layer)
     found = {name: accelerators.get(name) or choose_accelerator(name) for name in served}
     devices = {name: device for name, device in found.items() if device is not None}
+    cpu = make_cpu_backend(options, beside_accelerator=bool(devices)) if cpu is None else cpu
+    for layer_experts in store.layers.values():
+        cpu.add_layer(layer_experts)
     gpus = {name: given_gpus.get(name) or make_gpu_backend(options, device, store) for name, device in devices.items()}
     supported = dict.fromkeys(store.layers, True)
     for name, gpu in gpus.items():
         supported |= {layer: _is_supported(gpu, store, layer) for layer in served[name]}
     profile = _profile(options, store, cpu, devices, gpus, supported)
+    if profile.cpu_backends:
+        cpu.choose(profile.cpu_backends)
     costs = {layer: cost_of(profile, store, layer) for layer in store.layers}
     chunk_bytes = options.transfer_chunk_bytes or int(profile.link_chunk_bytes or _CHUNK_BYTES)
     slots = dict.fromkeys(store.layers, 0)
@@ -152,10 +154,11 @@ def _buffer_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -
     return found
 
 
-def make_cpu_backend(options: ExpertOptions) -> CpuBackend:
+def make_cpu_backend(options: ExpertOptions, *, beside_accelerator: bool) -> CpuBackend:
     """The CPU backend that the options name."""
     backend = cpu_backend(options.cpu_backend)
-    return backend(options.cpu_threads or default_expert_threads(), options.max_chunk_tokens)
+    threads = options.cpu_threads or backend.default_threads(beside_accelerator=beside_accelerator)
+    return backend(threads, options.max_chunk_tokens)
 
 
 def make_gpu_backend(options: ExpertOptions, accelerator: Accelerator, store: HostStore) -> GpuBackend:
@@ -179,14 +182,14 @@ def _profile(
     device = devices[name] if name is not None else None
     if options.profile != "auto":
         return trusted_profile(options.profile, machine_name(device, cpu))
+    path = profile_path(machine_name(device, cpu))
     if name is None or device is None:
-        return load_profile("cpu-only")
+        return trusted_profile(str(path), machine_name(None, cpu)) if path.is_file() else load_profile("cpu-only")
     if device.built_in_profile is not None:
         return load_profile(device.built_in_profile)
     layer = next((layer for layer, usable in sorted(supported.items()) if usable), None)
     if layer is None:
         return load_profile("default")
-    path = profile_path(machine_name(device, cpu))
     if path.is_file():
         return trusted_profile(str(path), machine_name(device, cpu))
     logger.warning("no profile of this machine yet: measuring it briefly; `hybrimoe calibrate` does it thoroughly")

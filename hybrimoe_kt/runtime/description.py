@@ -31,7 +31,7 @@ def describe(options: ExpertOptions, store: HostStore, assembly: Assembly) -> st
     num_experts = sum(experts.num_experts for experts in store.layers.values())
     where = f"{len(store.layers)} MoE layers, {num_experts} experts, {store.num_bytes / 1e9:.2f} GB"
     threads = getattr(executor.cpu, "num_threads", 0)
-    cpu = options.cpu_backend + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
+    cpu = executor.cpu.describe() + (f" ({threads} thread{'s' * (threads != 1)})" if threads else "")
     if not executor.lanes:
         return f"{where}; all on the CPU: {cpu}"
     lanes = "; ".join(

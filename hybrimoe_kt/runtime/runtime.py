@@ -18,6 +18,7 @@ from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
+from hybrimoe_kt.device.cores import dense_threads
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
@@ -120,6 +121,12 @@ class Runtime:
     def num_expert_threads(self) -> int:
         """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
         return getattr(self.executor.cpu, "num_threads", 0)
+
+    @property
+    def num_dense_threads(self) -> int:
+        """Threads that torch may compute with beside the experts': all cores, but for those that a backend keeps."""
+        cpu = self.executor.cpu
+        return dense_threads(getattr(cpu, "num_threads", 0) if cpu.spins else 0)
 
     @property
     def experts_read_in_place(self) -> list[LayerExperts]:

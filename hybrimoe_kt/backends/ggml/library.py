@@ -100,9 +100,12 @@ _INSTRUCTIONS = ("avx", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf1
 class Library:
     """ggml's functions by their own names, with argument types."""
 
-    def __init__(self, handles: list[ctypes.CDLL], file: str) -> None:
-        """HostCompatibilityError for a library that lacks a function, or is of another version."""
-        self.file, self._handles = file, handles
+    def __init__(self, handles: list[ctypes.CDLL], file: str, named: str) -> None:
+        """HostCompatibilityError for a library that lacks a function, or is of another version.
+
+        `named` is how the user named it; "" for the packaged one.
+        """
+        self.file, self.named, self._handles = file, named, handles
         for name, (result, arguments) in _FUNCTIONS.items():
             setattr(self, name, self._bound(name, result, arguments))
         self.version: str = self.ggml_version().decode()
@@ -204,25 +207,32 @@ def data_of(tensor: int) -> c_void_p:
     return c_void_p.from_address(tensor + _DATA_OFFSET_BYTES)
 
 
-_chosen: list[str] = []
+_opened: list[Library] = []
 _lock = threading.Lock()
 
 
 def choose_library(path: str) -> None:
-    """Use this build of ggml from now on; HostCompatibilityError if it cannot be, or another is in use already."""
+    """Use this build of ggml from now on, "" the packaged one; HostCompatibilityError if it cannot be used.
+
+    Or if the process computes with another already: what was made with one must not meet the other.
+    """
     with _lock:
-        if _chosen and _chosen[0] != path or not _chosen and _open.cache_info().currsize and path:
-            raise HostCompatibilityError(f"ggml_library is {path!r}, but this process already computes with another")
-        if path and not _chosen:
-            _chosen.append(path)
-    if path:
-        library()
+        if _opened and path and _opened[0].named != path:
+            raise HostCompatibilityError(
+                f"ggml_library is {path!r}, but this process computes with {_opened[0].file} already; name it first"
+            )
+        if path and not _opened:
+            _opened.append(_open(path))
 
 
 def library() -> Library:
     """The library; HostCompatibilityError, one sentence, where there is none that can be used."""
+    if _opened:
+        return _opened[0]
     with _lock:
-        return _open(_chosen[0] if _chosen else "")
+        if not _opened:
+            _opened.append(_open(""))
+        return _opened[0]
 
 
 def unusable() -> str | None:
@@ -234,18 +244,19 @@ def unusable() -> str | None:
     return None
 
 
-@functools.cache
 def _open(path: str) -> Library:
-    place = Path(path) if path else _packaged()
+    place = Path(path).expanduser() if path else _packaged()
     if place.is_file():
-        return Library([_loaded(place)], str(place))
+        return Library([_loaded(place)], str(place), path)
     folder = next((place / name for name in _FOLDERS if _first(place / name, _BASE) is not None), None)
     if folder is None:
-        raise HostCompatibilityError(f"ggml_library {str(place)!r} is no ggml library, nor a directory of one")
+        raise HostCompatibilityError(
+            f"{place} is no ggml library, nor a directory with {_BASE[0]}; --ggml_library takes either"
+        )
     base, cpu = _first(folder, _BASE), _first(folder, _CPU)
     if base is None or cpu is None:
         raise HostCompatibilityError(f"{folder} has {_BASE[0]} but no {_CPU[0]}")
-    return Library([_loaded(base), _loaded(cpu)], str(folder))
+    return Library([_loaded(base), _loaded(cpu)], str(folder), path)
 
 
 def _packaged() -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 
 import torch
 
+from hybrimoe_kt.device.cores import physical_cores
 from hybrimoe_kt.errors import KernelError
 
 from .library import Context, Library, Plan, library
@@ -63,15 +63,17 @@ class Graph:
         self._pool.compute(self._graph, self._plan, self._reference)
 
 
-_made: list[Pool] = []
+_made: dict[int, Pool] = {}
+_current: list[Pool] = []
 _lock = threading.Lock()
 
 
 def pool(num_threads: int = 0) -> Pool:
-    """The process's pool; the first caller that names a number of threads decides how many it has."""
-    from hybrimoe_kt.device.cores import physical_cores
-
+    """The process's pool, with the number of threads that was named last; all physical cores if none was."""
     with _lock:
-        if not _made:
-            _made.append(Pool(library(), num_threads or physical_cores()))
-        return _made[0]
+        if num_threads or not _current:
+            wanted = num_threads or physical_cores()
+            if wanted not in _made:
+                _made[wanted] = Pool(library(), wanted)
+            _current[:] = [_made[wanted]]
+        return _current[0]

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .library import F32, Context, data_of
-from .pool import Graph, pool
+from .pool import Graph, Pool, pool
 
 __all__ = ["dequantize_into", "multiply", "multiply_heads"]
 
@@ -18,8 +18,7 @@ _MOST_GRAPHS = 1024
 class _Product:
     """`[heads, tokens, columns]` times packed `[heads, rows, columns]`, transposed: `[heads, tokens, rows]`."""
 
-    def __init__(self, ggml_type: int, heads: int, rows: int, columns: int, tokens: int, stride: int) -> None:
-        on = pool()
+    def __init__(self, on: Pool, ggml_type: int, heads: int, rows: int, columns: int, tokens: int, stride: int) -> None:
         library, context = on.library, Context(on.library, 4)
         if stride:
             whole = context.tensor(ggml_type, columns, rows, heads)
@@ -36,8 +35,7 @@ class _Product:
 class _Dequantisation:
     """Packed values as float32."""
 
-    def __init__(self, ggml_type: int, rows: int, columns: int) -> None:
-        on = pool()
+    def __init__(self, on: Pool, ggml_type: int, rows: int, columns: int) -> None:
         context = Context(on.library, 2)
         weight = context.tensor(ggml_type, columns, rows)
         out = on.library.ggml_cast(context.pointer, weight, F32)
@@ -55,7 +53,7 @@ def multiply(weight: int, ggml_type: int, rows: int, columns: int, given: torch.
     `given` float32 `[tokens, columns]`; both contiguous on the CPU. Activations are rounded as the type's kernel has
     it: to 8 bits where weights are blocks.
     """
-    product = _product(ggml_type, 1, rows, columns, given.shape[0], 0)
+    product = _product(pool(), ggml_type, 1, rows, columns, given.shape[0], 0)
     product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
     product.compute()
 
@@ -68,13 +66,13 @@ def multiply_heads(
     Heads' matrices lie `stride` bytes apart; 0: one after the other.
     """
     heads, tokens, _ = given.shape
-    product = _product(ggml_type, heads, rows, columns, tokens, stride)
+    product = _product(pool(), ggml_type, heads, rows, columns, tokens, stride)
     product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
     product.compute()
 
 
 def dequantize_into(weight: int, ggml_type: int, rows: int, columns: int, out: torch.Tensor) -> None:
     """Write the values of the packed matrix at the address `weight` to `out`, float32 `[rows, columns]`."""
-    made = _dequantisation(ggml_type, rows, columns)
+    made = _dequantisation(pool(), ggml_type, rows, columns)
     made.weight.value, made.out.value = weight, out.data_ptr()
     made.compute()

@@ -15,7 +15,7 @@ import torch
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
-from hybrimoe_kt.device.backend import GpuBackend, Routed
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
 from hybrimoe_kt.errors import CapacityError
 
 from .adversary import Adversary, Mark, Queue
@@ -191,15 +191,19 @@ class AdversarialAccelerator:
         return "emulated, adversarial order"
 
 
-class WatchedCpu:
+class WatchedCpu(CpuBackend):
     """A CPU backend whose worker is one more participant: it computes when the adversary lets it."""
 
     def __init__(self, backend: Any, adversary: Adversary, faults: Faults | None = None) -> None:
         self.backend, self.name, self.answers_pairs = backend, backend.name, backend.answers_pairs
+        self.spins = backend.spins
         self._adversary, self._queue = adversary, adversary.queue("CPU worker")
         self._faults = faults or Faults()
         self._answer = torch.empty(0)
         self._mark: Mark | None = None
+
+    def describe(self) -> str:
+        return str(self.backend.describe())
 
     def copies(self, layer: int) -> bool:
         return bool(self.backend.copies(layer))

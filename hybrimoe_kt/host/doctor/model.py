@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, REFERENCE, cpu_backend, gpu_backend
+from hybrimoe_kt.backends.cpu_auto import AutoBackend
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, cpu_backend, gpu_backend
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
 from hybrimoe_kt.host.hf.loading import unused_of
+from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -72,7 +74,7 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
     cpu_refusal = cpu_backend(DEFAULT_CPU).refuses(experts)
-    cpu = REFERENCE if cpu_refusal or not machine["cpu_kernels"]["runs"] else DEFAULT_CPU
+    cpu = AutoBackend.serves(experts)
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
     gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
@@ -112,7 +114,8 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
     last = outlines[-1].layer
     dense = [tensor for tensor in file.tensors.values() if _is_dense(tensor, last)]
     expert_bytes = sum(experts.num_experts * experts.expert_bytes for experts in outlines)
-    dense_bytes = sum(math.prod(tensor.shape) for tensor in dense) * _DENSE_BYTES[dtype]
+    stays_packed = device is None and machine["cpu_kernels"]["keeps_dense_packed"]
+    dense_bytes = sum(_dense_bytes(tensor, dtype, stays_packed) for tensor in dense)
     host_bytes = sum(host_expert_bytes(experts, transfers=device is not None) for experts in outlines)
     host_bytes += dense_bytes if device is None else 0
     available = machine["memory"].get("available_bytes")
@@ -120,12 +123,19 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
         "expert_bytes": expert_bytes,
         "dense_file_bytes": sum(tensor.data.nbytes for tensor in dense),
         "dense_bytes": dense_bytes,
-        "dense_dtype": dtype,
+        "dense_dtype": "as in the file" if stays_packed else dtype,
         "dense_on": "cpu" if device is None else device["name"],
         "host_bytes": host_bytes,
         "host_available_bytes": available,
         "fits_host": None if available is None else host_bytes <= available,
     } | _room(outlines, dense_bytes, device, machine["gpu_kernels"]["runs"])
+
+
+def _dense_bytes(tensor: GgufTensor, dtype: str, stays_packed: bool) -> int:
+    """What a dense tensor takes once loaded, but for the few that a conversion mixes: those are floats anyhow."""
+    if stays_packed and len(tensor.shape) > 1 and TYPES[tensor.ggml_type].dtype != "float32":
+        return int(tensor.data.nbytes)
+    return math.prod(tensor.shape) * _DENSE_BYTES[dtype]
 
 
 def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:

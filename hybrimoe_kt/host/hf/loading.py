@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hybrimoe_kt.backends.ggml.library import choose_library
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.rules import injection as rule_engine
@@ -96,6 +97,8 @@ class _Injector:
         """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers."""
         self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
         self._loader, self._device, self._overrides = loader, device, overrides
+        named = [overrides, *(rule.kwargs for rule in self._rules.rules)]
+        choose_library(str(next((options["ggml_library"] for options in named if "ggml_library" in options), "")))
         self.experts = ModelExperts()
         self.placement = Placement({}, device)
         self.warnings: list[str] = []

@@ -1,0 +1,167 @@
+"""CPU experts by whichever library is faster here: chosen by layer, and for few and many tokens apart.
+
+ggml computes everything. kt-kernel is asked where `hybrimoe calibrate` measured it to be faster, for layers that it
+reads in place: never where it would need a copy that ggml does without.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from hybrimoe_kt.device.backend import CandidateSeconds, CpuBackend, Routed
+from hybrimoe_kt.device.calibrate import COMPARED_LOADS
+from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.quants import QuantType
+
+from .cpu_ggml import GgmlBackend
+from .cpu_llamafile import LlamafileBackend, LlamafileTwiceBackend
+from .torch_reference import TorchReferenceCpu
+
+__all__ = ["AutoBackend"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS: dict[str, type[CpuBackend]] = {
+    "ggml": GgmlBackend,
+    "llamafile": LlamafileBackend,
+    "llamafile presented twice": LlamafileTwiceBackend,
+}
+"""In order of preference while nothing was measured."""
+_LAST_RESORT = TorchReferenceCpu
+
+
+class AutoBackend(CpuBackend):
+    """Hands each step on to one of its candidates; one call in flight."""
+
+    name = "auto"
+    answers_pairs = False
+
+    def __init__(self, num_threads: int, max_tokens: int) -> None:
+        self.num_threads, self.max_tokens = num_threads, max_tokens
+        self._made: dict[str, CpuBackend] = {}
+        self._layers: dict[int, LayerExperts] = {}
+        self._added: set[tuple[str, int]] = set()
+        self._table: dict[int, dict[int, CpuBackend]] = {}
+        """Layer -> load of `COMPARED_LOADS` -> who computes."""
+        self._seconds: CandidateSeconds = {}
+        self._at_work: CpuBackend | None = None
+
+    @property
+    def spins(self) -> bool:  # type: ignore[override]
+        return any(backend.spins for backend in self._made.values())
+
+    @classmethod
+    def types(cls) -> tuple[QuantType, ...]:
+        usable = [kind for kind in _KINDS.values() if kind.unusable() is None] or [_LAST_RESORT]
+        found = {row.number: row for kind in usable for row in kind.types()}
+        return tuple(found[number] for number in sorted(found))
+
+    @classmethod
+    def copied_bytes(cls, experts: LayerExperts) -> int:
+        kind = _KINDS.get(_names_for(experts)[0], _LAST_RESORT)
+        return kind.copied_bytes(experts)
+
+    @classmethod
+    def serves(cls, experts: LayerExperts) -> str:
+        """Return the name of who computes these experts while nothing is measured."""
+        return _names_for(experts)[0]
+
+    def add_layer(self, experts: LayerExperts) -> None:
+        """Take a layer's experts; where no library computes their types, plain torch does, with a warning."""
+        layer, name = experts.layer, self.serves(experts)
+        self._layers[layer] = experts
+        if name == _LAST_RESORT.name:
+            _warn_once(_why_slow(experts))
+        self._table[layer] = dict.fromkeys(COMPARED_LOADS, self._with(name, layer))
+
+    def copies(self, layer: int) -> bool:
+        return any(backend.copies(layer) for backend in set(self._table[layer].values()))
+
+    def candidates(self) -> Mapping[str, CpuBackend]:
+        """ggml and kt-kernel, this in both its ways, each with the layers that it would be asked for."""
+        for layer, experts in self._layers.items():
+            for name in _names_for(experts):
+                self._with(name, layer)
+        return {name: self._made[name] for name in _KINDS if name in self._made}
+
+    def choose(self, seconds: CandidateSeconds) -> None:
+        """Take measurements under the names of `candidates`; those of others are left aside."""
+        self._seconds = seconds
+        for layer, experts in self._layers.items():
+            for load in COMPARED_LOADS:
+                known = {name: seconds[name][load] for name in _names_for(experts) if load in seconds.get(name, {})}
+                if known:
+                    self._table[layer][load] = self._with(min(known, key=known.__getitem__), layer)
+
+    def describe(self) -> str:
+        """Who computes how many tokens an expert, and whether that was measured."""
+        kinds = {tuple(backend.name for backend in table.values()) for table in self._table.values()}
+        return f"auto: {'; '.join(sorted(map(_in_words, kinds)))}{', measured' if self._seconds else ''}"
+
+    def submit(self, layer: int, routed: Routed) -> None:
+        self._at_work = self._backend(layer, routed)
+        self._at_work.submit(layer, routed)
+
+    def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
+        return self._backend(layer, routed).compute(layer, routed)
+
+    def is_done(self) -> bool:
+        return self._at_work is None or self._at_work.is_done()
+
+    def wait(self) -> torch.Tensor:
+        at_work, self._at_work = self._at_work, None
+        assert at_work is not None, "something was submitted"
+        answer = at_work.wait()
+        return answer.sum(dim=1) if at_work.answers_pairs else answer
+
+    def _backend(self, layer: int, routed: Routed) -> CpuBackend:
+        """Who is fastest at the tokens that an expert has on average."""
+        table, num_tokens = self._table[layer], routed.hidden.shape[0]
+        if num_tokens == 1:
+            return table[1]
+        load = num_tokens * routed.ids.shape[1] // self._layers[layer].num_experts
+        return table[max(known for known in COMPARED_LOADS if known <= max(2, load))]
+
+    def _with(self, name: str, layer: int) -> CpuBackend:
+        """The candidate of that name, made once, with that layer."""
+        if name not in self._made:
+            kind = _KINDS.get(name, _LAST_RESORT)
+            most = kind.default_threads(beside_accelerator=False)
+            threads = min(self.num_threads, most) if kind is not GgmlBackend else self.num_threads
+            self._made[name] = kind(threads, self.max_tokens)
+        backend = self._made[name]
+        if (name, layer) not in self._added:
+            self._added.add((name, layer))
+            backend.add_layer(self._layers[layer])
+        return backend
+
+
+def _names_for(experts: LayerExperts) -> list[str]:
+    """Who computes these experts, the preferred first; plain torch where nobody else does."""
+    usable = [name for name, kind in _KINDS.items() if kind.unusable() is None and kind.refuses(experts) is None]
+    in_place = [name for name in usable if _KINDS[name].copied_bytes(experts) == 0]
+    return in_place or usable or [_LAST_RESORT.name]
+
+
+def _why_slow(experts: LayerExperts) -> str:
+    reasons = [kind.unusable() or kind.refuses(experts) for kind in _KINDS.values()]
+    return "; ".join(reason for reason in reasons if reason)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("experts are dequantised and multiplied by plain torch on the CPU, many times slower: %s", reason)
+
+
+def _in_words(names: tuple[str, ...]) -> str:
+    """ "ggml", or "ggml up to 7 tokens an expert, llamafile from 8"."""
+    words = [names[0]]
+    for load, before, name in zip(COMPARED_LOADS[1:], names, names[1:], strict=False):
+        if name != before:
+            words[-1] += f" up to {load - 1} tokens an expert"
+            words.append(f"{name} from {load}")
+    return ", ".join(words)
