@@ -10,11 +10,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # For make test-gpu: the environment if there is one, else whatever Python has torch and Triton.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# A machine with an NVIDIA driver gets PyTorch as kt-kernel wants it (CUDA, gigabytes); any other the CPU build.
+# A machine with an NVIDIA driver gets PyTorch's CUDA build, gigabytes, as kt-kernel wants it where that has a build; any
+# other machine the CPU build.
 CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
 # What that torch's CUDA build pins; a CUDA torch brings its own.
 TRITON ?= 3.7.1
+# kTransformers' own CPU kernels, beside ggml's that come with the package.
+KT_KERNEL ?= 0.7.2
+KT_KERNEL_FITS = import platform as p, sys; sys.exit((p.system(), p.machine()) != ("Linux", "x86_64") or \
+  sys.version_info[:2] not in ((3, 11), (3, 12)))
+NO_KT_KERNEL = note: without kt-kernel, which has builds for CPython 3.11 and 3.12 on x86-64 Linux; nothing is lost, ggml computes
 PORT   ?= 10002
 ARGS   ?=
 
@@ -105,19 +111,21 @@ wheel: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# kt-kernel's own metadata asks for a CUDA torch; without a GPU it goes in alone, its few needs are in our own list.
+# kt-kernel's own metadata asks for a CUDA torch; without a GPU it goes in alone, its few needs are in our own list. Where
+# it has no build nothing is lost: a note says so.
 $(VENV)/.ready-run: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
 ifeq ($(CUDA),1)
-	$(BIN)/python -m pip install --quiet kt-kernel==0.7.2
-	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	if $(BIN)/python -c '$(KT_KERNEL_FITS)'; then $(BIN)/python -m pip install --quiet kt-kernel==$(KT_KERNEL); \
+	  else echo "$(NO_KT_KERNEL)"; fi
+	$(BIN)/python -m pip install --quiet --editable '.[serve,cuda]'
 else
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --editable '.[serve]'
-	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2 || \
-	  echo "kt-kernel 0.7.2 has no build for this machine (it has for CPython 3.11 and 3.12 on x86-64 Linux): use --cpu_backend torch_reference"
+	if $(BIN)/python -c '$(KT_KERNEL_FITS)'; then $(BIN)/python -m pip install --quiet --no-deps kt-kernel==$(KT_KERNEL); \
+	  else echo "$(NO_KT_KERNEL)"; fi
 endif
 	touch $@
 
