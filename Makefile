@@ -25,12 +25,13 @@ PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
+	@echo "make test-pythons  a part of the tests under the oldest and newest other Python of this machine"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
 	@echo "make bench-gpu  on a CUDA or ROCm card, eight minutes: is it right, and how fast (ARGS=--quick for two)"
@@ -63,6 +64,10 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "(gpu or kernels) and not slow" --continue-on-collection-errors $$($(GPU_PYTHON) -c \
 	  'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")') \
 	  tests/device tests/backends tests/kernels tests/host/test_timeline.py $(ARGS)
+
+# Minutes: each Python gets an environment of 5 GB and loses it again. ARGS="--versions 3.12 --keep" names others and keeps them.
+test-pythons: $(VENV)/.ready-dev
+	$(BIN)/python -m tools.other_pythons --torch $(TORCH) $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
