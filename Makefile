@@ -67,7 +67,7 @@ test-gpu:
 
 # Minutes: each Python gets an environment of 5 GB and loses it again. ARGS="--versions 3.12 --keep" names others and keeps them.
 test-pythons: $(VENV)/.ready-dev
-	$(BIN)/python -m tools.other_pythons --torch $(TORCH) $(ARGS)
+	$(BIN)/python -m tools.other_pythons $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
