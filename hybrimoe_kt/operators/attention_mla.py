@@ -156,9 +156,13 @@ class AbsorbedMLA(nn.Module):
 
         up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
         query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
-        scores = query_latent @ latent.transpose(2, 3) + query_rope @ key_rope.transpose(2, 3)
+        # Latents are alike for all heads: as rows of one product they are read once, and never copied for each head.
+        shared, together = latent[:, 0], (batch, self.num_heads * tokens, -1)
+        scores = query_latent.reshape(together) @ shared.mT + query_rope.reshape(together) @ key_rope[:, 0].mT
+        scores = scores.view(batch, self.num_heads, tokens, -1)
         probabilities = self._softmax(scores * self.scaling, attention_mask, query.dtype)
-        context = up.to_values(probabilities @ latent)  # [batch, heads, tokens, value]
+        read = (probabilities.view(together) @ shared).view(query_latent.shape)
+        context = up.to_values(read)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:

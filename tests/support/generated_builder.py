@@ -79,6 +79,16 @@ class Builder:
         """Write a float32 tensor as it is."""
         self.writer.add_tensor(gguf_name, np.ascontiguousarray(value))
 
+    def write_packed(self, gguf_name: str, value: np.ndarray) -> np.ndarray:
+        """Write a float32 tensor in the dense type, where its rows can be; return what was written."""
+        kind = self.shape.dense_type
+        if kind == Type.F32 or value.shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            self.write(gguf_name, value)
+            return value
+        raw = _quantized(self.random, value.reshape(-1, value.shape[-1]), kind)
+        self.writer.add_tensor(gguf_name, raw.reshape(*value.shape[:-1], -1), raw_dtype=kind)
+        return dequantize(raw, kind).reshape(value.shape)
+
     def norm(self, hf_name: str, gguf_name: str, size: int) -> None:
         self.dense(hf_name, gguf_name, size, scale=0.1, centre=1.0)
 

@@ -1,4 +1,4 @@
-"""A linear layer's product with its packed weight: ggml's own for few tokens, for many torch's of dequantised pieces."""
+"""A linear layer's product with its packed weight: ggml's own for few tokens, for many torch's of dequantised parts."""
 
 from __future__ import annotations
 
