@@ -10,21 +10,28 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # For make test-gpu: the environment if there is one, else whatever Python has torch and Triton.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# A machine with an NVIDIA driver gets PyTorch as kt-kernel wants it (CUDA, gigabytes); any other the CPU build.
+# A machine with an NVIDIA driver gets PyTorch's CUDA build, gigabytes, as kt-kernel wants it where that has a build; any
+# other machine the CPU build.
 CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
 # What that torch's CUDA build pins; a CUDA torch brings its own.
 TRITON ?= 3.7.1
+# kTransformers' own CPU kernels, beside ggml's that come with the package.
+KT_KERNEL ?= 0.7.2
+KT_KERNEL_FITS = import platform as p, sys; sys.exit((p.system(), p.machine()) != ("Linux", "x86_64") or \
+  sys.version_info[:2] not in ((3, 11), (3, 12)))
+NO_KT_KERNEL = note: without kt-kernel, which has builds for CPython 3.11 and 3.12 on x86-64 Linux; nothing is lost, ggml computes
 PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv test test-slow test-gpu check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
+	@echo "make test-pythons  a part of the tests under the oldest and newest other Python of this machine"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
 	@echo "make bench-gpu  on a CUDA or ROCm card, eight minutes: is it right, and how fast (ARGS=--quick for two)"
@@ -57,6 +64,10 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "(gpu or kernels) and not slow" --continue-on-collection-errors $$($(GPU_PYTHON) -c \
 	  'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")') \
 	  tests/device tests/backends tests/kernels tests/host/test_timeline.py $(ARGS)
+
+# Minutes: each Python gets an environment of 5 GB and loses it again. ARGS="--versions 3.12 --keep" names others and keeps them.
+test-pythons: $(VENV)/.ready-dev
+	$(BIN)/python -m tools.other_pythons $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -105,19 +116,21 @@ wheel: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# kt-kernel's own metadata asks for a CUDA torch; without a GPU it goes in alone, its few needs are in our own list.
+# kt-kernel's own metadata asks for a CUDA torch; without a GPU it goes in alone, its few needs are in our own list. Where
+# it has no build nothing is lost: a note says so.
 $(VENV)/.ready-run: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
 ifeq ($(CUDA),1)
-	$(BIN)/python -m pip install --quiet kt-kernel==0.7.2
-	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	if $(BIN)/python -c '$(KT_KERNEL_FITS)'; then $(BIN)/python -m pip install --quiet kt-kernel==$(KT_KERNEL); \
+	  else echo "$(NO_KT_KERNEL)"; fi
+	$(BIN)/python -m pip install --quiet --editable '.[serve,cuda]'
 else
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX)
 	$(BIN)/python -m pip install --quiet --editable '.[serve]'
-	$(BIN)/python -m pip install --quiet --no-deps kt-kernel==0.7.2 || \
-	  echo "kt-kernel 0.7.2 has no build for this machine (it has for CPython 3.11 and 3.12 on x86-64 Linux): use --cpu_backend torch_reference"
+	if $(BIN)/python -c '$(KT_KERNEL_FITS)'; then $(BIN)/python -m pip install --quiet --no-deps kt-kernel==$(KT_KERNEL); \
+	  else echo "$(NO_KT_KERNEL)"; fi
 endif
 	touch $@
 

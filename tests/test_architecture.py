@@ -21,7 +21,7 @@ ALLOWED = {
     "device": {"device", "core"},
     "backends": {"backends", "device", "core", "kernels"},
     "runtime": {"runtime", "backends", "device", "core"},
-    "operators": {"operators", "runtime", "device", "core"},
+    "operators": {"operators", "runtime", "backends", "device", "core"},
     "weights": {"weights", "backends", "device"},
     "host": {"host", "weights", "operators", "runtime", "backends", "device", "core"},
     "engine": {"engine", "host", "weights", "runtime", "device"},

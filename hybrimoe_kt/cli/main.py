@@ -18,7 +18,7 @@ from hybrimoe_kt.errors import ConfigError, HybriMoEError
 from .chat_output import health_word, visible
 from .loading import open_engine
 from .options import expert_overrides, parse, sampling_of
-from .terminal import INTERRUPTED, check_writable, discard_output, open_closed_streams, read_text
+from .terminal import INTERRUPTED, check_writable, discard_output, prepare_streams, read_text
 from .timeline import timeline_to
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _DEFAULT_PROMPT = "Hello! How are you today?"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    open_closed_streams()
+    prepare_streams()
     options = parse(sys.argv[1:] if argv is None else argv)
     console = message_console()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ __all__ = [
     "discard_output",
     "interrupt_sets",
     "number",
-    "open_closed_streams",
+    "prepare_streams",
     "read_text",
     "whole",
 ]
@@ -118,11 +119,18 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def open_closed_streams() -> None:
-    """Give a stream that our starter closed the null device, which also keeps its number from other files."""
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to, whatever our starter did.
+
+    A closed one gets the null device, which also keeps its number from other files. One of a code page, as a pipe has
+    on Windows, gets a question mark where it lacks a character, instead of a traceback.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 class Abandoned(Exception):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import HybriMoEError, unknown_name
 
-from .terminal import INTERRUPTED, discard_output, open_closed_streams
+from .terminal import INTERRUPTED, discard_output, prepare_streams
 
 
 class Command(NamedTuple):
@@ -47,7 +47,7 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; a user's mistake is one sentence on stderr and exit code 2."""
-    open_closed_streams()
+    prepare_streams()
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())

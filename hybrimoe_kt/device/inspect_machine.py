@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hybrimoe_kt.errors import summary
 
 from .cores import physical_cores
@@ -66,17 +68,17 @@ def inspect_cpu() -> dict[str, Any]:
 
 def inspect_memory() -> dict[str, Any]:
     """Host memory in bytes; `page_lock_limit_bytes` None and `page_lock_unlimited` true is `ulimit -l unlimited`."""
-    sizes = {key: int(number[0]) * 1024 for key, text in map(_key_value, _read("/proc/meminfo").splitlines())
-             if (number := re.match(r"\d+", text))}  # fmt: skip
-    total = sizes.get("MemTotal")
-    if total is None and hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        memory = psutil.virtual_memory()
+        total, available = int(memory.total), int(memory.available)
+    except OSError:  # a Linux without /proc
+        total, available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
     limits = (_read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    group = [int(text) for text in limits if text.strip().isdigit() and total and int(text) < total]
+    group = [int(text) for text in limits if text.strip().isdigit() and int(text) < total]
     locked, unlimited = _page_lock_limit()
     return {
         "total_bytes": total,
-        "available_bytes": sizes.get("MemAvailable"),
+        "available_bytes": available,
         "container_limit_bytes": min(group, default=None),
         "page_lock_limit_bytes": locked,
         "page_lock_unlimited": unlimited,
@@ -86,7 +88,7 @@ def inspect_memory() -> dict[str, Any]:
 def _page_lock_limit() -> tuple[int | None, bool]:
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return None, False
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return (None, True) if soft == resource.RLIM_INFINITY else (soft, False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -71,5 +71,5 @@ def _sharpen_sleep() -> None:
     if getattr(_sharpened, "done", False):
         return
     _sharpened.done = True
-    with contextlib.suppress(AttributeError, OSError):
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1000), 0, 0, 0)

@@ -90,7 +90,7 @@ class AbsorbedMLA(nn.Module):
         self._rotate = _rotation_of(orig_module)
         self._up: UpProjections | None = None
         check_cpu(cpu)
-        if absorb_for_prefill and is_computed_by_ggml(cpu, generate_device):
+        if absorb_for_prefill and hasattr(gguf_loader, "packed_tensor") and is_computed_by_ggml(cpu, generate_device):
             self._up = self._packed_up(gguf_loader)
         if self._up is not None:
             self.kv_b_proj = None

@@ -34,7 +34,7 @@ class QuantizedEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
         self._packed: PackedWeight | None = None
-        if torch.device(generate_device).type == "cpu":
+        if hasattr(gguf_loader, "packed_weight") and torch.device(generate_device).type == "cpu":
             shape = self.num_embeddings, self.embedding_dim
             self._packed = gguf_loader.packed_weight(f"{key}.weight", shape)
         if self._packed is None:

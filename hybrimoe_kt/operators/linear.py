@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
         self.bias = orig_module.bias
         self._product: PackedProduct | None = None
-        if is_computed_by_ggml(cpu, generate_device):
+        if hasattr(gguf_loader, "packed_weight") and is_computed_by_ggml(cpu, generate_device):
             packed = gguf_loader.packed_weight(f"{key}.weight", (self.out_features, self.in_features))
             self._product = None if packed is None else PackedProduct(packed)
         if self._product is None:

@@ -20,7 +20,7 @@ def builtin_profiles() -> tuple[str, ...]:
 def load_profile(name_or_path: str | Path) -> Profile:
     """Return a packaged profile by name, or the one in a JSON file (anything with a slash or ending in .json)."""
     text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text:
+    if isinstance(name_or_path, Path) or text.endswith(".json") or "/" in text or "\\" in text:
         path = Path(name_or_path)
         try:
             content = path.read_text(encoding="utf-8")

@@ -38,6 +38,8 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+"""Of the page's files. Windows keeps a list of its own, which may call a script plain text; browsers refuse that."""
 _BY_ACCEPT = {"Vary": "Accept"}
 
 # What clients of other servers ask for, and why there is nothing.
@@ -107,7 +109,7 @@ def _add_page(app: FastAPI) -> list[str]:
 
 def _sender(file: Path) -> Any:
     async def send() -> FileResponse:
-        return FileResponse(file, headers=_PAGE_HEADERS)
+        return FileResponse(file, headers=_PAGE_HEADERS, media_type=_MEDIA_TYPES[file.suffix])
 
     return send
 

@@ -221,6 +221,17 @@ def test_what_a_model_says_cannot_steer_the_terminal(
     assert json.loads((tmp_path / "s.json").read_text())["text"] == "a\tb \x1b]0;title\x07 c"
 
 
+def test_a_code_page_that_lacks_a_character_gets_a_question_mark(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.stream = lambda messages, **sampling: iter(["né ", "→ 猫"])  # type: ignore[method-assign, assignment]
+    with monkeypatch.context() as patch:
+        page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        patch.setattr(sys, "stdout", page)
+        assert main(["--prompt", "Hi"]) == 0
+    assert page.buffer.getvalue() == "né ? ?\n".encode("cp1252")
+
+
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """Run a command that must fail with exit code 2, and return its last line."""
     assert main([str(argument) for argument in arguments]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -109,6 +110,14 @@ def test_the_page_is_served_and_nothing_foreign_runs_in_it(echoing: Serving) -> 
     assert "<html" in page.text
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert echoing.http.get("/index.html").text == page.text
+
+
+def test_files_of_the_page_are_what_they_are_on_any_system(echoing: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' registry may have another type for a suffix, and `nosniff` makes browsers believe it."""
+    monkeypatch.setattr("starlette.responses.guess_type", lambda *_: ("text/plain", None))
+    sources = re.findall(r'(?:src|href)="/?([\w./-]+\.(?:js|css|svg))"', echoing.http.get("/index.html").text)
+    types = {source.rpartition(".")[2]: echoing.http.get(f"/{source}").headers["content-type"] for source in sources}
+    assert types["js"].startswith("text/javascript") and types["css"].startswith("text/css")
 
 
 def test_programs_see_that_it_runs_as_ollama_does(echoing: Serving) -> None:

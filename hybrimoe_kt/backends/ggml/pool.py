@@ -8,6 +8,7 @@ import threading
 import torch
 
 from hybrimoe_kt.device.cores import physical_cores
+from hybrimoe_kt.device.free_cores import FreeCores
 from hybrimoe_kt.errors import KernelError
 
 from .library import Context, Library, Plan, library
@@ -25,38 +26,47 @@ class Pool:
 
     def __init__(self, of: Library, num_threads: int) -> None:
         self.library, self.num_threads = of, num_threads
-        parameters = of.ggml_threadpool_params_default(num_threads)
-        parameters.poll = _POLL
-        self._threads = of.ggml_threadpool_new(ctypes.byref(parameters)) if num_threads > 1 else None
+        self._threads, self._alone = _threads(of, num_threads), _threads(of, 1)
+        self._free = FreeCores()
         self._turn = threading.Lock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._address = 0
 
-    def plan(self, graph: int, num_threads: int) -> Plan:
-        """How `graph` is computed by so many of the threads."""
+    def plan(self, graph: int) -> Plan:
+        """How `graph` is computed."""
         with self._turn:
-            plan: Plan = self.library.ggml_graph_plan(graph, min(num_threads, self.num_threads), self._threads)
+            plan: Plan = self.library.ggml_graph_plan(graph, self.num_threads, self._threads)
             if plan.work_size + _SPARE_BYTES > self._scratch.numel():
                 self._scratch = torch.empty(plan.work_size + _SPARE_BYTES, dtype=torch.uint8)
                 self._address = self._scratch.data_ptr()
         return plan
 
     def compute(self, graph: int, plan: Plan, reference: object) -> None:
-        """Compute a graph without the interpreter's lock; `reference` is `plan` by reference."""
+        """Compute a graph without the interpreter's lock, by as many threads as find a core; `reference` is to `plan`."""
         with self._turn:
             plan.work_data = self._address
+            plan.n_threads = num_threads = self._free.of(self.num_threads)
+            plan.threadpool = self._threads if num_threads > 1 else self._alone
             status = self.library.ggml_graph_compute(graph, reference)
         if status != 0:
             raise KernelError(f"ggml ended a computation with status {status}")
 
 
+def _threads(of: Library, number: int) -> int:
+    """So many threads, the caller being the first. Never given back: pools live as long as the process."""
+    parameters = of.ggml_threadpool_params_default(number)
+    parameters.poll = _POLL
+    made: int = of.ggml_threadpool_new(ctypes.byref(parameters))
+    return made
+
+
 class Graph:
     """A graph of a few tensors, planned once; where its tensors' values are may change from call to call."""
 
-    def __init__(self, on: Pool, context: Context, *results: int, num_threads: int = 0) -> None:
+    def __init__(self, on: Pool, context: Context, *results: int) -> None:
         self._pool, self._context = on, context  # the context goes when nobody computes with it any more
         self._graph = context.graph(*results)
-        self._plan = on.plan(self._graph, num_threads or on.num_threads)
+        self._plan = on.plan(self._graph)
         self._reference = ctypes.byref(self._plan)
 
     def compute(self) -> None:

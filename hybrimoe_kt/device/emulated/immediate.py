@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import psutil
 import torch
 
 from hybrimoe_kt.core.cost import CostModel
@@ -110,7 +111,6 @@ class ImmediateAccelerator:
 def host_available_bytes() -> int:
     """Host memory that could be had without swapping."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+        return int(psutil.virtual_memory().available)
+    except OSError:  # a Linux without /proc
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
