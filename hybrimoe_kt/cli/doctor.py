@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrimoe_kt.errors import HostCompatibilityError
-from hybrimoe_kt.host.doctor.diagnosis import diagnose, has_kt_kernel_build, size_text
+from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
 from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible
@@ -115,8 +115,8 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _spared(report: Mapping[str, Any]) -> str:
-    has_build = has_kt_kernel_build(report)
-    return "not installed, optional" if has_build else "no build for this machine or Python; optional"
+    has_build = report["cpu_kernels"][_OPTIONAL]["has_build"]
+    return "not installed, optional" if has_build else "no build for this machine or Python, optional"
 
 
 def _cpu_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -103,7 +103,10 @@ def test_experts_that_kt_kernel_gets_wrong(generated: Make, shape: Shape, reason
 
 
 @pytest.mark.parametrize("shape", [shape for shape, _ in WRONG_IN_KT_KERNEL], ids=IDS)
-def test_by_default_ggml_computes_them(generated: Make, shape: Shape) -> None:
+def test_by_default_ggml_computes_them(
+    generated: Make, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a calibration
     path = generated(shape).path
     token_ids = torch.tensor([[1, 2, 3]])
     found = load_model(path, progress=False)
@@ -114,8 +117,9 @@ def test_by_default_ggml_computes_them(generated: Make, shape: Shape) -> None:
 
 
 def test_types_that_no_library_computes_go_to_plain_torch(
-    generated: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    generated: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a calibration
     monkeypatch.setitem(sys.modules, "libggml", None)
     monkeypatch.setattr("hybrimoe_kt.backends.ggml.library._opened", [])
     _warn_once.cache_clear()

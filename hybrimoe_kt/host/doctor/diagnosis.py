@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 from hybrimoe_kt.backends.registry import FALLBACK_GPU, REFERENCE
 
-__all__ = ["Finding", "diagnose", "has_kt_kernel_build", "size_text"]
+__all__ = ["Finding", "diagnose", "size_text"]
 
 _NEEDED = ("torch", "transformers", "gguf")
 _KT_KERNEL = "kt-kernel==0.7.2"
-_KT_PYTHONS = ("3.11", "3.12")
 _GGML = "libggml-python"
 
 
@@ -93,12 +92,6 @@ def _of_cpu_kernels(report: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("kt-kernel is installed but its CPU kernels do not load; nothing else needs it")
     elif library["problem"]:
         yield Finding(f"kt-kernel is {library['version']}, {library['problem']}", _install_kt_kernel())
-
-
-def has_kt_kernel_build(report: Mapping[str, Any]) -> bool:
-    """Whether kt-kernel can be installed for this processor and Python."""
-    is_x86 = bool(report["cpu"].get("machine") == "x86_64")
-    return is_x86 and str(report["python"]).startswith(_KT_PYTHONS)
 
 
 def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:

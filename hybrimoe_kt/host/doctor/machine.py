@@ -20,6 +20,8 @@ from hybrimoe_kt.device.inspect_machine import (
 __all__ = ["report_machine"]
 
 _CPU = ("model", "machine", "features", "features_from", "physical_cores", "logical_cores", "numa_nodes")
+_KT_PYTHONS = ("3.11.", "3.12.")
+"""For which kt-kernel 0.7.2 has builds."""
 _MEMORY = (
     "total_bytes", "available_bytes", "container_limit_bytes", "page_lock_limit_bytes", "page_lock_unlimited"
 )  # fmt: skip
@@ -55,7 +57,7 @@ def report_machine() -> dict[str, Any]:
 def _cpu_kernels(profile: Mapping[str, Any]) -> dict[str, Any]:
     """Which libraries compute on the CPU, and which the default backend takes of them; no threads are started."""
     ggml = attempt(_ggml, runs=False, types=[], version=None, file=None, instructions=[])
-    kt_kernel = attempt(lambda: _runs("llamafile"), runs=False, types=[])
+    kt_kernel = {"has_build": _has_kt_kernel_build()} | attempt(lambda: _runs("llamafile"), runs=False, types=[])
     libraries = {"ggml": ggml, "kt-kernel": kt_kernel}
     types = dict.fromkeys(kind for found in libraries.values() for kind in found["types"])
     problems = dict.fromkeys(found["problem"] for found in libraries.values() if found["problem"])
@@ -68,6 +70,12 @@ def _cpu_kernels(profile: Mapping[str, Any]) -> dict[str, Any]:
         "auto": attempt(lambda: _chosen(libraries, profile), takes=None, measured=False, reason=None),
         "problem": None if runs else "; ".join(problems),
     }
+
+
+def _has_kt_kernel_build() -> bool:
+    """Whether kt-kernel can be installed for this machine and Python."""
+    is_x86 = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    return is_x86 and platform.python_version().startswith(_KT_PYTHONS)
 
 
 def _ggml() -> dict[str, Any]:
