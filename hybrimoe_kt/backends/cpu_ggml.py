@@ -111,18 +111,23 @@ class _Call:
         self._num_tokens, self._width = hidden.shape
         self._tokens: torch.Tensor | None = None
         """Of each pair, where pairs had to be picked."""
-        mine = ids >= 0
-        if not bool(mine.all()):
-            if len(ids) == 1:
-                ids, weights = ids[mine][None], weights[mine][None]
-            else:
+        if self._num_tokens == 1:
+            chosen = ids[0].tolist()
+            if min(chosen) < 0:
+                mine = [place for place, index in enumerate(chosen) if index >= 0]
+                chosen, weights = [chosen[place] for place in mine], weights[:, mine]
+            self._ids = torch.tensor([chosen], dtype=torch.int32)
+        else:
+            mine = ids >= 0
+            if not bool(mine.all()):
                 self._tokens = mine.nonzero()[:, 0]
                 hidden, ids, weights = hidden[self._tokens], ids[mine][:, None], weights[mine][:, None]
-        self._hidden, self._weights = hidden.contiguous(), weights
-        self.has_work = ids.numel() > 0
-        if self.has_work:
             self._ids = ids.to(torch.int32).contiguous()
-            graph = graphs.of(layer.kind, ids.shape[1], ids.shape[0])
+        self._hidden, self._weights = hidden.contiguous(), weights
+        self.has_work = self._ids.numel() > 0
+        if self.has_work:
+            tokens, per_token = self._ids.shape
+            graph = graphs.of(layer.kind, per_token, tokens)
             self._pairs = graph.place(layer.addresses, self._hidden, self._ids, scratch)
             self.compute = graph.compute
 

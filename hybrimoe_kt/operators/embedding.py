@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from hybrimoe_kt.backends.dequantize import dequantize
+from hybrimoe_kt.backends.ggml import library as ggml
+from hybrimoe_kt.backends.ggml.products import dequantize_into
 from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.errors import ConfigError
 
@@ -40,6 +42,7 @@ class QuantizedEmbedding(nn.Module):
         if self._packed is None:
             self.weight = orig_module.weight
         self._dtype = orig_module.weight.dtype
+        self._by_ggml = ggml.unusable() is None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Ids `[...]` -> `[..., embedding_dim]`, in the model's dtype."""
@@ -47,7 +50,11 @@ class QuantizedEmbedding(nn.Module):
             return functional.embedding(input, self.weight)
         (part,) = self._packed.parts
         rows = part.data.view(part.rows, -1)[input.flatten()]
-        values = dequantize(rows.flatten(), part.ggml_type, (len(rows), part.columns))
+        if self._by_ggml:
+            values = torch.empty(len(rows), part.columns)
+            dequantize_into(rows.data_ptr(), part.ggml_type, len(rows), part.columns, values)
+        else:
+            values = dequantize(rows.flatten(), part.ggml_type, (len(rows), part.columns))
         return values.to(self._dtype).view(*input.shape, part.columns)
 
     def extra_repr(self) -> str:
