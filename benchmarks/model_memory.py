@@ -6,8 +6,8 @@
 Parameters are counted in the model that Transformers builds from the published configuration, without weights. Bytes of
 experts are those of this program's own loader, slots and CPU kernels, for the types llama.cpp gives a Q4_K_M file: gate
 and up Q4_K, down Q4_K in half of the layers and Q6_K in the others (Q5_0 and Q8_0 where the width is no multiple of
-256). All other weights count `DENSE_BITS` in the file. Loaded, matrices stay as they are on a CPU, and what is no
-matrix or routes is float32; on a GPU all of it is bfloat16.
+256). All other weights count `DENSE_BITS` in the file. On a CPU matrices stay as they are, and what is no matrix or
+routes is float32; on a GPU all of it is bfloat16.
 """
 
 from __future__ import annotations

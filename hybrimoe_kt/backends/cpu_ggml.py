@@ -114,8 +114,8 @@ class _Call:
         if self._num_tokens == 1:
             chosen = ids[0].tolist()
             if min(chosen) < 0:
-                mine = [place for place, index in enumerate(chosen) if index >= 0]
-                chosen, weights = [chosen[place] for place in mine], weights[:, mine]
+                places = [place for place, index in enumerate(chosen) if index >= 0]
+                chosen, weights = [chosen[place] for place in places], weights[:, places]
             self._ids = torch.tensor([chosen], dtype=torch.int32)
         else:
             mine = ids >= 0

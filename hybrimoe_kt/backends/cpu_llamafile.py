@@ -1,7 +1,7 @@
 """CPU experts on kTransformers' llamafile kernels, through kt-kernel's low-level extension.
 
-Every call is checked by `call_checks`, every layer by `llamafile_input`. kt-kernel reads the mapped GGUF in place, so experts are
-not copied, except where an expert's width must be padded.
+Every call is checked by `call_checks`, every layer by `llamafile_input`. kt-kernel reads the mapped GGUF in place, so
+experts are not copied, except where an expert's width must be padded.
 
 Numbers below marked [m] were measured on a 2-core AVX2 machine with kt-kernel 0.7.2.
 """
@@ -18,8 +18,8 @@ from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError
 
 from . import kt_kernel_pool
-from .kt_kernel_pool import extension, stdout_silenced, worker_pool
 from .call_checks import check_call
+from .kt_kernel_pool import extension, stdout_silenced, worker_pool
 from .llamafile_input import LlamafileArithmetic, kernel_matrices
 
 __all__ = ["LlamafileBackend", "LlamafileTwiceBackend"]
@@ -112,7 +112,9 @@ class LlamafileBackend(LlamafileArithmetic):
         check_call(experts, self.max_tokens, routed)
         num_tokens, width = routed.hidden.shape
         self._shape = num_tokens, width
-        num_rows = self._buffers.fill(routed) if num_tokens > 1 else self._buffers.fill_single(routed, self.presents_twice)
+        num_rows = (
+            self._buffers.fill(routed) if num_tokens > 1 else self._buffers.fill_single(routed, self.presents_twice)
+        )
         self.start_rows(layer, num_rows, routed.ids.shape[1])
 
     def start_rows(self, layer: int, num_rows: int, top_k: int) -> None:

@@ -1,7 +1,7 @@
 """How many cores other programs leave free, so that no thread of ours waits at a barrier for one that cannot run.
 
-ggml's threads meet after every operation, and those that arrive spin: with both of two cores busy otherwise, two threads
-took five times as long as on a quiet machine, one took twice as long.
+ggml's threads meet after every operation, and those that arrive first spin. With both of two cores busy otherwise, two
+threads took five times as long as on a quiet machine.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _allowed() -> tuple[int, ...]:
 
 
 def _busy_s(cores: tuple[int, ...]) -> float | None:
-    """Seconds these cores have worked since the machine's start, or were taken by its host; None where that is unknown."""
+    """Seconds these cores have worked since the start, or were taken by the machine's host; None where unknown."""
     wanted = {f"cpu{core}" for core in cores}
     try:
         with open("/proc/stat", encoding="ascii") as lines:

@@ -18,8 +18,8 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.errors import ModelError, first_line
 
 from .lazy import LazyTensor, Load, Where

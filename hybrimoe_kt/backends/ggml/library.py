@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import sys
 import threading
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,18 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_get_type_traits_cpu": (POINTER(_CpuTraits), (c_int,)),
     "ggml_cpu_init": (None, ()),
 }
-_INSTRUCTIONS = ("avx", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "dotprod", "sve")
+_INSTRUCTIONS = (
+    "avx",
+    "avx2",
+    "avx_vnni",
+    "avx512",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "neon",
+    "dotprod",
+    "sve",
+)
 
 
 class Library:

@@ -1,4 +1,4 @@
-"""A linear layer's product with its packed weight: ggml's own for few tokens, for many torch's with floats in between."""
+"""A linear layer's product with its packed weight: ggml's own for few tokens, for many torch's of dequantised pieces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def multiplies_bfloat16() -> bool:
 
 
 class PackedProduct:
-    """Multiplies by one weight. Activations are rounded as ggml's kernels have it, to 8 bits where weights are blocks."""
+    """Multiplies by one weight; activations are rounded, by ggml to 8 bits where weights are blocks."""
 
     def __init__(self, weight: PackedWeight) -> None:
         self._row_order, self._column_order = weight.row_order, weight.column_order

@@ -42,7 +42,7 @@ class Pool:
         return plan
 
     def compute(self, graph: int, plan: Plan, reference: object) -> None:
-        """Compute a graph without the interpreter's lock, by as many threads as find a core; `reference` is to `plan`."""
+        """Compute a graph without the interpreter's lock, by as many threads as find a core; `reference` is `plan`'s."""
         with self._turn:
             plan.work_data = self._address
             plan.n_threads = num_threads = self._free.of(self.num_threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -12,8 +12,8 @@ from gguf.tensor_mapping import TensorNameMap
 
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
 from hybrimoe_kt.quants import TYPES
+from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
 from hybrimoe_kt.weights.lazy import LazyTensor, Load, Where, values_of
 
 from .architectures import Architecture, Composed, Key, Transform
@@ -76,42 +76,37 @@ def packed_weight(
 
     ModelError as of `dense_state_dict`.
     """
-    names = architecture.name_map(_num_blocks((name,)))
-    found = _as_stored(file, _gguf_name(architecture, names, name))
+    found = _as_stored(file, _gguf_name(architecture, architecture.name_map(_num_blocks((name,))), name))
+    recipe: Transform | Composed | None
     if found in file.tensors:
         tensors, recipe = [file.tensors[found]], _recipe(architecture.transforms, name)
-        if recipe is not None and recipe.moves is None:
-            return None if _is_float32(tensors) else "its values are changed"
     else:
         layer, recipe = _LAYER.search(name), _recipe(architecture.composed, name)
         if recipe is None or layer is None:
             return None  # told by what loads floats
         tensors = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
-        if recipe.moves is None:
-            return None if _is_float32(tensors) else f"it is made of {' and '.join(tensor.name for tensor in tensors)}"
-    if _is_float32(tensors) or any(len(tensor.shape) != 2 for tensor in tensors):
+    if all(TYPES[tensor.ggml_type].dtype == "float32" for tensor in tensors):
         return None
-    found_shape = recipe.shape(*(tensor.shape for tensor in tensors)) if recipe else tensors[0].shape
+    if recipe is not None and recipe.moves is None:
+        return f"{name} is computed from {' and '.join(tensor.name for tensor in tensors)}"
+    if any(len(tensor.shape) != 2 for tensor in tensors):
+        return None
+    shapes = [tensor.shape for tensor in tensors]
+    found_shape = shapes[0] if recipe is None else recipe.shape(*shapes)
     _check_shape(file, " + ".join(tensor.name for tensor in tensors), found_shape, name, shape)
     parts = tuple(tensor.packed() for tensor in tensors)
-    if recipe is None:
-        return PackedWeight(parts)
-    return _in_order(parts, recipe, architecture.key(file))
+    return PackedWeight(parts) if recipe is None else _in_order(parts, recipe, architecture.key(file))
 
 
 def _in_order(parts: tuple[PackedMatrix, ...], recipe: Transform | Composed, key: Key) -> PackedWeight:
     """Find the order that a recipe puts rows or columns into by giving it their numbers."""
+    build: Callable[..., torch.Tensor] = recipe.build
     if recipe.moves == "columns":
         numbers = torch.arange(parts[0].columns, dtype=torch.int64, device="cpu")[None]
-        order = recipe.build(numbers, key)[0]
-        return PackedWeight(parts, column_order=order.argsort())
+        return PackedWeight(parts, column_order=build(numbers, key)[0].argsort())
     sizes = [part.rows for part in parts]
     numbers = torch.arange(sum(sizes), dtype=torch.int64, device="cpu")[:, None]
-    return PackedWeight(parts, row_order=recipe.build(*numbers.split(sizes), key)[:, 0])
-
-
-def _is_float32(tensors: Iterable[GgufTensor]) -> bool:
-    return all(TYPES[tensor.ggml_type].dtype == "float32" for tensor in tensors)
+    return PackedWeight(parts, row_order=build(*numbers.split(sizes), key)[:, 0])
 
 
 def _num_blocks(parameters: Iterable[str]) -> int:
