@@ -3,10 +3,10 @@
     python -m benchmarks.hybrid                      # DeepSeek-V2-Lite's experts, three cache sizes, a few minutes
     python -m benchmarks.hybrid --accelerator cuda   # on a GPU, with its own kernels and link
 
-CPU experts run for real on kt-kernel, calibrated first. Without a GPU, it and the link are emulated: they take the time
-that the profile of the paper's machine gives them, on the real clock. Routing, scores and look-ahead come from a
-synthetic trace with DeepSeek-V2-Lite's locality. All methods run in turn, token by token, so that noise falls on all of
-them alike.
+CPU experts run for real, on the faster library, calibrated first. Without a GPU, it and the link are emulated: they
+take the time that the profile of the paper's machine gives them, on the real clock. Routing, scores and look-ahead come
+from a synthetic trace with DeepSeek-V2-Lite's locality. All methods run in turn, token by token, so that noise falls on
+all of them alike.
 """
 
 from __future__ import annotations

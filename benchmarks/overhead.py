@@ -25,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
+from hybrimoe_kt.device.backend import CpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.readback import Predict
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
@@ -36,7 +37,7 @@ EXPERTS, TOP_K, HIDDEN, LAYERS, DEPTH = 128, 8, 128, 8, 3
 _F16 = 1
 
 
-class FreeCpu:
+class FreeCpu(CpuBackend):
     """A CPU backend that answers zeros at once."""
 
     name, answers_pairs, num_threads = "free", False, 0

@@ -266,8 +266,10 @@ def test_computed_memory_of_known_cases() -> None:
     assert m.share(4 * GIB) is None
     assert by_name["DeepSeek-V2-Lite"].kv_cache == 8192 * 27 * (512 + 64) * 2
     assert by_name["Qwen3-Next-80B-A3B"].kv_cache == 8192 * 12 * 2 * 2 * 256 * 2  # every fourth layer attends
-    lite = by_name["DeepSeek-V2-Lite"]  # 1408 wide: the CPU keeps a copy 1536 wide
-    assert lite.host_beside_gpu == pytest.approx(lite.host_experts * (1 + 1408 / 1536))
+    lite = by_name["DeepSeek-V2-Lite"]  # 1408 wide, which ggml reads in place
+    assert lite.host_beside_gpu == lite.host_experts == 64 / 6 * lite.read_per_token
+    for m in by_name.values():  # on a CPU a model takes its file's size, and norms and routers as floats
+        assert 1.0 <= m.host_alone / m.file < 1.02
 
 
 SAID = [
@@ -275,10 +277,10 @@ SAID = [
     ("Mixtral-8x7B", 24, "| 62 %, 27 % |"),
     ("Qwen2-57B-A14B", 24, "62 %, 27 % |"),
     ("Qwen3-Next-80B-A3B", 24, "| 42 % |"),
-    ("Mixtral-8x22B", 24, "| 12 % |"),
-    ("Qwen3-235B-A22B", 24, "| 5 %, 11 %, 12 % |"),
-    ("MiniMax-M2", 24, "5 %, 11 %, 12 % |"),
-    ("GLM-4.5-Air", 24, "11 %, 12 % |"),
+    ("Mixtral-8x22B", 24, "| 12 %, 12 % |"),
+    ("Qwen3-235B-A22B", 24, "| 5 %, 11 % |"),
+    ("MiniMax-M2", 24, "5 %, 11 % |"),
+    ("GLM-4.5-Air", 24, "12 %, 12 % |"),
     ("DeepSeek-V3, R1", 80, "then 12 % of the experts\nin 80 GiB"),
 ]
 

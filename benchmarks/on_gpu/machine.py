@@ -77,7 +77,13 @@ def _software() -> dict[str, Any]:
     from hybrimoe_kt.device.inspect_machine import inspect_accelerators, inspect_library
 
     found = {"torch": f"{torch.__version__}, built for {inspect_accelerators()['torch_built_for']}"}
-    for name, module in (("triton", "triton"), ("transformers", "transformers"), ("kt-kernel", "kt_kernel")):
+    libraries = {
+        "triton": "triton",
+        "transformers": "transformers",
+        "libggml-python": "libggml",
+        "kt-kernel": "kt_kernel",
+    }
+    for name, module in libraries.items():
         found[name] = inspect_library(name, module)["version"] or "not installed"
     return found | {"Python": platform.python_version(), "kernel": f"{platform.system()} {platform.release()}"}
 
@@ -89,7 +95,10 @@ def _host() -> dict[str, Any]:
     cpu, memory = inspect_cpu(), inspect_memory()
     limit = memory["container_limit_bytes"]
     cores = f"{cpu['physical_cores']} cores ({cpu['logical_cores']} threads), {', '.join(cpu['features'])}"
-    found = {"processor": f"{cpu['model']}, {cores}", "threads for experts": default_expert_threads()}
+    found = {
+        "processor": f"{cpu['model']}, {cores}",
+        "threads for experts": default_expert_threads(beside_accelerator=True),
+    }
     found["RAM"] = f"{memory['total_bytes'] / 2**30:.0f} GiB, {memory['available_bytes'] / 2**30:.0f} available"
     if limit is not None:
         found["RAM"] += f", this container may use {limit / 2**30:.0f}"

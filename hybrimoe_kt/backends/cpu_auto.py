@@ -7,8 +7,9 @@ reads in place: never where it would need a copy that ggml does without.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ from .cpu_ggml import GgmlBackend
 from .cpu_llamafile import LlamafileBackend, LlamafileTwiceBackend
 from .torch_reference import TorchReferenceCpu
 
-__all__ = ["AutoBackend"]
+__all__ = ["CANDIDATES", "AutoBackend", "candidates_for", "chosen", "in_words", "left_to_torch", "set_aside"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _KINDS: dict[str, type[CpuBackend]] = {
     "llamafile presented twice": LlamafileTwiceBackend,
 }
 """In order of preference while nothing was measured."""
+CANDIDATES = tuple(_KINDS)
 _LAST_RESORT = TorchReferenceCpu
 
 
@@ -62,20 +64,20 @@ class AutoBackend(CpuBackend):
 
     @classmethod
     def copied_bytes(cls, experts: LayerExperts) -> int:
-        kind = _KINDS.get(_names_for(experts)[0], _LAST_RESORT)
+        kind = _KINDS.get(candidates_for(experts)[0], _LAST_RESORT)
         return kind.copied_bytes(experts)
 
     @classmethod
     def serves(cls, experts: LayerExperts) -> str:
         """Return the name of who computes these experts while nothing is measured."""
-        return _names_for(experts)[0]
+        return candidates_for(experts)[0]
 
     def add_layer(self, experts: LayerExperts) -> None:
         """Take a layer's experts; where no library computes their types, plain torch does, with a warning."""
         layer, name = experts.layer, self.serves(experts)
         self._layers[layer] = experts
-        if name == _LAST_RESORT.name:
-            _warn_once(_why_slow(experts))
+        if reason := left_to_torch(experts):
+            _warn_once(reason)
         self._table[layer] = dict.fromkeys(COMPARED_LOADS, self._with(name, layer))
 
     def copies(self, layer: int) -> bool:
@@ -84,7 +86,7 @@ class AutoBackend(CpuBackend):
     def candidates(self) -> Mapping[str, CpuBackend]:
         """ggml and kt-kernel, this in both its ways, each with the layers that it would be asked for."""
         for layer, experts in self._layers.items():
-            for name in _names_for(experts):
+            for name in candidates_for(experts):
                 self._with(name, layer)
         return {name: self._made[name] for name in _KINDS if name in self._made}
 
@@ -92,15 +94,13 @@ class AutoBackend(CpuBackend):
         """Take measurements under the names of `candidates`; those of others are left aside."""
         self._seconds = seconds
         for layer, experts in self._layers.items():
-            for load in COMPARED_LOADS:
-                known = {name: seconds[name][load] for name in _names_for(experts) if load in seconds.get(name, {})}
-                if known:
-                    self._table[layer][load] = self._with(min(known, key=known.__getitem__), layer)
+            for load, name in zip(COMPARED_LOADS, chosen(seconds, candidates_for(experts)), strict=True):
+                self._table[layer][load] = self._with(name, layer)
 
     def describe(self) -> str:
         """Who computes how many tokens an expert, and whether that was measured."""
         kinds = {tuple(backend.name for backend in table.values()) for table in self._table.values()}
-        return f"auto: {'; '.join(sorted(map(_in_words, kinds)))}{', measured' if self._seconds else ''}"
+        return f"auto: {'; '.join(sorted(map(in_words, kinds)))}{', measured' if self._seconds else ''}"
 
     def submit(self, layer: int, routed: Routed) -> None:
         self._at_work = self._backend(layer, routed)
@@ -140,16 +140,28 @@ class AutoBackend(CpuBackend):
         return backend
 
 
-def _names_for(experts: LayerExperts) -> list[str]:
+def candidates_for(experts: LayerExperts) -> list[str]:
     """Who computes these experts, the preferred first; plain torch where nobody else does."""
     usable = [name for name, kind in _KINDS.items() if kind.unusable() is None and kind.refuses(experts) is None]
     in_place = [name for name in usable if _KINDS[name].copied_bytes(experts) == 0]
     return in_place or usable or [_LAST_RESORT.name]
 
 
-def _why_slow(experts: LayerExperts) -> str:
-    reasons = [kind.unusable() or kind.refuses(experts) for kind in _KINDS.values()]
-    return "; ".join(reason for reason in reasons if reason)
+def left_to_torch(experts: LayerExperts) -> str | None:
+    """Return why no library computes these experts; None where one does."""
+    if candidates_for(experts) != [_LAST_RESORT.name]:
+        return None
+    return "; ".join(dict.fromkeys(set_aside(experts).values()))
+
+
+def set_aside(experts: LayerExperts) -> dict[str, str]:
+    """Why each candidate that is not among these experts' is not."""
+    names = candidates_for(experts)
+    return {
+        name: kind.unusable() or kind.refuses(experts) or f"{name} would need a copy of these experts"
+        for name, kind in _KINDS.items()
+        if name not in names
+    }
 
 
 @functools.cache
@@ -157,11 +169,25 @@ def _warn_once(reason: str) -> None:
     logger.warning("experts are dequantised and multiplied by plain torch on the CPU, many times slower: %s", reason)
 
 
-def _in_words(names: tuple[str, ...]) -> str:
-    """ "ggml", or "ggml up to 7 tokens an expert, llamafile from 8"."""
-    words = [names[0]]
-    for load, before, name in zip(COMPARED_LOADS[1:], names, names[1:], strict=False):
-        if name != before:
-            words[-1] += f" up to {load - 1} tokens an expert"
-            words.append(f"{name} from {load}")
-    return ", ".join(words)
+def chosen(seconds: CandidateSeconds, names: Sequence[str]) -> list[str]:
+    """Who of `names` computes at each load of `COMPARED_LOADS`: the fastest measured, the first where none was."""
+    return [
+        min(
+            (name for name in names if load in seconds.get(name, {})),
+            key=lambda name: seconds[name][load],
+            default=names[0],
+        )
+        for load in COMPARED_LOADS
+    ]
+
+
+def in_words(names: Iterable[str]) -> str:
+    """ "ggml", or "ggml up to 7 tokens an expert, llamafile from 8": of names by load of `COMPARED_LOADS`."""
+    runs = list(zip(names, COMPARED_LOADS, strict=False))
+    starts = [run for before, run in itertools.pairwise([("", 0), *runs]) if run[0] != before[0]]
+    words, unit = [], " tokens an expert"
+    for (name, _), (_, load) in itertools.pairwise(starts):
+        words.append(f"{name} for one token" if load == 2 else f"{name} up to {load - 1}{unit}")
+        unit = unit if load == 2 else ""
+    name, load = starts[-1]
+    return ", ".join([*words, f"{name} from {load}{unit}" if words else name])

@@ -153,6 +153,7 @@ class LlamafileTwiceBackend(LlamafileBackend):
     """The same with single tokens presented twice."""
 
     name = "llamafile presented twice"
+    for_one_token = True
     presents_twice = True
 
 

@@ -29,7 +29,7 @@ def extension() -> Any:
     except ImportError as error:
         raise HostCompatibilityError(
             f"the llamafile CPU backend needs kt-kernel 0.7.2 ({error}); install it with "
-            f"`pip install --no-deps kt-kernel==0.7.2`, or use --cpu_backend torch_reference"
+            f"`pip install --no-deps kt-kernel==0.7.2`, or use --cpu_backend ggml"
         ) from None
     library = kt_kernel.kt_kernel_ext
     if not hasattr(library, "moe") or not hasattr(library.moe, "MOE"):

@@ -34,20 +34,19 @@ class LlamafileArithmetic(CpuBackend):
             if not TYPES[matrix.ggml_type].llamafile:
                 return (
                     f"{layer} {role} experts are {matrix.type_name}, which the llamafile CPU backend "
-                    f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; use another file, "
-                    f"or --cpu_backend torch_reference"
+                    f"cannot run; valid: F32, F16, Q8_0, Q4_0, Q5_0, Q2_K to Q6_K; --cpu_backend ggml takes more"
                 )
             if not matrix.data.is_contiguous():
                 return f"{layer} {role} experts are not contiguous in memory"
         if experts.gate.ggml_type != experts.up.ggml_type:
             return (
                 f"{layer} gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
-                f"the llamafile CPU backend wants one type for both; use --cpu_backend torch_reference"
+                f"the llamafile CPU backend wants one type for both; use --cpu_backend ggml"
             )
         if experts.hidden % _WIDTH_STEP:
             return (
                 f"{layer} hidden size {experts.hidden} is not a multiple of {_WIDTH_STEP}, which the "
-                f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend torch_reference"
+                f"llamafile CPU backend needs (it would return wrong numbers); use --cpu_backend ggml"
             )
         if experts.top_k > _MAX_TOP_K:
             return f"{layer} top-{experts.top_k} routing; the llamafile backend takes up to {_MAX_TOP_K}"

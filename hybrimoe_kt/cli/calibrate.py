@@ -14,12 +14,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hybrimoe_kt import accelerators
-from hybrimoe_kt.backends.registry import DEFAULT_CPU
+from hybrimoe_kt.backends.registry import CPU_BACKENDS, DEFAULT_CPU
 from hybrimoe_kt.errors import ConfigError
 
 from .terminal import Parser, check_writable
 
 if TYPE_CHECKING:
+    from hybrimoe_kt.device.backend import CandidateSeconds, CpuBackend
     from hybrimoe_kt.device.calibrate import Calibration
     from hybrimoe_kt.device.experts import LayerExperts
 
@@ -31,9 +32,11 @@ EXAMPLE = """examples:
   hybrimoe calibrate --cpu_infer 8 --out fast.json
       and then: ktransformers --profile fast.json ...
 
-The profile is kept where ktransformers looks for it, and in --out if given. It
-holds for the same processor, GPU, backend and number of expert threads; on any
-other machine it is refused. Nothing else should be running meanwhile.
+Where both ggml and kt-kernel run, they are compared, and the faster one of them
+computes experts from then on, for few tokens and for many. The profile is kept
+where ktransformers looks for it, and in --out if given. It holds for the same
+processor, GPU, backend and number of threads; on any other machine it is
+refused. Nothing else should be running meanwhile.
 """
 _SHAPE = {"num_experts": 64, "top_k": 8, "hidden": 2048, "inter": 768}
 _MAX_TOKENS = 512
@@ -51,9 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="GGUF", help="measure with the experts of this file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the profile here (JSON)")
     parser.add_argument("--accelerator", default="auto", metavar="NAME", help=accelerators.forms())
-    parser.add_argument("--cpu_backend", "--cpu-backend", default=DEFAULT_CPU, metavar="NAME")
-    parser.add_argument("--ggml_library", "--ggml-library", default="", metavar="PATH", help="another build of ggml")
-    parser.add_argument("--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N", help="threads for CPU experts")
+    parser.add_argument(
+        "--cpu_backend", "--cpu-backend", default=DEFAULT_CPU, metavar="NAME",
+        help=f"measure one alone: {', '.join(CPU_BACKENDS)}, or module:Class (default: {DEFAULT_CPU} compares)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ggml_library", "--ggml-library", default="", metavar="PATH",
+        help="another build of ggml: its directory, or one library",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu_infer", "--cpu-infer", type=int, default=0, metavar="N",
+        help="threads for CPU experts (default: all cores, beside a GPU all but two)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="measurements of each thing (default: 15)")
     parser.add_argument("--json", action="store_true", help="print the profile and every sample as JSON")
     return parser
@@ -68,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hybrimoe_kt.device.calibrate import profile_path
 
     errors = Console(stderr=True, highlight=False)
-    found = _measure(options, errors)
+    found, closing = _measure(options, errors)
     kept = found.save(profile_path(found.profile.machine))
     if options.out is not None:
         found.save(options.out)
@@ -77,14 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: {"median_s": s.median_s, "p10_s": s.low_s, "p90_s": s.high_s, "count": s.count}
             for name, s in found.samples.items()
         }
-        print(json.dumps({"profile": json.loads(found.text), "samples": samples, "verdict": found.verdict}, indent=2))
+        result = {"profile": json.loads(found.text), "samples": samples, "verdict": found.verdict, "cpu": closing}
+        print(json.dumps(result, indent=2))
         return 0
-    _show(found, Console(highlight=False))
-    print(f"written: {kept}" + (f" and {options.out}" if options.out else ""))
+    console = Console(highlight=False, markup=False)
+    _show(found, console)
+    console.print(f"written: {kept}" + (f" and {options.out}" if options.out else ""), soft_wrap=True)
+    console.print(closing)
     return 0
 
 
-def _measure(options: argparse.Namespace, console: Console) -> Calibration:
+def _measure(options: argparse.Namespace, console: Console) -> tuple[Calibration, str]:
+    """What was measured, and in one line who will compute on the CPU."""
     from hybrimoe_kt.backends.ggml.library import choose_library
     from hybrimoe_kt.config import ExpertOptions
     from hybrimoe_kt.device.calibrate import calibrate
@@ -110,28 +126,75 @@ def _measure(options: argparse.Namespace, console: Console) -> Calibration:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("measuring", total=None)
-        return calibrate(
+        found = calibrate(
             store, experts.layer, cpu, accelerator, gpu, max_tokens=_MAX_TOKENS, repeats=options.repeats,
             progress=lambda what: progress.update(task, description=f"measuring {what}"),
         )  # fmt: skip
+    return found, _closing(cpu, experts, found.profile.cpu_backends)
+
+
+def _closing(cpu: CpuBackend, experts: LayerExperts, compared: CandidateSeconds) -> str:
+    """Who computes experts on the CPU from now on, and why."""
+    from hybrimoe_kt.backends.cpu_auto import AutoBackend, candidates_for, chosen, in_words, set_aside
+
+    if not isinstance(cpu, AutoBackend):
+        return f"measured with --cpu_backend {cpu.name}: name it again, or calibrate without it"
+    candidates = candidates_for(experts)
+    takes = in_words(chosen(compared, candidates))
+    if len(candidates) > 1:
+        return f"--cpu_backend auto (the default) takes {takes}: the fastest here of {', '.join(candidates)}"
+    others = "; ".join(dict.fromkeys(set_aside(experts).values()))
+    return f"--cpu_backend auto (the default) takes {takes}, with nothing to compare: {others}"
 
 
 def _show(found: Calibration, console: Console) -> None:
-    table = Table(
-        "measured", "median ms", "10 % below", "10 % above", title=found.profile.machine, title_justify="left"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    heads = "measured", "median ms", "10 % below", "10 % above"
+    table = _numbers(*heads, title=found.profile.machine)
+    compared = _compared(found)
     for name, sample in found.samples.items():
-        table.add_row(name, *(f"{s * 1e3:.3f}" for s in (sample.median_s, sample.low_s, sample.high_s)))
+        if name not in compared:
+            table.add_row(name, *map(_milliseconds, (sample.median_s, sample.low_s, sample.high_s)))
     console.print(table)
+    if compared:
+        _show_compared(found.profile.cpu_backends, console)
     if found.verdict:
-        print(found.verdict)
+        console.print(found.verdict)
     if found.spread > _WIDE:
-        print(f"measurements spread by a factor of {found.spread:.1f}: something else was running, repeat when alone")
+        said = f"measurements spread by a factor of {found.spread:.1f}: something else was running"
+        console.print(f"{said}, repeat when alone")
     slowdown = found.profile.cpu_slowdown_while_link_busy
     if slowdown > 1.0:
-        print(f"CPU experts take {slowdown:.2f} times as long while the link is busy")
+        console.print(f"CPU experts take {slowdown:.2f} times as long while the link is busy")
+
+
+def _compared(found: Calibration) -> set[str]:
+    """Names of the samples that compare CPU backends."""
+    from hybrimoe_kt.device.calibrate import compared_sample
+
+    return {compared_sample(name, load) for name, times in found.profile.cpu_backends.items() for load in times}
+
+
+def _show_compared(backends: CandidateSeconds, console: Console) -> None:
+    """A column for each backend, a row for each number of tokens; the fastest of a row is marked."""
+    table = _numbers("tokens", *backends, title="one expert on the CPU, median ms; * the fastest")
+    for load in sorted({load for times in backends.values() for load in times}):
+        seconds = [times.get(load) for times in backends.values()]
+        least = min(s for s in seconds if s is not None)
+        cells = ("" if s is None else f"{_milliseconds(s)}{' *' if s == least else '  '}" for s in seconds)
+        table.add_row(str(load), *cells)
+    console.print(table)
+
+
+def _numbers(*heads: str, title: str) -> Table:
+    """A table whose columns but the first hold numbers."""
+    table = Table(*heads, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
 
 
 def _experts_of(path: Path) -> LayerExperts:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from hybrimoe_kt.backends.registry import DEFAULT_CPU, REFERENCE
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
 from hybrimoe_kt.weights.overrides import parse_overrides
@@ -34,6 +33,7 @@ The exit code is 0 whatever is found (the JSON says ready: true or false) and 2
 when the file is no model that could be run.
 """
 _USES = {"flashinfer-python": "nothing uses it yet"}
+_OPTIONAL = "kt-kernel"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +83,8 @@ def _judge(model: Path, machine: Mapping[str, Any], changes: Mapping[str, Any]) 
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:
-    table = Table("part", "found", title=f"hybrimoe_kt {report['hybrimoe_kt']}", title_justify="left")
+    title = f"hybrimoe_kt {report['hybrimoe_kt']}"
+    table = Table("part", Column("found", overflow="fold"), title=title, title_justify="left")
     for name, found in _rows(report):
         table.add_row(name, Text(visible(found)))
     console.print(table)
@@ -101,16 +102,38 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _machine_rows(report)
     for name, library in report["libraries"].items():
         notes = library["version"], library["problem"], _USES.get(name)
-        yield name, ", ".join(filter(None, notes))
-    cpu, gpu = report["cpu_kernels"], report["gpu_kernels"]
-    types = f"run: {', '.join(cpu['types'])}"
-    yield "CPU experts", f"{DEFAULT_CPU} kernels {types}" if cpu["runs"] else f"{REFERENCE} only: {cpu['problem']}"
+        is_spared = name == _OPTIONAL and library["version"] is None
+        yield name, _spared(report) if is_spared else ", ".join(filter(None, notes))
+    yield from _cpu_rows(report)
+    gpu = report["gpu_kernels"]
     there = "" if report["accelerators"]["devices"] else "no GPU here; "
     types = f"{there}Triton kernels run on {gpu['device']}: {', '.join(gpu['types'])}"
     yield "GPU experts", types if gpu["runs"] else f"{there}no Triton kernels: {gpu['problem']}"
     yield "calibration", _profile_row(report)
     for name, run in report["last_runs"].items():
         yield f"last run on {name}", _last_run_row(run)
+
+
+def _spared(report: Mapping[str, Any]) -> str:
+    has_build = report["cpu_kernels"][_OPTIONAL]["has_build"]
+    return "not installed, optional" if has_build else "no build for this machine or Python, optional"
+
+
+def _cpu_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which library computes what on the CPU, and which of them experts are given to."""
+    cpu = report["cpu_kernels"]
+    ggml, kt_kernel, auto = cpu["ggml"], cpu["kt-kernel"], cpu["auto"]
+    if ggml["runs"]:
+        built = f"built for {' '.join(ggml['instructions']) or 'any processor'}"
+        yield "ggml", f"{ggml['version']}, {built}, computes {', '.join(ggml['types'])}; {ggml['file']}"
+    else:
+        yield "ggml", f"does not run: {ggml['problem']}"
+    if kt_kernel["runs"]:
+        yield "llamafile", f"kt-kernel's, computes {', '.join(kt_kernel['types'])}"
+    elif report["libraries"][_OPTIONAL]["version"] is not None:
+        yield "llamafile", f"does not run: {kt_kernel['problem']}"
+    yield "CPU experts", f"{auto['takes']} ({auto['reason']})" if auto["takes"] else str(auto["problem"])
+    yield "dense weights", "as in the file on a CPU, floats on a GPU" if cpu["keeps_dense_packed"] else "floats"
 
 
 def _machine_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -161,7 +184,9 @@ def _profile_row(report: Mapping[str, Any]) -> str:
         return str(profile["problem"])
     if profile["measured"]:
         return f"measured on {profile['date']}"
-    return "not measured" if report["accelerators"]["devices"] else "not measured, not needed without an accelerator"
+    cpu = report["cpu_kernels"]
+    is_needed = report["accelerators"]["devices"] or (cpu["ggml"]["runs"] and cpu["kt-kernel"]["runs"])
+    return "not measured" if is_needed else "not measured, not needed without an accelerator"
 
 
 def _last_run_row(run: Mapping[str, Any]) -> str:
@@ -207,7 +232,8 @@ def _kernels(decode: str | None, prefill: str | None) -> str:
 
 
 def _memory_line(model: Mapping[str, Any]) -> str:
-    dense = f"{size_text(model['dense_bytes'])} dense weights as {model['dense_dtype']} on {model['dense_on']}"
+    kind = model["dense_dtype"].removeprefix("as ")
+    dense = f"{size_text(model['dense_bytes'])} dense weights as {kind} on {model['dense_on']}"
     host = (
         f"{size_text(model['host_bytes'])} of host memory wanted, {size_text(model['host_available_bytes'])} available"
     )

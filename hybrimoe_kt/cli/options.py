@@ -105,7 +105,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the dense weights; auto: float32 on a CPU, bfloat16 on a GPU",
+        help="of what is not computed as the file has it; auto: float32 on a CPU, bfloat16 on a GPU",
     )
     model.add_argument(
         "--override_kv",
@@ -142,10 +142,19 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     """Add what `expert_overrides` returns."""
     experts = parser.add_argument_group("experts (these win over the rule file)")
     experts.add_argument("--accelerator", metavar="NAME", help=accelerators.forms())
-    experts.add_argument("--cpu_backend", metavar="NAME", help=f"{', '.join(CPU_BACKENDS)}, or module:Class")
-    experts.add_argument("--ggml_library", metavar="PATH", help="another build of ggml: its directory, or one library")
+    experts.add_argument(
+        "--cpu_backend", metavar="NAME",
+        help=f"who computes on the CPU: {', '.join(CPU_BACKENDS)}, or module:Class; "
+        "default: auto, ggml or what `hybrimoe calibrate` measured to be faster",
+    )  # fmt: skip
+    experts.add_argument(
+        "--ggml_library", metavar="PATH", help="another build of ggml than the package's: its directory, or one library"
+    )
     experts.add_argument("--gpu_backend", metavar="NAME", help=f"auto, {', '.join(GPU_BACKENDS)}, or module:Class")
-    experts.add_argument("--cpu_infer", type=_whole(1), metavar="N", help="threads for the CPU's share")
+    experts.add_argument(
+        "--cpu_infer", type=_whole(1), metavar="N",
+        help="threads for experts and, on a CPU, dense weights; default: all cores, beside a GPU all but two",
+    )  # fmt: skip
     experts.add_argument(
         "--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto"
     )

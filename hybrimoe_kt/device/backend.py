@@ -80,6 +80,8 @@ class CpuBackend(Protocol):
     answers_pairs: bool
     spins: bool = False
     """Whether its threads keep their cores between calls."""
+    for_one_token: bool = False
+    """Whether it is another candidate's twin for all but single tokens, so that more need not be compared."""
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         """`max_tokens` bounds one call."""

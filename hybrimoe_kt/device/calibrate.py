@@ -25,7 +25,15 @@ from .measure import CpuMeter, GpuMeter, LinkMeter, Sample
 from .step_meter import StepMeter
 from .waiting import Deadline
 
-__all__ = ["Calibration", "calibrate", "link_verdict", "machine_name", "profile_path", "trusted_profile"]
+__all__ = [
+    "Calibration",
+    "calibrate",
+    "compared_sample",
+    "link_verdict",
+    "machine_name",
+    "profile_path",
+    "trusted_profile",
+]
 
 CPU_LOADS = (1, 2, 4, 8, 32, 128)
 COMPARED_LOADS = (1, 2, 8, 32, 128)
@@ -75,6 +83,11 @@ def machine_name(accelerator: Accelerator | None, cpu: CpuBackend) -> str:
     threads = getattr(cpu, "num_threads", 0)
     device = accelerator.describe() if accelerator is not None else "no accelerator"
     return f"{_processor()}, {physical_cores()} cores, {threads} expert threads of {cpu.name}, {device}"
+
+
+def compared_sample(backend: str, load: int) -> str:
+    """What the sample of a compared CPU backend is called."""
+    return f"{backend}, 1 expert, {load} token{'s' * (load > 1)}"
 
 
 def profile_path(machine: str) -> Path:
@@ -156,17 +169,22 @@ class _Run:
         candidates = self._cpu.candidates()
         for name, backend in candidates.items() if len(candidates) > 1 else ():
             meter = CpuMeter(backend, self._experts, self._deadline)
+            self._touch(meter, name)
             times = self.compared[name] = {}
             for load in COMPARED_LOADS:
-                if load <= self._max_tokens:
-                    label = f"{name}, 1 expert, {load} token{'s' * (load > 1)}"
-                    times[load] = self._sample(label, partial(meter.call, 1, load, self._repeats))
+                if load <= self._max_tokens and (load == 1 or not backend.for_one_token):
+                    times[load] = self._sample(compared_sample(name, load), partial(meter.call, 1, load, self._repeats))
         self._cpu.choose(self.compared)
+
+    def _touch(self, meter: CpuMeter, name: str) -> None:
+        """Compute every expert once, uncounted: what is touched first is slower."""
+        most = max(1, self._experts.top_k)
+        self._progress(f"{name}, every expert once")
+        meter.call(most, 1, -(-self._experts.num_experts // most))
 
     def measure_cpu(self) -> None:
         most = max(1, self._experts.top_k)
-        self._progress("CPU, every expert once")
-        self._meter.call(most, 1, -(-self._experts.num_experts // most))  # what is touched first is slower: not counted
+        self._touch(self._meter, "CPU")
         many = self._sample(f"CPU, {most} experts, 1 token", lambda: self._meter.call(most, 1, self._repeats))
         loads = [load for load in CPU_LOADS if load <= self._max_tokens]
         times = {load: self._cpu_expert(load) for load in loads}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class AbsorbedMLA(nn.Module):
             self.register_module(name, getattr(orig_module, name, None))
         self._rotate = _rotation_of(orig_module)
         self._up: UpProjections | None = None
-        check_cpu(cpu, type(self).__name__)
+        check_cpu(cpu)
         if absorb_for_prefill and hasattr(gguf_loader, "packed_tensor") and is_computed_by_ggml(cpu, generate_device):
             self._up = self._packed_up(gguf_loader)
         if self._up is not None:
@@ -108,6 +109,11 @@ class AbsorbedMLA(nn.Module):
         if both is not None and (both.rows, both.columns) == (heads * (self.nope + self.value), rank):
             return FusedUpProjections(both, heads, self.nope, self.value)
         return None
+
+    @classmethod
+    def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for kwargs this operator would refuse, without building it."""
+        check_cpu(kwargs.get("cpu", "ggml"))
 
     @property
     def scaling(self) -> float:

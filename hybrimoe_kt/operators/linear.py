@@ -18,10 +18,10 @@ __all__ = ["QuantizedLinear", "is_computed_by_ggml"]
 CPU_ARITHMETIC = ("ggml", "float")
 
 
-def check_cpu(name: str, operator: str) -> None:
+def check_cpu(name: str) -> None:
     """ConfigError for what no product on a CPU is computed by."""
     if name not in CPU_ARITHMETIC:
-        raise ConfigError(unknown_name(f"cpu of {operator}", name, CPU_ARITHMETIC))
+        raise ConfigError(unknown_name("cpu", name, CPU_ARITHMETIC))
 
 
 def is_computed_by_ggml(cpu: str, device: str) -> bool:
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         """`cpu`: who multiplies there, "ggml" or "float"."""
         super().__init__()
-        check_cpu(cpu, type(self).__name__)
+        check_cpu(cpu)
         if type(orig_module) is not nn.Linear:
             raise ConfigError(f"{key}: QuantizedLinear replaces torch.nn.Linear, found {type(orig_module).__name__}")
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
-        check_cpu(kwargs.get("cpu", "ggml"), cls.__name__)
+        check_cpu(kwargs.get("cpu", "ggml"))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the input's dtype."""

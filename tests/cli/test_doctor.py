@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from hybrimoe_kt.backends import kt_kernel_pool
+from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.cli import doctor, tools
-from hybrimoe_kt.device.calibrate import profile_path
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.device.calibrate import machine_name, profile_path
+from hybrimoe_kt.errors import HostCompatibilityError, ModelError
 from hybrimoe_kt.host import last_runs
 from hybrimoe_kt.host.doctor import machine as machine_report
+from hybrimoe_kt.runtime.assembly import make_cpu_backend
 from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
 
 Type = GGMLQuantizationType
@@ -61,6 +66,18 @@ def without_kt_kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     kt_kernel_pool.extension.cache_clear()
 
 
+@pytest.fixture
+def without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libggml", None)
+    monkeypatch.setattr(ggml, "_opened", [])
+
+
+@pytest.fixture
+def with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ggml is there anyhow; of kt-kernel nothing is called."""
+    monkeypatch.setattr(kt_kernel_pool, "unusable", lambda: None)
+
+
 def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert doctor.main([*arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -102,10 +119,14 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(machine_report._MEMORY) | {"problem"} == found["memory"].keys()
     assert found["memory"]["total_bytes"] >= found["memory"]["available_bytes"] > 0
     assert found["memory"]["page_lock_unlimited"] or found["memory"]["page_lock_limit_bytes"] >= 0
-    libraries = {"torch", "transformers", "gguf", "kt-kernel", "triton", "flashinfer-python"}
+    libraries = {"torch", "transformers", "gguf", "libggml-python", "kt-kernel", "triton", "flashinfer-python"}
     assert found["libraries"].keys() == libraries
     assert all(found["libraries"][name]["version"] for name in ("torch", "transformers", "gguf"))
-    assert {"Q4_K", "Q8_0"} <= set(found["cpu_kernels"]["types"])
+    kernels = found["cpu_kernels"]
+    assert kernels.keys() == {"runs", "types", "problem", "ggml", "kt-kernel", "keeps_dense_packed", "auto"}
+    assert {"Q4_K", "Q8_0", "IQ4_XS", "MXFP4", "Q5_1"} <= set(kernels["types"]) & set(kernels["ggml"]["types"])
+    assert kernels["ggml"]["version"].startswith("0.") and Path(kernels["ggml"]["file"]).exists()
+    assert isinstance(kernels["ggml"]["instructions"], list) and kernels["keeps_dense_packed"]
     assert found["profile"]["path"].endswith(".json") and not found["profile"]["measured"]
     assert found["last_runs"] == {}
     assert found["model"] is None
@@ -126,11 +147,106 @@ def test_a_machine_without_a_gpu_is_ready(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.usefixtures("without_kt_kernel")
 def test_a_missing_kt_kernel(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
     found = report(capsys, "--model", str(embedded_model))
-    assert not found["cpu_kernels"]["runs"] and "needs kt-kernel 0.7.2" in found["cpu_kernels"]["problem"]
-    assert found["libraries"]["kt-kernel"]["version"] is None
+    kernels = found["cpu_kernels"]
+    assert kernels["runs"] and kernels["problem"] is None
+    assert not kernels["kt-kernel"]["runs"] and "needs kt-kernel 0.7.2" in kernels["kt-kernel"]["problem"]
+    assert kernels["kt-kernel"]["types"] == [] and found["libraries"]["kt-kernel"]["version"] is None
+    chosen = {"takes": "ggml", "measured": False, "reason": "kt-kernel does not run here", "problem": None}
+    assert kernels["auto"] == chosen
+    assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "ggml"
+    assert found["verdict"]["ready"] and found["verdict"]["findings"] == []
+
+
+@pytest.mark.usefixtures("without_kt_kernel")
+@pytest.mark.parametrize(
+    ("machine", "said"), [("x86_64", "not installed, optional"), ("aarch64", "no build for this machine or Python")]
+)
+def test_nobody_misses_kt_kernel(
+    machine: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_report.platform, "machine", lambda: machine)
+    monkeypatch.setattr(machine_report.platform, "python_version", lambda: "3.11.9")
+    assert doctor.main([]) == 0
+    shown = capsys.readouterr().out
+    assert said in shown and "missing" not in shown and "llamafile" not in shown
+
+
+@pytest.mark.usefixtures("without_ggml", "with_both")
+def test_a_missing_ggml(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    found = report(capsys, "--model", str(embedded_model))
+    kernels = found["cpu_kernels"]
+    assert kernels["runs"] and not kernels["ggml"]["runs"] and not kernels["keeps_dense_packed"]
+    assert "needs the package libggml-python" in kernels["ggml"]["problem"]
+    assert "IQ4_XS" not in kernels["types"] and "Q4_K" in kernels["types"]
+    assert kernels["auto"]["takes"] == "llamafile" and kernels["auto"]["reason"] == "ggml does not run here"
+    assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "llamafile"
+    assert found["model"]["dense_dtype"] == "float32"
+    verdict = found["verdict"]
+    assert (
+        verdict["ready"] and "ggml, which computes experts and dense weights on the CPU, is missing" in verdict["text"]
+    )
+    assert verdict["next"].startswith("pip install ") and "libggml-python" in verdict["next"]
+
+
+@pytest.mark.usefixtures("without_ggml", "without_kt_kernel")
+def test_no_library_for_the_cpu(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    found = report(capsys, "--model", str(embedded_model))
+    kernels = found["cpu_kernels"]
+    assert not kernels["runs"] and kernels["types"] == []
+    assert "libggml-python" in kernels["problem"] and "needs kt-kernel 0.7.2" in kernels["problem"]
+    assert kernels["auto"]["takes"] == "torch_reference"
     assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "torch_reference"
-    assert not found["verdict"]["ready"] and "kt-kernel" in found["verdict"]["text"]
-    assert "kt-kernel==0.7.2" in found["verdict"]["next"] or "torch_reference" in found["verdict"]["next"]
+    assert not found["verdict"]["ready"] and "ggml" in found["verdict"]["text"]
+    assert "libggml-python" in found["verdict"]["next"]
+
+
+@pytest.mark.usefixtures("with_both")
+def test_a_ggml_of_an_unknown_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise HostCompatibilityError("libggml-base.so is ggml 1.2.0; 0.15 to 1.0 are known here")
+
+    monkeypatch.setattr(ggml, "_opened", [])
+    monkeypatch.setattr(ggml, "_packaged", refuse)
+    verdict = report(capsys)["verdict"]
+    assert verdict["ready"] and "ggml does not run: libggml-base.so is ggml 1.2.0" in verdict["text"]
+    assert "libggml-python" in verdict["next"]
+
+
+def measured(capsys: pytest.CaptureFixture[str], **backends: dict[str, float]) -> None:
+    """Keep a profile of this machine in which these CPU backends were compared."""
+    path = profile_path(report(capsys)["profile"]["machine"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = resources.files("hybrimoe_kt.profiles").joinpath("cpu-only.json").read_text()
+    path.write_text(json.dumps(json.loads(text) | {"cpu_backends": backends}))
+
+
+@pytest.mark.usefixtures("with_both")
+def test_what_auto_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    auto = report(capsys)["cpu_kernels"]["auto"]
+    assert auto["takes"] == "ggml" and not auto["measured"] and "hybrimoe calibrate" in auto["reason"]
+    loads = ("1", "2", "8", "32", "128")
+    measured(
+        capsys,
+        ggml=dict.fromkeys(loads, 1.0),
+        llamafile=dict(zip(loads, (2.0, 2.0, 0.5, 0.5, 2.0), strict=True)),
+    )
+    file = write_model(tmp_path / "m.gguf", (Type.Q8_0,) * 3, (Type.IQ4_XS,) * 3, inter=512)
+    found = report(capsys, "--model", file)
+    auto = found["cpu_kernels"]["auto"]
+    assert auto["takes"] == "ggml up to 7 tokens an expert, llamafile up to 127, ggml from 128"
+    assert auto["measured"] and auto["reason"].startswith("the fastest as measured on 20")
+    kernels = [kind["tensors"][0]["cpu_kernel"] for kind in found["model"]["kinds"]]
+    assert kernels == [auto["takes"], "ggml"]  # kt-kernel does not compute the second
+
+
+@pytest.mark.parametrize("beside_accelerator", [False, True])
+def test_a_profile_is_looked_up_as_a_run_does(
+    beside_accelerator: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(describe=lambda: "a card") if beside_accelerator else None
+    monkeypatch.setattr("hybrimoe_kt.device.choose.choose_accelerator", lambda name: card)
+    backend = make_cpu_backend(ExpertOptions(), beside_accelerator=beside_accelerator)
+    assert report(capsys)["profile"]["machine"] == machine_name(card, backend)  # type: ignore[arg-type]
 
 
 def test_a_missing_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +302,6 @@ def test_a_measured_machine(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("kt_kernel")
     path = profile_path(report(capsys)["profile"]["machine"])
     path.parent.mkdir(parents=True)
-    from importlib import resources
-
     path.write_text(resources.files("hybrimoe_kt.profiles").joinpath("default.json").read_text())
     found = report(capsys)
     assert found["profile"]["measured"] and found["profile"]["date"].startswith("20")
@@ -214,7 +328,8 @@ def test_kernels_of_the_embedded_model(capsys: pytest.CaptureFixture[str], embed
     assert kind["layers"] == list(range(5)) and kind["gpu_is_assumed"]
     rows = {row["tensor"]: row for row in kind["tensors"]}
     assert rows.keys() == {"gate", "up", "down"}
-    assert {row["cpu_kernel"] for row in rows.values()} == {"llamafile"}
+    assert {row["cpu_kernel"] for row in rows.values()} == {"ggml"}
+    assert found["model"]["dense_dtype"] == "as in the file"
     assert {row["type"] for row in rows.values()} == {"Q4_K"}
     assert rows["up"]["gpu_decode_kernel"].startswith("decode_gate_up")
     assert rows["down"]["gpu_prefill_kernel"].startswith("prefill_down")
@@ -243,13 +358,28 @@ def test_layers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert f"next: hybrimoe calibrate --model '{file}'\n" in shown
 
 
-def test_types_the_cpu_kernels_refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("kt_kernel")
-    file = write_model(tmp_path / "iq4.gguf", (Type.IQ4_XS,) * 3)
+REFUSED_BY_KT_KERNEL = (Type.IQ4_XS, Type.MXFP4, Type.Q5_1)
+
+
+@pytest.mark.parametrize("kind", REFUSED_BY_KT_KERNEL, ids=lambda kind: kind.name)
+def test_types_that_ggml_alone_computes(kind: Type, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = report(capsys, "--model", write_model(tmp_path / "m.gguf", (kind,) * 3))
+    judged = found["model"]["kinds"][0]
+    assert {row["cpu_kernel"] for row in judged["tensors"]} == {"ggml"} and judged["cpu_refusal"] is None
+    assert found["verdict"]["ready"]
+
+
+@pytest.mark.usefixtures("without_ggml", "with_both")
+@pytest.mark.parametrize("kind", REFUSED_BY_KT_KERNEL, ids=lambda kind: kind.name)
+def test_types_that_no_library_computes(kind: Type, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write_model(tmp_path / "m.gguf", (kind,) * 3)
     found = report(capsys, "--model", file)
     assert found["model"]["kinds"][0]["tensors"][0]["cpu_kernel"] == "torch_reference"
-    assert "gate experts are IQ4_XS, which the llamafile CPU backend cannot run" in found["verdict"]["text"]
-    assert found["verdict"]["next"] == f"ktransformers --gguf_path {file} --cpu_backend torch_reference"
+    assert not found["verdict"]["ready"]
+    assert f"gate experts are {kind.name}, which the llamafile CPU backend cannot run" in found["verdict"]["text"]
+    assert found["verdict"]["next"].startswith("pip install ") and "libggml-python" in found["verdict"]["next"]
+    assert doctor.main(["--model", file]) == 0
+    assert "torch_reference" in capsys.readouterr().out
 
 
 def test_memory_that_is_not_there(
@@ -257,10 +387,10 @@ def test_memory_that_is_not_there(
 ) -> None:
     pytest.importorskip("kt_kernel")
     memory = machine_report.inspect_memory()
-    monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 20_000_000})
+    monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 19_000_000})
     found = report(capsys, "--model", str(embedded_model))
     assert found["model"]["fits_host"] is False
-    assert "takes 24.8 MiB of memory" in found["verdict"]["text"] and found["verdict"]["ready"]
+    assert "takes 19.1 MiB of memory" in found["verdict"]["text"] and found["verdict"]["ready"]
     monkeypatch.setattr(machine_report, "inspect_memory", lambda: memory | {"available_bytes": 1_000_000})
     assert not report(capsys, "--model", str(embedded_model))["verdict"]["ready"]
 
@@ -298,8 +428,21 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hybrimoe doctor --model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("inter", [512, 384])
+def test_ggml_reads_experts_of_any_width_in_place(
+    inter: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = write_model(tmp_path / "m.gguf", (Type.Q8_0, Type.Q8_0, Type.Q8_0), inter=inter)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == model["expert_bytes"] + model["dense_bytes"]
+    _devices(monkeypatch, GPU)
+    model = report(capsys, "--model", file)["model"]
+    assert model["host_bytes"] == model["expert_bytes"]
+
+
+@pytest.mark.usefixtures("without_ggml", "with_both")
 @pytest.mark.parametrize(("inter", "copies"), [(512, 1), (384, 512 / 384)], ids=["in place", "padded"])
-def test_host_memory_of_experts(
+def test_host_memory_of_experts_without_ggml(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inter: int, copies: float
 ) -> None:
     """A CPU that reads a padded copy wants it instead of the file's pages; a GPU's transfers want those, too."""

@@ -47,6 +47,24 @@ def test_json_tells_every_module(file, capsys):
     assert report["modules"] == len(report["unmatched"]) + 6
 
 
+@pytest.mark.parametrize(
+    ("operator", "kwargs", "said"),
+    [
+        ("linear.QuantizedLinear", "{cpu: gglm}", r"unknown cpu 'gglm', did you mean 'ggml'\? valid: float, ggml"),
+        ("linear.QuantizedLinear", "{cpus: ggml}", r"has no option 'cpus', did you mean 'cpu'\?"),
+        ("attention_mla.AbsorbedMLA", "{cpu: flot}", r"unknown cpu 'flot', did you mean 'float'\?"),
+        ("embedding.QuantizedEmbedding", "{cpu: float}", "has no option 'cpu'"),
+    ],
+)
+def test_options_of_packed_operators_are_checked(operator, kwargs, said, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        f"- {{match: {{name: o_proj$}}, replace: {{class: hybrimoe_kt.operators.{operator}, kwargs: {kwargs}}}}}\n"
+    )
+    with pytest.raises(RuleError, match=f"my.yaml:1: rule 1: hybrimoe_kt.operators.{operator}:? {said}"):
+        main(["check", str(file), "--model", "deepseek2"])
+
+
 def test_text_folds_layers_and_warns(file, capsys):
     assert main(["check", str(file), "--model", "mixtral"]) == 0
     shown = capsys.readouterr().out
@@ -102,7 +120,7 @@ def test_mistakes_are_one_sentence(file, tmp_path):
 
 def test_list(capsys):
     assert main(["list"]) == 0
-    assert re.search(r"qwen3moe +1 rule +qwen3moe\.yaml", capsys.readouterr().out)
+    assert re.search(r"qwen3moe +3 rules +qwen3moe\.yaml", capsys.readouterr().out)
     assert main(["list", "--json"]) == 0
     assert {row["architecture"] for row in json.loads(capsys.readouterr().out)} >= {"qwen3moe", "deepseek2"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
+from hybrimoe_kt.backends.cpu_auto import _warn_once
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.errors import ConfigError, KernelError, ModelError
@@ -85,20 +87,47 @@ def test_a_configuration_directory_is_used(generated: Make, tmp_path: Path) -> N
     assert load_model(model.path, model_path=folder, progress=False).model.config.max_position_embeddings == 77
 
 
-@pytest.mark.parametrize("kind", [Type.BF16, Type.Q4_1])
-def test_an_expert_type_the_cpu_backend_gets_wrong(generated: Make, kind: Type) -> None:
-    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
-    model = generated(dataclasses.replace(Shape(layers=1), types=(kind,) * 3))
-    with pytest.raises(ModelError, match=f"{kind.name}, which the llamafile CPU backend cannot run"):
-        load_model(model.path, progress=False)
-    reference = load_model(model.path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
-    assert torch.isfinite(reference.model(torch.tensor([[1, 2, 3]])).logits).all()
+WRONG_IN_KT_KERNEL = [
+    (Shape(layers=1, types=(Type.BF16,) * 3), "BF16, which the llamafile CPU backend cannot run"),
+    (Shape(layers=1, types=(Type.Q4_1,) * 3), "Q4_1, which the llamafile CPU backend cannot run"),
+    (Shape(layers=1, hidden=320, types=(Type.Q8_0,) * 3), "hidden size 320 is not a multiple of 256"),
+]
+IDS = ["BF16", "Q4_1", "320 wide"]
 
 
-def test_a_hidden_size_the_cpu_backend_gets_wrong(generated: Make) -> None:
+@pytest.mark.parametrize(("shape", "reason"), WRONG_IN_KT_KERNEL, ids=IDS)
+def test_experts_that_kt_kernel_gets_wrong(generated: Make, shape: Shape, reason: str) -> None:
     pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
-    with pytest.raises(ModelError, match="hidden size 320 is not a multiple of 256"):
-        load_model(generated(Shape(layers=1, hidden=320, types=(Type.Q8_0,) * 3)).path, progress=False)
+    with pytest.raises(ModelError, match=reason):
+        load_model(generated(shape).path, progress=False, option_overrides={"cpu_backend": "llamafile"})
+
+
+@pytest.mark.parametrize("shape", [shape for shape, _ in WRONG_IN_KT_KERNEL], ids=IDS)
+def test_by_default_ggml_computes_them(
+    generated: Make, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a calibration
+    path = generated(shape).path
+    token_ids = torch.tensor([[1, 2, 3]])
+    found = load_model(path, progress=False)
+    assert found.runtime.executor.cpu.describe() == "auto: ggml"
+    reference = load_model(path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+    logits, wanted = found.model(token_ids).logits, reference.model(token_ids).logits
+    assert (logits - wanted).abs().max() < 0.05 * wanted.std()
+
+
+def test_types_that_no_library_computes_go_to_plain_torch(
+    generated: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a calibration
+    monkeypatch.setitem(sys.modules, "libggml", None)
+    monkeypatch.setattr("hybrimoe_kt.backends.ggml.library._opened", [])
+    _warn_once.cache_clear()
+    loaded = load_model(generated(WRONG_IN_KT_KERNEL[0][0]).path, progress=False)
+    assert loaded.runtime.executor.cpu.describe() == "auto: torch_reference"
+    (warning,) = [record.getMessage() for record in caplog.records if "many times slower" in record.getMessage()]
+    assert "install it with `pip install libggml-python`" in warning
+    assert torch.isfinite(loaded.model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 def test_layers_cannot_differ_in_their_options(generated: Make, tmp_path: Path) -> None:
@@ -122,7 +151,7 @@ def test_old_files_with_a_tensor_per_expert(generated: Make) -> None:
         loader.layer_experts(1, **sizes)
 
 
-@pytest.mark.parametrize("backend", ["torch_reference", "llamafile"])
+@pytest.mark.parametrize("backend", ["torch_reference", "llamafile", "ggml"])
 def test_nan_in_hidden_states_is_reported(generated: Make, backend: str) -> None:
     if backend == "llamafile":
         pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")

@@ -12,11 +12,14 @@ __all__ = ["Finding", "diagnose", "size_text"]
 
 _NEEDED = ("torch", "transformers", "gguf")
 _KT_KERNEL = "kt-kernel==0.7.2"
-_KT_PYTHONS = ("3.11", "3.12")
+_GGML = "libggml-python"
 
 
 class Finding(NamedTuple):
-    """Something to mend; a `blocking` one keeps `ktransformers` with default options from running."""
+    """Something to mend; a `blocking` one keeps `ktransformers` with default options from running.
+
+    Or from anything but plain torch on the CPU, which is many times slower.
+    """
 
     text: str
     command: str | None = None
@@ -70,19 +73,25 @@ def _of_libraries(report: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_cpu_kernels(report: Mapping[str, Any]) -> Iterator[Finding]:
+    """ggml is wanted; kt-kernel is an addition, told of only where it is installed and of no use."""
+    kernels, library = report["cpu_kernels"], report["libraries"][_GGML]
+    install = f"pip install {shlex.quote(_GGML + (library['wanted'] or ''))}"
+    if not kernels["ggml"]["runs"]:
+        others = "kt-kernel computes some types of experts" if kernels["kt-kernel"]["runs"] else f"{REFERENCE} is slow"
+        if library["version"] is None:
+            text = f"ggml, which computes experts and dense weights on the CPU, is missing; {others}"
+        else:
+            text, install = f"ggml does not run: {kernels['ggml']['problem']}; {others}", f"{install} --force-reinstall"
+        yield Finding(text, install, blocking=not kernels["runs"])
+    elif library["version"] and library["problem"]:
+        yield Finding(f"{_GGML} is {library['version']}, {library['problem']}", install)
     library = report["libraries"]["kt-kernel"]
-    if report["cpu_kernels"]["runs"]:
-        if library["version"] and library["problem"]:
-            yield Finding(f"kt-kernel is {library['version']}, {library['problem']}", _install_kt_kernel())
+    if library["version"] is None:
         return
-    has_build = report["cpu"].get("machine") == "x86_64" and report["python"].startswith(_KT_PYTHONS)
-    if library["version"] is not None:
-        yield Finding("kt-kernel is installed but its CPU kernels do not load", _reference(report), blocking=True)
-    elif has_build:
-        yield Finding("kt-kernel, which computes experts on the CPU, is missing", _install_kt_kernel(), blocking=True)
-    else:
-        text = f"kt-kernel has no build for this machine or Python, only the slow {REFERENCE} runs"
-        yield Finding(text, _reference(report), blocking=True)
+    if not kernels["kt-kernel"]["runs"]:
+        yield Finding("kt-kernel is installed but its CPU kernels do not load; nothing else needs it")
+    elif library["problem"]:
+        yield Finding(f"kt-kernel is {library['version']}, {library['problem']}", _install_kt_kernel())
 
 
 def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
@@ -94,7 +103,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("this file would not load", f"{run} --model_path DIR  # if there is a config.json", blocking=True)
     for kind in model["kinds"]:
         if kind["cpu_refusal"]:
-            yield Finding(kind["cpu_refusal"], f"{run} --cpu_backend {REFERENCE}", blocking=True)
+            yield Finding(f"only {REFERENCE} computes these experts, slowly: {kind['cpu_refusal']}", blocking=True)
     if model["fits_accelerator"] is False:
         text = f"the dense weights take {size_text(model['dense_bytes'])}, more than {model['dense_on']} has free"
         yield Finding(text, f"{run} --accelerator none", blocking=True)
@@ -168,10 +177,6 @@ def _who_computes(report: Mapping[str, Any]) -> str:
 def _run(report: Mapping[str, Any]) -> str:
     model = report["model"]
     return f"ktransformers --gguf_path {shlex.quote(model['file'])}" if model else "ktransformers"
-
-
-def _reference(report: Mapping[str, Any]) -> str:
-    return f"{_run(report)} --cpu_backend {REFERENCE}"
 
 
 def _install_kt_kernel() -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from hybrimoe_kt import __version__
-from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, cpu_backend, gpu_backend
-from hybrimoe_kt.device.cores import default_expert_threads
+from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, REFERENCE, cpu_backend, gpu_backend
 from hybrimoe_kt.device.inspect_machine import (
     attempt,
     inspect_accelerators,
@@ -20,6 +20,8 @@ from hybrimoe_kt.device.inspect_machine import (
 __all__ = ["report_machine"]
 
 _CPU = ("model", "machine", "features", "features_from", "physical_cores", "logical_cores", "numa_nodes")
+_KT_PYTHONS = ("3.11.", "3.12.")
+"""For which kt-kernel 0.7.2 has builds."""
 _MEMORY = (
     "total_bytes", "available_bytes", "container_limit_bytes", "page_lock_limit_bytes", "page_lock_unlimited"
 )  # fmt: skip
@@ -27,6 +29,7 @@ _LIBRARIES = (
     ("torch", "torch"),
     ("transformers", "transformers"),
     ("gguf", "gguf"),
+    ("libggml-python", "libggml"),
     ("kt-kernel", "kt_kernel"),
     ("triton", "triton"),
     ("flashinfer-python", "flashinfer"),
@@ -36,6 +39,7 @@ _LIBRARIES = (
 def report_machine() -> dict[str, Any]:
     """Gather everything; takes as long as importing torch and kt-kernel. Never raises for what is missing."""
     accelerators = attempt(inspect_accelerators, torch_built_for=None, nvidia_driver=False, devices=[])
+    profile = attempt(_profile, machine=None, path=None, measured=False, date=None, cpu_backends={})
     return {
         "hybrimoe_kt": __version__,
         "python": platform.python_version(),
@@ -43,18 +47,73 @@ def report_machine() -> dict[str, Any]:
         "memory": attempt(inspect_memory, **dict.fromkeys(_MEMORY)),
         "accelerators": accelerators,
         "libraries": {distribution: inspect_library(distribution, module) for distribution, module in _LIBRARIES},
-        "cpu_kernels": attempt(_cpu_kernels, runs=False, types=[]),
+        "cpu_kernels": _cpu_kernels(profile),
         "gpu_kernels": attempt(lambda: _gpu_kernels(accelerators["devices"]), runs=False, types=[], device=None),
-        "profile": attempt(_profile, machine=None, path=None, measured=False, date=None),
+        "profile": profile,
         "last_runs": _last_runs(),
     }
 
 
-def _cpu_kernels() -> dict[str, Any]:
-    """Whether the default CPU backend imports; its threads are not started."""
-    backend = cpu_backend(DEFAULT_CPU)
+def _cpu_kernels(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Which libraries compute on the CPU, and which the default backend takes of them; no threads are started."""
+    ggml = attempt(_ggml, runs=False, types=[], version=None, file=None, instructions=[])
+    kt_kernel = {"has_build": _has_kt_kernel_build()} | attempt(lambda: _runs("llamafile"), runs=False, types=[])
+    libraries = {"ggml": ggml, "kt-kernel": kt_kernel}
+    types = dict.fromkeys(kind for found in libraries.values() for kind in found["types"])
+    problems = dict.fromkeys(found["problem"] for found in libraries.values() if found["problem"])
+    runs = ggml["runs"] or kt_kernel["runs"]
+    return {
+        "runs": runs,
+        "types": list(types),
+        **libraries,
+        "keeps_dense_packed": ggml["runs"],
+        "auto": attempt(lambda: _chosen(libraries, profile), takes=None, measured=False, reason=None),
+        "problem": None if runs else "; ".join(problems),
+    }
+
+
+def _has_kt_kernel_build() -> bool:
+    """Whether kt-kernel can be installed for this machine and Python."""
+    is_x86 = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    return is_x86 and platform.python_version().startswith(_KT_PYTHONS)
+
+
+def _ggml() -> dict[str, Any]:
+    from hybrimoe_kt.backends.ggml.library import library
+
+    found = _runs("ggml")
+    if not found["runs"]:
+        return found
+    ggml = library()
+    return found | {"version": ggml.version, "file": ggml.file, "instructions": list(ggml.instructions)}
+
+
+def _runs(name: str) -> dict[str, Any]:
+    """Whether a CPU backend can be used, and what it computes."""
+    backend = cpu_backend(name)
     reason = backend.unusable()
-    return {"runs": reason is None, "types": [kind.name for kind in backend.types()], "problem": reason}
+    types = [kind.name for kind in backend.types()] if reason is None else []
+    return {"runs": reason is None, "types": types, "problem": reason}
+
+
+def _chosen(libraries: Mapping[str, Mapping[str, Any]], profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Who computes experts that every library here reads where they are, and why."""
+    from hybrimoe_kt.backends.cpu_auto import CANDIDATES, chosen, in_words
+
+    usable = [name for name in CANDIDATES if libraries["ggml" if name == "ggml" else "kt-kernel"]["runs"]]
+    if not usable:
+        return {"takes": REFERENCE, "measured": False, "reason": "neither library runs"}
+    measured = len(profile["cpu_backends"].keys() & set(usable)) > 1
+    takes = in_words(chosen(profile["cpu_backends"], usable))
+    if measured:
+        reason = f"the fastest as measured on {profile['date']}"
+    elif not libraries["kt-kernel"]["runs"]:
+        reason = "kt-kernel does not run here"
+    elif not libraries["ggml"]["runs"]:
+        reason = "ggml does not run here"
+    else:
+        reason = "not compared with kt-kernel yet, which hybrimoe calibrate does"
+    return {"takes": takes, "measured": measured, "reason": reason}
 
 
 def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,10 +142,17 @@ def _profile() -> dict[str, Any]:
     from hybrimoe_kt.device.choose import choose_accelerator
     from hybrimoe_kt.profiles import load_profile
 
-    cpu: Any = SimpleNamespace(name=DEFAULT_CPU, num_threads=default_expert_threads())
-    machine = machine_name(choose_accelerator("auto"), cpu)
+    accelerator = choose_accelerator("auto")
+    threads = cpu_backend(DEFAULT_CPU).default_threads(beside_accelerator=accelerator is not None)
+    cpu: Any = SimpleNamespace(name=DEFAULT_CPU, num_threads=threads)
+    machine = machine_name(accelerator, cpu)
     path = profile_path(machine)
-    found = {"machine": machine, "path": str(path), "measured": path.is_file()}
+    found = {"machine": machine, "path": str(path), "measured": path.is_file(), "date": None, "cpu_backends": {}}
     if not found["measured"]:
         return found
-    return attempt(lambda: found | {"date": load_profile(path).date}, **found, date=None)
+
+    def read() -> dict[str, Any]:
+        profile = load_profile(path)
+        return {"date": profile.date, "cpu_backends": profile.cpu_backends}
+
+    return found | attempt(read)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_kt.backends.cpu_auto import AutoBackend
+from hybrimoe_kt.backends.cpu_auto import candidates_for, chosen, in_words, left_to_torch
 from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, cpu_backend, gpu_backend
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.experts import LayerExperts
@@ -73,8 +73,8 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
 
 
 def _kind(experts: LayerExperts, machine: Mapping[str, Any]) -> dict[str, Any]:
-    cpu_refusal = cpu_backend(DEFAULT_CPU).refuses(experts)
-    cpu = AutoBackend.serves(experts)
+    cpu_refusal = left_to_torch(experts)
+    cpu = in_words(chosen(machine["profile"]["cpu_backends"], candidates_for(experts)))
     devices, capability = machine["accelerators"]["devices"], _capability(machine)
     runs = not devices or machine["gpu_kernels"]["runs"]
     gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
