@@ -33,6 +33,9 @@ _KINDS: dict[str, type[CpuBackend]] = {
 }
 """In order of preference while nothing was measured."""
 CANDIDATES = tuple(_KINDS)
+_WORTH_SPINNING = 0.8
+"""Of the preferred candidate's time, what another may take at most to be asked: kt-kernel's threads spin for 50 ms
+after a call, on cores that dense layers want, which no comparison of experts alone sees. Assumed, not measured."""
 _LAST_RESORT = TorchReferenceCpu
 
 
@@ -53,8 +56,10 @@ class AutoBackend(CpuBackend):
         self._at_work: CpuBackend | None = None
 
     @property
-    def spins(self) -> bool:  # type: ignore[override]
-        return any(backend.spins for backend in self._made.values())
+    def spinning_threads(self) -> int:  # type: ignore[override]
+        """Of those that are asked; what was only made to be compared has stopped by then."""
+        at_work = {backend for table in self._table.values() for backend in table.values()}
+        return max((backend.spinning_threads for backend in at_work), default=0)
 
     @classmethod
     def types(cls) -> tuple[QuantType, ...]:
@@ -170,15 +175,14 @@ def _warn_once(reason: str) -> None:
 
 
 def chosen(seconds: CandidateSeconds, names: Sequence[str]) -> list[str]:
-    """Who of `names` computes at each load of `COMPARED_LOADS`: the fastest measured, the first where none was."""
-    return [
-        min(
-            (name for name in names if load in seconds.get(name, {})),
-            key=lambda name: seconds[name][load],
-            default=names[0],
-        )
-        for load in COMPARED_LOADS
-    ]
+    """Who of `names` computes at each load of `COMPARED_LOADS`: the first, unless another is faster by much."""
+    found = []
+    for load in COMPARED_LOADS:
+        known = {name: seconds[name][load] for name in names if load in seconds.get(name, {})}
+        best = min(known, key=known.__getitem__, default=names[0])
+        stays = names[0] in known and known[best] > _WORTH_SPINNING * known[names[0]]
+        found.append(names[0] if stays else best)
+    return found
 
 
 def in_words(names: Iterable[str]) -> str:

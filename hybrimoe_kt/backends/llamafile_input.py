@@ -21,7 +21,11 @@ _MAX_TOP_K = 64
 class LlamafileArithmetic(CpuBackend):
     """What is known of the kernels before any is made, whichever library they come from."""
 
-    spins = True
+    num_threads: int
+
+    @property
+    def spinning_threads(self) -> int:  # type: ignore[override]
+        return self.num_threads
 
     @classmethod
     def types(cls) -> tuple[QuantType, ...]:

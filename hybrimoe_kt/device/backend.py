@@ -78,8 +78,8 @@ class CpuBackend(Protocol):
 
     name: str
     answers_pairs: bool
-    spins: bool = False
-    """Whether its threads keep their cores between calls."""
+    spinning_threads: int = 0
+    """How many of its threads keep their cores between calls."""
     for_one_token: bool = False
     """Whether it is another candidate's twin for all but single tokens, so that more need not be compared."""
 

@@ -54,5 +54,5 @@ def has_core_to_spare() -> bool:
 
 
 def dense_threads(expert_threads: int) -> int:
-    """Threads left for torch's own dense arithmetic beside `expert_threads` and their queue thread."""
+    """Threads left for torch's own dense arithmetic beside `expert_threads` that spin."""
     return max(1, physical_cores() - expert_threads)

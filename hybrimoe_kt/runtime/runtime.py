@@ -125,8 +125,7 @@ class Runtime:
     @property
     def num_dense_threads(self) -> int:
         """Threads that torch may compute with beside the experts': all cores, but for those that a backend keeps."""
-        cpu = self.executor.cpu
-        return dense_threads(getattr(cpu, "num_threads", 0) if cpu.spins else 0)
+        return dense_threads(self.executor.cpu.spinning_threads)
 
     @property
     def experts_read_in_place(self) -> list[LayerExperts]:

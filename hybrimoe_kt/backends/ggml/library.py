@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
-import sys
+import os
 import threading
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -286,9 +286,7 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _loaded(file: Path) -> ctypes.CDLL:
     """Load a library for this module alone: another ggml in the process, llama.cpp's, keeps its own functions."""
     try:
-        if sys.platform == "win32":
-            import os
-
+        if hasattr(os, "add_dll_directory"):  # Windows, which does not look beside a library for what it needs
             os.add_dll_directory(str(file.parent.resolve()))
         return ctypes.CDLL(str(file))
     except OSError as error:

@@ -196,7 +196,7 @@ class WatchedCpu(CpuBackend):
 
     def __init__(self, backend: Any, adversary: Adversary, faults: Faults | None = None) -> None:
         self.backend, self.name, self.answers_pairs = backend, backend.name, backend.answers_pairs
-        self.spins = backend.spins
+        self.spinning_threads = backend.spinning_threads
         self._adversary, self._queue = adversary, adversary.queue("CPU worker")
         self._faults = faults or Faults()
         self._answer = torch.empty(0)

@@ -70,7 +70,7 @@ class JournalAccelerator(ImmediateAccelerator):
         super().launch(stream, work, reads=reads, writes=writes, site=site)
 
 
-class JournalCpu:
+class JournalCpu(CpuBackend):
     """A CPU backend whose calls stand in an accelerator's journal; each ends at the poll after `num_polls` others."""
 
     def __init__(self, backend: CpuBackend, journal: JournalAccelerator, num_polls: int = 3) -> None:
