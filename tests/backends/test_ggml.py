@@ -22,7 +22,6 @@ from hybrimoe_kt.backends.ggml.products import dequantize_into, multiply
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
-from hybrimoe_kt.quants import TYPES
 from tests.support.expert_layers import (
     BAD_CALLS,
     EXPERTS,
@@ -35,18 +34,12 @@ from tests.support.expert_layers import (
     reference,
     step,
 )
-from tests.support.random_blocks import Type, random_blocks
+from tests.support.packed import odd_width
+from tests.support.random_blocks import KINDS, Type, random_blocks
 
 pytestmark = pytest.mark.skipif(ggml.unusable() is not None, reason="ggml's library is not installed")
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = [
-    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "MXFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
-]  # fmt: skip
-"""What the experts of published files hold."""
-OTHERS = ["F32", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"]
-KINDS = [Type[name] for name in (*PUBLISHED, *OTHERS)]
 TOKENS = (1, 2, 3, 7, 17, 33)
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -61,17 +54,12 @@ def tolerance(experts: LayerExperts) -> float:
     return max(TOLERANCE.get(Type(matrix.ggml_type), 0.035) for matrix in experts.matrices)
 
 
-def _width(*kinds: Type) -> int:
-    """A multiple of the types' blocks that is as odd as they allow."""
-    return {1: 50, 32: 160, 256: 256}[max(TYPES[int(kind)].block_values for kind in kinds)]
-
-
 def mixed(kind: Type, at: str) -> LayerExperts:
     """Experts of which gate, up or down is of `kind` and the others are types that come before and after it."""
     number = KINDS.index(kind)
     before, after = KINDS[number - 1], KINDS[(number + 1) % len(KINDS)]
     gate, up, down = {"gate": (kind, before, after), "up": (after, kind, before), "down": (before, after, kind)}[at]
-    return layer(gate, up=up, down=down, hidden=_width(gate, up), inter=_width(down), number=number)
+    return layer(gate, up=up, down=down, hidden=odd_width(gate, up), inter=odd_width(down), number=number)
 
 
 def backend_with(*layers: LayerExperts, threads: int = 2, max_tokens: int = MAX_TOKENS) -> GgmlBackend:
@@ -87,7 +75,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, within: float) -> No
 
 
 def test_every_type_is_computed() -> None:
-    assert {row.name for row in GgmlBackend.types()} >= {*PUBLISHED, *OTHERS}
+    assert {row.name for row in GgmlBackend.types()} >= {kind.name for kind in KINDS}
 
 
 @pytest.mark.parametrize("at", ["gate", *(pytest.param(at, marks=pytest.mark.slow) for at in ("up", "down"))])

@@ -6,9 +6,19 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
-__all__ = ["random_blocks"]
+__all__ = ["KINDS", "PUBLISHED", "Type", "random_blocks"]
 
 Type = GGMLQuantizationType
+PUBLISHED = [
+    Type[name]
+    for name in (
+        "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL",
+        "IQ4_XS", "MXFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    )
+]  # fmt: skip
+"""What published files hold."""
+KINDS = [*PUBLISHED, *(Type[name] for name in ("F32", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"))]
+"""And what else can be dequantised."""
 MOST_ROWS = 16384
 """Quantised in Python, at some ten million values a second."""
 
