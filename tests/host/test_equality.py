@@ -54,7 +54,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "emulated-half": {"accelerator": "emulated", "cache_size": 0.5},
     "emulated-all": {"accelerator": "emulated", "cache_size": "all"},
 }
-PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PROMPT = random.Random(7).choices(range(250), k=23)
 
 
 def load(model: GeneratedModel, **overrides: Any) -> LoadedModel:

@@ -210,10 +210,10 @@ def _kv_b(build: Builder, hf: str, gguf: str) -> None:
         build.dense(name, f"{gguf}.attn_kv_b.weight", shape.heads * per_head, shape.kv_lora_rank)
         return
     whole = build.draw(shape.heads, per_head, shape.kv_lora_rank)
-    k_b, v_b = whole[:, : shape.head_dim], whole[:, shape.head_dim :]
-    build.write(f"{gguf}.attn_k_b.weight", k_b.transpose(0, 2, 1))
-    build.write(f"{gguf}.attn_v_b.weight", v_b)
-    build.remember(name, whole.reshape(shape.heads * per_head, shape.kv_lora_rank))
+    k_b = build.write_heads(f"{gguf}.attn_k_b.weight", whole[:, : shape.head_dim].transpose(0, 2, 1))
+    v_b = build.write_heads(f"{gguf}.attn_v_b.weight", whole[:, shape.head_dim :])
+    stored = np.concatenate((k_b.transpose(0, 2, 1), v_b), axis=1)
+    build.remember(name, stored.reshape(shape.heads * per_head, shape.kv_lora_rank))
 
 
 def _ffn(build: Builder, hf: str, gguf: str, inter: int) -> None:
