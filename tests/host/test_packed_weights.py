@@ -110,15 +110,19 @@ def test_each_layer_multiplies_by_what_it_would_be_dequantised_to(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_model_is_the_dequantised_one(generated: Make, name: str, tmp_path: Path, only_experts: Path) -> None:
-    """Against rules that leave everything but the experts to Transformers; those hold floats, ours none."""
-    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
+    """Against rules that leave everything but the experts to Transformers.
+
+    Linear attention makes much of a rounded bit in some tokens (0.16 of Q8_0), so it is given finer ones: 0.009.
+    """
+    kind = Type.F16 if name.startswith(("qwen3next", "qwen35")) else Type.Q8_0
+    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf", kind)
     ours, floats = load(path), load(path, only_experts)
     assert not floats.loader.packed and ours.loader.packed
     wanted = logits_of(floats.model, PROMPT)
     errors = (logits_of(ours.model, PROMPT) - wanted).norm(dim=1) / (wanted - wanted.mean(dim=1, keepdim=True)).norm(
         dim=1
     )
-    assert 0 < errors.max() < (0.15 if name == "qwen3next" else 0.07), "measured up to 0.072 and 0.036 on AVX2"
+    assert 0 < errors.max() < 0.05, "measured up to 0.022 on AVX2"
 
 
 @pytest.mark.parametrize("name", SHAPES)

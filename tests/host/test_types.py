@@ -69,8 +69,10 @@ TOLERANCE = {Type.F32: 1e-5, Type.F16: 1.5e-3, Type.BF16: 8e-3}
 
 Measured at most 1e-6, 0.0006, 0.0046, 0.052 (IQ3_S in deepseek2) and 0.0071, two layers, ggml 0.20.2 on AVX2.
 """
-SAME = 0.12
-"""Of a log-probability in llama.cpp, which rounds activations alike: up to 1e-5 on AVX2."""
+SAME = {Type.F16: 0.01, Type.BF16: 0.02}
+"""Of a log-probability in llama.cpp; of blocks 0.25. Both round activations alike: most agree to 1e-6, and where
+float32 sums differ in a last bit some value is rounded the other way: up to 0.001, 0.005 and 0.12 on AVX2.
+"""
 
 
 def load(model: GeneratedModel) -> LoadedModel:
@@ -111,11 +113,11 @@ def test_tokens_and_probabilities_are_llama_cpps(
     found = torch.log_softmax(torch.stack([*rows, *(logits_of(ours, one)[-1] for one in prompts[-2:])]), dim=-1)
     theirs = next_tokens_apart(model.path, prompts)
     assert theirs is not None, "llama.cpp refuses the file"
+    within = SAME.get(kind, 0.25)
     assert sum(map(bool, theirs)) >= 6, "hardly any prompt could be compared"
     for prompt, mine, answer in zip(prompts, found, theirs, strict=True):
         for token, logarithm in answer.items():
-            print("LLAMA", family, kind.name, len(prompt), abs(float(mine[token]) - logarithm))
-            assert abs(float(mine[token]) - logarithm) < SAME, (len(prompt), token)
+            assert abs(float(mine[token]) - logarithm) < within, (len(prompt), token)
         first, second = sorted(answer.values(), reverse=True)[:2] if answer else (0.0, 0.0)
-        if first - second > 2 * SAME:
+        if first - second > 2 * within:
             assert int(mine.argmax()) == max(answer, key=answer.__getitem__), len(prompt)
