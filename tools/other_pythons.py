@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 VERSIONS = tuple(f"3.{minor}" for minor in range(10, 15))
 """Those that every dependency has wheels for."""
 TESTS = (
-    "tests/core", "tests/sim", "tests/test_quants.py", "tests/backends/test_ggml_library.py"
+    "tests/core", "tests/sim", "tests/test_quants.py", "tests/backends/test_ggml_products.py"
 )  # fmt: skip
 NEEDED = (
     "numpy", "pyyaml", "gguf", "rich", "matplotlib", "pytest", "hypothesis", "scipy",

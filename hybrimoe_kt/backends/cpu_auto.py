@@ -16,6 +16,7 @@ import torch
 from hybrimoe_kt.device.backend import CandidateSeconds, CpuBackend, Routed
 from hybrimoe_kt.device.calibrate import COMPARED_LOADS
 from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.quants import QuantType
 
 from .cpu_ggml import GgmlBackend
@@ -108,8 +109,11 @@ class AutoBackend(CpuBackend):
         return f"auto: {'; '.join(sorted(map(in_words, kinds)))}{', measured' if self._seconds else ''}"
 
     def submit(self, layer: int, routed: Routed) -> None:
-        self._at_work = self._backend(layer, routed)
-        self._at_work.submit(layer, routed)
+        if self._at_work is not None:
+            raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
+        backend = self._backend(layer, routed)
+        backend.submit(layer, routed)
+        self._at_work = backend
 
     def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
         return self._backend(layer, routed).compute(layer, routed)

@@ -104,10 +104,11 @@ class _Layer:
 
 
 class _Call:
-    """One share: what is read and written until it has been waited for."""
+    """One share: all that is read and written, alive while somebody computes it, whatever becomes of the backend."""
 
     def __init__(self, layer: _Layer, routed: Routed, graphs: ExpertGraphs, scratch: Scratch) -> None:
         hidden, ids, weights = routed[:3]
+        self._layer = layer
         self._num_tokens, self._width = hidden.shape
         self._tokens: torch.Tensor | None = None
         """Of each pair, where pairs had to be picked."""
@@ -127,9 +128,11 @@ class _Call:
         self.has_work = self._ids.numel() > 0
         if self.has_work:
             tokens, per_token = self._ids.shape
-            graph = graphs.of(layer.kind, per_token, tokens)
-            self._pairs = graph.place(layer.addresses, self._hidden, self._ids, scratch)
-            self.compute = graph.compute
+            self._graph = graphs.of(layer.kind, per_token, tokens)
+            self._pairs = self._graph.place(layer.addresses, self._hidden, self._ids, scratch)
+
+    def compute(self) -> None:
+        self._graph.compute()
 
     def answer(self) -> torch.Tensor:
         """The weighted sum, float32 `[num_tokens, hidden]`, once computed."""

@@ -6,55 +6,27 @@ import ctypes
 import gc
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from hybrimoe_kt.backends.torch_reference import TorchReferenceCpu
 from hybrimoe_kt.device.backend import Routed
-from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError, ModelError
-from tests.support.generated_model import Type, random_blocks
+from tests.support.expert_layers import BAD_CALLS, HIDDEN, MAX_TOKENS, answers, layer, reference, step
+from tests.support.random_blocks import Type
 
 pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
 from hybrimoe_kt.backends.cpu_llamafile import LlamafileBackend
-
-EXPERTS, TOP_K, HIDDEN, MAX_TOKENS = 8, 3, 256, 32
 
 # Relative error of a layer's output, |difference| / |reference|, doubled from what was measured on AVX2:
 # F16 0.0017, Q8_0, Q4_0 and Q5_0 0.013, K-quants 0.018.
 TOLERANCE = {Type.F16: 0.004, Type.F32: 0.004, Type.Q8_0: 0.026, Type.Q4_0: 0.026, Type.Q5_0: 0.026}
 
 
-def layer(
-    kind: Type = Type.Q8_0, inter: int = 256, hidden: int = HIDDEN, number: int = 0, down: Type | None = None
-) -> LayerExperts:
-    random = np.random.default_rng(number)
-
-    def matrix(kind: Type, rows: int, columns: int) -> ExpertMatrix:
-        raw = random_blocks(random, kind, EXPERTS * rows, columns).reshape(EXPERTS, -1)
-        return ExpertMatrix(torch.from_numpy(np.ascontiguousarray(raw)), int(kind), rows, columns)
-
-    gate, up = matrix(kind, inter, hidden), matrix(kind, inter, hidden)
-    return LayerExperts(number, EXPERTS, TOP_K, hidden, inter, gate, up, matrix(down or kind, hidden, inter))
-
-
-def step(num_tokens: int, skipped: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
-    ids = torch.rand(num_tokens, EXPERTS, generator=generator).argsort(dim=1)[:, :TOP_K]
-    ids[torch.rand(ids.shape, generator=generator) < skipped] = -1
-    return hidden, ids, torch.rand(num_tokens, TOP_K, generator=generator)
-
-
 def both(experts: LayerExperts, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ours, reference = LlamafileBackend(1, MAX_TOKENS), TorchReferenceCpu()
-    results = []
-    for backend in (ours, reference):
-        backend.add_layer(experts)
-        backend.submit(experts.layer, Routed(*inputs))
-        results.append(backend.wait().clone())
-    return results[0], results[1].sum(dim=1)
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(experts)
+    return answers(backend, experts, *inputs), reference(experts, *inputs)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 17, 32])
@@ -105,28 +77,7 @@ def test_many_layers_and_lengths_share_one_set_of_buffers() -> None:
         assert (found - wanted).norm() <= 0.026 * wanted.norm()
 
 
-def _change(**changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden, ids, weights = step(2, skipped=0)
-    return changes.get("hidden", hidden), changes.get("ids", ids), changes.get("weights", weights)
-
-
 HIDDEN_2, IDS_2, WEIGHTS_2 = step(2, skipped=0)
-BAD_CALLS = {
-    "NaN": (_change(hidden=torch.full((2, HIDDEN), float("nan"))), "not finite"),
-    "infinity": (_change(hidden=torch.full((2, HIDDEN), float("inf"))), "not finite"),
-    "NaN weight": (_change(weights=torch.full((2, TOP_K), float("nan"))), "not finite"),
-    "int32 ids": (_change(ids=IDS_2.int()), "wanted int64 and float32"),
-    "bf16 weights": (_change(weights=WEIGHTS_2.bfloat16()), "wanted int64 and float32"),
-    "bf16 hidden": (_change(hidden=HIDDEN_2.bfloat16()), "wanted float32"),
-    "wrong width": (_change(hidden=torch.zeros(2, HIDDEN + 256)), "wanted float32"),
-    "too many tokens": (step(MAX_TOKENS + 1), "33 tokens in one call"),
-    "no tokens": (step(0), "0 tokens"),
-    "top_k too large": (_change(ids=torch.arange(8).expand(2, 8), weights=torch.ones(2, 8)), "at most 3"),
-    "expert out of range": (_change(ids=torch.tensor([[0, 1, 8], [0, 1, 2]])), "expert 8 routed in layer 0"),
-    "negative id": (_change(ids=torch.tensor([[0, 1, -5], [0, 1, 2]])), "expert -5 routed in layer 0"),
-    "duplicate": (_change(ids=torch.tensor([[0, 1, 2], [4, 5, 4]])), "names the same expert twice"),
-    "fewer ids than tokens": (_change(ids=IDS_2[:1], weights=WEIGHTS_2[:1]), "routing is"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)

@@ -84,12 +84,30 @@ def test_a_profile_file_is_read(tmp_path: Path) -> None:
         (text(hardware=""), "hardware is ''"),
         (text(source={}), "source says nothing about 'num_cpu_cores'"),
         (text(cpu_slowdown_while_link_busy=0.5), "must be >= 1"),
+        (text(cpu_backends=[]), "cpu_backends must map each backend to seconds by number of tokens"),
+        (text(cpu_backends={"ggml": 1e-3}), "cpu_backends must map each backend to seconds by number of tokens"),
+        (text(cpu_backends={"ggml": {"few": 1e-3}}), "by number of tokens, which are whole and more than 0"),
+        (text(cpu_backends={"ggml": {"0": 1e-3}}), "by number of tokens, which are whole and more than 0"),
+        (text(cpu_backends={"ggml": {"-1": 1e-3}}), "by number of tokens, which are whole and more than 0"),
+        (text(cpu_backends={"ggml": {"1.5": 1e-3}}), "by number of tokens, which are whole and more than 0"),
+        (text(cpu_backends={"ggml": {"²": 1e-3}}), "by number of tokens, which are whole and more than 0"),
+        (text(cpu_backends={"ggml": {"8": 0}}), "cpu_backends.ggml.8 is 0; it must be > 0"),
+        (text(cpu_backends={"ggml": {"8": "fast"}}), "cpu_backends.ggml.8 is 'fast'; give a finite number"),
+        (text(cpu_backends={"ggml": {"8": float("inf")}}), "cpu_backends.ggml.8 is inf; give a finite number"),
+        (text(cpu_backend={}), "unknown key 'cpu_backend', did you mean 'cpu_backends'"),
     ],
 )
 def test_bad_profiles(content: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"profile toy\.json") as caught:
         parse_profile(content, name="toy", file="toy.json")
     assert message in str(caught.value)
+
+
+def test_compared_backends_are_read_by_number_of_tokens() -> None:
+    compared = {"ggml": {"1": 1e-3, "128": 0.5}, "a.b:Own": {}}
+    profile = parse_profile(text(cpu_backends=compared), name="toy", file="toy.json")
+    assert profile.cpu_backends == {"ggml": {1: 1e-3, 128: 0.5}, "a.b:Own": {}}
+    assert parse_profile(text(), name="toy", file="toy.json").cpu_backends == {}
 
 
 def test_unknown_profiles() -> None:

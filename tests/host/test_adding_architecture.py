@@ -49,7 +49,7 @@ MADE_UP = Architecture(
     splits={"made-up-split": (r" ?\w+|\s+|[^\w\s]+",)},
     tensor_table="qwen3moe",
 )
-PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PROMPT = random.Random(7).choices(range(250), k=23)
 OVERRIDES = {"cpu_backend": "torch_reference", "accelerator": "emulated", "cache_size": 3}
 
 

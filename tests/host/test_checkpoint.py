@@ -19,7 +19,7 @@ from hybrimoe_kt.host.hf.loading import load_model
 from .families import FAMILIES, random_model, save_checkpoint
 from .stock import greedy, logits_of
 
-PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PROMPT = random.Random(7).choices(range(250), k=23)
 EXACT = {"cpu_backend": "torch_reference", "accelerator": "none"}
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 

@@ -24,7 +24,7 @@ from .families import FAMILIES, random_model, save_checkpoint
 from .llama_cpp import LlamaCpp
 from .stock import greedy, logits_of
 
-PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PROMPT = random.Random(7).choices(range(250), k=23)
 PLACES: dict[str, dict[str, Any]] = {
     "none": {"accelerator": "none"},
     "emulated": {"accelerator": "emulated", "cache_size": 3, "prefetch_size": 2},

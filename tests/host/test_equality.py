@@ -29,8 +29,8 @@ SHAPES = {
     "mixtral-old-experts": Shape(architecture="llama", head_dim=64, expert_tensors=True),
     "olmoe": Shape(architecture="olmoe", head_dim=64),
     "glm4moe": Shape(architecture="glm4moe", layers=3, qk_norm=True),
-    "qwen3next": Shape(architecture="qwen3next", layers=4),
-    "qwen35moe": Shape(architecture="qwen35moe", layers=4),
+    "qwen3next": Shape(architecture="qwen3next", layers=4, linear_heads=(2, 6)),  # 2 and 4 would be sorted and
+    "qwen35moe": Shape(architecture="qwen35moe", layers=4, linear_heads=(2, 6)),  # unsorted by the same permutation
     "granitemoe": Shape(architecture="granitemoe", head_dim=64),
     "minimax-m2": Shape(architecture="minimax-m2"),
     "ernie4_5-moe": Shape(architecture="ernie4_5-moe", head_dim=64),
@@ -54,7 +54,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "emulated-half": {"accelerator": "emulated", "cache_size": 0.5},
     "emulated-all": {"accelerator": "emulated", "cache_size": "all"},
 }
-PROMPT = [random.Random(7).randrange(250) for _ in range(23)]
+PROMPT = random.Random(7).choices(range(250), k=23)
 
 
 def load(model: GeneratedModel, **overrides: Any) -> LoadedModel:

@@ -17,10 +17,10 @@ from .test_equality import PROMPT, SHAPES
 
 pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
 
-TOLERANCE = 0.05
+TOLERANCE = 0.1
 """Largest |difference| of a logit over the standard deviation of the logits, two or three layers, all prompts here.
 
-Measured 0.0002 (F16) to 0.025 (Q4_K with Q6_K) with kt-kernel 0.7.2 on AVX2, which rounds activations to 8 bits;
+Measured 0.0004 (F16) to 0.048 (Q4_K with Q6_K) with kt-kernel 0.7.2 on AVX2, which rounds activations to 8 bits;
 doubled for other instruction sets.
 """
 
@@ -35,9 +35,10 @@ doubled for other instruction sets.
 def test_logits_stay_within_the_tolerance(
     generated: Callable[[Shape], GeneratedModel], shape: str, types: tuple[Type, ...], place: dict[str, Any]
 ) -> None:
-    model = generated(dataclasses.replace(SHAPES[shape], types=types))
+    # Every expert of every token, so that no rounding chooses another one.
+    model = generated(dataclasses.replace(SHAPES[shape], types=types, experts=4, top_k=4))
     stock = stock_model(model)
-    ours = load_model(model.path, option_overrides=place, progress=False).model
+    ours = load_model(model.path, option_overrides={"cpu_backend": "llamafile", **place}, progress=False).model
     wanted = logits_of(stock, PROMPT)
     error = (logits_of(ours, PROMPT) - wanted).abs().max() / wanted.std()
     print(f"measured {error:.4f}")
@@ -56,7 +57,9 @@ def test_a_padded_expert_width_changes_nothing(generated: Callable[[Shape], Gene
     """DeepSeek-V2-Lite's 1408 is not a multiple of 256: kt-kernel gets a zero-padded copy."""
     model = generated(Shape(architecture="deepseek2", layers=2, inter=384, types=(Type.Q4_K, Type.Q4_K, Type.Q5_0)))
     wanted = logits_of(stock_model(model), PROMPT)
-    ours = load_model(model.path, option_overrides={"accelerator": "none"}, progress=False).model
+    ours = load_model(
+        model.path, option_overrides={"cpu_backend": "llamafile", "accelerator": "none"}, progress=False
+    ).model
     error = (logits_of(ours, PROMPT) - wanted).abs().max() / wanted.std()
     assert 0 < error < TOLERANCE
     assert torch.isfinite(error)

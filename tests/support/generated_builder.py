@@ -35,7 +35,8 @@ def _quantized(random: np.random.Generator, value: np.ndarray, kind: Type) -> np
     try:
         return quantize(value, kind)
     except NotImplementedError:
-        return random_blocks(random, kind, *value.shape)
+        columns = value.shape[-1]
+        return random_blocks(random, kind, value.size // columns, columns).reshape(*value.shape[:-1], -1)
 
 
 class Builder:
@@ -79,15 +80,16 @@ class Builder:
         """Write a float32 tensor as it is."""
         self.writer.add_tensor(gguf_name, np.ascontiguousarray(value))
 
-    def write_packed(self, gguf_name: str, value: np.ndarray) -> np.ndarray:
-        """Write a float32 tensor in the dense type, where its rows can be; return what was written."""
+    def write_heads(self, gguf_name: str, value: np.ndarray) -> np.ndarray:
+        """Write a matrix for each head, in the dense type where blocks fit; return what then stands there."""
         kind = self.shape.dense_type
         if kind == Type.F32 or value.shape[-1] % GGML_QUANT_SIZES[kind][0]:
             self.write(gguf_name, value)
             return value
-        raw = _quantized(self.random, value.reshape(-1, value.shape[-1]), kind)
-        self.writer.add_tensor(gguf_name, raw.reshape(*value.shape[:-1], -1), raw_dtype=kind)
-        return dequantize(raw, kind).reshape(value.shape)
+        raw = _quantized(self.random, np.ascontiguousarray(value), kind)
+        self.writer.add_tensor(gguf_name, raw, raw_dtype=kind)
+        stored: np.ndarray = dequantize(raw, kind)
+        return stored
 
     def norm(self, hf_name: str, gguf_name: str, size: int) -> None:
         self.dense(hf_name, gguf_name, size, scale=0.1, centre=1.0)

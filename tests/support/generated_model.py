@@ -210,10 +210,10 @@ def _kv_b(build: Builder, hf: str, gguf: str) -> None:
         build.dense(name, f"{gguf}.attn_kv_b.weight", shape.heads * per_head, shape.kv_lora_rank)
         return
     whole = build.draw(shape.heads, per_head, shape.kv_lora_rank)
-    k_b, v_b = whole[:, : shape.head_dim], whole[:, shape.head_dim :]
-    k_b = build.write_packed(f"{gguf}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))).transpose(0, 2, 1)
-    v_b = build.write_packed(f"{gguf}.attn_v_b.weight", np.ascontiguousarray(v_b))
-    build.remember(name, np.concatenate((k_b, v_b), axis=1).reshape(shape.heads * per_head, shape.kv_lora_rank))
+    k_b = build.write_heads(f"{gguf}.attn_k_b.weight", whole[:, : shape.head_dim].transpose(0, 2, 1))
+    v_b = build.write_heads(f"{gguf}.attn_v_b.weight", whole[:, shape.head_dim :])
+    stored = np.concatenate((k_b.transpose(0, 2, 1), v_b), axis=1)
+    build.remember(name, stored.reshape(shape.heads * per_head, shape.kv_lora_rank))
 
 
 def _ffn(build: Builder, hf: str, gguf: str, inter: int) -> None:

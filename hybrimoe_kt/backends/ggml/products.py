@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
@@ -28,8 +29,14 @@ class _Product:
             weight = context.tensor(ggml_type, columns, rows, heads)
         given = context.tensor(F32, columns, tokens, heads)
         out = library.ggml_mul_mat(context.pointer, weight, given)
-        self.weight, self.given, self.out = data_of(weight), data_of(given), data_of(out)
-        self.compute = Graph(on, context, out).compute
+        self._weight, self._given, self._out = data_of(weight), data_of(given), data_of(out)
+        self._graph, self._turn = Graph(on, context, out), threading.Lock()
+
+    def compute(self, weight: int, given: int, out: int) -> None:
+        """Compute with what stands at these addresses; threads with products of one shape take turns."""
+        with self._turn:
+            self._weight.value, self._given.value, self._out.value = weight, given, out
+            self._graph.compute()
 
 
 class _Dequantisation:
@@ -39,8 +46,14 @@ class _Dequantisation:
         context = Context(on.library, 2)
         weight = context.tensor(ggml_type, columns, rows)
         out = on.library.ggml_cast(context.pointer, weight, F32)
-        self.weight, self.out = data_of(weight), data_of(out)
-        self.compute = Graph(on, context, out).compute
+        self._weight, self._out = data_of(weight), data_of(out)
+        self._graph, self._turn = Graph(on, context, out), threading.Lock()
+
+    def compute(self, weight: int, out: int) -> None:
+        """As of `_Product`."""
+        with self._turn:
+            self._weight.value, self._out.value = weight, out
+            self._graph.compute()
 
 
 _product = functools.lru_cache(_MOST_GRAPHS)(_Product)
@@ -54,8 +67,7 @@ def multiply(weight: int, ggml_type: int, rows: int, columns: int, given: torch.
     it: to 8 bits where weights are blocks.
     """
     product = _product(pool(), ggml_type, 1, rows, columns, given.shape[0], 0)
-    product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
-    product.compute()
+    product.compute(weight, given.data_ptr(), out.data_ptr())
 
 
 def multiply_heads(
@@ -67,12 +79,9 @@ def multiply_heads(
     """
     heads, tokens, _ = given.shape
     product = _product(pool(), ggml_type, heads, rows, columns, tokens, stride)
-    product.weight.value, product.given.value, product.out.value = weight, given.data_ptr(), out.data_ptr()
-    product.compute()
+    product.compute(weight, given.data_ptr(), out.data_ptr())
 
 
 def dequantize_into(weight: int, ggml_type: int, rows: int, columns: int, out: torch.Tensor) -> None:
     """Write the values of the packed matrix at the address `weight` to `out`, float32 `[rows, columns]`."""
-    made = _dequantisation(pool(), ggml_type, rows, columns)
-    made.weight.value, made.out.value = weight, out.data_ptr()
-    made.compute()
+    _dequantisation(pool(), ggml_type, rows, columns).compute(weight, out.data_ptr())

@@ -206,7 +206,8 @@ def load_model(
     state = source.state(parameters, dtype, inject.placement.device_of)
     told = _told(source, unused_in(source, parameters, loader.packed))
     for name, reason in loader.dequantised.items():
-        logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
+        if name in parameters:  # else an operator reads what it would be made of
+            logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
