@@ -70,6 +70,9 @@ def load(
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
     """
+    from .device.cores import let_idle_threads_sleep
+
+    let_idle_threads_sleep()
     from .config import ExpertOptions
     from .engine.build import build_engine
     from .errors import ConfigError

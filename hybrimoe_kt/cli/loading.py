@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from hybrimoe_kt.device.cores import let_idle_threads_sleep
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.models import embedded_model
 from hybrimoe_kt.weights.overrides import parse_overrides
@@ -39,6 +40,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
     gguf_path = _model_file(options)
     with console.status("starting torch and transformers"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        let_idle_threads_sleep()
         from hybrimoe_kt.engine.build import build_engine
 
     return build_engine(

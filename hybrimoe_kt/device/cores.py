@@ -8,8 +8,9 @@ runs, those cores are taken.
 from __future__ import annotations
 
 import os
+import sys
 
-__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "physical_cores", "spinning_threads"]
+__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "let_idle_threads_sleep", "physical_cores", "spinning_threads"]
 
 _HOSTS_CORES = 2
 
@@ -46,6 +47,15 @@ def spinning_threads() -> int:
     One on a 2-core machine, where two were measured to make a small call take 8-20 ms instead of 30 us.
     """
     return max(1, physical_cores() // 2)
+
+
+def let_idle_threads_sleep() -> None:
+    """Keep OpenMP's idle threads, torch's, from spinning on cores that experts want; no effect once torch is loaded.
+
+    A choice of the user's own stays.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def has_core_to_spare() -> bool:

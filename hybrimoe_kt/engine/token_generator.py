@@ -27,6 +27,9 @@ from .vocabulary import num_token_ids
 
 __all__ = ["Run", "TokenGenerator"]
 
+_LONG_CONTEXT_TOKENS = 4096
+"""From which on attention's reading of the cache takes longer than what its threads cost others: some 16 MB a layer of
+Qwen3-30B-A3B. Estimated; at 512 tokens a second thread of torch's cost 40 % of the tokens a second on two cores."""
 _OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory"
 
 
@@ -214,6 +217,7 @@ class TokenGenerator:
             piece = ids[at : at + step]
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
+            self._share_cores(len(piece), len(cached))
             tokens = torch.tensor([piece], device=self.model.device)
             given = {self._cache_name: self._cache}
             kept = 1 if scores is None else 0  # 0 keeps those of every token
@@ -223,6 +227,16 @@ class TokenGenerator:
             logits = output.logits[0, -1].float().cpu()
             self._cached_ids = cached + piece
         return logits
+
+    def _share_cores(self, num_tokens: int, num_cached: int) -> None:
+        """Give torch one thread for single tokens: its second would spin on after each of many small operations.
+
+        On a core that the experts' threads want meanwhile. Long contexts are worth it again.
+        """
+        is_small = num_tokens == 1 and num_cached < _LONG_CONTEXT_TOKENS
+        wanted = 1 if is_small else self.runtime.num_dense_threads
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
     def _make_room(self, reason: str, num_tokens: int) -> None:
         """Forget the conversation and shrink the expert caches; CapacityError if there is nothing left to shrink.
