@@ -10,7 +10,14 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["default_expert_threads", "dense_threads", "has_core_to_spare", "let_idle_threads_sleep", "physical_cores", "spinning_threads"]
+__all__ = [
+    "default_expert_threads",
+    "dense_threads",
+    "has_core_to_spare",
+    "let_idle_threads_sleep",
+    "physical_cores",
+    "spinning_threads",
+]
 
 _HOSTS_CORES = 2
 

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
+from .growing_cache import growing_cache
 from .profiler import TimeShares
 from .prompt_scores import PromptScores
 from .sampler import Sampled, Sampler
@@ -79,7 +78,7 @@ class TokenGenerator:
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = growing_cache(self.model.config)
         names = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
         self._cached_ids: list[int] = []
@@ -291,7 +290,7 @@ class TokenGenerator:
 
     def reset(self) -> None:
         """Forget the cached conversation."""
-        self._cache, self._cached_ids = DynamicCache(config=self.model.config), []
+        self._cache, self._cached_ids = growing_cache(self.model.config), []
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

@@ -69,7 +69,7 @@ class ExpertGraph:
         self._hidden, self._ids = data_of(hidden), data_of(ids)
         self._between = [data_of(gate), data_of(up), data_of(joined), data_of(out)]
         self._inner, self._shape = pairs * kind.inter, (tokens, per_token, kind.hidden)
-        self._graph = Graph(on, context, out)
+        self._graph = Graph(on, context, out, is_short=tokens == 1)
 
     def place(
         self, weights: tuple[int, ...], hidden: torch.Tensor, ids: torch.Tensor, scratch: Scratch

@@ -30,7 +30,7 @@ class _Product:
         given = context.tensor(F32, columns, tokens, heads)
         out = library.ggml_mul_mat(context.pointer, weight, given)
         self._weight, self._given, self._out = data_of(weight), data_of(given), data_of(out)
-        self._graph, self._turn = Graph(on, context, out), threading.Lock()
+        self._graph, self._turn = Graph(on, context, out, is_short=tokens == 1), threading.Lock()
 
     def compute(self, weight: int, given: int, out: int) -> None:
         """Compute with what stands at these addresses; threads with products of one shape take turns."""

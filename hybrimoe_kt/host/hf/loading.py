@@ -222,7 +222,8 @@ def load_model(
     note_routers(model, architecture)
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
-        dense = [matrix.data for matrix in loader.packed.values()]
+        is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
+        dense = [m.data for name, m in loader.packed.items() if name != "token_embd.weight" or is_multiplied]
         bring_in(loaded.runtime.experts_read_in_place, dense, progress=progress)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
