@@ -26,6 +26,7 @@ class _GrowingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None, "made above"
         self._keys_room, self.keys = _appended(self._keys_room, self.keys, key_states)
         self._values_room, self.values = _appended(self._values_room, self.values, value_states)
         return self.keys, self.values
@@ -51,5 +52,5 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[place] = _GrowingLayer()
+            cache.layers[place] = _GrowingLayer()  # type: ignore[no-untyped-call]
     return cache

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel

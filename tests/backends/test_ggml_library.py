@@ -66,9 +66,9 @@ def test_on_other_devices_and_by_wish_linear_layers_are_floats() -> None:
     for place in ({"generate_device": "cuda:0"}, {"generate_device": "meta"}, {"cpu": "float"}):
         stock = torch.nn.Linear(64, 5)
         assert QuantizedLinear("model.q_proj", None, None, stock, **place).weight is stock.weight
-    with pytest.raises(ConfigError, match="unknown cpu of QuantizedLinear 'gmml', did you mean 'ggml'"):
+    with pytest.raises(ConfigError, match="unknown cpu 'gmml', did you mean 'ggml'"):
         QuantizedLinear("model.q_proj", None, None, torch.nn.Linear(64, 5), cpu="gmml")
-    with pytest.raises(ConfigError, match="unknown cpu of QuantizedLinear 'gmml'"):
+    with pytest.raises(ConfigError, match="unknown cpu 'gmml'"):
         QuantizedLinear.check_kwargs({"cpu": "gmml"})
     with pytest.raises(ConfigError, match=r"replaces torch\.nn\.Linear, found Embedding"):
         QuantizedLinear("model.q_proj", None, None, torch.nn.Embedding(2, 2))

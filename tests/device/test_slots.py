@@ -19,7 +19,7 @@ from hybrimoe_kt.device.transfers import TransferQueue
 from hybrimoe_kt.device.waiting import Deadline
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 from hybrimoe_kt.sizes import CacheSize
-from tests.backends.test_llamafile import EXPERTS, TOP_K, layer
+from tests.support.expert_layers import EXPERTS, TOP_K, layer
 from tests.support.generated_model import Type
 
 KINDS = [Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.F16]

@@ -193,7 +193,7 @@ def test_up_projections_stay_floats_where_they_must() -> None:
         stock = DeepseekV2Attention(settings, 0)
         ours = AbsorbedMLA("model.layers.0.self_attn", loads, settings, stock, **options)
         assert ours._up is None and ours.kv_b_proj is stock.kv_b_proj
-    with pytest.raises(ConfigError, match="unknown cpu of AbsorbedMLA 'flaot', did you mean 'float'"):
+    with pytest.raises(ConfigError, match="unknown cpu 'flaot', did you mean 'float'"):
         AbsorbedMLA("model.layers.0.self_attn", loader, settings, stock, cpu="flaot")
 
 

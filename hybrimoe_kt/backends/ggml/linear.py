@@ -7,6 +7,7 @@ import functools
 import torch
 
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
+from hybrimoe_kt.quants import TYPES
 
 from .products import dequantize_into, multiply
 
@@ -53,10 +54,11 @@ class _Part:
         self.matrix = matrix  # keeps the mapping alive
         self._address, self._rows, self._columns = matrix.data.data_ptr(), matrix.rows, matrix.columns
         self._type = matrix.ggml_type
+        self._is_rounded_anyhow = TYPES[matrix.ggml_type].dtype not in ("float32", "float16")
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
         out = torch.empty(given.shape[0], self._rows)
-        if given.shape[0] >= _MANY_TOKENS and multiplies_bfloat16():
+        if given.shape[0] >= _MANY_TOKENS and self._is_rounded_anyhow and multiplies_bfloat16():
             self._by_pieces(given, out)
         else:
             multiply(self._address, self._type, self._rows, self._columns, given, out)
