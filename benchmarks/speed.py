@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,8 @@ def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, 
     for _ in range(more):
         next(tokens)
     cache = sum(layer.keys.numel() + layer.values.numel() for layer in engine._cache.layers) * 4 / MIB
+    floats = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    packed = sum(matrix.data.numel() for matrix in engine.loaded.loader.packed.values())
     refuse_unless_clean(engine.runtime)
     assert engine.shares is not None
     return {
@@ -159,12 +162,20 @@ def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, 
         "per_token_ms": engine.shares.per_token_ms(),
         "libraries_mib": libraries,
         "loaded_mib": loaded,
-        "dense_mib": sum(p.numel() * p.element_size() for p in engine.model.parameters()) / MIB,
+        "dense_mib": (floats + packed) / MIB,
         "experts_mib": engine.runtime.store.num_bytes / MIB,
         "grown_mib": _rss_mib() - before,
         "grown_tokens": more,
         "kv_cache_mib": cache,
     }
+
+
+_ONLY_EXPERTS = r"""
+- match: {name: ^model\.layers\.\d+\.mlp\.experts$}
+  replace: {class: hybrimoe_kt.operators.experts.HybriMoEExperts}
+  recursive: false
+"""
+"""Rules that leave everything dense to Transformers."""
 
 
 def run_stock(file: Path, num_tokens: int) -> dict[str, Any]:
@@ -177,7 +188,11 @@ def run_stock(file: Path, num_tokens: int) -> dict[str, Any]:
 
     torch.set_num_threads(physical_cores())
     began = time.perf_counter()
-    loaded = load_model(file, progress=False, option_overrides={"cpu_backend": "torch_reference"})
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as rules:
+        rules.write(_ONLY_EXPERTS)
+        rules.flush()
+        overrides = {"cpu_backend": "torch_reference"}
+        loaded = load_model(file, rules_path=rules.name, progress=False, option_overrides=overrides)
     stock = AutoModelForCausalLM.from_config(loaded.model.config, dtype=torch.float32).eval()
     _copy_weights(loaded, stock)
     load_s = time.perf_counter() - began
