@@ -118,11 +118,6 @@ class Runtime:
         return self.executor.num_slots
 
     @property
-    def num_expert_threads(self) -> int:
-        """Threads the CPU backend keeps busy on its own; 0 when it computes on the caller's."""
-        return getattr(self.executor.cpu, "num_threads", 0)
-
-    @property
     def num_dense_threads(self) -> int:
         """Threads that torch may compute with beside the experts': all cores, but for those that a backend keeps."""
         return dense_threads(self.executor.cpu.spinning_threads)

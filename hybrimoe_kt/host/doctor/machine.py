@@ -106,7 +106,7 @@ def _chosen(libraries: Mapping[str, Mapping[str, Any]], profile: Mapping[str, An
     measured = len(profile["cpu_backends"].keys() & set(usable)) > 1
     takes = in_words(chosen(profile["cpu_backends"], usable))
     if measured:
-        reason = f"the fastest as measured on {profile['date']}"
+        reason = f"as measured on {profile['date']}"
     elif not libraries["kt-kernel"]["runs"]:
         reason = "kt-kernel does not run here"
     elif not libraries["ggml"]["runs"]:
