@@ -47,10 +47,16 @@ def _appended(room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) 
     return room, room[..., :wanted, :]
 
 
-def growing_cache(config: Any) -> DynamicCache:
-    """Make a cache for a model; layers of other kinds, with windows or linear attention, stay Transformers' own."""
-    cache = DynamicCache(config=config)
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+def growing_cache(model: Any) -> DynamicCache:
+    """Make a cache for a model; layers of other kinds, with windows or linear attention, stay Transformers' own.
+
+    A decoder layer that keeps keys and values itself says so by `cache_layer`.
+    """
+    cache = DynamicCache(config=model.config)
+    own = [getattr(layer, "cache_layer", lambda: None)() for layer in model.model.layers]
+    for place, (layer, mine) in enumerate(zip(cache.layers, own, strict=True)):
+        if mine is not None:
+            cache.layers[place] = mine
+        elif type(layer) is DynamicLayer:
             cache.layers[place] = _GrowingLayer()  # type: ignore[no-untyped-call]
     return cache

@@ -19,6 +19,7 @@ from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
 from .growing_cache import growing_cache
+from .layer_loop import LayerLoop
 from .profiler import TimeShares
 from .prompt_scores import PromptScores
 from .sampler import Sampled, Sampler
@@ -79,7 +80,8 @@ class TokenGenerator:
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
-        self._cache = growing_cache(self.model.config)
+        self._cache = growing_cache(self.model)
+        self._loop = None if loaded.dense is None else LayerLoop(loaded.dense)
         names = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
         self._cached_ids: list[int] = []
@@ -218,14 +220,23 @@ class TokenGenerator:
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
             self._share_cores(len(piece), len(cached))
-            tokens = torch.tensor([piece], device=self.model.device)
-            given = {self._cache_name: self._cache}
-            kept = 1 if scores is None else 0  # 0 keeps those of every token
-            output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=kept, **given)
-            if scores is not None:
-                scores.add(output.logits[0])
-            logits = output.logits[0, -1].float().cpu()
-            self._cached_ids = cached + piece
+            if self._loop is not None and scores is None and len(piece) <= self._loop.most_tokens:
+                logits = self._loop.step(piece, self._cache)
+            else:
+                logits = self._by_modules(piece, scores)
+            cached += piece
+            self._cached_ids = cached
+        return logits
+
+    def _by_modules(self, piece: list[int], scores: PromptScores | None) -> torch.Tensor:
+        """Append `piece` to the cache by Transformers' own loop over layers; the last token's logits."""
+        tokens = torch.tensor([piece], device=self.model.device)
+        given = {self._cache_name: self._cache}
+        kept = 1 if scores is None else 0  # 0 keeps those of every token
+        output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=kept, **given)
+        if scores is not None:
+            scores.add(output.logits[0])
+        logits: torch.Tensor = output.logits[0, -1].float().cpu()
         return logits
 
     def _share_cores(self, num_tokens: int, num_cached: int) -> None:
@@ -291,7 +302,7 @@ class TokenGenerator:
 
     def reset(self) -> None:
         """Forget the cached conversation."""
-        self._cache, self._cached_ids = growing_cache(self.model.config), []
+        self._cache, self._cached_ids = growing_cache(self.model), []
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

@@ -110,6 +110,16 @@ class AbsorbedMLA(nn.Module):
             return FusedUpProjections(both, heads, self.nope, self.value)
         return None
 
+    @property
+    def up_projections(self) -> UpProjections | None:
+        """Those that stay as the file has them; None where `kv_b_proj` has them as floats."""
+        return self._up
+
+    @property
+    def keeps_pairs(self) -> bool:
+        """Whether rotated dimensions stay where they were; else those of a pair are half a head apart afterwards."""
+        return type(self._stock).__name__ == "DeepseekV2Attention"
+
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.linear import PackedProduct
+from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.errors import ConfigError, unknown_name
 
 __all__ = ["QuantizedLinear", "is_computed_by_ggml"]
@@ -54,9 +55,10 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
         self.bias = orig_module.bias
         self._product: PackedProduct | None = None
+        self.packed: PackedWeight | None = None
         if hasattr(gguf_loader, "packed_weight") and is_computed_by_ggml(cpu, generate_device):
-            packed = gguf_loader.packed_weight(f"{key}.weight", (self.out_features, self.in_features))
-            self._product = None if packed is None else PackedProduct(packed)
+            self.packed = gguf_loader.packed_weight(f"{key}.weight", (self.out_features, self.in_features))
+            self._product = None if self.packed is None else PackedProduct(self.packed)
         if self._product is None:
             self.weight = orig_module.weight
 

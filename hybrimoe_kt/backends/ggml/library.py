@@ -12,16 +12,16 @@ import functools
 import importlib.util
 import os
 import threading
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.quants import TYPES, QuantType
 
-__all__ = ["F32", "I32", "Context", "Library", "choose_library", "library", "unusable"]
+__all__ = ["F16", "F32", "I32", "Q8_0", "Context", "Library", "choose_library", "library", "unusable"]
 
-F32, I32 = 0, 26
+F32, F16, Q8_0, I32 = 0, 1, 8, 26
 """Numbers of GGML types."""
 _VERSIONS = (0, 15), (1, 0)
 """From the first on, before the second: the layout of a tensor and of a plan was compared with 0.20.2's and 0.23's."""
@@ -69,6 +69,8 @@ class _CpuTraits(ctypes.Structure):
     _fields_ = (("from_float", c_void_p), ("vec_dot", c_void_p), ("vec_dot_type", c_int), ("nrows", c_int64))
 
 
+_ONE, _TWO, _THREE = (c_void_p, _Tensor), (c_void_p, _Tensor, _Tensor), (c_void_p, _Tensor, _Tensor, _Tensor)
+_SIZES = (c_int64, c_int64, c_int64, c_int64)
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_version": (c_char_p, ()),
     "ggml_init": (c_void_p, (_Init,)),
@@ -80,12 +82,33 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor": (_Tensor, (c_void_p, c_int, c_int, POINTER(c_int64))),
     "ggml_get_data": (c_void_p, (_Tensor,)),
     "ggml_nbytes": (c_size_t, (_Tensor,)),
-    "ggml_mul_mat": (_Tensor, (c_void_p, _Tensor, _Tensor)),
-    "ggml_mul_mat_id": (_Tensor, (c_void_p, _Tensor, _Tensor, _Tensor)),
-    "ggml_swiglu_split": (_Tensor, (c_void_p, _Tensor, _Tensor)),
-    "ggml_mul": (_Tensor, (c_void_p, _Tensor, _Tensor)),
-    "ggml_view_3d": (_Tensor, (c_void_p, _Tensor, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t)),
-    "ggml_cast": (_Tensor, (c_void_p, _Tensor, c_int)),
+    "ggml_mul_mat": (_Tensor, _TWO),
+    "ggml_mul_mat_id": (_Tensor, _THREE),
+    "ggml_swiglu_split": (_Tensor, _TWO),
+    "ggml_mul": (_Tensor, _TWO),
+    "ggml_add": (_Tensor, _TWO),
+    "ggml_div": (_Tensor, _TWO),
+    "ggml_scale": (_Tensor, (*_ONE, c_float)),
+    "ggml_clamp": (_Tensor, (*_ONE, c_float, c_float)),
+    "ggml_rms_norm": (_Tensor, (*_ONE, c_float)),
+    "ggml_sigmoid": (_Tensor, _ONE),
+    "ggml_tanh": (_Tensor, _ONE),
+    "ggml_sum_rows": (_Tensor, _ONE),
+    "ggml_top_k": (_Tensor, (*_ONE, c_int)),
+    "ggml_get_rows": (_Tensor, _TWO),
+    "ggml_soft_max_ext": (_Tensor, (*_TWO, c_float, c_float)),
+    "ggml_soft_max_add_sinks": (None, (_Tensor, _Tensor)),
+    "ggml_flash_attn_ext": (_Tensor, (*_THREE, _Tensor, c_float, c_float, c_float)),
+    "ggml_flash_attn_ext_add_sinks": (None, (_Tensor, _Tensor)),
+    "ggml_rope_ext": (_Tensor, (*_THREE, *[c_int] * 3, *[c_float] * 6)),
+    "ggml_concat": (_Tensor, (*_TWO, c_int)),
+    "ggml_cpy": (_Tensor, _TWO),
+    "ggml_cont": (_Tensor, _ONE),
+    "ggml_permute": (_Tensor, (*_ONE, *[c_int] * 4)),
+    "ggml_reshape_4d": (_Tensor, (*_ONE, *_SIZES)),
+    "ggml_view_3d": (_Tensor, (*_ONE, *_SIZES[:3], c_size_t, c_size_t, c_size_t)),
+    "ggml_view_4d": (_Tensor, (*_ONE, *_SIZES, *[c_size_t] * 4)),
+    "ggml_cast": (_Tensor, (*_ONE, c_int)),
     "ggml_quantize_chunk": (c_size_t, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "ggml_threadpool_params_default": (PoolParameters, (c_int,)),
     "ggml_threadpool_new": (c_void_p, (POINTER(PoolParameters),)),
@@ -166,9 +189,12 @@ class Library:
 class Context:
     """Memory of ggml's own for a few tensors and one graph; values stay outside it."""
 
-    def __init__(self, of: Library, num_tensors: int, num_bytes: int = 0, *, has_values: bool = False) -> None:
-        self.library = of
-        graph = of.ggml_graph_overhead_custom(_GRAPH_SIZE, False)
+    def __init__(
+        self, of: Library, num_tensors: int, num_bytes: int = 0, *, has_values: bool = False, num_nodes: int = 32
+    ) -> None:
+        """`num_nodes`: what its graph has at most."""
+        self.library, self._num_nodes = of, num_nodes
+        graph = of.ggml_graph_overhead_custom(num_nodes, False)
         size = (num_tensors + 1) * of.ggml_tensor_overhead() + graph + num_bytes
         self._pointer: int | None = of.ggml_init(_Init(size, None, not has_values))
         if self._pointer is None:
@@ -187,7 +213,7 @@ class Context:
 
     def graph(self, *results: int) -> int:
         """What computes these tensors from those that nothing computes."""
-        graph: int = self.library.ggml_new_graph_custom(self.pointer, _GRAPH_SIZE, False)
+        graph: int = self.library.ggml_new_graph_custom(self.pointer, self._num_nodes, False)
         for result in results:
             self.library.ggml_build_forward_expand(graph, result)
         return graph
@@ -207,10 +233,6 @@ class Context:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # at the interpreter's end, or where making it failed
             self.close()
-
-
-_GRAPH_SIZE = 32
-"""Nodes that a graph here has at most."""
 
 
 def data_of(tensor: int) -> c_void_p:

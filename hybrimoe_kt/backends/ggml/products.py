@@ -7,10 +7,12 @@ import threading
 
 import torch
 
-from .library import F32, Context, data_of
+from hybrimoe_kt.quants import row_bytes
+
+from .library import F32, Context, data_of, library
 from .pool import Graph, Pool, pool
 
-__all__ = ["dequantize_into", "multiply", "multiply_heads"]
+__all__ = ["dequantize_into", "multiply", "multiply_heads", "quantize"]
 
 _MOST_GRAPHS = 1024
 """Kept of a kind, the latest used: a model has some ten shapes, a prompt may have any length. 4 KB each."""
@@ -85,3 +87,13 @@ def multiply_heads(
 def dequantize_into(weight: int, ggml_type: int, rows: int, columns: int, out: torch.Tensor) -> None:
     """Write the values of the packed matrix at the address `weight` to `out`, float32 `[rows, columns]`."""
     _dequantisation(pool(), ggml_type, rows, columns).compute(weight, out.data_ptr())
+
+
+def quantize(values: torch.Tensor, ggml_type: int) -> torch.Tensor:
+    """Pack float32 `[rows, columns]` into blocks, uint8 `[rows, bytes of a row]`."""
+    rows, columns = values.shape
+    packed = torch.empty(rows, row_bytes(ggml_type, columns), dtype=torch.uint8)
+    if rows:
+        given = values.contiguous()
+        library().ggml_quantize_chunk(ggml_type, given.data_ptr(), packed.data_ptr(), 0, rows, columns, None)
+    return packed

@@ -9,6 +9,7 @@ import torch
 
 from hybrimoe_kt.device.packed import PackedMatrix
 
+from .library import F16
 from .products import dequantize_into, multiply_heads
 
 __all__ = ["FusedUpProjections", "SplitUpProjections", "UpProjections"]
@@ -28,13 +29,13 @@ class SplitUpProjections:
     """Two tensors: keys `[heads, rank, nope]`, transposed already, and values `[heads, value, rank]`."""
 
     def __init__(self, keys: PackedMatrix, values: PackedMatrix) -> None:
-        self._keys, self._values = keys, values
+        self.keys, self.values = keys, values
 
     def to_latent(self, query: torch.Tensor) -> torch.Tensor:
-        return _times(query, self._keys)
+        return _times(query, self.keys)
 
     def to_values(self, latent: torch.Tensor) -> torch.Tensor:
-        return _times(latent, self._values)
+        return _times(latent, self.values)
 
 
 class FusedUpProjections:
@@ -42,27 +43,34 @@ class FusedUpProjections:
 
     def __init__(self, both: PackedMatrix, heads: int, nope: int, value: int) -> None:
         self._both, self._heads, self._nope = both, heads, nope
-        self._row_bytes = both.data.numel() // both.rows
-        rows = nope + value
-        self._values = PackedMatrix(both.name, both.data, both.ggml_type, value, both.columns, heads)
-        self._stride, self._offset = rows * self._row_bytes, nope * self._row_bytes
+        row_bytes = both.data.numel() // both.rows
+        self.values = PackedMatrix(both.name, both.data, both.ggml_type, value, both.columns, heads)
+        """Each head's `stride` bytes behind the one before, the first `offset` behind the data's beginning."""
+        self.stride, self.offset = (nope + value) * row_bytes, nope * row_bytes
         self._keys: torch.Tensor | None = None
 
     def to_latent(self, query: torch.Tensor) -> torch.Tensor:
-        if self._keys is None:
-            self._keys = self._dequantised_keys()
-        return query @ self._keys.to(query.dtype)
+        return query @ self._transposed().transpose(1, 2).to(query.dtype)
 
     def to_values(self, latent: torch.Tensor) -> torch.Tensor:
-        return _times(latent, self._values, self._stride, self._offset)
+        return _times(latent, self.values, self.stride, self.offset)
 
-    def _dequantised_keys(self) -> torch.Tensor:
-        """float32 `[heads, nope, rank]`."""
-        keys = torch.empty(self._heads, self._nope, self._both.columns)
-        for head, into in enumerate(keys):
-            address = self._both.data.data_ptr() + head * self._stride
-            dequantize_into(address, self._both.ggml_type, self._nope, self._both.columns, into)
-        return keys
+    def transposed_keys(self) -> PackedMatrix:
+        """As `SplitUpProjections` has them, `[heads, rank, nope]` in float16."""
+        keys = self._transposed()
+        return PackedMatrix(self._both.name, keys.view(torch.uint8).flatten(), F16, *keys.shape[1:], self._heads)
+
+    def _transposed(self) -> torch.Tensor:
+        """float16 `[heads, rank, nope]`: half of what float32 would take, and finer than any block."""
+        if self._keys is None:
+            rank = self._both.columns
+            self._keys = torch.empty(self._heads, rank, self._nope, dtype=torch.float16)
+            floats = torch.empty(self._nope, rank)
+            for head, into in enumerate(self._keys):
+                address = self._both.data.data_ptr() + head * self.stride
+                dequantize_into(address, self._both.ggml_type, self._nope, rank, floats)
+                into.copy_(floats.t())
+        return self._keys
 
 
 def _times(given: torch.Tensor, matrices: PackedMatrix, stride: int = 0, offset: int = 0) -> torch.Tensor:

@@ -30,6 +30,7 @@ from hybrimoe_kt.host.rules import injection as rule_engine
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
@@ -38,6 +39,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
+from .dense_layers import DenseModel, attach_dense_layers
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
@@ -48,8 +50,8 @@ __all__ = ["LoadedModel", "load_model", "unused_of"]
 logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
-_KEPT_PACKED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA
-"""What asks where it will stand: on a CPU, weights stay as the file has them."""
+_PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, GgmlLayer
+"""What asks where it will stand: on a CPU, weights stay as the file has them, and ggml computes."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class LoadedModel:
     placement: Placement
     crossings: Crossings | None
     """Of hidden states between devices, where layers are divided over several."""
+    dense: DenseModel | None = None
+    """Where every layer's dense piece is a graph."""
     _runtime: Runtime | None = None
 
     @property
@@ -117,7 +121,7 @@ class _Injector:
     def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
         if issubclass(cls, HybriMoEExperts):
             return cls(**contract, experts=self.experts)
-        if issubclass(cls, _KEPT_PACKED):
+        if issubclass(cls, _PLACED):
             place = self.placement.device_of(f"{contract['key']}.weight")
             return cls(**contract | {"generate_device": str(place)})
         return cls(**contract)
@@ -217,9 +221,11 @@ def load_model(
     give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
     placement = inject.placement
     crossings = Crossings(model, placement) if placement.is_split else None
-    loaded = LoadedModel(model, loader, architecture, rules_file, inject.warnings + told, placement, crossings)
+    warnings = inject.warnings + told
+    loaded = LoadedModel(model, loader, architecture, rules_file, warnings, placement, crossings)
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
+    loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row

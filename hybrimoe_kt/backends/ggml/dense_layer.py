@@ -1,0 +1,77 @@
+"""A decoder layer's dense piece on ggml: graphs made as steps want them, and where steps leave what they compute."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from .building import Workspace
+from .key_values import KeyValues
+from .layer_graph import DenseAnswer, LayerGraph, StepMemory, num_seen
+from .parts import LayerParts
+from .pool import pool
+
+__all__ = ["DenseLayer", "DenseMemory"]
+
+_MOST_GRAPHS = 16
+"""Kept for each layer, the latest used: a conversation passes one for every 64 to 256 tokens. Some 40 KB each."""
+_MOST_SIZES = 8
+"""Sizes of steps whose memory is kept."""
+
+
+class DenseMemory:
+    """What the layers of one model share, as they run one after another."""
+
+    def __init__(self, hidden: int) -> None:
+        self._hidden, self._workspace = hidden, Workspace()
+        self._steps: OrderedDict[int, StepMemory] = OrderedDict()
+        self._begun: tuple[int, int] | None = None
+
+    def step(self, tokens: int) -> StepMemory:
+        """For steps of so many tokens."""
+        found = self._steps.get(tokens)
+        if found is None:
+            found = self._steps[tokens] = StepMemory(tokens, self._hidden, self._workspace)
+            if len(self._steps) > _MOST_SIZES:
+                self._steps.popitem(last=False)
+        else:
+            self._steps.move_to_end(tokens)
+        return found
+
+
+class DenseLayer:
+    """One layer: hidden states in; the residual stream, what experts take, and the router's choice out."""
+
+    def __init__(self, parts: LayerParts, memory: DenseMemory) -> None:
+        self.parts, self.memory = parts, memory
+        self._graphs: OrderedDict[tuple[StepMemory, int, int], LayerGraph] = OrderedDict()
+
+    def new_key_values(self, type_name: str) -> KeyValues:
+        """Memory for a conversation's keys and values."""
+        attention = self.parts.attention
+        return KeyValues(attention.key_width, attention.value_width, type_name)
+
+    def compute(self, held: KeyValues, step: StepMemory) -> DenseAnswer:
+        """Run with what `step.hidden` holds, which follows what is held, and hold its keys and values as well.
+
+        `step` was begun at `held.length`. The answer is valid until the next layer's.
+        """
+        position, tokens = held.length, step.tokens
+        held.reserve(position + tokens)
+        key = step, num_seen(position + tokens), held.capacity
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = LayerGraph(pool(), self.parts, step, held, key[1])
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        else:
+            self._graphs.move_to_end(key)
+        answer = graph.compute(held, position)
+        held.length = position + tokens
+        return answer
+
+    def begin(self, step: StepMemory, position: int) -> torch.Tensor:
+        """Say where a step's first token stands; return where its hidden states are written, `[tokens, hidden]`."""
+        step.begin(position, num_seen(position + step.tokens))
+        return step.hidden

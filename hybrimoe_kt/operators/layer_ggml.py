@@ -1,0 +1,155 @@
+"""`GgmlLayer`: a decoder layer whose dense piece is one graph of ggml's, where few tokens come at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_kt.backends.ggml import library as ggml
+from hybrimoe_kt.backends.ggml.choice import choose
+from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer
+from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
+from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
+from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.runtime import Routed
+
+from .experts import HybriMoEExperts
+from .stored_layer import KeyLayout, StoredLayer
+
+__all__ = ["GgmlLayer"]
+
+_LAYER = re.compile(r"\.layers\.(\d+)$")
+_MOST_TOKENS = 32
+"""Of a step that is computed by graphs; more are Transformers' own modules'."""
+
+
+class GgmlLayer(nn.Module):
+    """In place of a decoder layer, on a CPU: adopts its modules and their names.
+
+    The host tells it what it is made of, by `attach`; until then, for longer steps and where that is not known, it is
+    what it replaces. Keys and values are the graphs' own in either case, see `cache_layer`.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str | None = None,
+        generate_device: str = "cpu",
+        kv_cache_type: str = "f16",
+        most_tokens: int = _MOST_TOKENS,
+    ) -> None:
+        """`kv_cache_type` of keys and values: f16, f32 or q8_0; graphs compute steps of up to `most_tokens` tokens."""
+        super().__init__()
+        match = _LAYER.search(f".{key}")
+        if match is None:
+            raise ConfigError(f"{key}: GgmlLayer replaces a decoder layer (`...layers.N`)")
+        self.check_kwargs({"kv_cache_type": kv_cache_type, "most_tokens": most_tokens})
+        self.layer, self.kv_cache_type, self.most_tokens = int(match[1]), kv_cache_type, most_tokens
+        self.may_be_ggml = torch.device(generate_device).type == "cpu" and ggml.unusable() is None
+        """Whether it stands where ggml computes."""
+        for name, child in orig_module.named_children():
+            self.register_module(name, child)
+        object.__setattr__(self, "_stock", orig_module)
+        self._dense: DenseLayer | None = None
+        self._layout: KeyLayout | None = None
+        self._experts: list[HybriMoEExperts] = []
+        self._router: list[tuple[nn.Module, tuple[Any, ...]]] = []
+
+    @classmethod
+    def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for kwargs this operator would refuse, without building it."""
+        check_kv_cache_type(kwargs.get("kv_cache_type", "f16"))
+        most = kwargs.get("most_tokens", _MOST_TOKENS)
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ConfigError(f"most_tokens is {most!r}, valid: 1 or more")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_stock" not in self.__dict__:
+                raise
+            return getattr(self.stock, name)  # what a model reads of its layers beside their modules
+
+    @property
+    def stock(self) -> nn.Module:
+        """The layer as Transformers built it, with operators in place of some of its modules."""
+        found: nn.Module = self.__dict__["_stock"]
+        return found
+
+    @property
+    def dense(self) -> DenseLayer | None:
+        """Its dense piece, where ggml computes it."""
+        return self._dense
+
+    def attach(
+        self,
+        dense: DenseLayer,
+        layout: KeyLayout,
+        experts: HybriMoEExperts | None,
+        router: tuple[nn.Module, tuple[Any, ...]] | None,
+    ) -> None:
+        """Compute by `dense` from now on; `router` and its further arguments choose where the graph does not."""
+        self._dense, self._layout = dense, layout
+        self._experts, self._router = [experts] if experts else [], [router] if router else []
+
+    def cache_layer(self) -> StoredLayer | None:
+        """What Transformers' caches hold for this layer; None where keys and values are Transformers' own."""
+        if self._dense is None or self._layout is None:
+            return None
+        return StoredLayer(self._dense.new_key_values(self.kv_cache_type), self._layout)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[batch, tokens, hidden]` -> the same; further arguments as the replaced layer's."""
+        stored = self._stored(kwargs)
+        batch, tokens, _ = hidden_states.shape
+        if stored is None or batch > 1 or tokens > self.most_tokens or hidden_states.dtype != torch.float32:
+            answer: torch.Tensor = self.stock(hidden_states, *args, **kwargs)
+            return answer
+        assert self._dense is not None, "it has a cache of its own"
+        step = self._dense.memory.step(tokens)
+        self.begin(step, stored.held.length).copy_(hidden_states[0])
+        self.advance(stored, step)
+        return step.hidden[None].clone()
+
+    def _stored(self, kwargs: Mapping[str, Any]) -> StoredLayer | None:
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        layers = getattr(cache, "layers", ())
+        found = layers[self.layer] if self.layer < len(layers) else None
+        return found if isinstance(found, StoredLayer) and self._dense is not None else None
+
+    def begin(self, step: StepMemory, position: int) -> torch.Tensor:
+        """Say for all layers where a step begins; return where its hidden states are written, `[tokens, hidden]`."""
+        assert self._dense is not None, "asked of layers that have one"
+        return self._dense.begin(step, position)
+
+    def advance(self, stored: StoredLayer, step: StepMemory) -> None:
+        """Put this layer's answer for `step.hidden` in its place, and hold its keys and values."""
+        assert self._dense is not None, "asked of layers that have one"
+        answer = self._dense.compute(stored.held, step)
+        if answer.normed is None:
+            step.hidden.copy_(answer.residual)
+            return
+        experts = self._experts[0]
+        assert experts.runtime is not None, "the host attaches a runtime before the first step"
+        routed = experts.runtime.run(experts.layer, self._routed(answer, wants_scores=experts.runtime.wants_scores))
+        torch.add(answer.residual, routed, alpha=self._dense.parts.residual_factor, out=step.hidden)
+
+    def _routed(self, answer: DenseAnswer, *, wants_scores: bool) -> Routed:
+        normed, logits, ids, weights = answer.normed, answer.logits, answer.ids, answer.weights
+        assert normed is not None and logits is not None and self._dense is not None, "of a layer with experts"
+        if ids is None or weights is None:
+            choice = self._dense.parts.choice
+            if choice is not None:
+                weights, ids = choose(choice, logits)
+            else:
+                router, further = self._router[0]
+                _, weights, ids = router.forward(normed, *further)
+        return Routed(normed, ids.long(), weights, logits if wants_scores else None)

@@ -1,0 +1,84 @@
+"""Keys and values that graphs own, as a layer of Transformers' cache: long prompts are its own modules'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from hybrimoe_kt.backends.ggml.key_values import KeyValues
+
+__all__ = ["KeyLayout", "StoredLayer"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyLayout:
+    """How Transformers' attention has keys and values, and how graphs do."""
+
+    kv_heads: int
+    rank: int = 0
+    """Of latent attention, whose keys are latents and whose values are the rotated part; 0 for any other."""
+    order: torch.Tensor | None = None
+    """Where each rotated dimension of a stored key is in Transformers', int64; the rest follows. None: the same."""
+
+    def to_stored(self, keys: torch.Tensor) -> torch.Tensor:
+        """Reorder `[..., width]`."""
+        return keys if self.order is None else keys[..., self.order]
+
+    def to_stock(self, keys: torch.Tensor) -> torch.Tensor:
+        """Undo `to_stored`."""
+        return keys if self.order is None else keys[..., self.order.argsort()]
+
+
+class StoredLayer(DynamicLayer):
+    """One conversation's keys and values of one layer; a batch of one."""
+
+    def __init__(self, held: KeyValues, layout: KeyLayout) -> None:
+        super().__init__()
+        self.held, self.layout = held, layout
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take `[1, heads, tokens, width]` each and return all of them, in the same dtype."""
+        layout, held, dtype = self.layout, self.held, key_states.dtype
+        if layout.rank:
+            latents, turned = key_states[0, 0].float(), layout.to_stored(value_states[0, 0].float())
+            held.append(torch.cat((latents, turned), dim=1), latents)
+            keys, _ = held.read()
+            latents, turned = keys.split([layout.rank, keys.shape[1] - layout.rank], dim=1)
+            return latents[None, None].to(dtype), layout.to_stock(turned)[None, None].to(dtype)
+        keys, values = (_rows(states.float()) for states in (layout.to_stored(key_states), value_states))
+        held.append(keys, values)
+        keys, values = held.read()
+        keys, values = (_heads(rows, layout.kv_heads).to(dtype) for rows in (keys, values))
+        return layout.to_stock(keys), values
+
+    def get_seq_length(self) -> int:
+        return self.held.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        self.held.crop(self.held.length + min(0, tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays for the next conversation."""
+        self.held.crop(0)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """`[1, heads, tokens, width]` -> `[tokens, heads * width]`."""
+    return states[0].transpose(0, 1).flatten(1)
+
+
+def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo `_rows`."""
+    return rows.view(len(rows), heads, -1).transpose(0, 1)[None] if rows.is_contiguous() else _columns(rows, heads)
+
+
+def _columns(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The same of a transposed view."""
+    return rows.t().view(heads, -1, len(rows)).transpose(1, 2)[None]
