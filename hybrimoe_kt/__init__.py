@@ -54,6 +54,7 @@ def load(
     dtype: str = "auto",
     context_tokens: int | None = None,
     metadata: Mapping[str, Any] | None = None,
+    kv_cache_type: str | None = None,
     progress: bool = False,
 ) -> Engine:
     """Load a model and return an engine that answers; takes seconds to minutes.
@@ -65,7 +66,8 @@ def load(
     `model_path` is a directory whose config.json and tokenizer take the place of what the GGUF file says. `dtype` is
     that of the dense weights: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
     `context_tokens` limits prompt and answer together, by default the model's own limit. `metadata` takes
-    the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `progress` shows bars on standard error.
+    the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `kv_cache_type` is how keys and values are
+    kept where layers are computed on the CPU: f16 by default, f32 or q8_0. `progress` shows bars on standard error.
 
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
@@ -88,5 +90,6 @@ def load(
         context_tokens=context_tokens,
         option_overrides=options.changed() if options is not None else {},
         metadata=metadata,
+        kv_cache_type=kv_cache_type,
         progress=progress,
     )

@@ -51,6 +51,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         context_tokens=options.cache_lens,
         option_overrides=expert_overrides(options),
         metadata=parse_overrides(options.override_kv),
+        kv_cache_type=options.kv_cache_type,
         progress=sys.stderr.isatty(),
         time_shares=options.verbose,
     )

@@ -115,6 +115,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="metadata in the place of the GGUF's, as in llama.cpp; TYPE is int, float, bool or str, "
         "e.g. qwen3moe.expert_used_count=int:4",
     )
+    model.add_argument(
+        "--kv_cache_type",
+        choices=("f16", "f32", "q8_0"),
+        help="how keys and values are kept where layers are computed on the CPU; default: as the rules say, f16",
+    )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
 
 

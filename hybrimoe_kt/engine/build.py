@@ -33,6 +33,7 @@ def build_engine(
     context_tokens: int | None = None,
     option_overrides: dict[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    kv_cache_type: str | None = None,
     progress: bool = True,
     time_shares: bool = False,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
@@ -58,13 +59,14 @@ def build_engine(
         device=device,
         option_overrides=overrides,
         metadata=metadata,
+        kv_cache_type=kv_cache_type,
         progress=progress,
         assemble=assemble,
     )
     torch.set_num_threads(loaded.runtime.num_dense_threads)
     file = loaded.loader.file
     tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
-    shares = TimeShares(loaded.model, loaded.runtime) if time_shares else None
+    shares = TimeShares(loaded.model, loaded.runtime, loaded.dense_seconds) if time_shares else None
     return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,16 +48,15 @@ def _appended(room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) 
     return room, room[..., :wanted, :]
 
 
-def growing_cache(model: Any) -> DynamicCache:
+def growing_cache(config: Any, own: Sequence[Any] = ()) -> DynamicCache:
     """Make a cache for a model; layers of other kinds, with windows or linear attention, stay Transformers' own.
 
-    A decoder layer that keeps keys and values itself says so by `cache_layer`.
+    `own` has for each layer what keeps its keys and values instead, or None.
     """
-    cache = DynamicCache(config=model.config)
-    own = [getattr(layer, "cache_layer", lambda: None)() for layer in model.model.layers]
-    for place, (layer, mine) in enumerate(zip(cache.layers, own, strict=True)):
-        if mine is not None:
-            cache.layers[place] = mine
+    cache = DynamicCache(config=config)
+    for place, layer in enumerate(cache.layers):
+        if place < len(own) and own[place] is not None:
+            cache.layers[place] = own[place]
         elif type(layer) is DynamicLayer:
             cache.layers[place] = _GrowingLayer()  # type: ignore[no-untyped-call]
     return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,14 @@ class TimeShares:
     """Times decode steps (one token each) on the host's clock; prompts are not counted.
 
     `experts` is the time computing or waiting for experts; `overhead` is ours: reading the routing, planning,
-    bookkeeping, prefetch decisions. On an accelerator, attention is what its launches took, not its kernels.
+    bookkeeping, prefetch decisions. On an accelerator, attention is what its launches took, not its kernels; where all
+    of a layer but its experts is one graph, it is that graph.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._attention_s = self._began = 0.0
+    def __init__(self, model: nn.Module, runtime: Runtime, dense_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        """`dense_seconds`: spent in graphs so far."""
+        self._runtime, self._dense_seconds = runtime, dense_seconds
+        self._attention_s = self._began = self._dense_before_s = 0.0
         self._totals = dict.fromkeys(("experts", "attention", "overhead", "other"), 0.0)
         self.num_tokens = 0
         for name, module in model.named_modules():
@@ -39,6 +42,9 @@ class TimeShares:
     def step(self, num_tokens: int, seconds: float) -> None:
         """Account for one forward pass that took `seconds`; resets the runtime's own clock."""
         ours: Seconds = self._runtime.seconds
+        dense_s = self._dense_seconds()
+        self._attention_s += dense_s - self._dense_before_s
+        self._dense_before_s = dense_s
         if num_tokens == 1:
             shares = {
                 "experts": ours.submit_and_gpu + ours.wait,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
@@ -80,8 +81,9 @@ class TokenGenerator:
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
-        self._cache = growing_cache(self.model)
-        self._loop = None if loaded.dense is None else LayerLoop(loaded.dense)
+        self._cache = self._new_cache()
+        self.loop = None if loaded.dense is None else LayerLoop(loaded.dense)
+        """What steps of few tokens are computed by; None: by Transformers' own modules, as all others."""
         names = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
         self._cached_ids: list[int] = []
@@ -176,6 +178,15 @@ class TokenGenerator:
                 setattr(run, name, value - before[name])
             self._note.at_end(self.runtime.health())
 
+    def append(self, ids: list[int]) -> torch.Tensor:
+        """Append tokens to what is cached, drawing nothing; return the last one's logits `[vocab]`, float32 on the CPU.
+
+        Valid until the next step.
+        """
+        logits = self._forward(ids, None)
+        assert logits is not None, "nobody stops it"
+        return logits
+
     @torch.inference_mode()
     def _forward(
         self, ids: list[int], stop: threading.Event | None, scores: PromptScores | None = None
@@ -219,9 +230,10 @@ class TokenGenerator:
             piece = ids[at : at + step]
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
-            self._share_cores(len(piece), len(cached))
-            if self._loop is not None and scores is None and len(piece) <= self._loop.most_tokens:
-                logits = self._loop.step(piece, self._cache)
+            by_graphs = self.loop is not None and scores is None and len(piece) <= self.loop.most_tokens
+            self._share_cores(len(piece), len(cached), by_graphs=by_graphs)
+            if self.loop is not None and by_graphs:
+                logits = self.loop.step(piece, self._cache)
             else:
                 logits = self._by_modules(piece, scores)
             cached += piece
@@ -239,13 +251,13 @@ class TokenGenerator:
         logits: torch.Tensor = output.logits[0, -1].float().cpu()
         return logits
 
-    def _share_cores(self, num_tokens: int, num_cached: int) -> None:
+    def _share_cores(self, num_tokens: int, num_cached: int, *, by_graphs: bool) -> None:
         """Give torch one thread for single tokens: its second would spin on after each of many small operations.
 
-        On a core that the experts' threads want meanwhile. Long contexts are worth it again.
+        On a core that the experts' threads want meanwhile. Long contexts are worth it again, but not beside graphs.
         """
         is_small = num_tokens == 1 and num_cached < _LONG_CONTEXT_TOKENS
-        wanted = 1 if is_small else self.runtime.num_dense_threads
+        wanted = 1 if is_small or by_graphs else self.runtime.num_dense_threads
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
@@ -302,7 +314,10 @@ class TokenGenerator:
 
     def reset(self) -> None:
         """Forget the cached conversation."""
-        self._cache, self._cached_ids = growing_cache(self.model), []
+        self._cache, self._cached_ids = self._new_cache(), []
+
+    def _new_cache(self) -> DynamicCache:
+        return growing_cache(self.model.config, self.loaded.cache_layers())
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

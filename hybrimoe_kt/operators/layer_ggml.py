@@ -11,7 +11,7 @@ from torch import nn
 
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.choice import choose
-from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer
+from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
 from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
 from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
 from hybrimoe_kt.errors import ConfigError
@@ -45,7 +45,10 @@ class GgmlLayer(nn.Module):
         kv_cache_type: str = "f16",
         most_tokens: int = _MOST_TOKENS,
     ) -> None:
-        """`kv_cache_type` of keys and values: f16, f32 or q8_0; graphs compute steps of up to `most_tokens` tokens."""
+        """`kv_cache_type` of keys and values: f16, f32 or q8_0; graphs compute steps of up to `most_tokens` tokens.
+
+        0 of them leaves every step to the modules.
+        """
         super().__init__()
         match = _LAYER.search(f".{key}")
         if match is None:
@@ -67,8 +70,8 @@ class GgmlLayer(nn.Module):
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kv_cache_type(kwargs.get("kv_cache_type", "f16"))
         most = kwargs.get("most_tokens", _MOST_TOKENS)
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ConfigError(f"most_tokens is {most!r}, valid: 1 or more")
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise ConfigError(f"most_tokens is {most!r}, valid: 0 or more")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -88,6 +91,11 @@ class GgmlLayer(nn.Module):
     def dense(self) -> DenseLayer | None:
         """Its dense piece, where ggml computes it."""
         return self._dense
+
+    @property
+    def memory(self) -> DenseMemory | None:
+        """What it shares with the model's other layers."""
+        return None if self._dense is None else self._dense.memory
 
     def attach(
         self,

@@ -48,14 +48,13 @@ class StoredLayer(DynamicLayer):
         if layout.rank:
             latents, turned = key_states[0, 0].float(), layout.to_stored(value_states[0, 0].float())
             held.append(torch.cat((latents, turned), dim=1), latents)
-            keys, _ = held.read()
-            latents, turned = keys.split([layout.rank, keys.shape[1] - layout.rank], dim=1)
+            latents, turned = held.read_keys().tensor_split([layout.rank], dim=1)
             return latents[None, None].to(dtype), layout.to_stock(turned)[None, None].to(dtype)
         keys, values = (_rows(states.float()) for states in (layout.to_stored(key_states), value_states))
         held.append(keys, values)
-        keys, values = held.read()
-        keys, values = (_heads(rows, layout.kv_heads).to(dtype) for rows in (keys, values))
-        return layout.to_stock(keys), values
+        keys = held.read_keys().view(held.length, layout.kv_heads, -1).transpose(0, 1)
+        values = held.read_values().reshape(layout.kv_heads, -1, held.length).transpose(1, 2)
+        return layout.to_stock(keys)[None].to(dtype), values[None].to(dtype)
 
     def get_seq_length(self) -> int:
         return self.held.length
@@ -73,12 +72,3 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
     """`[1, heads, tokens, width]` -> `[tokens, heads * width]`."""
     return states[0].transpose(0, 1).flatten(1)
 
-
-def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo `_rows`."""
-    return rows.view(len(rows), heads, -1).transpose(0, 1)[None] if rows.is_contiguous() else _columns(rows, heads)
-
-
-def _columns(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """The same of a transposed view."""
-    return rows.t().view(heads, -1, len(rows)).transpose(1, 2)[None]

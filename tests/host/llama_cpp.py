@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-__all__ = ["LlamaCpp", "next_tokens_apart"]
+__all__ = ["PRINTABLE", "LlamaCpp", "next_tokens_apart"]
 
 _ROOT = Path(__file__).parents[2]
 _ANSWER = "ANSWER "
-_UNPRINTABLE = [byte for byte in range(256) if not 32 <= byte <= 126]
+PRINTABLE = range(32, 127)
+_UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 """Of vocabularies that begin with all bytes."""
 
 
@@ -66,6 +67,21 @@ class LlamaCpp:
         steps = answer["choices"][0]["logprobs"]["content"]
         margins = [step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps]
         return [step["id"] for step in steps], margins
+
+    def written(self, prompt: list[int], num_tokens: int) -> list[tuple[int, float]]:
+        """Greedy tokens, printable characters alone, and the log-probability of each."""
+        answer: dict[str, Any] = self._server.handle_completions(
+            {
+                "prompt": prompt,
+                "max_tokens": num_tokens,
+                "temperature": 0,
+                "n_probs": 1,
+                "cache_prompt": False,
+                "ignore_eos": True,
+                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *range(256, 300))],
+            }
+        )
+        return [(step["id"], step["logprob"]) for step in answer["choices"][0]["logprobs"]["content"]]
 
     def next_token(self, prompt: list[int], unwanted: Sequence[int] = ()) -> dict[int, float]:
         """Log-probabilities of the likeliest next tokens; empty where the drawn one is no whole UTF-8 character.

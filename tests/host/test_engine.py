@@ -14,6 +14,7 @@ from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
+from hybrimoe_kt.runtime import Routed
 from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
@@ -87,18 +88,27 @@ def test_stopping_and_abandoning_leave_the_engine_usable(engine: Engine) -> None
     assert list(engine.tokens(prompt, GREEDY)) == wanted
 
 
-def test_a_prompt_is_given_up_between_two_chunks(generated: Make, engine: Engine) -> None:
+def test_a_prompt_is_given_up_between_two_chunks(
+    generated: Make, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides = {"cpu_backend": "torch_reference", "max_chunk_tokens": 4}
     chunks = build_engine(generated(Shape()).path, progress=False, option_overrides=overrides)
     chunks.end_ids = set()
     stop = threading.Event()
-    lengths: list[int] = []
-    chunks.model.register_forward_pre_hook(lambda *_: (lengths.append(chunks._cache.get_seq_length()), stop.set())[1])
+    chunk_sizes: list[int] = []
+    run = chunks.runtime.run
+
+    def and_stop(layer: int, routed: Routed) -> torch.Tensor:
+        chunk_sizes.append(len(routed.hidden))
+        stop.set()
+        return run(layer, routed)
+
     prompt = [(7 * at) % 250 for at in range(30)]
-    assert list(chunks.tokens(prompt, GREEDY, stop)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks.runtime, "run", and_stop)
+        assert list(chunks.tokens(prompt, GREEDY, stop)) == []
     assert chunks.last_run()["finish"] == "cancelled"
-    assert lengths == [0]
-    chunks.model._forward_pre_hooks.clear()
+    assert chunk_sizes == [4] * len(chunks.runtime.store.layers)
     assert list(chunks.tokens(prompt, GREEDY)) == fresh(engine, prompt)
     assert chunks.last_run()["reused_tokens"] == 4
 

@@ -14,6 +14,7 @@ from hybrimoe_kt.engine import token_generator
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
+from tests.support.by_modules import by_modules
 from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
@@ -45,6 +46,7 @@ class Full:
 
 def last_mixer(engine: Engine) -> torch.nn.Module:
     """Attention of the last layer: those before have been computed when it fails."""
+    by_modules(engine)
     layer = engine.model.model.layers[-1]
     return getattr(layer, "self_attn", None) or layer.linear_attn
 

@@ -14,6 +14,7 @@ from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.server.service import Service
 from hybrimoe_kt.server.settings import Settings
+from tests.support.by_modules import by_modules
 from tests.support.generated_model import GeneratedModel, Shape
 
 from .scripted import ScriptedEngine
@@ -125,6 +126,7 @@ def test_a_server_goes_on_when_the_model_runs_out_of_memory(generated: Callable[
         if is_full:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    by_modules(engine)
     engine.model.model.layers[-1].self_attn.register_forward_pre_hook(attend)
     ask = {"prompt": [3, 5, 7], "max_tokens": 4}
     with serving(engine) as running:

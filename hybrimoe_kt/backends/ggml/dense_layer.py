@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 
 import torch
@@ -14,8 +15,8 @@ from .pool import pool
 
 __all__ = ["DenseLayer", "DenseMemory"]
 
-_MOST_GRAPHS = 16
-"""Kept for each layer, the latest used: a conversation passes one for every 64 to 256 tokens. Some 40 KB each."""
+_MOST_GRAPHS = 4
+"""Kept for each layer, the latest used: a conversation passes one for every 128 to 256 tokens. Some 70 KB each."""
 _MOST_SIZES = 8
 """Sizes of steps whose memory is kept."""
 
@@ -26,7 +27,8 @@ class DenseMemory:
     def __init__(self, hidden: int) -> None:
         self._hidden, self._workspace = hidden, Workspace()
         self._steps: OrderedDict[int, StepMemory] = OrderedDict()
-        self._begun: tuple[int, int] | None = None
+        self.seconds = 0.0
+        """Spent in graphs since the start."""
 
     def step(self, tokens: int) -> StepMemory:
         """For steps of so many tokens."""
@@ -67,7 +69,9 @@ class DenseLayer:
                 self._graphs.popitem(last=False)
         else:
             self._graphs.move_to_end(key)
+        began = time.perf_counter()
         answer = graph.compute(held, position)
+        self.memory.seconds += time.perf_counter() - began
         held.length = position + tokens
         return answer
 

@@ -84,11 +84,17 @@ class KeyValues:
             self.values.memory[first:end] = quantize(values, self.ggml_type)
         self.length = end
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that is held, as `append` takes it; values may be a transposed view."""
+    def read_keys(self) -> torch.Tensor:
+        """All keys held, float32 `[tokens, key_width]`."""
         if self.is_transposed:
-            return self.keys.memory[: self.length].float(), self.values.memory[:, : self.length].float().t()
-        return self._dequantized(self.keys, self.key_width), self._dequantized(self.values, self.value_width)
+            return self.keys.memory[: self.length].float()
+        return self._dequantized(self.keys, self.key_width)
+
+    def read_values(self) -> torch.Tensor:
+        """All values held, float32 `[value_width, tokens]`."""
+        if self.is_transposed:
+            return self.values.memory[:, : self.length].float()
+        return self._dequantized(self.values, self.value_width).t()
 
     def _dequantized(self, region: Region, width: int) -> torch.Tensor:
         out = torch.empty(self.length, width)

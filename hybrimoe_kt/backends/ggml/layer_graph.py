@@ -24,8 +24,8 @@ _PAIRED, _HALVES = 0, 2
 
 
 def num_seen(length: int) -> int:
-    """How many tokens' keys a graph looks at for a conversation of `length`: few sizes, a quarter too many at most."""
-    step = 64 if length <= 256 else 128 if length <= 1024 else 256
+    """How many tokens' keys a graph looks at for a conversation of `length`: few sizes, 255 too many at most."""
+    step = 128 if length <= 512 else 256
     return -(-length // step) * step
 
 

@@ -32,6 +32,7 @@ from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 from hybrimoe_kt.operators.linear import QuantizedLinear
+from hybrimoe_kt.operators.stored_layer import StoredLayer
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
 from hybrimoe_kt.weights.file_pages import bring_in
@@ -76,6 +77,20 @@ class LoadedModel:
         assert self._runtime is not None, "load_model attached one"
         return self._runtime
 
+    def cache_layers(self) -> list[StoredLayer | None]:
+        """Make, for each layer of a new conversation's cache, what keeps its keys and values; None: Transformers' own.
+
+        A conversation's own, and gone with it.
+        """
+        body: Any = self.model.model
+        return [layer.cache_layer() if isinstance(layer, GgmlLayer) else None for layer in body.layers]
+
+    def dense_seconds(self) -> float:
+        """Spent in the graphs of layers' dense pieces since the start."""
+        body: Any = self.model.model
+        memories = {id(m): m for layer in body.layers if isinstance(layer, GgmlLayer) and (m := layer.memory)}
+        return sum(memory.seconds for memory in memories.values())
+
     def detach(self) -> None:
         """Let go of the runtime, whose memory is free once nobody else holds it; no step until another is attached."""
         self._runtime = None
@@ -96,9 +111,15 @@ class _Injector:
     """Puts operators into a model as the rules say, and keeps what it decided for the last one it was given."""
 
     def __init__(
-        self, rules_file: Path, loader: GgufLoader | CheckpointLoader, device: str, overrides: Mapping[str, Any]
+        self,
+        rules_file: Path,
+        loader: GgufLoader | CheckpointLoader,
+        device: str,
+        overrides: Mapping[str, Any],
+        kv_cache_type: str | None,
     ) -> None:
         """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers."""
+        self._kv_cache_type = kv_cache_type
         self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
         self._loader, self._device, self._overrides = loader, device, overrides
         named = [overrides, *(rule.kwargs for rule in self._rules.rules)]
@@ -123,7 +144,8 @@ class _Injector:
             return cls(**contract, experts=self.experts)
         if issubclass(cls, _PLACED):
             place = self.placement.device_of(f"{contract['key']}.weight")
-            return cls(**contract | {"generate_device": str(place)})
+            kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
+            return cls(**contract | {"generate_device": str(place)} | kept)
         return cls(**contract)
 
     def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
@@ -185,6 +207,7 @@ def load_model(
     device: str = "cpu",
     option_overrides: dict[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    kv_cache_type: str | None = None,
     progress: bool = True,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> LoadedModel:
@@ -194,12 +217,13 @@ def load_model(
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
-    elsewhere. `metadata` takes the place of the GGUF file's own. `assemble` makes the runtime.
+    elsewhere. `metadata` takes the place of the GGUF file's own. `kv_cache_type` wins over the
+    rules' for what graphs on the CPU keep: f16, f32 or q8_0. `assemble` makes the runtime.
     """
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
-    inject = _Injector(rules_file, loader, device, option_overrides or {})
+    inject = _Injector(rules_file, loader, device, option_overrides or {}, kv_cache_type)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -226,6 +250,8 @@ def load_model(
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
+    if kv_cache_type and not any(loaded.cache_layers()):
+        warnings.append(f"no layer's keys and values are kept by ggml, so that kv_cache_type {kv_cache_type} is unused")
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
