@@ -151,7 +151,7 @@ def run_ours(file: Path, num_tokens: int, *, warm_up: int = 8, grow: int = 500, 
     before = _rss_mib()
     for _ in range(more):
         next(tokens)
-    cache = sum(layer.keys.numel() + layer.values.numel() for layer in engine._cache.layers) * 4 / MIB
+    cache = engine.cache_bytes / MIB
     floats = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     packed = sum(matrix.data.numel() for matrix in engine.loaded.loader.packed.values())
     refuse_unless_clean(engine.runtime)

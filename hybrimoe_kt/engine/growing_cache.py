@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["growing_cache"]
+__all__ = ["growing_cache", "layer_bytes"]
 
 _LEAST_ROOM = 256
 _GROWTH = 1.25
@@ -60,3 +60,13 @@ def growing_cache(config: Any, own: Sequence[Any] = ()) -> DynamicCache:
         elif type(layer) is DynamicLayer:
             cache.layers[place] = _GrowingLayer()  # type: ignore[no-untyped-call]
     return cache
+
+
+def layer_bytes(layer: Any) -> int:
+    """Memory that a cache's layer takes for keys and values, or for the states of linear attention."""
+    own: int | None = getattr(layer, "num_bytes", None)
+    if own is not None:
+        return own
+    states = (*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values())
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None), *states)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, torch.Tensor))

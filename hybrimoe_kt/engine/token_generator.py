@@ -19,7 +19,7 @@ from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
-from .growing_cache import growing_cache
+from .growing_cache import growing_cache, layer_bytes
 from .layer_loop import LayerLoop
 from .profiler import TimeShares
 from .prompt_scores import PromptScores
@@ -81,7 +81,7 @@ class TokenGenerator:
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
-        self._cache = self._new_cache()
+        self._cache = self.new_cache()
         self.loop = None if loaded.dense is None else LayerLoop(loaded.dense)
         """What steps of few tokens are computed by; None: by Transformers' own modules, as all others."""
         names = inspect.signature(self.model.forward).parameters
@@ -312,11 +312,16 @@ class TokenGenerator:
                 f"the tokenizer belongs to another model"
             )
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the cached conversation's keys and values take."""
+        return sum(layer_bytes(layer) for layer in self._cache.layers)
+
     def reset(self) -> None:
         """Forget the cached conversation."""
-        self._cache, self._cached_ids = self._new_cache(), []
+        self._cache, self._cached_ids = self.new_cache(), []
 
-    def _new_cache(self) -> DynamicCache:
+    def new_cache(self) -> DynamicCache:
         return growing_cache(self.model.config, self.loaded.cache_layers())
 
     def runtime_counters(self) -> dict[str, int]:

@@ -15,7 +15,6 @@ from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
 from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
 from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
 from hybrimoe_kt.errors import ConfigError
-from hybrimoe_kt.runtime import Routed
 
 from .experts import HybriMoEExperts
 from .stored_layer import KeyLayout, StoredLayer
@@ -147,10 +146,13 @@ class GgmlLayer(nn.Module):
             return
         experts = self._experts[0]
         assert experts.runtime is not None, "the host attaches a runtime before the first step"
-        routed = experts.runtime.run(experts.layer, self._routed(answer, wants_scores=experts.runtime.wants_scores))
+        ids, weights = self._chosen(answer)
+        if experts.runtime.wants_scores and answer.logits is not None:
+            experts.note_logits(answer.logits)
+        routed = experts(answer.normed, ids, weights)
         torch.add(answer.residual, routed, alpha=self._dense.parts.residual_factor, out=step.hidden)
 
-    def _routed(self, answer: DenseAnswer, *, wants_scores: bool) -> Routed:
+    def _chosen(self, answer: DenseAnswer) -> tuple[torch.Tensor, torch.Tensor]:
         normed, logits, ids, weights = answer.normed, answer.logits, answer.ids, answer.weights
         assert normed is not None and logits is not None and self._dense is not None, "of a layer with experts"
         if ids is None or weights is None:
@@ -160,4 +162,4 @@ class GgmlLayer(nn.Module):
             else:
                 router, further = self._router[0]
                 _, weights, ids = router.forward(normed, *further)
-        return Routed(normed, ids.long(), weights, logits if wants_scores else None)
+        return ids.long(), weights

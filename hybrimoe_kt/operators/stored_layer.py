@@ -56,6 +56,11 @@ class StoredLayer(DynamicLayer):
         values = held.read_values().reshape(layout.kv_heads, -1, held.length).transpose(1, 2)
         return layout.to_stock(keys)[None].to(dtype), values[None].to(dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        return self.held.num_bytes
+
     def get_seq_length(self) -> int:
         return self.held.length
 

@@ -27,6 +27,7 @@ def build(generated: Make, shape: Shape = Shape(), **options: Any) -> Engine:  #
     overrides = {"cpu_backend": "torch_reference", "accelerator": "emulated", "cache_size": 4, "max_chunk_tokens": 4}
     made = build_engine(generated(shape).path, progress=False, option_overrides=overrides | options)
     made.end_ids = set()
+    by_modules(made)
     return made
 
 
@@ -46,7 +47,6 @@ class Full:
 
 def last_mixer(engine: Engine) -> torch.nn.Module:
     """Attention of the last layer: those before have been computed when it fails."""
-    by_modules(engine)
     layer = engine.model.model.layers[-1]
     return getattr(layer, "self_attn", None) or layer.linear_attn
 
