@@ -36,7 +36,7 @@ class StoredLayer(DynamicLayer):
     """One conversation's keys and values of one layer; a batch of one."""
 
     def __init__(self, held: KeyValues, layout: KeyLayout) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held, self.layout = held, layout
         self.is_initialized = True
 
@@ -76,4 +76,3 @@ class StoredLayer(DynamicLayer):
 def _rows(states: torch.Tensor) -> torch.Tensor:
     """`[1, heads, tokens, width]` -> `[tokens, heads * width]`."""
     return states[0].transpose(0, 1).flatten(1)
-

@@ -102,7 +102,10 @@ def test_rounded_keys_change_logits_by_little(generated: Make, kv_cache_type: st
     predictor=st.sampled_from(["stale_gate", "corrected_gate", "history", "transition"]),
 )
 @hypothesis.settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_no_bit_depends_on_what_is_cached_and_where_experts_run(
     generated: Make, capacity: int, policy: str, scheduler: str, prefetch_size: int, predictor: str
@@ -158,7 +161,7 @@ def test_without_its_rule_a_model_is_transformers_own(generated: Make, tmp_path:
 
 @pytest.mark.parametrize("name", ["qwen3moe", "deepseek2"])
 def test_memory_is_flat_but_for_keys_and_values(generated: Make, name: str) -> None:
-    """2,000 tokens in one conversation, then many conversations: what is resident grows by the cache and little else."""
+    """2,000 tokens in one conversation, then many conversations: memory grows by the cache and little else."""
     model = generated(dataclasses.replace(SHAPES[name], context=4096))
     engine = generator(model, kv_cache_type="f16", cpu_backend="ggml")
     list(engine.tokens(TEXT[:10], Sampling(max_new_tokens=300, temperature=0)))

@@ -21,7 +21,7 @@ CHOICES = [("Once upon a", " time"), ("Once upon a", " banana"), ("Good", " morn
 
 
 def own_logprobs(engine: Engine, tokens: list[int]) -> torch.Tensor:
-    """`[num_tokens, vocab]`, one plain forward pass over all of them, which rounds keys and values as the engine does."""
+    """`[num_tokens, vocab]`, one forward pass over all of them, which rounds keys and values as the engine does."""
     with torch.inference_mode():
         output = engine.model(torch.tensor([tokens]), past_key_values=engine.new_cache(), use_cache=True)
         return output.logits[0].float().log_softmax(-1)

@@ -228,9 +228,7 @@ class Builder:
 
     def attention(self, query: int, keys: int, values: int, mask: int, scale: float, cap: float) -> int:
         """ggml's flash attention: `[value, heads, tokens]`."""
-        return self.new(
-            self.library.ggml_flash_attn_ext(self._pointer, query, keys, values, mask, scale, 0.0, cap)
-        )
+        return self.new(self.library.ggml_flash_attn_ext(self._pointer, query, keys, values, mask, scale, 0.0, cap))
 
     def add_sinks(self, attention: int, sinks: torch.Tensor) -> None:
         """Let an `attention` have a logit more for each head."""

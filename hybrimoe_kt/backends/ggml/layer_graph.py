@@ -13,7 +13,7 @@ from hybrimoe_kt.quants import row_bytes
 from .building import Builder, Region, Workspace
 from .choice import chosen_in
 from .key_values import KeyValues
-from .library import F16, F32, I32, Library
+from .library import F16, I32, Library
 from .parts import GroupedQuery, HeadParts, Latent, LayerParts, Matrix, Norm, Rotary, SharedExpert, Swiglu
 from .pool import Pool
 
@@ -112,10 +112,12 @@ class LayerGraph:
 
     def _views(self, workspace: Workspace) -> DenseAnswer:
         types = {"ids": torch.int32}
-        return DenseAnswer(**{
-            name: workspace.view(offset, self._memory.tokens, width, dtype=types.get(name, torch.float32))
-            for name, (offset, width) in self._outputs.items()
-        })
+        return DenseAnswer(
+            **{
+                name: workspace.view(offset, self._memory.tokens, width, dtype=types.get(name, torch.float32))
+                for name, (offset, width) in self._outputs.items()
+            }
+        )
 
 
 class HeadGraph:
@@ -151,10 +153,13 @@ class _LayerBuilder:
         self.results: list[int] = []
         attention = parts.attention
         normed = _norm(builder, hidden, parts.attention_norm)
-        added = self._grouped(attention, normed) if isinstance(attention, GroupedQuery) else self._latent(attention, normed)
+        if isinstance(attention, GroupedQuery):
+            added = self._grouped(attention, normed)
+        else:
+            added = self._latent(attention, normed)
         residual = builder.plus(builder.scaled(added, parts.residual_factor), hidden)
         normed = _norm(builder, residual, parts.feed_forward_norm)
-        outputs = {}
+        outputs: dict[str, tuple[int, int]] = {}
         if parts.dense is not None:
             added = builder.scaled(_swiglu(builder, parts.dense, normed), parts.residual_factor)
             residual = builder.plus(added, residual)
@@ -207,11 +212,11 @@ class _LayerBuilder:
     def _heads(self, values: int, norm: Norm | None, width: int, heads: int, rotary: Rotary | None) -> int:
         """Split a product into heads, normalised before or after that, and rotated: `[width, heads, tokens]`."""
         builder = self.builder
-        is_whole = norm is not None and norm.factors.numel() != width
-        if is_whole:
+        is_of_a_head = norm is not None and norm.factors.numel() == width
+        if norm is not None and not is_of_a_head:
             values = _norm(builder, values, norm, in_place=True)
         values = builder.reshape(values, width, heads, self._tokens)
-        if norm is not None and not is_whole:
+        if norm is not None and is_of_a_head:
             values = _norm(builder, values, norm, in_place=True)
         return values if rotary is None else self._rotated(values, rotary)
 
@@ -250,7 +255,7 @@ class _LayerBuilder:
         value_width: int,
         scale: float,
         cap: float,
-        sinks: int | torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> int:
         """Queries `[width, heads, tokens]` with what is held: `[value_width * heads, tokens]`."""
         builder, held, tokens, seen = self.builder, self._held, self._tokens, self._seen
@@ -325,7 +330,9 @@ class _LayerBuilder:
         builder = self.builder
         if stride:
             row = row_bytes(matrix.ggml_type, matrix.columns)
-            whole = builder.constant(matrix.data, width, stride // row, heads, ggml_type=matrix.ggml_type, offset=offset)
+            whole = builder.constant(
+                matrix.data, width, stride // row, heads, ggml_type=matrix.ggml_type, offset=offset
+            )
             weight = builder.view(whole, (width, matrix.rows, heads), (row, stride))
         else:
             weight = builder.constant(matrix.data, width, matrix.rows, heads, ggml_type=matrix.ggml_type, offset=offset)

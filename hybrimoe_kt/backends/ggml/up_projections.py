@@ -58,7 +58,8 @@ class FusedUpProjections:
     def transposed_keys(self) -> PackedMatrix:
         """As `SplitUpProjections` has them, `[heads, rank, nope]` in float16."""
         keys = self._transposed()
-        return PackedMatrix(self._both.name, keys.view(torch.uint8).flatten(), F16, *keys.shape[1:], self._heads)
+        _, rank, nope = keys.shape
+        return PackedMatrix(self._both.name, keys.view(torch.uint8).flatten(), F16, rank, nope, self._heads)
 
     def _transposed(self) -> torch.Tensor:
         """float16 `[heads, rank, nope]`: half of what float32 would take, and finer than any block."""

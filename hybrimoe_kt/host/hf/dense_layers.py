@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
@@ -46,8 +45,8 @@ def attach_dense_layers(model: nn.Module, family: Architecture) -> DenseModel | 
             continue
         try:
             read = layer_parts(layer.stock, causal.config, causal.model.rotary_emb, family)
-        except NotDescribed as reason:
-            reasons.setdefault(str(reason), []).append(layer.layer)
+        except NotDescribed as refused:
+            reasons.setdefault(str(refused), []).append(layer.layer)
             continue
         layer.attach(DenseLayer(read.parts, memory), read.layout, read.experts, read.router)
     for reason, numbers in reasons.items():
@@ -56,8 +55,8 @@ def attach_dense_layers(model: nn.Module, family: Architecture) -> DenseModel | 
         return None
     try:
         head = HeadGraph(pool(), head_parts(model, family), int(causal.config.hidden_size))
-    except NotDescribed as reason:
-        logger.info("the head is computed by Transformers' own module: %s", reason)
+    except NotDescribed as refused:
+        logger.info("the head is computed by Transformers' own module: %s", refused)
         return None
     factor = float(getattr(causal.config, "embedding_multiplier", 1.0) or 1.0)
     most = min(layer.most_tokens for layer in layers)

@@ -113,6 +113,7 @@ class _Reader:
         attention: Any = getattr(layer, "self_attn", None)
         if attention is None:
             raise NotDescribed("its attention is linear")
+        parts: GroupedQuery | Latent
         if isinstance(attention, AbsorbedMLA):
             parts, layout = self._latent(attention)
         elif hasattr(attention, "kv_b_proj"):
