@@ -82,6 +82,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_nbytes": (c_size_t, (_Tensor,)),
     "ggml_mul_mat": (_Tensor, (c_void_p, _Tensor, _Tensor)),
     "ggml_mul_mat_id": (_Tensor, (c_void_p, _Tensor, _Tensor, _Tensor)),
+    "ggml_out_prod": (_Tensor, (c_void_p, _Tensor, _Tensor)),
     "ggml_swiglu_split": (_Tensor, (c_void_p, _Tensor, _Tensor)),
     "ggml_mul": (_Tensor, (c_void_p, _Tensor, _Tensor)),
     "ggml_view_3d": (_Tensor, (c_void_p, _Tensor, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t)),
