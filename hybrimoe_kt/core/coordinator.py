@@ -115,7 +115,7 @@ class Coordinator:
 
     def plan(self, routing: Routing) -> Plan:
         """Decide one layer step; pins what the plan uses until `finish`."""
-        layer, loads = routing.layer, routing.loads
+        layer, loads, is_decode = routing.layer, routing.loads, routing.is_decode
         state = self._layers[layer]
         dropped: list[Transfer] = []
         closed: tuple[int, ...] = ()
@@ -127,7 +127,7 @@ class Coordinator:
         else:
             if self._uses_link and state.prefetched and state.link.free_s > self.now_s:
                 dropped += self._abort_wrong(state, loads)
-            if state.spec.num_buffer_slots and not routing.is_decode:
+            if state.spec.num_buffer_slots and not is_decode:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
@@ -135,7 +135,7 @@ class Coordinator:
                 self._ledger.credit(state, task, assignment, self.scheduler)
             state.policy.touch(routing)
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
-        self._count(state, task, assignment, is_decode=routing.is_decode)
+        self._count(state, task, assignment, is_decode=is_decode)
         if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
         self._open = _Open(plan, routing, task)
@@ -339,7 +339,11 @@ class Coordinator:
         stats.hits += len(task.held) - len(task.arrival_s)
         stats.pending += len(task.arrival_s)
         stats.misses += len(task.missing)
-        state.count_task(task, is_decode=is_decode)
+        ready, absent = task.held, task.missing
+        if task.arrival_s:  # by expert, one still on its way is a miss
+            ready = [e for e in ready if e not in task.arrival_s]
+            absent = [*absent, *task.arrival_s]
+        state.count(ready, absent, is_decode=is_decode)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)
         stats.cpu_busy_s += assignment.cpu_s
