@@ -6,6 +6,7 @@ They trust their caller: wrong dtypes, lengths or ids crash the process or retur
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -13,29 +14,64 @@ from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError
 
-__all__ = ["check_call"]
+__all__ = ["INTEGERS", "check_call", "check_finite", "checked_token"]
+
+INTEGERS = torch.int64, torch.int32
+"""What ids may be, where a backend takes both."""
 
 
-def check_call(experts: LayerExperts, max_tokens: int, routed: Routed) -> None:
-    """Raise KernelError for a call that the kernel would crash on or answer wrongly."""
+def checked_token(experts: LayerExperts, routed: Routed) -> tuple[list[int], list[float]] | None:
+    """Experts and weights of a call of one token that is right, but for its hidden states, which are not looked at.
+
+    None for every other call: `check_call` says what is wrong with it, if anything is. Ids are either of `INTEGERS`.
+    """
+    hidden, ids, weights = routed[:3]
+    if hidden.shape != (1, experts.hidden) or hidden.dtype is not torch.float32:
+        return None
+    if weights.dtype is not torch.float32 or ids.dtype not in INTEGERS or ids.shape != weights.shape:
+        return None
+    rows: list[list[int]] = ids.tolist()
+    chosen = rows[0] if len(rows) == 1 else []
+    if not 1 <= len(chosen) <= experts.top_k or min(chosen) < 0 or max(chosen) >= experts.num_experts:
+        return None
+    shares: list[float] = weights.tolist()[0]
+    return (chosen, shares) if len(set(chosen)) == len(chosen) and math.isfinite(sum(shares)) else None
+
+
+def check_call(
+    experts: LayerExperts,
+    max_tokens: int,
+    routed: Routed,
+    id_types: Collection[torch.dtype] = (torch.int64,),
+    *,
+    is_finite: bool = False,
+) -> None:
+    """Raise KernelError for a call that the kernel would crash on or answer wrongly.
+
+    `is_finite`: the hidden states are known to be, and are not looked at.
+    """
     hidden, ids, weights = routed[:3]
     num_tokens = hidden.shape[0]
     if not 1 <= num_tokens <= max_tokens:
         raise KernelError(f"{num_tokens} tokens in one call, this backend was built for 1 to {max_tokens}")
     if hidden.dtype != torch.float32 or hidden.shape[1] != experts.hidden:
         raise KernelError(f"hidden is {hidden.dtype} {list(hidden.shape)}, wanted float32 [tokens, {experts.hidden}]")
-    if ids.dtype != torch.int64 or weights.dtype != torch.float32 or ids.shape != weights.shape:
-        raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted int64 and float32")
+    if ids.dtype not in id_types or weights.dtype != torch.float32 or ids.shape != weights.shape:
+        wanted = " or ".join(str(kind).removeprefix("torch.") for kind in id_types)
+        raise KernelError(f"expert ids are {ids.dtype} and weights {weights.dtype}; wanted {wanted} and float32")
     if ids.shape[0] != num_tokens or not 1 <= ids.shape[1] <= experts.top_k:
         raise KernelError(f"routing is {list(ids.shape)}, wanted [{num_tokens}, at most {experts.top_k}]")
-    # One reduction each: NaN and infinity survive a sum (unlike in the kernel, which hides them).
-    if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
-        raise KernelError(
-            f"hidden states entering the experts of layer {experts.layer} are not finite (NaN or infinity)"
-        )
+    if not is_finite:
+        check_finite(experts.layer, hidden)
     if not math.isfinite(weights.sum().item()) and not weights.isfinite().all():
         raise KernelError(f"routing weights of layer {experts.layer} are not finite (NaN or infinity)")
     _check_ids(experts, ids)
+
+
+def check_finite(layer: int, hidden: torch.Tensor) -> None:
+    """Raise KernelError for hidden states `[num_tokens, hidden]` that kernels would hide NaN or infinity of."""
+    if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():  # they survive a sum
+        raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
 
 
 def _check_ids(experts: LayerExperts, ids: torch.Tensor) -> None:

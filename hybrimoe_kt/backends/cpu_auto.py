@@ -45,6 +45,7 @@ class AutoBackend(CpuBackend):
 
     name = "auto"
     answers_pairs = False
+    takes_int32 = True
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         self.num_threads, self.max_tokens = num_threads, max_tokens
@@ -112,11 +113,12 @@ class AutoBackend(CpuBackend):
         if self._at_work is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         backend = self._backend(layer, routed)
-        backend.submit(layer, routed)
+        backend.submit(layer, routed if backend.takes_int32 else routed.with_long_ids())
         self._at_work = backend
 
     def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
-        return self._backend(layer, routed).compute(layer, routed)
+        backend = self._backend(layer, routed)
+        return backend.compute(layer, routed if backend.takes_int32 else routed.with_long_ids())
 
     def is_done(self) -> bool:
         return self._at_work is None or self._at_work.is_done()

@@ -12,9 +12,9 @@ from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
 from hybrimoe_kt.quants import QuantType
 
-from .call_checks import check_call
+from .call_checks import INTEGERS, check_call, checked_token
 from .ggml import library as ggml
-from .ggml.experts import ExpertGraphs, ExpertKind, Scratch
+from .ggml.experts import ExpertGraphs, ExpertKind, Scratch, TokenGraph
 from .ggml.pool import pool
 from .ggml.worker import Worker
 
@@ -26,6 +26,7 @@ class GgmlBackend(CpuBackend):
 
     name = "ggml"
     answers_pairs = False
+    takes_int32 = True
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         threads = pool(num_threads)
@@ -33,7 +34,7 @@ class GgmlBackend(CpuBackend):
         self._graphs, self._scratch = ExpertGraphs(threads), Scratch()
         self._layers: dict[int, _Layer] = {}
         self._worker = Worker("experts on ggml")
-        self._call: _Call | None = None
+        self._call: _Call | _TokenCall | None = None
 
     @classmethod
     def unusable(cls) -> str | None:
@@ -67,13 +68,13 @@ class GgmlBackend(CpuBackend):
 
     def submit(self, layer: int, routed: Routed) -> None:
         """Start one layer's CPU share on a thread of its own; returns in microseconds."""
-        call = self._call = self._prepared(layer, routed)
+        call = self._call = self._prepared(layer, routed, is_finite=False)
         if call.has_work:
             self._worker.start(call.compute)
 
     def compute(self, layer: int, routed: Routed) -> torch.Tensor:
         """The same in the calling thread, which saves two changes of threads."""
-        call = self._prepared(layer, routed)
+        call = self._prepared(layer, routed, is_finite=True)
         if call.has_work:
             call.compute()
         return call.answer()
@@ -87,12 +88,19 @@ class GgmlBackend(CpuBackend):
         self._worker.join()
         return call.answer()
 
-    def _prepared(self, layer: int, routed: Routed) -> _Call:
+    def _prepared(self, layer: int, routed: Routed, *, is_finite: bool) -> _Call | _TokenCall:
         if self._call is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         known = self._layers[layer]
-        check_call(known.experts, self.max_tokens, routed)
-        return _Call(known, routed, self._graphs, self._scratch)
+        token = checked_token(known.experts, routed) if is_finite else None
+        if token is None:
+            check_call(known.experts, self.max_tokens, routed, INTEGERS, is_finite=is_finite)
+            if len(routed.ids) > 1:
+                return _Call(known, routed, self._graphs, self._scratch)
+            pairs = zip(routed.ids.tolist()[0], routed.weights.tolist()[0], strict=True)
+            mine = [pair for pair in pairs if pair[0] >= 0]
+            token = [index for index, _ in mine], [share for _, share in mine]
+        return _TokenCall(known, routed.hidden, *token, self._graphs)
 
 
 class _Layer:
@@ -101,10 +109,36 @@ class _Layer:
     def __init__(self, experts: LayerExperts) -> None:
         self.experts, self.kind = experts, ExpertKind.of(experts)
         self.addresses = tuple(matrix.data.data_ptr() for matrix in experts.matrices)
+        self.of_a_token: dict[int, TokenGraph] = {}
+        """By experts per token."""
+
+
+class _TokenCall:
+    """One token's share: all that is read and written, alive while somebody computes it."""
+
+    def __init__(
+        self, layer: _Layer, hidden: torch.Tensor, chosen: list[int], shares: list[float], graphs: ExpertGraphs
+    ) -> None:
+        num_chosen = len(chosen)
+        self._layer, self._hidden, self.has_work = layer, hidden.contiguous(), num_chosen > 0
+        self._answer = torch.empty_like(self._hidden) if self.has_work else torch.zeros_like(self._hidden)
+        if self.has_work:
+            graph = layer.of_a_token.get(num_chosen)
+            if graph is None:
+                graph = layer.of_a_token[num_chosen] = graphs.of_a_token(layer.kind, num_chosen)
+            self._graph = graph
+            graph.place(layer.addresses, self._hidden, chosen, shares, self._answer)
+
+    def compute(self) -> None:
+        self._graph.compute()
+
+    def answer(self) -> torch.Tensor:
+        """The weighted sum, float32 `[1, hidden]`, once computed."""
+        return self._answer
 
 
 class _Call:
-    """One share: all that is read and written, alive while somebody computes it, whatever becomes of the backend."""
+    """The share of several tokens, likewise, whatever becomes of the backend."""
 
     def __init__(self, layer: _Layer, routed: Routed, graphs: ExpertGraphs, scratch: Scratch) -> None:
         hidden, ids, weights = routed[:3]
@@ -112,18 +146,11 @@ class _Call:
         self._num_tokens, self._width = hidden.shape
         self._tokens: torch.Tensor | None = None
         """Of each pair, where pairs had to be picked."""
-        if self._num_tokens == 1:
-            chosen = ids[0].tolist()
-            if min(chosen) < 0:
-                places = [place for place, index in enumerate(chosen) if index >= 0]
-                chosen, weights = [chosen[place] for place in places], weights[:, places]
-            self._ids = torch.tensor([chosen], dtype=torch.int32)
-        else:
-            mine = ids >= 0
-            if not bool(mine.all()):
-                self._tokens = mine.nonzero()[:, 0]
-                hidden, ids, weights = hidden[self._tokens], ids[mine][:, None], weights[mine][:, None]
-            self._ids = ids.to(torch.int32).contiguous()
+        mine = ids >= 0
+        if not bool(mine.all()):
+            self._tokens = mine.nonzero()[:, 0]
+            hidden, ids, weights = hidden[self._tokens], ids[mine][:, None], weights[mine][:, None]
+        self._ids = ids.to(torch.int32).contiguous()
         self._hidden, self._weights = hidden.contiguous(), weights
         self.has_work = self._ids.numel() > 0
         if self.has_work:

@@ -19,12 +19,12 @@ from .prefetch.benefit import Ledger
 from .prefetch.prefetcher import Prefetcher
 from .prefetch.streaming import Streaming
 from .schedule import Scheduler, make_scheduler
-from .schedule.base import Assignment, Task, all_on_cpu
+from .schedule.base import Assignment, Task, all_on_cpu, cpu_task
 from .schedule.baselines import CpuOnlyScheduler, GpuOnlyScheduler
 from .stats import Stats
 from .strategy import Strategy
 from .types import ExpertId, LayerSpec, Orders, Plan, Routing, Transfer
-from .whole_steps import WholeSteps
+from .whole_steps import CpuSteps, WholeSteps
 
 _GUESSED = ("gate", "stream")
 _CPU_ONLY, _GPU_ONLY = CpuOnlyScheduler(), GpuOnlyScheduler()
@@ -63,7 +63,7 @@ class Coordinator:
         self.scheduler: Scheduler = strategy.make_scheduler()
         self.predictor = strategy.make_predictor(layers)
         self._usual = self.scheduler
-        self._whole = WholeSteps()
+        self._whole, self._on_cpu = WholeSteps(), CpuSteps()
         self._frequencies = frequencies or {}
         links = {spec.accelerator: Link() for spec in layers}
         self._layers: dict[int, LayerState] = {}
@@ -115,19 +115,19 @@ class Coordinator:
 
     def plan(self, routing: Routing) -> Plan:
         """Decide one layer step; pins what the plan uses until `finish`."""
-        layer, loads = routing.layer, routing.loads
+        layer, loads, is_decode = routing.layer, routing.loads, routing.is_decode
         state = self._layers[layer]
         dropped: list[Transfer] = []
         closed: tuple[int, ...] = ()
         if self._streaming.ahead is not None and (left := self._streaming.left_behind(layer)) is not None:
             dropped, closed = self._close_buffer(left), (left.spec.layer,)
         if not state.uses_gpu:
-            task = Task(state.cost, loads, [], list(loads), num_free=0)
+            task = cpu_task(state.cost, loads)
             assignment = all_on_cpu(task)
         else:
             if self._uses_link and state.prefetched and state.link.free_s > self.now_s:
                 dropped += self._abort_wrong(state, loads)
-            if state.spec.num_buffer_slots and not routing.is_decode:
+            if state.spec.num_buffer_slots and not is_decode:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
@@ -135,7 +135,7 @@ class Coordinator:
                 self._ledger.credit(state, task, assignment, self.scheduler)
             state.policy.touch(routing)
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
-        self._count(state, task, assignment, is_decode=routing.is_decode)
+        self._count(state, task, assignment, is_decode=is_decode)
         if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
         self._open = _Open(plan, routing, task)
@@ -163,6 +163,29 @@ class Coordinator:
         self.stats.gpu_busy_s += assignment.gpu_s
         self.stats.num_plans += 1
         return state.cache.slot_of
+
+    def count_on_cpu(self, layer: int, loads: Mapping[int, int], num_tokens: int, *, is_decode: bool) -> float:
+        """Advance past a step that is the CPU's whatever is routed; return its predicted seconds, as a plan's makespan.
+
+        For machines where no layer has slots, or has any more: it takes the place of `plan` and `finish`, and counts
+        what they count. `loads` and `is_decode` are as `Routing` has them.
+        """
+        state, stats, num_experts = self._layers[layer], self.stats, len(loads)
+        assert not state.uses_gpu and self._open is None, "a layer that has slots is planned, one step after the other"
+        assignment = self._on_cpu.of(state.cost, loads, num_tokens)
+        makespan_s = assignment.makespan_s + state.cost.step_overhead_s
+        step_s = makespan_s + state.cost.between_layers_s[num_tokens]
+        stats.num_plans += 1
+        stats.misses += num_experts
+        stats.experts_on_cpu += num_experts
+        stats.cpu_busy_s += assignment.cpu_s
+        stats.makespan_s += makespan_s
+        stats.elapsed_s += step_s
+        self.now_s += step_s
+        state.count([], list(loads), is_decode=is_decode)
+        if state.predicted:
+            self._count_predicted(state, loads)
+        return makespan_s
 
     def note_hits(self, layer: int, counts: Sequence[int], last: Sequence[int]) -> None:
         """Count what steps that were passed over turned out to route to: hits by expert, and the last token's."""
@@ -316,7 +339,11 @@ class Coordinator:
         stats.hits += len(task.held) - len(task.arrival_s)
         stats.pending += len(task.arrival_s)
         stats.misses += len(task.missing)
-        state.count(task, is_decode=is_decode)
+        ready, absent = task.held, task.missing
+        if task.arrival_s:  # by expert, one still on its way is a miss
+            ready = [e for e in ready if e not in task.arrival_s]
+            absent = [*absent, *task.arrival_s]
+        state.count(ready, absent, is_decode=is_decode)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)
         stats.cpu_busy_s += assignment.cpu_s
@@ -328,7 +355,12 @@ class Coordinator:
             stats.num_transfers += num_transfers
             stats.transferred_bytes += num_transfers * state.spec.expert_bytes
         if state.predicted:
-            stats.predicted += len(state.predicted)
-            stats.predicted_right += len(task.loads.keys() & state.predicted)
-            stats.predicted_routed += len(task.loads)
-            state.predicted = ()
+            self._count_predicted(state, task.loads)
+
+    def _count_predicted(self, state: LayerState, loads: Mapping[int, int]) -> None:
+        """Count how right was what had been predicted for a layer whose step has `loads`."""
+        stats = self.stats
+        stats.predicted += len(state.predicted)
+        stats.predicted_right += len(loads.keys() & state.predicted)
+        stats.predicted_routed += len(loads)
+        state.predicted = ()

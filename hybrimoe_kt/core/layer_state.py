@@ -129,12 +129,8 @@ class LayerState:
         cache = self.cache
         return cache.num_slots >= self.spec.num_experts and not cache.arrival_s and FREE not in cache.slot_of
 
-    def count(self, task: Task, *, is_decode: bool) -> None:
-        """Count a step's hits and misses by expert; one still on its way is a miss."""
-        ready, absent = task.held, task.missing
-        if task.arrival_s:
-            ready = [e for e in task.held if e not in task.arrival_s]
-            absent = [*absent, *task.arrival_s]
+    def count(self, ready: Sequence[int], absent: Sequence[int], *, is_decode: bool) -> None:
+        """Count a step's hits and misses by expert."""
         hits, misses = self.hits, self.misses
         for expert in ready:
             hits[expert] += 1

@@ -18,6 +18,14 @@ TransferKind = Literal["on_demand", "prefetch"]
 Phase = Literal["prefill", "decode"]
 
 
+def is_decode(num_tokens: int, phase: Phase | None) -> bool:
+    """Whether a step continues texts rather than reading a prompt: the one place that knows.
+
+    A host that does not say decodes one token at a time.
+    """
+    return num_tokens == 1 if phase is None else phase == "decode"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What the core must know about one MoE layer; fixed for the life of a model."""
@@ -66,11 +74,8 @@ class Routing:
 
     @property
     def is_decode(self) -> bool:
-        """Whether the step continues texts rather than reading a prompt: the one place that knows.
-
-        A host that does not say decodes one token at a time.
-        """
-        return self.num_tokens == 1 if self.phase is None else self.phase == "decode"
+        """See `is_decode`."""
+        return is_decode(self.num_tokens, self.phase)
 
 
 @dataclass(frozen=True, slots=True)

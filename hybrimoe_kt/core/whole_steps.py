@@ -1,17 +1,19 @@
-"""Steps of a layer whose every expert stands in a slot: the same for the planner whatever is routed."""
+"""Steps that decide nothing: of a layer whose every expert stands in a slot, and of one that has no slots."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .cost import CostModel
 from .layer_state import LayerState
-from .schedule.base import Assignment, Scheduler, Task
+from .schedule.base import Assignment, Scheduler, Task, all_on_cpu, cpu_task
 
 _MOST_KNOWN = 64
 """Prompts end in steps of any length."""
 
 
 class WholeSteps:
-    """What a scheduler says of such steps, remembered by layer kind and length."""
+    """What a scheduler says of layers that stand in slots as a whole, remembered by layer kind and length."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Scheduler, CostModel, int, int], Assignment] = {}
@@ -29,4 +31,23 @@ class WholeSteps:
             shared_s = state.cost.shared_s[num_tokens]
             task = Task(state.cost, loads, list(loads), [], layer=state.spec.layer, shared_s=shared_s, num_free=0)
             known = self._known[key] = scheduler.assign(task)
+        return known
+
+
+class CpuSteps:
+    """What steps are predicted to take where the CPU computes everything; remembered of single tokens."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[CostModel, int], Assignment] = {}
+
+    def of(self, cost: CostModel, loads: Mapping[int, int], num_tokens: int) -> Assignment:
+        """The assignment of a step; of one token's the seconds alone, which depend on no expert's number."""
+        if num_tokens > 1:
+            return all_on_cpu(cpu_task(cost, loads))
+        key = cost, len(loads)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            known = self._known[key] = all_on_cpu(cpu_task(cost, loads))
         return known

@@ -29,8 +29,9 @@ __all__ = ["CandidateSeconds", "CpuBackend", "GpuBackend", "KernelRow", "Routed"
 class Routed(NamedTuple):
     """What a model hands over for one layer step, on the model's device.
 
-    `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 and `weights` `[num_tokens, top_k]`; the router's
-    `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says too little.
+    `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 or int32 and `weights` `[num_tokens, top_k]`; the
+    router's `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says
+    too little. Backends are given int64 ids, but for those that take int32 as well.
     """
 
     hidden: torch.Tensor
@@ -38,6 +39,10 @@ class Routed(NamedTuple):
     weights: torch.Tensor
     logits: torch.Tensor | None = None
     phase: Phase | None = None
+
+    def with_long_ids(self) -> Routed:
+        """The same with ids as int64 where they are int32."""
+        return self._replace(ids=self.ids.long()) if self.ids.dtype is torch.int32 else self
 
     def to(self, device: torch.device) -> Routed:
         """The same on another device."""
@@ -82,6 +87,8 @@ class CpuBackend(Protocol):
     """How many of its threads keep their cores between calls."""
     for_one_token: bool = False
     """Whether it is another candidate's twin for all but single tokens, so that more need not be compared."""
+    takes_int32: bool = False
+    """Whether ids may be int32 as well as int64."""
 
     def __init__(self, num_threads: int, max_tokens: int) -> None:
         """`max_tokens` bounds one call."""
@@ -139,9 +146,10 @@ class CpuBackend(Protocol):
         """
 
     def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
-        """Do all of it in the calling thread, where nobody has anything else to do meanwhile: return the answer.
+        """Do all of it in the calling thread, where nobody has anything else to do meanwhile.
 
-        None, having done nothing, where that is no faster; then `submit` is asked.
+        Returns the answer in memory of its own; None, having done nothing, where that is no faster, and then `submit`
+        is asked. The caller has seen that the hidden states are finite, which is not looked at again.
         """
         return None
 

@@ -99,23 +99,31 @@ class Executor:
     def start(self, plan: Plan, step: Step) -> None:
         """Submit the CPU share, enqueue the accelerator's."""
         if plan.cpu:
-            if self._cpu_is_dead:
-                raise self._dead()
-            routed = self._only(step.host, plan.cpu) if plan.gpu else step.host
             if self._log is not None:
                 self._submitted = plan.layer, plan.cpu, time.perf_counter()
-            began = time.perf_counter()
-            self._answered = None if self.lanes else self.cpu.compute(plan.layer, routed)
-            if self._answered is None:
-                self.cpu.submit(plan.layer, routed)
-                began = time.perf_counter()
-            self._cpu_busy, self._cpu_began_s = True, began
+            self.start_on_cpu(plan.layer, self._only(step.host, plan.cpu) if plan.gpu else step.host)
         if plan.gpu:
             lane = self.lane_of[plan.layer]
             try:
                 lane.run(plan, step)
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
+
+    def start_on_cpu(self, layer: int, host: Routed) -> None:
+        """Submit what the CPU is to compute of a step; with nothing beside it, compute it."""
+        if self._cpu_is_dead:
+            raise self._dead()
+        began = time.perf_counter()
+        self._answered = None if self.lanes else self.cpu.compute(layer, host)
+        if self._answered is None:
+            self.cpu.submit(layer, host)
+            began = time.perf_counter()
+        self._cpu_busy, self._cpu_began_s = True, began
+
+    def finish_on_cpu(self, routed: Routed, predicted_s: float) -> torch.Tensor:
+        """Wait for a step of which the CPU was given everything; `[num_tokens, hidden]` as `routed` has it."""
+        is_own = self._answered is not None
+        return _to_model(self._wait_cpu(None, predicted_s), routed.hidden, is_own=is_own)
 
     def fill(self, transfer: Transfer) -> None:
         """Bring one expert into its slot at once; no effect where its accelerator has been removed."""
@@ -156,11 +164,12 @@ class Executor:
     def join(self, plan: Plan, step: Step) -> torch.Tensor:
         """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place."""
         self.feed_links()
+        is_own = self._answered is not None
         answer = self._wait_cpu(self.feed_links, plan.makespan_s) if plan.cpu else None
         lane = self.lane_of.get(plan.layer)
         if lane is None:
             assert answer is not None, "a plan computes at least one expert"
-            return _to_model(answer, step)
+            return _to_model(answer, step.routed.hidden, is_own=is_own)
         try:
             return lane.finish(step, answer, has_gpu=bool(plan.gpu))
         except DEVICE_ERRORS as error:
@@ -178,7 +187,7 @@ class Executor:
             self._submitted = layer, tuple(dict.fromkeys(step.host.ids.flatten().tolist())), time.perf_counter()
         self.cpu.submit(layer, step.host)
         self._cpu_busy = True
-        return _to_model(self._wait_cpu(None), step)
+        return _to_model(self._wait_cpu(None), step.routed.hidden)
 
     def settle_cpu(self) -> None:
         """Let a submitted CPU share end and forget it, after something else of the step has failed."""
@@ -240,7 +249,13 @@ class Executor:
         return not self.cpu.is_done()
 
 
-def _to_model(answer: torch.Tensor, step: Step) -> torch.Tensor:
-    """An answer of the CPU backend, pairs or sum, in memory of its own, where and as the model wants it."""
-    total = answer.sum(dim=1) if answer.dim() == 3 else answer
-    return total.to(step.routed.hidden, copy=True)
+def _to_model(answer: torch.Tensor, hidden: torch.Tensor, *, is_own: bool = False) -> torch.Tensor:
+    """An answer of the CPU backend, pairs or sum, in memory of its own, as the model has `hidden`.
+
+    `is_own`: it has such memory, and is no buffer.
+    """
+    if answer.dim() == 3:
+        answer, is_own = answer.sum(dim=1), True
+    if is_own and hidden.is_cpu and hidden.dtype is torch.float32:
+        return answer
+    return answer.to(hidden, copy=not is_own)

@@ -19,7 +19,7 @@ from .accelerator import Accelerator, Event
 from .backend import Routed
 from .waiting import Deadline
 
-__all__ = ["Guesses", "Predict", "Readback", "Step", "ask"]
+__all__ = ["Guesses", "Predict", "Readback", "Step", "ask", "on_host"]
 
 
 class Guesses(NamedTuple):
@@ -78,10 +78,25 @@ class Step:
 
     @classmethod
     def on_host(cls, routed: Routed, scores: torch.Tensor | None = None) -> Step:
-        """Read with plain copies; waits for the device as long as it takes. Makes no guesses."""
-        hidden, ids, weights = routed.hidden, routed.ids, routed.weights.float()
-        host = Routed(hidden.to("cpu", torch.float32).contiguous(), ids.cpu().contiguous(), weights.cpu().contiguous())
-        return cls(Routed(hidden, ids, weights), host, None if scores is None else scores.tolist())
+        """Read with plain copies, see `on_host`. Makes no guesses."""
+        routed = Routed(routed.hidden, routed.ids, routed.weights.float())
+        return cls(routed, on_host(routed), None if scores is None else scores.tolist())
+
+
+def on_host(routed: Routed) -> Routed:
+    """A step with float32 hidden states and weights, all in one piece on the host; what is so already is no copy.
+
+    Waits for the device as long as it takes.
+    """
+    hidden, ids, weights = routed[:3]
+    if _is_plain(hidden) and _is_plain(weights) and ids.is_cpu and ids.is_contiguous():
+        return routed
+    hidden, weights = hidden.to("cpu", torch.float32), weights.to("cpu", torch.float32)
+    return Routed(hidden.contiguous(), ids.cpu().contiguous(), weights.contiguous())
+
+
+def _is_plain(floats: torch.Tensor) -> bool:
+    return floats.is_cpu and floats.dtype is torch.float32 and floats.is_contiguous()
 
 
 class _Set:

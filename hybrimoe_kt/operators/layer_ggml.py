@@ -162,4 +162,4 @@ class GgmlLayer(nn.Module):
             else:
                 router, further = self._router[0]
                 _, weights, ids = router.forward(normed, *further)
-        return ids.long(), weights
+        return ids, weights

@@ -84,13 +84,13 @@ class Recovery:
         self._shrink(lane, failure)
         return True
 
-    def abandon(self, plan: Plan) -> None:
-        """After an error of the CPU or the host: let what was submitted end, doubt what this plan touched."""
+    def abandon(self, plan: Plan | None) -> None:
+        """After an error of the CPU or the host: let what was submitted end, doubt what this plan, if any, touched."""
         try:
             self._executor.settle_cpu()
         except KernelError:
             logger.debug("the CPU share of an abandoned step failed too", exc_info=True)
-        lane = self._executor.lane_of.get(plan.layer)
+        lane = self._executor.lane_of.get(plan.layer) if plan is not None else None
         if lane is not None:
             self._drain(lane)
             self._drop_doubtful(lane, plan)

@@ -9,7 +9,14 @@ import torch
 from hybrimoe_kt.core.types import Phase, Routing
 from hybrimoe_kt.device.readback import Guesses, Step
 
-__all__ = ["mean_probabilities", "predicted_routing", "routing_of"]
+__all__ = ["loads_of", "mean_probabilities", "predicted_routing", "routing_of"]
+
+
+def loads_of(ids: torch.Tensor) -> dict[int, int]:
+    """Expert -> tokens routed to it, in the order first met; `ids` `[num_tokens, top_k]` on the host."""
+    if len(ids) == 1:  # one token names an expert once
+        return dict.fromkeys(ids.tolist()[0], 1)
+    return dict(Counter(ids.flatten().tolist()))
 
 
 def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:

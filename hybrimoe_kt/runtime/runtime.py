@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from hybrimoe_kt.backends.call_checks import check_finite
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
@@ -23,13 +22,15 @@ from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
-from hybrimoe_kt.errors import ConfigError, KernelError
+from hybrimoe_kt.errors import ConfigError
 
 from .assembly import Assembly, build
+from .cpu_steps import CpuSteps
 from .description import configuration, describe
 from .experts import ModelExperts
 from .feedback import Feedback
 from .health import Health
+from .job import Job
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, predicted_routing, routing_of
@@ -38,24 +39,6 @@ from .seconds import Seconds
 __all__ = ["Job", "Runtime", "assemble"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Job:
-    """One layer step between `Runtime.begin` and `Runtime.finish`."""
-
-    layer: int
-    home: torch.device | None = None
-    """Where the answer goes, if that is not where it is computed."""
-    before: list[torch.Tensor] = field(default_factory=list)
-    """Answers of the chunks before the last."""
-    answer: torch.Tensor | None = None
-    """Of the last chunk, where nothing of it is left to wait for."""
-    plan: Plan | None = None
-    step: Step | None = None
-    routing: Routing | None = None
-    logits: torch.Tensor | None = None
-    read_s: float = 0.0
 
 
 class Runtime:
@@ -76,8 +59,9 @@ class Runtime:
         self.recorder: RoutingRecorder | None = None
         self._log: ActivityLog | None = None
         self._look_ahead: dict[int, Predict] = {}
-        self._begun: Plan | None = None
-        """A plan that has not been finished."""
+        self._begun: Job | None = None
+        """What has not been finished, and has no answer yet."""
+        self._on_cpu = CpuSteps(self.coordinator, self.executor, self.seconds)
         self._recovery = Recovery(self.coordinator, self.executor)
         is_timed = assembly.is_on_the_clock
         self._feedback = Feedback(self.options, self.coordinator, self.executor) if is_timed else None
@@ -218,10 +202,13 @@ class Runtime:
         is in memory of its own.
         """
         began, plan, step, answer = time.perf_counter(), job.plan, job.step, job.answer
-        if plan is not None and answer is None and plan is not self._begun:
+        if answer is None and job is not self._begun:
             raise ConfigError("this step is over: it was finished before, or another one began, which abandoned it")
         self.seconds.steps += 1
-        if plan is not None and step is not None and job.routing is not None:
+        if job.on_cpu is not None:
+            self._begun = None
+            answer = self._on_cpu.finish(job.on_cpu, job.predicted_s)
+        elif plan is not None and step is not None and job.routing is not None:
             if answer is None:
                 answer = self._join(job, plan, step)
             if self.recorder is not None:
@@ -242,7 +229,7 @@ class Runtime:
         except AcceleratorFailed as failure:
             return self._recover(failure, plan, step)
         except BaseException:
-            self._abandon(plan)
+            self._abandon(job)
             raise
         if self._feedback is not None and job.routing is not None:
             self._feedback.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
@@ -254,8 +241,14 @@ class Runtime:
 
     def _begin(self, job: Job, routed: Routed) -> None:
         """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
+        if not self.executor.lanes and self._nobody_listens:
+            self._on_cpu.begin(job, routed)
+            self._begun = job
+            return
         layer, seconds, now = job.layer, self.seconds, time.perf_counter
         began = now()
+        if routed.ids.dtype is torch.int32:
+            routed = routed.with_long_ids()
         lane = self.executor.lane_of.get(layer)
         if (
             lane is not None
@@ -269,7 +262,8 @@ class Runtime:
         step = self._read(lane, layer, routed)
         job.step, job.logits, job.read_s = step, routed.logits, now()
         job.routing = routing = routing_of(layer, step, routed.phase)
-        job.plan = self._begun = plan = self.coordinator.plan(routing)
+        job.plan = plan = self.coordinator.plan(routing)
+        self._begun = job
         planned = now()
         if self._on_plan is not None:
             self._on_plan(plan, routing)
@@ -285,7 +279,7 @@ class Runtime:
             job.answer = self._recover(failure, plan, step)
             started = now()
         except BaseException:
-            self._abandon(plan)
+            self._abandon(job)
             raise
         seconds.read += job.read_s - began
         seconds.plan += planned - job.read_s
@@ -306,9 +300,7 @@ class Runtime:
                 self._recovery.recover(AcceleratorFailed(lane, error))
         if step is None:
             step = Step.on_host(routed, scores)
-        hidden = step.host.hidden
-        if not math.isfinite(hidden.sum().item()) and not hidden.isfinite().all():
-            raise KernelError(f"hidden states entering the experts of layer {layer} are not finite (NaN or infinity)")
+        check_finite(layer, step.host.hidden)
         return step
 
     def _prefetch(self, lane: Lane | None, plan: Plan, step: Step, phase: Phase | None) -> None:
@@ -347,6 +339,11 @@ class Runtime:
                 self._recovery.recover(AcceleratorFailed(lane, error))
         return ask(predict, step.routed.hidden, step.routed.ids) if guesses is None and predict is not None else guesses
 
+    @property
+    def _nobody_listens(self) -> bool:
+        """Whether no one asks how steps are planned."""
+        return self._on_plan is None and self.recorder is None and self._log is None and self._feedback is None
+
     def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""
         if self.recorder is not None or self._log is not None:
@@ -369,10 +366,12 @@ class Runtime:
         self._recovery.recover(failure, plan)
         return self.executor.compute_on_cpu(plan.layer, step)
 
-    def _abandon(self, plan: Plan) -> None:
+    def _abandon(self, job: Job) -> None:
         """Leave nothing half done after an error that the step cannot survive."""
-        self._close(plan)
-        self._recovery.abandon(plan)
+        self._begun = None
+        if job.plan is not None:
+            self._close(job.plan)
+        self._recovery.abandon(job.plan)
 
     def _close(self, plan: Plan) -> None:
         self._begun = None

@@ -210,6 +210,29 @@ def test_one_call_is_in_flight_whoever_computes_it(kinds: Kinds) -> None:
     torch.testing.assert_close(answers(backend, layer(), *step(100)), reference(layer(), *step(100)))
 
 
+def test_int32_ids_reach_those_who_take_them(kinds: Kinds) -> None:
+    seen: list[torch.dtype] = []
+
+    class Noting(Scripted):
+        def submit(self, layer: int, routed: Routed) -> None:
+            seen.append(routed.ids.dtype)
+            super().submit(layer, routed)
+
+        def compute(self, layer: int, routed: Routed) -> torch.Tensor | None:
+            seen.append(routed.ids.dtype)
+            return None
+
+    kinds |= {"first": type("Made", (Noting,), {"name": "first", "takes_int32": True}), "second": Noting}
+    hidden, ids, weights = step(1, skipped=0)
+    routed = Routed(hidden, ids.int(), weights)
+    for name in kinds:
+        backend = auto(0)
+        backend.choose({name: {1: 1.0}})
+        assert backend.compute(0, routed) is None
+        assert torch.equal(answers(backend, layer(), *routed[:3]), reference(layer(), hidden, ids, weights))
+    assert seen == [torch.int32, torch.int32, torch.int64, torch.int64]
+
+
 def test_a_call_that_is_refused_leaves_it_usable(kinds: Kinds) -> None:
     def refuse(self: Any, layer: int, routed: Routed) -> None:
         raise KernelError("too odd")

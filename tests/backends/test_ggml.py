@@ -182,8 +182,36 @@ def test_an_answer_stays_until_the_next_step() -> None:
     assert torch.equal(answer, kept), "of this backend, even longer"
 
 
-@pytest.mark.parametrize("method", ["submit", "compute"])
-@pytest.mark.parametrize("case", BAD_CALLS)
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_int32_ids_give_the_same_bits(tokens: int) -> None:
+    experts = layer(Type.Q4_K)
+    backend = backend_with(experts)
+    for skipped in (0.0, 0.5):
+        hidden, ids, weights = step(tokens, skipped)
+        wanted = answers(backend, experts, hidden, ids, weights)
+        assert torch.equal(answers(backend, experts, hidden, ids.int(), weights), wanted)
+        assert torch.equal(backend.compute(0, Routed(hidden, ids.int(), weights)), wanted)
+
+
+def test_a_token_is_read_where_it_stands_and_answered_in_memory_of_its_own() -> None:
+    """Hidden states are a row of a buffer that is written again; ids and weights are numbers by then."""
+    experts, rows, answered = layer(Type.Q5_K), torch.empty(3, HIDDEN), []
+    backend = backend_with(experts)
+    for seed in range(4):
+        hidden, ids, weights = step(1, skipped=0, seed=seed)
+        rows[1:2] = hidden
+        found = backend.compute(0, Routed(rows[1:2], ids, weights))
+        answered.append((found, answers(backend, experts, hidden, ids, weights)))
+    assert all(torch.equal(found, wanted) for found, wanted in answered)
+
+
+UNSEEN = ("NaN", "infinity")
+"""What `compute` leaves to its caller."""
+
+
+@pytest.mark.parametrize(
+    ("case", "method"), [(case, how) for case in BAD_CALLS for how in ("submit", "compute")[: 1 + (case not in UNSEEN)]]
+)
 def test_input_that_the_kernel_gets_wrong_is_refused(case: str, method: str) -> None:
     inputs, message = BAD_CALLS[case]
     experts = layer()
@@ -192,6 +220,35 @@ def test_input_that_the_kernel_gets_wrong_is_refused(case: str, method: str) -> 
         getattr(backend, method)(0, Routed(*inputs))
     good = step(2, skipped=0)
     assert_close(answers(backend, experts, *good), reference(experts, *good), 0.035)
+
+
+BAD_TOKENS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "NaN weight": ({"weights": torch.tensor([[0.5, float("nan"), 0.1]])}, "not finite"),
+    "infinite weights": ({"weights": torch.tensor([[float("inf"), float("-inf"), 0.1]])}, "not finite"),
+    "int16 ids": ({"ids": torch.tensor([[0, 1, 2]]).short()}, "ids are torch.int16"),
+    "bf16 weights": ({"weights": torch.ones(1, 3).bfloat16()}, "weights torch.bfloat16"),
+    "bf16 hidden": ({"hidden": torch.zeros(1, HIDDEN).bfloat16()}, "wanted float32"),
+    "wrong width": ({"hidden": torch.zeros(1, HIDDEN + 256)}, "wanted float32"),
+    "one dimension": ({"ids": torch.tensor([0, 1, 2]), "weights": torch.ones(3)}, "routing is"),
+    "top_k too large": ({"ids": torch.arange(8)[None], "weights": torch.ones(1, 8)}, "at most 3"),
+    "none": ({"ids": torch.empty(1, 0).long(), "weights": torch.empty(1, 0)}, "at most 3"),
+    "expert out of range": ({"ids": torch.tensor([[0, 8, 1]])}, "expert 8 routed in layer 0"),
+    "int32 out of range": ({"ids": torch.tensor([[0, 2**31 - 1, 1]]).int()}, "expert 2147483647 routed in layer 0"),
+    "negative id": ({"ids": torch.tensor([[0, -2, 1]])}, "expert -2 routed in layer 0"),
+    "duplicate": ({"ids": torch.tensor([[4, 5, 4]])}, "names the same expert twice"),
+    "two tokens' ids": ({"ids": torch.tensor([[0, 1, 2], [0, 1, 2]]), "weights": torch.ones(2, 3)}, "routing is"),
+}
+
+
+@pytest.mark.parametrize("method", ["submit", "compute"])
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_a_token_that_the_kernel_gets_wrong_is_refused(case: str, method: str) -> None:
+    changes, message = BAD_TOKENS[case]
+    experts = layer()
+    backend, good = backend_with(experts), Routed(*step(1, skipped=0))
+    with pytest.raises(KernelError, match=message):
+        getattr(backend, method)(0, good._replace(**changes))
+    assert_close(backend.compute(0, good), reference(experts, *good[:3]), 0.035)
 
 
 @pytest.mark.parametrize("method", ["submit", "compute"])
@@ -226,8 +283,9 @@ def _with_up(experts: LayerExperts, up: ExpertMatrix) -> LayerExperts:
     return LayerExperts(0, EXPERTS, TOP_K, HIDDEN, 256, experts.gate, up, experts.down)
 
 
-def test_what_fails_beside_comes_out_of_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, inputs = layer(), step(3)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_fails_beside_comes_out_of_wait(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    experts, inputs = layer(), step(tokens)
     backend = backend_with(experts)
     with monkeypatch.context() as broken:
         broken.setattr(ggml.library(), "ggml_graph_compute", lambda graph, plan: 1)

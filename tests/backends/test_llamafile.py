@@ -91,6 +91,14 @@ def test_input_that_the_kernel_gets_wrong_is_refused(case: str) -> None:
     assert backend.wait().abs().max() > 0, "a refused call must leave the backend usable"
 
 
+def test_int32_ids_are_not_for_this_kernel() -> None:
+    backend = LlamafileBackend(1, MAX_TOKENS)
+    backend.add_layer(layer())
+    assert not backend.takes_int32
+    with pytest.raises(KernelError, match="wanted int64 and float32"):
+        backend.submit(0, Routed(HIDDEN_2, IDS_2.int(), WEIGHTS_2))
+
+
 def test_a_second_call_in_flight_is_refused() -> None:
     backend = LlamafileBackend(1, MAX_TOKENS)
     backend.add_layer(layer())

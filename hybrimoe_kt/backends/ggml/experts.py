@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from hybrimoe_kt.device.experts import LayerExperts
 from .library import F32, I32, Context, data_of
 from .pool import Graph, Pool
 
-__all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind"]
+__all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind", "Scratch", "TokenGraph"]
 
 _MOST_GRAPHS = 64
 """Kept, the latest used; one takes 30 us to make."""
@@ -49,12 +50,11 @@ class Scratch:
         return self._memory[:num_values]
 
 
-class ExpertGraph:
-    """Experts of one kind for `tokens` tokens of `per_token` experts each."""
+class _Nodes:
+    """The tensors of a graph from hidden states to what each expert makes of them; fields say where values are."""
 
-    def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
-        library, pairs = on.library, per_token * tokens
-        context = Context(library, 9)
+    def __init__(self, context: Context, kind: ExpertKind, per_token: int, tokens: int) -> None:
+        library = context.library
         shapes = (kind.hidden, kind.inter), (kind.hidden, kind.inter), (kind.inter, kind.hidden)
         weights = [
             context.tensor(ggml_type, *shape, kind.num_experts)
@@ -64,12 +64,30 @@ class ExpertGraph:
         product = library.ggml_mul_mat_id
         gate, up = (product(context.pointer, weight, hidden, ids) for weight in weights[:2])
         joined = _ACTIVATIONS[kind.activation](context, gate, up)
-        out = product(context.pointer, weights[2], joined, ids)
-        self._weights = [data_of(weight) for weight in weights]
-        self._hidden, self._ids = data_of(hidden), data_of(ids)
-        self._between = [data_of(gate), data_of(up), data_of(joined), data_of(out)]
-        self._inner, self._shape = pairs * kind.inter, (tokens, per_token, kind.hidden)
-        self._graph = Graph(on, context, out, is_short=tokens == 1)
+        self.out: int = product(context.pointer, weights[2], joined, ids)
+        self.weights = [data_of(weight) for weight in weights]
+        self.hidden, self.ids = data_of(hidden), data_of(ids)
+        self._between = [data_of(gate), data_of(up), data_of(joined), data_of(self.out)]
+        self._inner, self._shape = per_token * tokens * kind.inter, (tokens, per_token, kind.hidden)
+
+    def place_between(self, scratch: Scratch) -> torch.Tensor:
+        """Say where what lies between is, and where answers will be, `[tokens, per_token, hidden]`."""
+        tokens, per_token, width = self._shape
+        memory = scratch.take(2 * self._inner + tokens * per_token * width)
+        address = memory.data_ptr()
+        gate, up, joined, out = self._between
+        gate.value = joined.value = address  # element by element, so in place
+        up.value, out.value = address + 4 * self._inner, address + 8 * self._inner
+        return memory[2 * self._inner :].view(self._shape)
+
+
+class ExpertGraph:
+    """Experts of one kind for `tokens` tokens of `per_token` experts each; answers are unweighted."""
+
+    def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
+        context = Context(on.library, 9)
+        self._nodes = _Nodes(context, kind, per_token, tokens)
+        self._graph = Graph(on, context, self._nodes.out, is_short=tokens == 1)
 
     def place(
         self, weights: tuple[int, ...], hidden: torch.Tensor, ids: torch.Tensor, scratch: Scratch
@@ -79,16 +97,44 @@ class ExpertGraph:
         `weights` are the addresses of gate, up and down, `hidden` float32 `[tokens, hidden]`, `ids` int32
         `[tokens, per_token]`, all contiguous and alive until `compute` has ended.
         """
-        tokens, per_token, width = self._shape
-        memory = scratch.take(2 * self._inner + tokens * per_token * width)
-        address = memory.data_ptr()
-        for field, weight in zip(self._weights, weights, strict=True):
+        nodes = self._nodes
+        for field, weight in zip(nodes.weights, weights, strict=True):
             field.value = weight
-        self._hidden.value, self._ids.value = hidden.data_ptr(), ids.data_ptr()
-        gate, up, joined, out = self._between
-        gate.value = joined.value = address  # element by element, so in place
-        up.value, out.value = address + 4 * self._inner, address + 8 * self._inner
-        return memory[2 * self._inner :].view(self._shape)
+        nodes.hidden.value, nodes.ids.value = hidden.data_ptr(), ids.data_ptr()
+        return nodes.place_between(scratch)
+
+    def compute(self) -> None:
+        self._graph.compute()
+
+
+class TokenGraph:
+    """Experts of one kind for one token, and the weighted sum of their answers.
+
+    What it is given in numbers, and what lies between, stays where it is from call to call.
+    """
+
+    def __init__(self, on: Pool, kind: ExpertKind, per_token: int) -> None:
+        context = Context(on.library, 11)
+        nodes = self._nodes = _Nodes(context, kind, per_token, 1)
+        shares = context.tensor(F32, 1, per_token)
+        out = on.library.ggml_out_prod(context.pointer, nodes.out, shares)
+        self._chosen, self._shares = (ctypes.c_int32 * per_token)(), (ctypes.c_float * per_token)()
+        nodes.ids.value, data_of(shares).value = ctypes.addressof(self._chosen), ctypes.addressof(self._shares)
+        self._between, self._out = nodes.place_between(Scratch()), data_of(out)
+        self._graph = Graph(on, context, out, is_short=True)
+
+    def place(
+        self, weights: tuple[int, ...], hidden: torch.Tensor, chosen: list[int], shares: list[float], out: torch.Tensor
+    ) -> None:
+        """Say what one call computes: the experts `chosen` with their `shares`, into `out` float32 `[1, hidden]`.
+
+        `weights` and `hidden` as of `ExpertGraph`.
+        """
+        nodes = self._nodes
+        gate, up, down = nodes.weights
+        gate.value, up.value, down.value = weights
+        nodes.hidden.value, self._out.value = hidden.data_ptr(), out.data_ptr()
+        self._chosen[:], self._shares[:] = chosen, shares  # type: ignore[assignment]  # typeshed: not of numbers alone
 
     def compute(self) -> None:
         self._graph.compute()
@@ -100,6 +146,15 @@ class ExpertGraphs:
     def __init__(self, on: Pool) -> None:
         self._pool = on
         self._made: OrderedDict[tuple[ExpertKind, int, int], ExpertGraph] = OrderedDict()
+        self._of_a_token: dict[tuple[ExpertKind, int], TokenGraph] = {}
+
+    def of_a_token(self, kind: ExpertKind, per_token: int) -> TokenGraph:
+        """The graph of single tokens; there are few, and all are kept."""
+        key = kind, per_token
+        found = self._of_a_token.get(key)
+        if found is None:
+            found = self._of_a_token[key] = TokenGraph(self._pool, kind, per_token)
+        return found
 
     def of(self, kind: ExpertKind, per_token: int, tokens: int) -> ExpertGraph:
         key = kind, per_token, tokens

@@ -84,6 +84,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_nbytes": (c_size_t, (_Tensor,)),
     "ggml_mul_mat": (_Tensor, _TWO),
     "ggml_mul_mat_id": (_Tensor, _THREE),
+    "ggml_out_prod": (_Tensor, _TWO),
     "ggml_swiglu_split": (_Tensor, _TWO),
     "ggml_mul": (_Tensor, _TWO),
     "ggml_add": (_Tensor, _TWO),

@@ -82,6 +82,11 @@ def gpu_order(task: Task, held: Sequence[int]) -> list[int]:
     return ready + sorted((e for e in held if e in arrival_s), key=lambda e: (arrival_s[e], e))
 
 
+def cpu_task(cost: CostModel, loads: Mapping[int, int]) -> Task:
+    """Describe a step of a layer that has no slots."""
+    return Task(cost, loads, [], list(loads), num_free=0)
+
+
 def all_on_cpu(task: Task) -> Assignment:
     """Return the assignment that leaves GPU and link alone."""
     cpu = [*task.missing, *task.held]
