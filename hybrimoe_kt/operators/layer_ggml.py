@@ -14,6 +14,7 @@ from hybrimoe_kt.backends.ggml.choice import choose
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
 from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
 from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
+from hybrimoe_kt.backends.ggml.pool import FEW_TOKENS
 from hybrimoe_kt.errors import ConfigError
 
 from .experts import HybriMoEExperts
@@ -22,8 +23,6 @@ from .stored_layer import KeyLayout, StoredLayer
 __all__ = ["GgmlLayer"]
 
 _LAYER = re.compile(r"\.layers\.(\d+)$")
-_MOST_TOKENS = 32
-"""Of a step that is computed by graphs; more are Transformers' own modules'."""
 
 
 class GgmlLayer(nn.Module):
@@ -42,7 +41,7 @@ class GgmlLayer(nn.Module):
         prefill_device: str | None = None,
         generate_device: str = "cpu",
         kv_cache_type: str = "f16",
-        most_tokens: int = _MOST_TOKENS,
+        most_tokens: int = FEW_TOKENS,
     ) -> None:
         """`kv_cache_type` of keys and values: f16, f32 or q8_0; graphs compute steps of up to `most_tokens` tokens.
 
@@ -68,7 +67,7 @@ class GgmlLayer(nn.Module):
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kv_cache_type(kwargs.get("kv_cache_type", "f16"))
-        most = kwargs.get("most_tokens", _MOST_TOKENS)
+        most = kwargs.get("most_tokens", FEW_TOKENS)
         if not isinstance(most, int) or isinstance(most, bool) or most < 0:
             raise ConfigError(f"most_tokens is {most!r}, valid: 0 or more")
 

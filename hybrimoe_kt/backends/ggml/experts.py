@@ -11,7 +11,7 @@ import torch
 from hybrimoe_kt.device.experts import LayerExperts
 
 from .library import F32, I32, Context, data_of
-from .pool import Graph, Pool
+from .pool import FEW_TOKENS, Graph, Pool
 
 __all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind", "Scratch", "TokenGraph"]
 
@@ -87,7 +87,7 @@ class ExpertGraph:
     def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
         context = Context(on.library, 9)
         self._nodes = _Nodes(context, kind, per_token, tokens)
-        self._graph = Graph(on, context, self._nodes.out, is_short=tokens == 1)
+        self._graph = Graph(on, context, self._nodes.out, is_short=tokens <= FEW_TOKENS)
 
     def place(
         self, weights: tuple[int, ...], hidden: torch.Tensor, ids: torch.Tensor, scratch: Scratch

@@ -15,7 +15,7 @@ from .choice import chosen_in
 from .key_values import KeyValues
 from .library import F16, I32, Library
 from .parts import GroupedQuery, HeadParts, Latent, LayerParts, Matrix, Norm, Rotary, SharedExpert, Swiglu
-from .pool import Pool
+from .pool import FEW_TOKENS, Pool
 
 __all__ = ["DenseAnswer", "HeadGraph", "LayerGraph", "StepMemory", "num_seen"]
 
@@ -96,7 +96,7 @@ class LayerGraph:
         made = _LayerBuilder(pool.library, parts, memory, held, seen)
         self._keys, self._values = made.keys, made.values
         self._outputs = made.outputs
-        self._graph = made.builder.graph(pool, *made.results, is_short=memory.tokens == 1)
+        self._graph = made.builder.graph(pool, *made.results, is_short=memory.tokens <= FEW_TOKENS)
         self._answer: DenseAnswer | None = None
         self._address = 0
 

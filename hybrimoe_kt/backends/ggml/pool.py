@@ -13,12 +13,15 @@ from hybrimoe_kt.errors import KernelError
 
 from .library import Context, Library, Plan, library
 
-__all__ = ["Graph", "Pool", "pool"]
+__all__ = ["FEW_TOKENS", "Graph", "Pool", "pool"]
+
+FEW_TOKENS = 32
+"""Up to which a step is one graph after another, and threads poll in between."""
 
 _POLL = 1
 """Rounds of polling before an idle thread sleeps, in ggml's unit of 131,072: some milliseconds.
 
-Between the many short graphs of a single token that gave 5 to 14 % more tokens a second on two cores of an EPYC. In a
+Between the many short graphs of few tokens that gave 5 to 14 % more tokens a second on two cores of an EPYC. In a
 prompt, where torch's threads work between graphs, it took 10 to 25 %: there threads sleep at once.
 """
 _SPARE_BYTES = 64
@@ -46,14 +49,14 @@ class Pool:
                 self._address = self._scratch.data_ptr()
         return plan
 
-    def compute(self, graph: int, plan: Plan, reference: object, *, is_short: bool) -> None:
+    def compute(self, graph: int, plan: Plan, reference: object, *, is_short: bool, is_tiny: bool = False) -> None:
         """Compute a graph without the interpreter's lock, by the threads that find a core; `reference` is `plan`'s.
 
-        Of short ones the next is expected soon.
+        Of short ones the next is expected soon; tiny ones are done before another thread would have begun.
         """
         with self._turn:
             plan.work_data = self._address
-            plan.n_threads = num_threads = self._free.of(self.num_threads)
+            plan.n_threads = num_threads = 1 if is_tiny else self._free.of(self.num_threads)
             plan.threadpool = self._threads[is_short] if num_threads > 1 else self._alone
             status = self.library.ggml_graph_compute(graph, reference)
         if status != 0:
@@ -71,15 +74,17 @@ def _threads(of: Library, number: int, poll: int) -> int:
 class Graph:
     """A graph of a few tensors, planned once; where its tensors' values are may change from call to call."""
 
-    def __init__(self, on: Pool, context: Context, *results: int, is_short: bool = False) -> None:
-        """`is_short`: it serves a single token."""
+    def __init__(
+        self, on: Pool, context: Context, *results: int, is_short: bool = False, is_tiny: bool = False
+    ) -> None:
+        """`is_short`: it serves few tokens; `is_tiny`: it takes microseconds."""
         self._pool, self._context = on, context  # the context goes when nobody computes with it any more
         self._graph = context.graph(*results)
         self._plan = on.plan(self._graph)
-        self._reference, self._is_short = ctypes.byref(self._plan), is_short
+        self._reference, self._is_short, self._is_tiny = ctypes.byref(self._plan), is_short, is_tiny
 
     def compute(self) -> None:
-        self._pool.compute(self._graph, self._plan, self._reference, is_short=self._is_short)
+        self._pool.compute(self._graph, self._plan, self._reference, is_short=self._is_short, is_tiny=self._is_tiny)
 
 
 _made: dict[int, Pool] = {}

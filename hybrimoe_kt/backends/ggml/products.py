@@ -10,12 +10,14 @@ import torch
 from hybrimoe_kt.quants import row_bytes
 
 from .library import F32, Context, data_of, library
-from .pool import Graph, Pool, pool
+from .pool import FEW_TOKENS, Graph, Pool, pool
 
 __all__ = ["dequantize_into", "multiply", "multiply_heads", "quantize"]
 
 _MOST_GRAPHS = 1024
 """Kept of a kind, the latest used: a model has some ten shapes, a prompt may have any length. 4 KB each."""
+_TINY_VALUES = 2**16
+"""Dequantised by one thread: some 20 us. To wake another took 400 us on a virtual machine."""
 
 
 class _Product:
@@ -32,7 +34,7 @@ class _Product:
         given = context.tensor(F32, columns, tokens, heads)
         out = library.ggml_mul_mat(context.pointer, weight, given)
         self._weight, self._given, self._out = data_of(weight), data_of(given), data_of(out)
-        self._graph, self._turn = Graph(on, context, out, is_short=tokens == 1), threading.Lock()
+        self._graph, self._turn = Graph(on, context, out, is_short=tokens <= FEW_TOKENS), threading.Lock()
 
     def compute(self, weight: int, given: int, out: int) -> None:
         """Compute with what stands at these addresses; threads with products of one shape take turns."""
@@ -49,7 +51,8 @@ class _Dequantisation:
         weight = context.tensor(ggml_type, columns, rows)
         out = on.library.ggml_cast(context.pointer, weight, F32)
         self._weight, self._out = data_of(weight), data_of(out)
-        self._graph, self._turn = Graph(on, context, out), threading.Lock()
+        is_tiny = rows * columns <= _TINY_VALUES
+        self._graph, self._turn = Graph(on, context, out, is_tiny=is_tiny), threading.Lock()
 
     def compute(self, weight: int, out: int) -> None:
         """As of `_Product`."""
