@@ -53,8 +53,9 @@ class Gate:
     @property
     def bias(self) -> torch.Tensor | None:
         """What is added to its scores before the choice, `[num_experts]`, where it has such a thing."""
-        own = getattr(self.module, "e_score_correction_bias", None)
-        given = [value for value in (own, *self.inputs) if isinstance(value, torch.Tensor)]
+        owners = self.module, getattr(self.module, "moe_statics", None)  # ERNIE's
+        own = [getattr(owner, "e_score_correction_bias", None) for owner in owners]
+        given = [value for value in (*own, *self.inputs) if isinstance(value, torch.Tensor)]
         return given[0].detach().float().flatten() if given else None
 
 

@@ -1,0 +1,102 @@
+"""Which layers are read as parts of graphs, and which are refused with which reason."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hybrimoe_kt.backends.ggml import library as ggml
+from hybrimoe_kt.cli.main import main
+from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.host.hf.layer_parts import NotDescribed, head_parts, layer_parts
+from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from hybrimoe_kt.operators.layer_ggml import GgmlLayer
+from tests.support.generated_model import GeneratedModel, Shape
+
+from .test_equality import SHAPES
+
+pytestmark = pytest.mark.skipif(ggml.unusable() is not None, reason="ggml's library is not installed")
+Make = Callable[[Shape], GeneratedModel]
+
+
+def load(model: GeneratedModel, **given: Any) -> LoadedModel:
+    return load_model(model.path, option_overrides={"accelerator": "none"}, progress=False, **given)
+
+
+@pytest.fixture
+def loaded(generated: Make) -> LoadedModel:
+    return load(generated(Shape()))
+
+
+def refusal(loaded: LoadedModel) -> str:
+    """Why the first layer is refused."""
+    model: Any = loaded.model
+    with pytest.raises(NotDescribed) as refused:
+        layer_parts(model.model.layers[0].stock, model.config, model.model.rotary_emb, loaded.architecture)
+    return str(refused.value)
+
+
+def test_what_no_graph_does_is_refused_with_its_reason(loaded: LoadedModel) -> None:
+    model: Any = loaded.model
+    layer = model.model.layers[0].stock
+    model.config.hidden_act = "gelu"
+    assert refusal(loaded) == "its activation is gelu"
+    model.config.hidden_act = "silu"
+    model.config.clip_qkv = 3.0
+    assert "clips" in refusal(loaded)
+    del model.config.clip_qkv
+    layer.input_layernorm.bias = nn.Parameter(torch.zeros(256))
+    assert "biases" in refusal(loaded)
+    layer.input_layernorm.bias = None
+    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.bfloat16()
+    assert "bfloat16" in refusal(loaded)
+    layer.__class__ = type("SomeDecoderLayer", (layer.__class__,), {})
+    assert refusal(loaded) == "SomeDecoderLayer is not known here"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_router_is_found_out(generated: Make, name: str) -> None:
+    """Only where groups come first is a choice not the graph's; it is known all the same."""
+    loaded = load(generated(SHAPES[name]))
+    layers = [layer for layer in loaded.model.model.layers if isinstance(layer, GgmlLayer) and layer.dense is not None]
+    assert layers
+    for layer in layers:
+        parts = layer.dense.parts
+        assert (parts.choice is None) == (parts.router is None), name
+    last = layers[-1].dense.parts
+    assert last.choice.top_k == loaded.model.config.num_experts_per_tok
+    assert (last.choice.num_groups > 1) == (name == "deepseek3")
+
+
+def test_layers_that_stay_as_they_are_are_named(generated: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hybrimoe_kt.host.hf.dense_layers"):
+        found = load(generated(Shape()), dtype=torch.bfloat16)
+    assert found.dense is None
+    assert any("layers 0 to 1 are computed by Transformers' own modules" in line for line in caplog.messages)
+
+
+def test_the_head_of_granite_divides_its_logits(generated: Make) -> None:
+    loaded = load(generated(SHAPES["granitemoe"]))
+    assert head_parts(loaded.model, loaded.architecture).logit_factor == 1 / loaded.model.config.logits_scaling
+    assert loaded.dense is not None
+    assert loaded.dense.embedding_factor == loaded.model.config.embedding_multiplier
+
+
+def test_options_of_the_operator(tmp_path: Path, generated: Make) -> None:
+    for kwargs in ({"kv_cache_type": "f61"}, {"most_tokens": -1}, {"most_tokens": True}):
+        with pytest.raises(ConfigError, match="valid|did you mean"):
+            GgmlLayer.check_kwargs(kwargs)
+    with pytest.raises(ConfigError, match="decoder layer"):
+        GgmlLayer("model.norm", None, None, nn.Module())
+
+
+def test_a_wrong_type_is_refused_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--kv_cache_type", "f61", "--prompt", "Hello"])
+    assert "f16" in capsys.readouterr().err
