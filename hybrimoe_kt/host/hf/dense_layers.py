@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
