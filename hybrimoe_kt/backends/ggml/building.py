@@ -254,7 +254,8 @@ class Builder:
         """The gated delta rule for values of `sizes` `[width, heads, tokens]`, whose answers have the same.
 
         Value head `h` asks key head `h % num_key_heads`. `state` `[width, width, heads]`, keys innermost, is read and
-        written in place; answers are in front of it, so that there has to be room for them.
+        written in place, as ggml begins each head by copying its matrix to the result (0.15 to 0.21 do); answers are in
+        front of it, so that there has to be room for them.
         """
         width, heads, tokens = sizes
         before = self.input(state, width, width, heads)
