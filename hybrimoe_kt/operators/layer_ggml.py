@@ -15,10 +15,12 @@ from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
 from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
 from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
 from hybrimoe_kt.backends.ggml.pool import FEW_TOKENS
+from hybrimoe_kt.backends.ggml.recurrent_state import RecurrentState
 from hybrimoe_kt.errors import ConfigError
 
 from .experts import HybriMoEExperts
 from .stored_layer import KeyLayout, StoredLayer
+from .stored_state import StateLayout, StoredState
 
 __all__ = ["GgmlLayer"]
 
@@ -29,7 +31,7 @@ class GgmlLayer(nn.Module):
     """In place of a decoder layer, on a CPU: adopts its modules and their names.
 
     The host tells it what it is made of, by `attach`; until then, for longer steps and where that is not known, it is
-    what it replaces. Keys and values are the graphs' own in either case, see `cache_layer`.
+    what it replaces. What is kept of a conversation is the graphs' own in either case, see `cache_layer`.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class GgmlLayer(nn.Module):
             self.register_module(name, child)
         object.__setattr__(self, "_stock", orig_module)
         self._dense: DenseLayer | None = None
-        self._layout: KeyLayout | None = None
+        self._layout: KeyLayout | StateLayout | None = None
         self._experts: list[HybriMoEExperts] = []
         self._router: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
@@ -98,7 +100,7 @@ class GgmlLayer(nn.Module):
     def attach(
         self,
         dense: DenseLayer,
-        layout: KeyLayout,
+        layout: KeyLayout | StateLayout,
         experts: HybriMoEExperts | None,
         router: tuple[nn.Module, tuple[Any, ...]] | None,
     ) -> None:
@@ -106,11 +108,16 @@ class GgmlLayer(nn.Module):
         self._dense, self._layout = dense, layout
         self._experts, self._router = [experts] if experts else [], [router] if router else []
 
-    def cache_layer(self) -> StoredLayer | None:
-        """What Transformers' caches hold for this layer; None where keys and values are Transformers' own."""
+    def cache_layer(self) -> StoredLayer | StoredState | None:
+        """What Transformers' caches hold for this layer; None where that is Transformers' own."""
         if self._dense is None or self._layout is None:
             return None
-        return StoredLayer(self._dense.new_key_values(self.kv_cache_type), self._layout)
+        held = self._dense.new_held(self.kv_cache_type)
+        if isinstance(held, RecurrentState):
+            assert isinstance(self._layout, StateLayout), "of linear attention"
+            return StoredState(held, self._layout)
+        assert isinstance(self._layout, KeyLayout), "of any other"
+        return StoredLayer(held, self._layout)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[batch, tokens, hidden]` -> the same; further arguments as the replaced layer's."""
@@ -125,19 +132,19 @@ class GgmlLayer(nn.Module):
         self.advance(stored, step)
         return step.hidden[None].clone()
 
-    def _stored(self, kwargs: Mapping[str, Any]) -> StoredLayer | None:
+    def _stored(self, kwargs: Mapping[str, Any]) -> StoredLayer | StoredState | None:
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
         layers = getattr(cache, "layers", ())
         found = layers[self.layer] if self.layer < len(layers) else None
-        return found if isinstance(found, StoredLayer) and self._dense is not None else None
+        return found if isinstance(found, StoredLayer | StoredState) and self._dense is not None else None
 
     def begin(self, step: StepMemory, position: int) -> torch.Tensor:
         """Say for all layers where a step begins; return where its hidden states are written, `[tokens, hidden]`."""
         assert self._dense is not None, "asked of layers that have one"
         return self._dense.begin(step, position)
 
-    def advance(self, stored: StoredLayer, step: StepMemory) -> None:
-        """Put this layer's answer for `step.hidden` in its place, and hold its keys and values."""
+    def advance(self, stored: StoredLayer | StoredState, step: StepMemory) -> None:
+        """Put this layer's answer for `step.hidden` in its place, and hold what later tokens want of it."""
         assert self._dense is not None, "asked of layers that have one"
         answer = self._dense.compute(stored.held, step)
         if answer.normed is None:

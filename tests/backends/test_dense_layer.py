@@ -223,7 +223,7 @@ def test_a_layer_is_what_it_is_in_torch(case: Case, type_name: str) -> None:
     dense = DenseLayer(layer.parts(), DenseMemory(HIDDEN))
     sizes = (5, 1, 1, 7, 1, 32, 32, 32, 1, 30, 1, 1)  # past the first bucket of positions
     hidden = torch.randn(sum(sizes), HIDDEN)
-    found = steps(dense, dense.new_key_values(type_name), hidden, sizes)
+    found = steps(dense, dense.new_held(type_name), hidden, sizes)
     assert_alike(found, layer(hidden), WITHIN[type_name])
 
 
@@ -233,7 +233,7 @@ def test_blocks_of_8_bits_are_read_by_flash_attention(case: Case) -> None:
     dense = DenseLayer(layer.parts(), DenseMemory(HIDDEN))
     sizes = (7, 1, 1, 32, 1)
     hidden = torch.randn(sum(sizes), HIDDEN)
-    assert_alike(steps(dense, dense.new_key_values("q8_0"), hidden, sizes), layer(hidden), WITHIN["q8_0"])
+    assert_alike(steps(dense, dense.new_held("q8_0"), hidden, sizes), layer(hidden), WITHIN["q8_0"])
 
 
 @hypothesis.given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 3), st.data())
@@ -241,7 +241,7 @@ def test_blocks_of_8_bits_are_read_by_flash_attention(case: Case) -> None:
 def test_how_a_conversation_is_cut_and_cropped_changes_nothing(sizes: list[int], seed: int, data: Any) -> None:
     layer = Layer(Case(window=11), seed)
     dense = DenseLayer(layer.parts(), DenseMemory(HIDDEN))
-    held = dense.new_key_values("f32")
+    held = dense.new_held("f32")
     hidden = torch.randn(sum(sizes), HIDDEN, generator=torch.Generator().manual_seed(seed))
     steps(dense, held, torch.randn(sum(sizes), HIDDEN), sizes)  # another conversation, forgotten but for its memory
     kept = data.draw(st.integers(0, sum(sizes) - 1))
@@ -261,7 +261,7 @@ def test_the_number_of_threads_changes_no_bit(type_name: str, monkeypatch: pytes
         dense = DenseLayer(layer.parts(), DenseMemory(HIDDEN))
         with monkeypatch.context() as patch:
             patch.setattr(pools.pool()._free, "of", lambda number, threads=threads: min(number, threads))
-            found.append(steps(dense, dense.new_key_values(type_name), hidden, sizes))
+            found.append(steps(dense, dense.new_held(type_name), hidden, sizes))
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
 
@@ -269,7 +269,7 @@ def test_the_number_of_threads_changes_no_bit(type_name: str, monkeypatch: pytes
 def test_ids_are_valid_whatever_the_hidden_states_are() -> None:
     dense = DenseLayer(Layer(Case()).parts(), DenseMemory(HIDDEN))
     for odd in (math.nan, math.inf, -math.inf):
-        held, step = dense.new_key_values("f16"), dense.memory.step(2)
+        held, step = dense.new_held("f16"), dense.memory.step(2)
         hidden = dense.begin(step, 0)
         hidden.normal_()
         hidden[1, 3] = odd

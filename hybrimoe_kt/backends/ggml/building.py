@@ -86,6 +86,10 @@ class Builder:
         self._num_bytes += -(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES
         return self._put(tensor, self.workspace, place)
 
+    def at(self, tensor: int, region: Region, offset: int) -> int:
+        """Say that `tensor` is `offset` bytes within `region`, or that many before it."""
+        return self._put(tensor, region, offset)
+
     def over(self, tensor: int, other: int) -> int:
         """Write a result where `other` is, which nobody reads any more: element by element only."""
         return self._put(tensor, *self._places[other])
@@ -180,6 +184,12 @@ class Builder:
     def tanh(self, values: int) -> int:
         return self.over(self.library.ggml_tanh(self._pointer, values), values)
 
+    def silu(self, values: int) -> int:
+        return self.over(self.library.ggml_silu(self._pointer, values), values)
+
+    def softplus(self, values: int) -> int:
+        return self.over(self.library.ggml_softplus(self._pointer, values), values)
+
     def softmax(
         self,
         values: int,
@@ -211,6 +221,11 @@ class Builder:
         """The rows at these places."""
         return self.new(self.library.ggml_get_rows(self._pointer, rows, places))
 
+    def repeated(self, values: int, *sizes: int) -> int:
+        """Values again and again, until they are so many in each axis."""
+        four = (*sizes, 1, 1, 1)[:4]
+        return self.new(self.library.ggml_repeat_4d(self._pointer, values, *four))
+
     def joined(self, first: int, second: int) -> int:
         """One behind the other along the innermost axis."""
         return self.new(self.library.ggml_concat(self._pointer, first, second, 0))
@@ -233,6 +248,21 @@ class Builder:
     def add_sinks(self, attention: int, sinks: torch.Tensor) -> None:
         """Let an `attention` have a logit more for each head."""
         self.library.ggml_flash_attn_ext_add_sinks(attention, self.constant(sinks, sinks.numel()))
+
+    def delta_rule(
+        self, query: int, key: int, value: int, decay: int, beta: int, state: Region, sizes: tuple[int, int, int]
+    ) -> int:
+        """The gated delta rule for values of `sizes` `[width, heads, tokens]`, whose answers have the same.
+
+        Value head `h` asks key head `h % num_key_heads`. `state` `[width, width, heads]`, keys innermost, is read and
+        written in place, as ggml begins each head by copying its matrix to the result (0.15 to 0.21 do); answers are in
+        front of it, so that there has to be room for them.
+        """
+        width, heads, tokens = sizes
+        before = self.input(state, width, width, heads)
+        made = self.library.ggml_gated_delta_net(self._pointer, query, key, value, decay, beta, before, 1)
+        made = self.at(made, state, -4 * width * heads * tokens)
+        return self.view(made, sizes, (4 * width, 4 * width * heads))
 
     def graph(self, pool: Pool, *results: int, is_short: bool) -> PlacedGraph:
         """What computes `results`, in this order; nothing is added afterwards."""

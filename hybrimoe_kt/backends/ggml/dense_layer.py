@@ -9,9 +9,10 @@ import torch
 
 from .building import Workspace
 from .key_values import KeyValues
-from .layer_graph import DenseAnswer, LayerGraph, StepMemory, num_seen
-from .parts import LayerParts
+from .layer_graph import DenseAnswer, Held, LayerGraph, StepMemory, num_seen
+from .parts import GatedLinear, LayerParts
 from .pool import pool
+from .recurrent_state import RecurrentState
 
 __all__ = ["DenseLayer", "DenseMemory"]
 
@@ -49,19 +50,22 @@ class DenseLayer:
         self.parts, self.memory = parts, memory
         self._graphs: OrderedDict[tuple[StepMemory, int, int], LayerGraph] = OrderedDict()
 
-    def new_key_values(self, type_name: str) -> KeyValues:
-        """Memory for a conversation's keys and values."""
+    def new_held(self, type_name: str) -> Held:
+        """Memory for a conversation: keys and values in this type, or a state."""
         attention = self.parts.attention
+        if isinstance(attention, GatedLinear):
+            kept = len(attention.kernel) - 1
+            return RecurrentState(attention.channels, kept, attention.value_heads, attention.head_dim)
         return KeyValues(attention.key_width, attention.value_width, type_name)
 
-    def compute(self, held: KeyValues, step: StepMemory) -> DenseAnswer:
-        """Run with what `step.hidden` holds, which follows what is held, and hold its keys and values as well.
+    def compute(self, held: Held, step: StepMemory) -> DenseAnswer:
+        """Run with what `step.hidden` holds, which follows what is held, and hold that as well.
 
         `step` was begun at `held.length`. The answer is valid until the next layer's.
         """
-        position, tokens = held.length, step.tokens
-        held.reserve(position + tokens)
-        key = step, num_seen(position + tokens), held.capacity
+        end = held.length + step.tokens
+        held.reserve(end)
+        key = step, num_seen(end) if isinstance(held, KeyValues) else 0, held.capacity
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = LayerGraph(pool(), self.parts, step, held, key[1])
@@ -70,9 +74,9 @@ class DenseLayer:
         else:
             self._graphs.move_to_end(key)
         began = time.perf_counter()
-        answer = graph.compute(held, position)
+        answer = graph.compute(held)
         self.memory.seconds += time.perf_counter() - began
-        held.length = position + tokens
+        held.advance(step.tokens)
         return answer
 
     def begin(self, step: StepMemory, position: int) -> torch.Tensor:

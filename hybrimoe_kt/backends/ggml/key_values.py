@@ -42,6 +42,20 @@ class KeyValues:
         self.keys, self.values = (Region(memory) for memory in self._memory(0))
 
     @property
+    def regions(self) -> tuple[Region, Region]:
+        """What graphs read and write."""
+        return self.keys, self.values
+
+    @property
+    def place(self) -> int:
+        """Where the next token's are written."""
+        return self.length
+
+    def advance(self, tokens: int) -> None:
+        """Hold so many more, which a graph has written behind `length`."""
+        self.length += tokens
+
+    @property
     def num_bytes(self) -> int:
         """Memory taken."""
         return self.capacity * sum(row_bytes(self.ggml_type, width) for width in (self.key_width, self.value_width))

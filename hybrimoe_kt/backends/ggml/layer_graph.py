@@ -13,11 +13,17 @@ from hybrimoe_kt.quants import row_bytes
 from .building import Builder, Region, Workspace
 from .choice import chosen_in
 from .key_values import KeyValues
+from .layer_pieces import linear, norm_of, shared_expert, swiglu
 from .library import F16, I32, Library
-from .parts import GroupedQuery, HeadParts, Latent, LayerParts, Matrix, Norm, Rotary, SharedExpert, Swiglu
+from .linear_attention import linear_attention
+from .parts import GatedLinear, GroupedQuery, HeadParts, Latent, LayerParts, Norm, Rotary
 from .pool import FEW_TOKENS, Pool
+from .recurrent_state import RecurrentState
 
-__all__ = ["DenseAnswer", "HeadGraph", "LayerGraph", "StepMemory", "num_seen"]
+__all__ = ["DenseAnswer", "HeadGraph", "Held", "LayerGraph", "StepMemory", "num_seen"]
+
+Held = KeyValues | RecurrentState
+"""What a layer keeps of a conversation."""
 
 _PAIRED, _HALVES = 0, 2
 """ggml's numbers of the two layouts of rotary dimensions."""
@@ -91,20 +97,20 @@ class LayerGraph:
     Of any conversation that is kept as `held` is, with memory for as many tokens.
     """
 
-    def __init__(self, pool: Pool, parts: LayerParts, memory: StepMemory, held: KeyValues, seen: int) -> None:
+    def __init__(self, pool: Pool, parts: LayerParts, memory: StepMemory, held: Held, seen: int) -> None:
         self._memory, self._parts = memory, parts
         made = _LayerBuilder(pool.library, parts, memory, held, seen)
-        self._keys, self._values = made.keys, made.values
+        self._regions = made.regions
         self._outputs = made.outputs
         self._graph = made.builder.graph(pool, *made.results, is_short=memory.tokens <= FEW_TOKENS)
         self._answer: DenseAnswer | None = None
         self._address = 0
 
-    def compute(self, held: KeyValues, position: int) -> DenseAnswer:
-        """Run at `position` of a conversation, with what `memory.hidden` holds."""
-        self._keys.follow(held.keys)
-        self._values.follow(held.values)
-        self._graph.compute(position)
+    def compute(self, held: Held) -> DenseAnswer:
+        """Run for what follows in a conversation, with what `memory.hidden` holds."""
+        for region, theirs in zip(self._regions, held.regions, strict=True):
+            region.follow(theirs)
+        self._graph.compute(held.place)
         workspace = self._memory.workspace
         if self._answer is None or self._address != workspace.address:
             self._answer, self._address = self._views(workspace), workspace.address
@@ -127,8 +133,8 @@ class HeadGraph:
         builder = Builder(pool.library, Workspace())
         self._hidden = torch.empty(hidden)
         given = builder.input(Region(self._hidden), hidden)
-        normed = _norm(builder, given, parts.norm)
-        out = builder.scaled(_linear(builder, parts.head, normed), parts.logit_factor)
+        normed = norm_of(builder, given, parts.norm)
+        out = builder.scaled(linear(builder, parts.head, normed), parts.logit_factor)
         self._graph = builder.graph(pool, out, is_short=True)
         self._workspace, self._offset = builder.workspace, builder.offset_of(out)
         self._rows = parts.head.rows
@@ -143,29 +149,34 @@ class HeadGraph:
 class _LayerBuilder:
     """The tensors of one layer's graph."""
 
-    def __init__(self, library: Library, parts: LayerParts, memory: StepMemory, held: KeyValues, seen: int) -> None:
+    def __init__(self, library: Library, parts: LayerParts, memory: StepMemory, held: Held, seen: int) -> None:
         self.builder = builder = Builder(library, memory.workspace)
-        self._tokens, self._held, self._seen = memory.tokens, held, seen
-        self.keys, self.values = Region(held.keys.memory), Region(held.values.memory)
-        self._positions = builder.input(memory.positions, memory.tokens, ggml_type=I32)
-        self._mask = builder.input(memory.mask(seen, parts.attention.window), seen, memory.tokens, ggml_type=F16)
+        self._tokens, self._seen = memory.tokens, seen
+        self.regions = Region(held.regions[0].memory), Region(held.regions[1].memory)
+        if isinstance(held, KeyValues) and not isinstance(parts.attention, GatedLinear):
+            self._held, (self.keys, self.values) = held, self.regions
+            self._positions = builder.input(memory.positions, memory.tokens, ggml_type=I32)
+            self._mask = builder.input(memory.mask(seen, parts.attention.window), seen, memory.tokens, ggml_type=F16)
         hidden = builder.input(memory.hidden_region, memory.width, memory.tokens)
         self.results: list[int] = []
         attention = parts.attention
-        normed = _norm(builder, hidden, parts.attention_norm)
-        if isinstance(attention, GroupedQuery):
+        normed = norm_of(builder, hidden, parts.attention_norm)
+        if isinstance(attention, GatedLinear):
+            added, copy = linear_attention(builder, attention, normed, memory.tokens, *self.regions)
+            self.results.append(copy)
+        elif isinstance(attention, GroupedQuery):
             added = self._grouped(attention, normed)
         else:
             added = self._latent(attention, normed)
         residual = builder.plus(builder.scaled(added, parts.residual_factor), hidden)
-        normed = _norm(builder, residual, parts.feed_forward_norm)
+        normed = norm_of(builder, residual, parts.feed_forward_norm)
         outputs: dict[str, tuple[int, int]] = {}
         if parts.dense is not None:
-            added = builder.scaled(_swiglu(builder, parts.dense, normed), parts.residual_factor)
+            added = builder.scaled(swiglu(builder, parts.dense, normed), parts.residual_factor)
             residual = builder.plus(added, residual)
         else:
             for shared in parts.shared:
-                added = builder.scaled(_shared(builder, shared, normed), parts.residual_factor)
+                added = builder.scaled(shared_expert(builder, shared, normed), parts.residual_factor)
                 residual = builder.plus(added, residual)
             outputs |= self._routing(parts, normed)
             outputs["normed"] = normed, memory.width
@@ -189,8 +200,8 @@ class _LayerBuilder:
 
     def _grouped(self, parts: GroupedQuery, given: int) -> int:
         builder, tokens, width = self.builder, self._tokens, parts.head_dim
-        query = _linear(builder, parts.query, given)
-        key, value = _linear(builder, parts.key, given), _linear(builder, parts.value, given)
+        query = linear(builder, parts.query, given)
+        key, value = linear(builder, parts.key, given), linear(builder, parts.value, given)
         gate = None
         if parts.is_gated:
             row = 2 * width * 4
@@ -207,17 +218,17 @@ class _LayerBuilder:
         )
         if gate is not None:
             answer = builder.times(answer, gate)
-        return _linear(builder, parts.output, answer)
+        return linear(builder, parts.output, answer)
 
     def _heads(self, values: int, norm: Norm | None, width: int, heads: int, rotary: Rotary | None) -> int:
         """Split a product into heads, normalised before or after that, and rotated: `[width, heads, tokens]`."""
         builder = self.builder
         is_of_a_head = norm is not None and norm.factors.numel() == width
         if norm is not None and not is_of_a_head:
-            values = _norm(builder, values, norm, in_place=True)
+            values = norm_of(builder, values, norm, in_place=True)
         values = builder.reshape(values, width, heads, self._tokens)
         if norm is not None and is_of_a_head:
-            values = _norm(builder, values, norm, in_place=True)
+            values = norm_of(builder, values, norm, in_place=True)
         return values if rotary is None else self._rotated(values, rotary)
 
     def _rotated(self, values: int, rotary: Rotary) -> int:
@@ -298,8 +309,8 @@ class _LayerBuilder:
         query = given
         if parts.query_down is not None:
             assert parts.query_norm is not None, "comes with it"
-            query = _norm(builder, _linear(builder, parts.query_down, given), parts.query_norm, in_place=True)
-        query = _linear(builder, parts.query, query)
+            query = norm_of(builder, linear(builder, parts.query_down, given), parts.query_norm, in_place=True)
+        query = linear(builder, parts.query, query)
         head = 4 * (parts.nope + rotated)
         strides = head, head * heads
         turned = builder.contiguous(builder.view(query, (rotated, heads, tokens), strides, 4 * parts.nope))
@@ -308,10 +319,10 @@ class _LayerBuilder:
         latents = self._of_heads(parts.to_latent, plain, parts.nope, heads)  # [rank, tokens, heads]
         query = builder.joined(builder.permute(latents, 0, 2, 1, 3), turned)
 
-        both = _linear(builder, parts.latent, given)  # [rank + rotated, tokens]
+        both = linear(builder, parts.latent, given)  # [rank + rotated, tokens]
         row = 4 * (parts.rank + rotated)
         latent = builder.contiguous(builder.view(both, (parts.rank, tokens), (row,)))
-        latent = _norm(builder, latent, parts.latent_norm, in_place=True)
+        latent = norm_of(builder, latent, parts.latent_norm, in_place=True)
         key = builder.contiguous(builder.view(both, (rotated, 1, tokens), (row, row), 4 * parts.rank))
         key = builder.reshape(self._rotated(key, parts.rotary), rotated, tokens)
         self._keep(builder.joined(latent, key), latent)
@@ -321,7 +332,7 @@ class _LayerBuilder:
         context = self._of_heads(parts.to_value, read, parts.rank, heads, parts.value_stride, parts.value_offset)
         if tokens > 1:
             context = builder.contiguous(builder.permute(context, 0, 2, 1, 3))
-        return _linear(builder, parts.output, builder.reshape(context, parts.value * heads, tokens))
+        return linear(builder, parts.output, builder.reshape(context, parts.value * heads, tokens))
 
     def _of_heads(
         self, matrix: PackedMatrix, given: int, width: int, heads: int, stride: int = 0, offset: int = 0
@@ -337,31 +348,3 @@ class _LayerBuilder:
         else:
             weight = builder.constant(matrix.data, width, matrix.rows, heads, ggml_type=matrix.ggml_type, offset=offset)
         return builder.product(weight, builder.permute(given, 0, 2, 1, 3))
-
-
-def _norm(builder: Builder, values: int, norm: Norm, *, in_place: bool = False) -> int:
-    normed = builder.normalised(values, norm.epsilon, in_place=in_place)
-    return builder.times(normed, builder.constant(norm.factors, norm.factors.numel()))
-
-
-def _linear(builder: Builder, matrix: Matrix, given: int) -> int:
-    """`[rows, tokens]`."""
-    out: int | None = None
-    for part in matrix.parts:
-        weight = builder.constant(part.data, part.columns, part.rows, ggml_type=part.ggml_type)
-        product = builder.product(weight, given)
-        out = product if out is None else builder.joined(out, product)
-    assert out is not None, "a matrix has parts"
-    return out if matrix.bias is None else builder.plus(out, builder.constant(matrix.bias, matrix.rows))
-
-
-def _swiglu(builder: Builder, parts: Swiglu, given: int) -> int:
-    joined = builder.swiglu(_linear(builder, parts.gate, given), _linear(builder, parts.up, given))
-    return _linear(builder, parts.down, joined)
-
-
-def _shared(builder: Builder, parts: SharedExpert, given: int) -> int:
-    answer = _swiglu(builder, parts.body, given)
-    if parts.gate is None:
-        return answer
-    return builder.times(answer, builder.sigmoid(_linear(builder, parts.gate, given)))

@@ -11,7 +11,18 @@ from hybrimoe_kt.device.packed import PackedMatrix
 
 from .choice import Choice
 
-__all__ = ["GroupedQuery", "HeadParts", "Latent", "LayerParts", "Matrix", "Norm", "Rotary", "SharedExpert", "Swiglu"]
+__all__ = [
+    "GatedLinear",
+    "GroupedQuery",
+    "HeadParts",
+    "Latent",
+    "LayerParts",
+    "Matrix",
+    "Norm",
+    "Rotary",
+    "SharedExpert",
+    "Swiglu",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +133,38 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GatedLinear:
+    """Linear attention by the gated delta rule, behind a convolution of each channel over the latest tokens."""
+
+    inputs: Matrix
+    """To queries, keys and values of all heads, and to gates where `gate` is None."""
+    gate: Matrix | None
+    rates: Matrix
+    """To betas and decays, by turns for `rates_run` heads each."""
+    rates_run: int
+    output: Matrix
+    kernel: torch.Tensor
+    """float32 `[tokens, channels]`, the latest token last; channels are those of queries, keys and values."""
+    decay: torch.Tensor
+    """What multiplies the decays, negative, float32 `[value_heads]`."""
+    decay_bias: torch.Tensor
+    """float32 `[value_heads]`."""
+    norm: Norm
+    """Of each head's answer."""
+    key_heads: int
+    value_heads: int
+    head_dim: int
+    is_tiled: bool
+    """Whether value head `h` asks key head `h % key_heads`; else neighbours ask the same."""
+    order: torch.Tensor | None = None
+    """Where each head of queries, keys, values and gates is in what `inputs` answers, int32; None: in this order."""
+
+    @property
+    def channels(self) -> int:
+        return (2 * self.key_heads + self.value_heads) * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Swiglu:
     """A feed-forward layer `down(silu(gate) * up)`."""
 
@@ -143,7 +186,7 @@ class LayerParts:
     """All of a decoder layer but the routed experts."""
 
     attention_norm: Norm
-    attention: GroupedQuery | Latent
+    attention: GroupedQuery | Latent | GatedLinear
     feed_forward_norm: Norm
     dense: Swiglu | None = None
     """In place of experts."""

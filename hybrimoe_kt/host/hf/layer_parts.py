@@ -6,7 +6,6 @@ here does is refused with the reason, and stays Transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +14,35 @@ from torch import nn
 
 from hybrimoe_kt.backends.ggml.choice import Choice, choice_of
 from hybrimoe_kt.backends.ggml.parts import (
+    GatedLinear,
     GroupedQuery,
     HeadParts,
     Latent,
     LayerParts,
     Matrix,
-    Norm,
     Rotary,
     SharedExpert,
     Swiglu,
 )
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections
-from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.operators.stored_layer import KeyLayout
+from hybrimoe_kt.operators.stored_state import StateLayout
 
 from .architectures import Architecture
 from .gates import Gate, logits_and_ids
+from .linear_parts import gated_linear
+from .stock_weights import (
+    NotDescribed,
+    first_of,
+    float32_of,
+    matrix_of,
+    norm_of,
+    optional_of,
+    ordered_of,
+    packed_of,
+)
 
 __all__ = ["NotDescribed", "ReadLayer", "head_parts", "layer_parts"]
 
@@ -70,16 +79,12 @@ _LAYERS = {
 }
 
 
-class NotDescribed(Exception):
-    """A layer has something that no graph here does; says what."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadLayer:
     """A layer as graphs and as caches take it."""
 
     parts: LayerParts
-    layout: KeyLayout
+    layout: KeyLayout | StateLayout
     experts: HybriMoEExperts | None
     router: tuple[nn.Module, tuple[Any, ...]] | None
 
@@ -98,7 +103,7 @@ def head_parts(model: nn.Module, family: Architecture) -> HeadParts:
     """Read what follows the last layer; NotDescribed as above."""
     causal: Any = model
     factor = 1.0 / float(getattr(causal.config, "logits_scaling", 1.0) or 1.0)
-    return HeadParts(_norm(causal.model.norm, family.norm_offset), _matrix(causal.lm_head, "lm_head"), factor)
+    return HeadParts(norm_of(causal.model.norm, family.norm_offset), matrix_of(causal.lm_head, "lm_head"), factor)
 
 
 class _Reader:
@@ -111,10 +116,11 @@ class _Reader:
         if getattr(self._config, "hidden_act", "silu") not in _SILU:
             raise NotDescribed(f"its activation is {self._config.hidden_act}")
         attention: Any = getattr(layer, "self_attn", None)
+        parts: GroupedQuery | Latent | GatedLinear
+        layout: KeyLayout | StateLayout
         if attention is None:
-            raise NotDescribed("its attention is linear")
-        parts: GroupedQuery | Latent
-        if isinstance(attention, AbsorbedMLA):
+            parts, layout = gated_linear(layer.linear_attn)
+        elif isinstance(attention, AbsorbedMLA):
             parts, layout = self._latent(attention)
         elif hasattr(attention, "kv_b_proj"):
             raise NotDescribed("no rule gives its attention to AbsorbedMLA")
@@ -123,7 +129,7 @@ class _Reader:
         offset = self._family.norm_offset
         body: Any = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
         experts = next((module for module in body.children() if isinstance(module, HybriMoEExperts)), None)
-        norms = _norm(layer.input_layernorm, offset), _norm(layer.post_attention_layernorm, offset)
+        norms = norm_of(layer.input_layernorm, offset), norm_of(layer.post_attention_layernorm, offset)
         factor = float(getattr(layer, "residual_multiplier", 1.0))
         if experts is None:
             if not hasattr(body, "gate_proj"):
@@ -135,7 +141,7 @@ class _Reader:
             norms[0],
             parts,
             norms[1],
-            router=_float32(router.weight, "its router"),
+            router=float32_of(router.weight, "its router"),
             choice=_choice(router, further),
             shared=_shared(body),
             residual_factor=factor,
@@ -157,7 +163,7 @@ class _Reader:
         query, is_query_paired = _paired(attention.q_proj, heads)
         key, is_key_paired = _paired(attention.k_proj, kv_heads)
         norms = [
-            _norm(norm, self._family.norm_offset) if norm is not None else None
+            norm_of(norm, self._family.norm_offset) if norm is not None else None
             for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         ]
         if is_query_paired != is_key_paired or (is_key_paired and any(norms)):
@@ -166,8 +172,8 @@ class _Reader:
         parts = GroupedQuery(
             query,
             key,
-            _matrix(attention.v_proj, "v_proj"),
-            _matrix(attention.o_proj, "o_proj"),
+            matrix_of(attention.v_proj, "v_proj"),
+            matrix_of(attention.o_proj, "o_proj"),
             heads,
             kv_heads,
             width,
@@ -177,7 +183,7 @@ class _Reader:
             norms[1],
             self._kind.is_gated,
             int(_window(attention, config) or 0),
-            _optional(getattr(attention, "sinks", None)),
+            optional_of(getattr(attention, "sinks", None)),
             float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         )
         return parts, KeyLayout(kv_heads, order=_order(rotary.dims, width) if is_key_paired else None)
@@ -191,23 +197,23 @@ class _Reader:
         elif isinstance(up, FusedUpProjections):
             to_latent, to_value, stride, offset = up.transposed_keys(), up.values, up.stride, up.offset
         else:
-            floats = _float32(attention.kv_b_proj.weight, "kv_b_proj").view(heads, nope + value, rank)
-            to_latent = _packed(floats[:, :nope].transpose(1, 2).contiguous(), "kv_b_proj")
-            to_value = _packed(floats[:, nope:].contiguous(), "kv_b_proj")
+            floats = float32_of(attention.kv_b_proj.weight, "kv_b_proj").view(heads, nope + value, rank)
+            to_latent = packed_of(floats[:, :nope].transpose(1, 2).contiguous(), "kv_b_proj")
+            to_value = packed_of(floats[:, nope:].contiguous(), "kv_b_proj")
         is_paired = bool(getattr(self._config, "rope_interleave", True))
         rotary = self._rotary(is_paired=is_paired)
         has_down = attention.q_a_proj is not None
         parts = Latent(
-            _matrix(attention.q_b_proj if has_down else attention.q_proj, "q_proj"),
-            _matrix(attention.q_a_proj, "q_a_proj") if has_down else None,
-            _norm(attention.q_a_layernorm, 0.0) if has_down else None,
-            _matrix(attention.kv_a_proj_with_mqa, "kv_a_proj_with_mqa"),
-            _norm(attention.kv_a_layernorm, 0.0),
+            matrix_of(attention.q_b_proj if has_down else attention.q_proj, "q_proj"),
+            matrix_of(attention.q_a_proj, "q_a_proj") if has_down else None,
+            norm_of(attention.q_a_layernorm, 0.0) if has_down else None,
+            matrix_of(attention.kv_a_proj_with_mqa, "kv_a_proj_with_mqa"),
+            norm_of(attention.kv_a_layernorm, 0.0),
             to_latent,
             to_value,
             stride,
             offset,
-            _matrix(attention.o_proj, "o_proj"),
+            matrix_of(attention.o_proj, "o_proj"),
             heads,
             rank,
             nope,
@@ -220,7 +226,7 @@ class _Reader:
 
     def _rotary(self, *, is_paired: bool) -> Rotary:
         module: Any = self._stock_rotary
-        frequencies = _float32(module.inv_freq, "its rotary positions")
+        frequencies = float32_of(module.inv_freq, "its rotary positions")
         return Rotary(1.0 / frequencies, is_paired, float(module.attention_scaling))
 
 
@@ -256,48 +262,26 @@ def _choice(router: Any, further: tuple[Any, ...]) -> Choice | None:
         ids,
         factor=float(getattr(router, "routed_scaling_factor", 1.0)),
         bias=gate.bias,
-        num_groups=int(_first(router, _GROUPS, 1)),
-        num_best_groups=int(_first(router, _BEST_GROUPS, 1)),
+        num_groups=int(first_of(router, _GROUPS, 1)),
+        num_best_groups=int(first_of(router, _BEST_GROUPS, 1)),
     )
 
 
-def _first(module: Any, names: Iterable[str], default: Any) -> Any:
-    return next((found for name in names if (found := getattr(module, name, None)) is not None), default)
-
-
 def _shared(body: Any) -> tuple[SharedExpert, ...]:
-    shared = _first(body, ("shared_experts", "shared_expert"), None)
+    shared = first_of(body, ("shared_experts", "shared_expert"), None)
     if shared is None:
         return ()
     gate = getattr(body, "shared_expert_gate", None)
-    return (SharedExpert(_swiglu(shared), None if gate is None else _matrix(gate, "shared_expert_gate")),)
+    return (SharedExpert(_swiglu(shared), None if gate is None else matrix_of(gate, "shared_expert_gate")),)
 
 
 def _swiglu(module: Any) -> Swiglu:
-    return Swiglu(*(_matrix(getattr(module, name), name) for name in ("gate_proj", "up_proj", "down_proj")))
-
-
-def _norm(module: Any, offset: float) -> Norm:
-    if getattr(module, "bias", None) is not None:
-        raise NotDescribed("its norms have biases")
-    epsilon = _first(module, ("variance_epsilon", "eps"), None)
-    if epsilon is None:
-        raise NotDescribed(f"its norms are {type(module).__name__}")
-    factors = _float32(module.weight, "its norms")
-    return Norm(factors + offset if offset else factors, float(epsilon))
-
-
-def _matrix(linear: nn.Module, name: str) -> Matrix:
-    """A linear layer as it is kept; in the order that the model wants."""
-    matrix, order = _ordered(linear, name)
-    if order is not None:
-        raise NotDescribed(f"the rows of {name} stand in another order")
-    return matrix
+    return Swiglu(*(matrix_of(getattr(module, name), name) for name in ("gate_proj", "up_proj", "down_proj")))
 
 
 def _paired(linear: nn.Module, heads: int) -> tuple[Matrix, bool]:
     """The same, or in the order in which neighbours are rotated, and whether it is."""
-    matrix, order = _ordered(linear, "q_proj or k_proj")
+    matrix, order = ordered_of(linear, "q_proj or k_proj")
     if order is None:
         return matrix, False
     width = matrix.rows // heads
@@ -305,30 +289,3 @@ def _paired(linear: nn.Module, heads: int) -> tuple[Matrix, bool]:
     if matrix.bias is not None or not torch.equal(order, pairs):
         raise NotDescribed("the rows of its queries or keys stand in an unknown order")
     return matrix, True
-
-
-def _ordered(linear: Any, name: str) -> tuple[Matrix, torch.Tensor | None]:
-    bias = _optional(linear.bias)
-    packed = linear.packed if isinstance(linear, QuantizedLinear) else None
-    if packed is None:
-        if not isinstance(linear, nn.Linear | QuantizedLinear):
-            raise NotDescribed(f"{name} is {type(linear).__name__}")
-        return Matrix((_packed(_float32(linear.weight, name), name),), bias), None
-    if packed.column_order is not None:
-        raise NotDescribed(f"the columns of {name} stand in another order")
-    return Matrix(packed.parts, bias), packed.row_order
-
-
-def _packed(values: torch.Tensor, name: str) -> PackedMatrix:
-    heads = values.shape[0] if values.dim() == 3 else 1
-    return PackedMatrix(name, values.view(torch.uint8).flatten(), 0, values.shape[-2], values.shape[-1], heads)
-
-
-def _float32(values: torch.Tensor, name: str) -> torch.Tensor:
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        raise NotDescribed(f"{name} are {values.dtype} on {values.device}, which graphs do not take")
-    return values.detach().contiguous()
-
-
-def _optional(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else _float32(values, "its biases or sinks")

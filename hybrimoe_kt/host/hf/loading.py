@@ -33,6 +33,7 @@ from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.operators.stored_layer import StoredLayer
+from hybrimoe_kt.operators.stored_state import StoredState
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
 from hybrimoe_kt.weights.file_pages import bring_in
@@ -77,7 +78,7 @@ class LoadedModel:
         assert self._runtime is not None, "load_model attached one"
         return self._runtime
 
-    def cache_layers(self) -> list[StoredLayer | None]:
+    def cache_layers(self) -> list[StoredLayer | StoredState | None]:
         """Make, for each layer of a new conversation's cache, what keeps its keys and values; None: Transformers' own.
 
         A conversation's own, and gone with it.
