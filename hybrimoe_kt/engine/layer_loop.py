@@ -1,15 +1,29 @@
-"""Steps of few tokens through a model all of whose layers are graphs: no module of Transformers' in between."""
+"""Steps of few tokens through a model all of whose layers have dense pieces: no module of Transformers' in between.
+
+A layer is its *dense piece* (hidden states in; residual stream, normalised states and the router's choice out) and the
+experts. Who computes the piece is the layer's affair; the loop only goes from one to the next.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from hybrimoe_kt.host.hf.dense_layers import DenseModel
 
-__all__ = ["LayerLoop"]
+__all__ = ["LayerLoop", "LoopedLayer"]
+
+
+class LoopedLayer(Protocol):
+    """What the loop asks of a layer; `GgmlLayer` is one. Steps are the layers' own kind of memory."""
+
+    def begin(self, step: Any, position: int) -> torch.Tensor:
+        """Say for all layers where a step begins; return where its hidden states are written, `[tokens, hidden]`."""
+
+    def advance(self, held: Any, step: Any) -> None:
+        """Put the layer's answer in the place of the hidden states, and hold what later tokens look at."""
 
 
 class LayerLoop:
@@ -26,10 +40,11 @@ class LayerLoop:
         Valid until the next step.
         """
         dense, tokens = self._dense, len(ids)
+        layers: Sequence[LoopedLayer] = dense.layers
         step = dense.memory.step(tokens)
-        hidden = dense.layers[0].begin(step, cache.get_seq_length())
+        hidden = layers[0].begin(step, cache.get_seq_length())
         embedded = dense.embedding(torch.tensor(ids))
         torch.mul(embedded, dense.embedding_factor, out=hidden)
-        for layer, held in zip(dense.layers, cache.layers, strict=True):
+        for layer, held in zip(layers, cache.layers, strict=True):
             layer.advance(held, step)
         return dense.head.compute(hidden[-1])

@@ -32,7 +32,10 @@ Make = Callable[[Shape], GeneratedModel]
 TEXT = random.Random(11).choices(range(250), k=300)
 CHUNKS = (1, 7, 64, 512)
 WITHIN = 1e-3
-"""Of the range of the logits, with float32 weights and keys. Measured at most 5e-6 with ggml 0.20.2 on AVX2."""
+"""Of the range of the logits, with float32 weights and keys.
+
+Measured at most 5e-7, and 6e-6 for the hybrids, with ggml 0.20.2 on AVX2.
+"""
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 HYBRIDS = {"qwen3next", "qwen35moe"}
 """Whose conversations go on from their end or begin anew."""
@@ -83,9 +86,9 @@ def test_a_prefix_is_cropped_and_reused(generated: Make, name: str) -> None:
         assert (logits - wanted[kept + size - 1]).abs().max() <= WITHIN * span
 
 
-@pytest.mark.parametrize(("kv_cache_type", "within"), [("f16", 0.004), ("q8_0", 0.05)])
+@pytest.mark.parametrize(("kv_cache_type", "within"), [("f16", 0.001), ("q8_0", 0.02)])
 def test_rounded_keys_change_logits_by_little(generated: Make, kv_cache_type: str, within: float) -> None:
-    """Of the range. Measured 0.0007 and 0.012 on AVX2."""
+    """Of the range. Measured at most 0.00013 and 0.0025 on AVX2."""
     model = generated(Shape(experts=4, top_k=4))  # every expert of every token: no rounding chooses another
     wanted = logits_of(stock_model(model), TEXT)
     span = wanted.max() - wanted.min()
@@ -190,8 +193,11 @@ LLAMA_CPP = {
 LLAMA_CPP["olmoe"] = dataclasses.replace(LLAMA_CPP["olmoe"], kv_heads=4)  # it takes no other
 LLAMA_CPP["deepseek2"] = dataclasses.replace(LLAMA_CPP["deepseek2"], q_lora_rank=64)
 LLAMA_CPP["minimax-m2"] = dataclasses.replace(LLAMA_CPP["minimax-m2"], dense_inter=256)  # its only width
-ALIKE = 0.01
-"""Log-probabilities' difference. Measured at most 0.003 with ggml 0.20.2 and xllamacpp 2026.10 on AVX2."""
+ALIKE = {"qwen3next": 0.03}
+"""Log-probabilities' difference; of others 0.005.
+
+Measured at most 0.0118 and 0.0012 with ggml 0.20.2 and xllamacpp 2026.10 on AVX2.
+"""
 
 
 @pytest.mark.slow
@@ -204,10 +210,10 @@ def test_greedy_tokens_are_llama_cpps(generated: Make, name: str) -> None:
     theirs = LlamaCpp(model.path, context=512).written(prompt, 300)
     assert len(theirs) == 300
     logits = engine.append(prompt)
-    allowed = torch.tensor(PRINTABLE)
+    allowed, within = torch.tensor(PRINTABLE), ALIKE.get(name, 0.005)
     for token, logprob in theirs:
         ours = logits.log_softmax(-1)
-        assert abs(ours[token].item() - logprob) < ALIKE
+        assert abs(ours[token].item() - logprob) < within
         best = int(allowed[ours[allowed].argmax()])
-        assert best == token or ours[best] - ours[token] < 2 * ALIKE
+        assert best == token or ours[best] - ours[token] < 2 * within
         logits = engine.append([token])

@@ -90,7 +90,7 @@ def test_the_head_of_granite_divides_its_logits(generated: Make) -> None:
 
 def test_options_of_the_operator(tmp_path: Path, generated: Make) -> None:
     for kwargs in ({"kv_cache_type": "f61"}, {"most_tokens": -1}, {"most_tokens": True}):
-        with pytest.raises(ConfigError, match="valid|did you mean"):
+        with pytest.raises(ConfigError, match=r"valid|did you mean"):
             GgmlLayer.check_kwargs(kwargs)
     with pytest.raises(ConfigError, match=r"decoder layer"):
         GgmlLayer("model.norm", None, None, nn.Module())
