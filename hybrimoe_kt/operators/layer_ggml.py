@@ -123,14 +123,14 @@ class GgmlLayer(nn.Module):
         """`[batch, tokens, hidden]` -> the same; further arguments as the replaced layer's."""
         stored = self._stored(kwargs)
         batch, tokens, _ = hidden_states.shape
-        if stored is None or batch > 1 or tokens > self.most_tokens or hidden_states.dtype != torch.float32:
+        if stored is None or batch > 1 or tokens > self.most_tokens:
             answer: torch.Tensor = self.stock(hidden_states, *args, **kwargs)
             return answer
         assert self._dense is not None, "it has a cache of its own"
         step = self._dense.memory.step(tokens)
         self.begin(step, stored.held.length).copy_(hidden_states[0])
         self.advance(stored, step)
-        return step.hidden[None].clone()
+        return step.hidden[None].to(hidden_states.dtype, copy=True)
 
     def _stored(self, kwargs: Mapping[str, Any]) -> StoredLayer | StoredState | None:
         cache = kwargs.get("past_key_values", kwargs.get("cache"))

@@ -19,9 +19,9 @@ from typing import Any
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.quants import TYPES, QuantType
 
-__all__ = ["F16", "F32", "I32", "Q8_0", "Context", "Library", "choose_library", "library", "unusable"]
+__all__ = ["BF16", "F16", "F32", "I32", "Q8_0", "Context", "Library", "choose_library", "library", "unusable"]
 
-F32, F16, Q8_0, I32 = 0, 1, 8, 26
+F32, F16, Q8_0, I32, BF16 = 0, 1, 8, 26, 30
 """Numbers of GGML types."""
 _VERSIONS = (0, 15), (1, 0)
 """From the first on, before the second: the layout of a tensor and of a plan was compared with 0.20.2's and 0.23's."""

@@ -6,6 +6,7 @@ here does is refused with the reason, and stays Transformers' own.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,8 @@ class _Reader:
 
     def _router(self, body: Any) -> tuple[Any, tuple[Any, ...]]:
         router = body.gate if hasattr(body, "gate") else body.router
+        if router.weight.dtype != torch.float32:
+            router = copy.deepcopy(router).float()  # as what it is asked about is
         return router, tuple(getattr(body, name) for name in self._family.router_inputs)
 
     # Attention.

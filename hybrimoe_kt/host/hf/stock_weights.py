@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.ggml.library import BF16, F16, F32
 from hybrimoe_kt.backends.ggml.parts import Matrix, Norm
 from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.operators.linear import QuantizedLinear
@@ -19,11 +20,15 @@ __all__ = [
     "matrix_in",
     "matrix_of",
     "norm_of",
+    "on_cpu",
     "optional_of",
     "ordered_of",
     "packed_of",
     "row_order_of",
 ]
+
+
+_NUMBERS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
 class NotDescribed(Exception):
@@ -62,7 +67,7 @@ def matrix_in(linear: Any, name: str, rows: torch.Tensor | None = None, columns:
     if packed is None:
         if rows is None and columns is None:
             return matrix_of(linear, name)
-        weight = float32_of(linear.weight, name)
+        weight = on_cpu(linear.weight, name)
         weight = weight if rows is None else weight[rows.argsort()]
         weight = weight if columns is None else weight[:, columns]
         return Matrix((packed_of(weight.contiguous(), name),))
@@ -90,7 +95,7 @@ def ordered_of(linear: Any, name: str) -> tuple[Matrix, torch.Tensor | None]:
     if packed is None:
         if not isinstance(linear, nn.Linear | QuantizedLinear):
             raise NotDescribed(f"{name} is {type(linear).__name__}")
-        return Matrix((packed_of(float32_of(linear.weight, name), name),), bias), None
+        return Matrix((packed_of(on_cpu(linear.weight, name), name),), bias), None
     if packed.column_order is not None:
         raise NotDescribed(f"the columns of {name} stand in another order")
     return Matrix(packed.parts, bias), packed.row_order
@@ -99,14 +104,20 @@ def ordered_of(linear: Any, name: str) -> tuple[Matrix, torch.Tensor | None]:
 def packed_of(values: torch.Tensor, name: str) -> PackedMatrix:
     """Floats `[rows, columns]`, or such of each head, as a matrix of a file; in place."""
     heads = values.shape[0] if values.dim() == 3 else 1
-    return PackedMatrix(name, values.view(torch.uint8).flatten(), 0, values.shape[-2], values.shape[-1], heads)
+    rows, columns = values.shape[-2:]
+    return PackedMatrix(name, values.view(torch.uint8).flatten(), _NUMBERS[values.dtype], rows, columns, heads)
+
+
+def on_cpu(values: torch.Tensor, name: str) -> torch.Tensor:
+    """Floats that graphs take in place, in their own type; NotDescribed for any other."""
+    if values.device.type != "cpu" or values.dtype not in _NUMBERS:
+        raise NotDescribed(f"{name} are {values.dtype} on {values.device}, which graphs do not take")
+    return values.detach().contiguous()
 
 
 def float32_of(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Values that graphs can take in place; NotDescribed for any other."""
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        raise NotDescribed(f"{name} are {values.dtype} on {values.device}, which graphs do not take")
-    return values.detach().contiguous()
+    """Few values, as float32: in place where they are."""
+    return on_cpu(values, name).float()
 
 
 def optional_of(values: torch.Tensor | None) -> torch.Tensor | None:
