@@ -31,9 +31,13 @@ class LayerLoop:
 
     def __init__(self, dense: DenseModel) -> None:
         self._dense = dense
-        self.most_tokens = dense.most_tokens
-        """Of one step."""
 
+    def takes(self, tokens: int, length: int) -> bool:
+        """Whether a step is for it: so many tokens, of a conversation of `length` with them."""
+        most = self._dense.most_tokens
+        return tokens <= most and (tokens == 1 or all(layer.takes(tokens, length) for layer in self._dense.layers))
+
+    @torch.no_grad()
     def step(self, ids: Sequence[int], cache: Any) -> torch.Tensor:
         """Append `ids` to `cache`, one of `growing_cache`'s; the last one's logits, float32 `[vocab]`.
 

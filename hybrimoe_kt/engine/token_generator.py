@@ -230,7 +230,8 @@ class TokenGenerator:
             piece = ids[at : at + step]
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
-            by_graphs = self.loop is not None and scores is None and len(piece) <= self.loop.most_tokens
+            length = len(cached) + len(piece)
+            by_graphs = self.loop is not None and scores is None and self.loop.takes(len(piece), length)
             self._share_cores(len(piece), len(cached), by_graphs=by_graphs)
             if self.loop is not None and by_graphs:
                 logits = self.loop.step(piece, self._cache)

@@ -104,7 +104,12 @@ class GgmlLayer(nn.Module):
         experts: HybriMoEExperts | None,
         router: tuple[nn.Module, tuple[Any, ...]] | None,
     ) -> None:
-        """Compute by `dense` from now on; `router` and its further arguments choose where the graph does not."""
+        """Compute by `dense` from now on; `router` and its further arguments choose where the graph does not.
+
+        ConfigError where it cannot keep keys and values as this operator is to.
+        """
+        if reason := dense.refuses(self.kv_cache_type):
+            raise ConfigError(f"layer {self.layer}: {reason}")
         self._dense, self._layout = dense, layout
         self._experts, self._router = [experts] if experts else [], [router] if router else []
 
@@ -121,16 +126,37 @@ class GgmlLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[batch, tokens, hidden]` -> the same; further arguments as the replaced layer's."""
-        stored = self._stored(kwargs)
-        batch, tokens, _ = hidden_states.shape
-        if stored is None or batch > 1 or tokens > self.most_tokens:
+        stored, tokens = self._stored(kwargs), hidden_states.shape[1]
+        if stored is None or args or len(hidden_states) > 1 or not self._is_plain(stored.held.length, tokens, kwargs):
             answer: torch.Tensor = self.stock(hidden_states, *args, **kwargs)
             return answer
         assert self._dense is not None, "it has a cache of its own"
-        step = self._dense.memory.step(tokens)
-        self.begin(step, stored.held.length).copy_(hidden_states[0])
-        self.advance(stored, step)
-        return step.hidden[None].to(hidden_states.dtype, copy=True)
+        with torch.no_grad():
+            step = self._dense.memory.step(tokens)
+            self.begin(step, stored.held.length).copy_(hidden_states[0])
+            self.advance(stored, step)
+            return step.hidden[None].to(hidden_states.dtype, copy=True)
+
+    def takes(self, tokens: int, length: int) -> bool:
+        """Whether a step of so many tokens, of a conversation of `length` with them, is a graph's."""
+        return self._dense is not None and tokens <= self.most_tokens and self._dense.takes(tokens, length)
+
+    def _is_plain(self, position: int, tokens: int, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a step just follows what is held, and every token sees all before it or its window."""
+        places, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        end = position + tokens
+        if not self.takes(tokens, end):
+            return False
+        own = torch.arange(position, end, device="cpu")
+        if places is not None and not torch.equal(places.flatten(), own):
+            return False
+        if mask is None or mask.dim() != 4:
+            return mask is None or bool(mask.all())
+        assert self._dense is not None, "it takes steps"
+        every, window = torch.arange(end, device="cpu"), getattr(self._dense.parts.attention, "window", 0)
+        seen = (every <= own[:, None]) & (every > own[:, None] - (window or end + 1))
+        allowed = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        return torch.equal(allowed[:, :end], seen)
 
     def _stored(self, kwargs: Mapping[str, Any]) -> StoredLayer | StoredState | None:
         cache = kwargs.get("past_key_values", kwargs.get("cache"))

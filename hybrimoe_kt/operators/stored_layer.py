@@ -40,6 +40,7 @@ class StoredLayer(DynamicLayer):
         self.held, self.layout = held, layout
         self.is_initialized = True
 
+    @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,6 +34,11 @@ class StoredState(LinearAttentionLayer):
         self.record_past = True
 
     @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        return self.held.num_bytes
+
+    @property
     def has_previous_state(self) -> dict[int, bool]:
         """Whether there is a token before the next one."""
         return {0: self.held.length > 0}
@@ -57,6 +62,7 @@ class StoredState(LinearAttentionLayer):
         """One state is kept, not one a token."""
         return False
 
+    @torch.no_grad()
     def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take more tokens' columns `[1, channels, tokens]`; return them behind those that were kept."""
         order = self.layout.channels
@@ -66,6 +72,7 @@ class StoredState(LinearAttentionLayer):
         self.held.append(columns if order is None else columns[:, order.argsort()])
         return whole
 
+    @torch.no_grad()
     def update_recurrent_state(self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take the state after the tokens of `update_conv_state`."""
         states, heads = recurrent_states[0].transpose(1, 2), self.layout.heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -236,6 +237,14 @@ def test_blocks_of_8_bits_are_read_by_flash_attention(case: Case) -> None:
     assert_alike(steps(dense, dense.new_held("q8_0"), hidden, sizes), layer(hidden), WITHIN["q8_0"])
 
 
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_blocks_of_other_heads_are_refused(head_dim: int) -> None:
+    """ggml's flash attention ends the process, or reads over a head's end."""
+    dense = DenseLayer(Layer(Case(head_dim=head_dim)).parts(), DenseMemory(HIDDEN))
+    assert f"these are {head_dim}" in (dense.refuses("q8_0") or "")
+    assert dense.refuses("f16") is None and dense.refuses("f32") is None
+
+
 @hypothesis.given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 3), st.data())
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_how_a_conversation_is_cut_and_cropped_changes_nothing(sizes: list[int], seed: int, data: Any) -> None:
@@ -290,6 +299,8 @@ def test_memory_for_keys_grows_in_steps_and_is_kept() -> None:
     assert held.num_bytes == 768 * 2 * (6 + 4)
     assert torch.equal(held.read_keys(), keys.half().float())
     assert torch.equal(held.read_values(), values.half().float().t())
+    other = copy.deepcopy(held)
+    assert other.keys.address == other.keys.memory.data_ptr() != held.keys.address
     held.crop(3)
     assert (held.length, held.capacity) == (3, 768)
     assert torch.equal(held.read_keys(), keys[:3].half().float())

@@ -20,6 +20,8 @@ from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
+from tests.support import generated_hybrid, generated_metadata
+from tests.support.by_modules import by_modules
 from tests.support.generated_model import GeneratedModel, Shape, Type
 
 from .llama_cpp import PRINTABLE, LlamaCpp
@@ -176,6 +178,34 @@ def test_memory_is_flat_but_for_keys_and_values(generated: Make, name: str) -> N
     for number in range(60):
         list(engine.tokens([number, *TEXT[:40]], Sampling(max_new_tokens=5, temperature=0)))
     assert resident_bytes() - before <= 8 * 2**20
+
+
+def test_steps_of_many_tokens_leave_little_behind(generated: Make) -> None:
+    """Masks and what lies between operations belong to the graphs that are kept, and those are few."""
+    engine = generator(generated(dataclasses.replace(SHAPES["qwen3moe"], context=4096)))
+    text = TEXT * 14
+    for at in range(0, 4000, 32):
+        engine.append(text[at : at + 32])
+    assert engine.loaded.dense is not None
+    layers, memory = engine.loaded.dense.layers, engine.loaded.dense.memory
+    gc.collect()
+    assert len(memory.step(32)._masks) <= 4
+    assert not engine.loop.takes(32, 10**6) and engine.loop.takes(1, 10**6)
+    assert max(len(layer.dense._graphs) for layer in layers) <= 4
+    assert engine.cache_bytes == sum(layer.held.num_bytes for layer in engine._cache.layers)
+
+
+def test_a_long_convolution_is_a_larger_graph(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ggml ends the process where a graph has more operations than it was made for."""
+    for module in (generated_metadata, generated_hybrid):
+        monkeypatch.setattr(module, "LINEAR_KERNEL", 24)
+    model = generated(dataclasses.replace(SHAPES["qwen3next"], seed=24))
+    engine, modules = generator(model), generator(model)
+    by_modules(modules)
+    for size in (1, 7):
+        wanted = logits_in(modules, TEXT[:30], size)
+        for place, logits in logits_in(engine, TEXT[:30], size).items():
+            assert (logits - wanted[place]).abs().max() <= WITHIN * (wanted[place].max() - wanted[place].min())
 
 
 def resident_bytes() -> int:

@@ -59,8 +59,64 @@ def test_what_no_graph_does_is_refused_with_its_reason(loaded: LoadedModel) -> N
     layer.input_layernorm.bias = None
     layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.double()
     assert "float64" in refusal(loaded)
+    model.model.rotary_emb.rope_type = "longrope"
+    assert "longrope" in refusal(loaded)
+    model.model.rotary_emb.rope_type = "default"
     layer.__class__ = type("SomeDecoderLayer", (layer.__class__,), {})
     assert refusal(loaded) == "SomeDecoderLayer is not known here"
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "models", "window"),
+    [
+        ("qwen3moe", 40, 40, 40),
+        ("qwen3moe", None, 40, 0),
+        ("qwen2moe", None, 40, 0),
+        ("mixtral", None, 40, 40),
+    ],
+)
+def test_a_window_is_the_layers_own(generated: Make, name: str, own: int | None, models: int, window: int) -> None:
+    """Of the configuration's only where attention asks that; layers without one have no attribute, or None."""
+    loaded = load(generated(SHAPES[name]))
+    model: Any = loaded.model
+    layer = model.model.layers[0].stock
+    model.config.sliding_window = models
+    if own is not None:
+        layer.self_attn.sliding_window = own
+    elif hasattr(layer.self_attn, "sliding_window"):
+        layer.self_attn.sliding_window = None
+    read = layer_parts(layer, model.config, model.model.rotary_emb, loaded.architecture)
+    assert read.parts.attention.window == window
+
+
+def test_q8_0_is_refused_for_heads_that_are_no_whole_blocks(generated: Make) -> None:
+    with pytest.raises(ConfigError, match=r"layer 0: kv_cache_type q8_0 .* these are 48; take f16 or f32"):
+        load(generated(Shape(head_dim=48)), kv_cache_type="q8_0")
+    with pytest.raises(ConfigError, match="these are 80"):  # latents and what is rotated
+        load(generated(SHAPES["deepseek2"]), kv_cache_type="q8_0")
+    assert load(generated(Shape(head_dim=64)), kv_cache_type="q8_0").dense is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_model_may_be_called_by_anybody(generated: Make, mode: Callable[[], Any]) -> None:
+    """After the engine made all memory in a mode of its own; masks and positions of the caller's are obeyed."""
+    loaded = load(generated(Shape()), kv_cache_type="f32")
+    engine, model = TokenGenerator(loaded, set()), loaded.model
+    ids = list(range(20, 26))
+    wanted = engine.append(ids).clone()
+    with mode():
+        for text in (ids, ids * 7):
+            found = model(input_ids=torch.tensor([text]), past_key_values=engine.new_cache(), use_cache=True).logits
+            assert found.isfinite().all()
+        one = model(input_ids=torch.tensor([ids]), past_key_values=engine.new_cache(), use_cache=True).logits[0, -1]
+        torch.testing.assert_close(one.detach(), wanted, rtol=0, atol=1e-4)
+        padded = {"attention_mask": torch.tensor([[0, 0] + [1] * 6]), "position_ids": torch.tensor([[1, 1, *range(6)]])}
+        other = model(
+            input_ids=torch.tensor([[7, 9, *ids]]), past_key_values=engine.new_cache(), use_cache=True, **padded
+        ).logits[0, -1]
+        torch.testing.assert_close(other.detach(), wanted, rtol=0, atol=1e-4)
+        with torch.inference_mode(False):
+            assert engine.append([3]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SHAPES)

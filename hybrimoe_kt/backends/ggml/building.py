@@ -6,6 +6,8 @@ grows, and everything between in one workspace, which the graphs of all layers s
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .library import F32, Context, Library, data_of
@@ -15,7 +17,10 @@ __all__ = ["Builder", "PlacedGraph", "Region", "Workspace"]
 
 _ALIGNED_BYTES = 64
 _MOST_NODES, _MOST_TENSORS = 96, 144
-"""Of a layer. The longest known, DeepSeek's and Qwen3-Next's, have 64 and 88."""
+"""Of a layer. The longest known, DeepSeek's and Qwen3-Next's, have 64 and 88.
+
+More than there is room for would end the process, so that what a file may have more of is counted beside these.
+"""
 
 
 class Region:
@@ -26,11 +31,12 @@ class Region:
 
     def replace(self, memory: torch.Tensor) -> None:
         """Stand for `memory`, on the CPU, from now on."""
-        self.memory, self.address = memory, memory.data_ptr()
+        self.memory = memory
 
-    def follow(self, other: Region) -> None:
-        """Stand for what `other` stands for now."""
-        self.memory, self.address = other.memory, other.address
+    @property
+    def address(self) -> int:
+        """Where it begins; asked each time, as whoever copies a region copies its memory."""
+        return self.memory.data_ptr()
 
 
 class Workspace(Region):
@@ -38,26 +44,32 @@ class Workspace(Region):
 
     def __init__(self) -> None:
         super().__init__(torch.empty(0, dtype=torch.uint8))
+        self._views: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def reserve(self, num_bytes: int) -> None:
         """Have at least so many bytes."""
         if num_bytes > self.memory.numel():
-            self.replace(torch.empty(num_bytes, dtype=torch.uint8))
+            self._views.clear()  # which would keep what was there before
+            with torch.inference_mode(False):
+                self.replace(torch.empty(num_bytes, dtype=torch.uint8))
 
     def view(self, offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values at `offset`, until the workspace grows."""
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
-        return self.memory[offset : offset + size].view(dtype).view(shape)
+        """The values at `offset`, until the workspace grows; the same tensor each time, and to be kept by nobody."""
+        key = offset, shape, dtype
+        found = self._views.get(key)
+        if found is None:
+            size = dtype.itemsize * math.prod(shape)
+            found = self._views[key] = self.memory[offset : offset + size].view(dtype).view(shape)
+        return found
 
 
 class Builder:
     """Makes the tensors of one graph. Sizes are ggml's, the innermost first; tensors are addresses."""
 
-    def __init__(self, library: Library, workspace: Workspace) -> None:
+    def __init__(self, library: Library, workspace: Workspace, num_more: int = 0) -> None:
+        """`num_more`: operations beside those that every layer may have."""
         self.library, self.workspace = library, workspace
-        self.context = Context(library, _MOST_TENSORS, num_nodes=_MOST_NODES)
+        self.context = Context(library, _MOST_TENSORS + 2 * num_more, num_nodes=_MOST_NODES + num_more)
         self._pointer = self.context.pointer
         self._places: dict[int, tuple[Region, int]] = {}
         self._moving: list[tuple[int, Region, int, int]] = []
@@ -295,6 +307,7 @@ class PlacedGraph:
         """Run with what is in the regions; `position` says where moving tensors are."""
         addresses = [region.address for region in self._regions]
         if addresses != self._placed:
+            self._placed = []  # should it be interrupted
             for field, region, place in self._fields:
                 field.value = region.address + place
             self._placed = addresses

@@ -7,10 +7,12 @@ from collections import OrderedDict
 
 import torch
 
+from hybrimoe_kt.quants import TYPES
+
 from .building import Workspace
-from .key_values import KeyValues
+from .key_values import KV_CACHE_TYPES, KeyValues
 from .layer_graph import DenseAnswer, Held, LayerGraph, StepMemory, num_seen
-from .parts import GatedLinear, LayerParts
+from .parts import GatedLinear, Latent, LayerParts
 from .pool import pool
 from .recurrent_state import RecurrentState
 
@@ -18,6 +20,8 @@ __all__ = ["DenseLayer", "DenseMemory"]
 
 _MOST_GRAPHS = 4
 """Kept for each layer, the latest used: a conversation passes one for every 128 to 256 tokens. Some 70 KB each."""
+_MOST_LOGITS = 2**24
+"""64 MiB. A choice: 32 tokens of 32 heads at 16,384 tokens."""
 _MOST_SIZES = 8
 """Sizes of steps whose memory is kept."""
 
@@ -27,6 +31,8 @@ class DenseMemory:
 
     def __init__(self, hidden: int) -> None:
         self._hidden, self._workspace = hidden, Workspace()
+        self.pool = pool()
+        """Whose threads compute, also when another model has asked for another number of them."""
         self._steps: OrderedDict[int, StepMemory] = OrderedDict()
         self.seconds = 0.0
         """Spent in graphs since the start."""
@@ -50,6 +56,19 @@ class DenseLayer:
         self.parts, self.memory = parts, memory
         self._graphs: OrderedDict[tuple[StepMemory, int, int], LayerGraph] = OrderedDict()
 
+    def refuses(self, type_name: str) -> str | None:
+        """Return why keys and values cannot be kept in a type, None when they can."""
+        attention = self.parts.attention
+        if isinstance(attention, GatedLinear):
+            return None
+        heads = 1 if isinstance(attention, Latent) else attention.kv_heads
+        step = TYPES[KV_CACHE_TYPES[type_name]].block_values
+        widths = attention.key_width // heads, attention.value_width // heads
+        odd = next((width for width in widths if width % step), None)
+        if odd is None:
+            return None
+        return f"kv_cache_type {type_name} takes heads a multiple of {step} wide, these are {odd}; take f16 or f32"
+
     def new_held(self, type_name: str) -> Held:
         """Memory for a conversation: keys and values in this type, or a state."""
         attention = self.parts.attention
@@ -68,7 +87,7 @@ class DenseLayer:
         key = step, num_seen(end) if isinstance(held, KeyValues) else 0, held.capacity
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = LayerGraph(pool(), self.parts, step, held, key[1])
+            graph = self._graphs[key] = LayerGraph(self.memory.pool, self.parts, step, held, key[1])
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         else:
@@ -78,6 +97,14 @@ class DenseLayer:
         self.memory.seconds += time.perf_counter() - began
         held.advance(step.tokens)
         return answer
+
+    def takes(self, tokens: int, length: int) -> bool:
+        """Whether a graph is for so many tokens, of a conversation of `length` with them.
+
+        Several at once have the logits of all of them in memory, and long conversations many.
+        """
+        heads = getattr(self.parts.attention, "heads", 0)
+        return tokens == 1 or tokens * num_seen(length) * heads <= _MOST_LOGITS
 
     def begin(self, step: StepMemory, position: int) -> torch.Tensor:
         """Say where a step's first token stands; return where its hidden states are written, `[tokens, hidden]`."""

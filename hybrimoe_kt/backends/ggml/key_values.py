@@ -76,6 +76,7 @@ class KeyValues:
         self.values.replace(values)
         self.capacity = capacity
 
+    @torch.inference_mode(False)
     def _memory(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros, as what is not a number would spoil a sum even with a probability of zero."""
         dtype = _DTYPES.get(self.ggml_type)

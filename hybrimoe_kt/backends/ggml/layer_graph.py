@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import weakref
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,8 @@ __all__ = ["DenseAnswer", "HeadGraph", "Held", "LayerGraph", "StepMemory", "num_
 Held = KeyValues | RecurrentState
 """What a layer keeps of a conversation."""
 
+_NODES_OF_A_TAP = 4
+"""Of a convolution's: a view, a product and a sum."""
 _PAIRED, _HALVES = 0, 2
 """ggml's numbers of the two layouts of rotary dimensions."""
 
@@ -40,18 +43,19 @@ class StepMemory:
 
     def __init__(self, tokens: int, hidden: int, workspace: Workspace) -> None:
         self.tokens, self.width, self.workspace = tokens, hidden, workspace
-        self.hidden = torch.zeros(tokens, hidden)
-        """What enters the next layer."""
-        self._positions = torch.zeros(tokens, dtype=torch.int32)
+        with torch.inference_mode(False):  # memory that is written to in any mode
+            self.hidden = torch.zeros(tokens, hidden)
+            self._positions = torch.zeros(tokens, dtype=torch.int32)
         self.hidden_region, self.positions = Region(self.hidden), Region(self._positions)
-        self._masks: dict[tuple[int, int], Region] = {}
+        self._masks: weakref.WeakValueDictionary[tuple[int, int], Region] = weakref.WeakValueDictionary()
+        """Of the graphs that there are."""
         self._begin = 0
 
     def begin(self, position: int, seen: int) -> None:
         """Say at which position the step's first token stands, and how many positions are looked at."""
         self._begin = position
         torch.arange(position, position + self.tokens, out=self._positions)
-        for (size, window), mask in self._masks.items():
+        for (size, window), mask in list(self._masks.items()):
             if size == seen:
                 self._write(mask.memory, window)
 
@@ -59,7 +63,8 @@ class StepMemory:
         """What each token sees of `seen` positions: float16 `[tokens, seen]`, 0 or minus infinity."""
         found = self._masks.get((seen, window))
         if found is None:
-            memory = torch.empty(self.tokens, seen, dtype=torch.float16)
+            with torch.inference_mode(False):
+                memory = torch.empty(self.tokens, seen, dtype=torch.float16)
             self._write(memory, window)
             found = self._masks[seen, window] = Region(memory)
         return found
@@ -77,8 +82,7 @@ class StepMemory:
         mask.fill_(-math.inf).masked_fill_(seen, 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DenseAnswer:
+class DenseAnswer(NamedTuple):
     """What a layer's graph leaves for its experts, valid until the next graph runs."""
 
     residual: torch.Tensor
@@ -91,6 +95,9 @@ class DenseAnswer:
     weights: torch.Tensor | None = None
 
 
+_TYPES = {"ids": torch.int32}
+
+
 class LayerGraph:
     """One layer for steps of as many tokens as `memory` is for, which look at `seen` positions.
 
@@ -101,28 +108,17 @@ class LayerGraph:
         self._memory, self._parts = memory, parts
         made = _LayerBuilder(pool.library, parts, memory, held, seen)
         self._regions = made.regions
-        self._outputs = made.outputs
+        self._outputs = [(name, *place, _TYPES.get(name, torch.float32)) for name, place in made.outputs.items()]
         self._graph = made.builder.graph(pool, *made.results, is_short=memory.tokens <= FEW_TOKENS)
-        self._answer: DenseAnswer | None = None
-        self._address = 0
 
     def compute(self, held: Held) -> DenseAnswer:
         """Run for what follows in a conversation, with what `memory.hidden` holds."""
         for region, theirs in zip(self._regions, held.regions, strict=True):
-            region.follow(theirs)
+            region.replace(theirs.memory)
         self._graph.compute(held.place)
-        workspace = self._memory.workspace
-        if self._answer is None or self._address != workspace.address:
-            self._answer, self._address = self._views(workspace), workspace.address
-        return self._answer
-
-    def _views(self, workspace: Workspace) -> DenseAnswer:
-        types = {"ids": torch.int32}
+        view, tokens = self._memory.workspace.view, self._memory.tokens
         return DenseAnswer(
-            **{
-                name: workspace.view(offset, self._memory.tokens, width, dtype=types.get(name, torch.float32))
-                for name, (offset, width) in self._outputs.items()
-            }
+            **{name: view(place, tokens, width, dtype=dtype) for name, place, width, dtype in self._outputs}
         )
 
 
@@ -131,7 +127,8 @@ class HeadGraph:
 
     def __init__(self, pool: Pool, parts: HeadParts, hidden: int) -> None:
         builder = Builder(pool.library, Workspace())
-        self._hidden = torch.empty(hidden)
+        with torch.inference_mode(False):
+            self._hidden = torch.empty(hidden)
         given = builder.input(Region(self._hidden), hidden)
         normed = norm_of(builder, given, parts.norm)
         out = builder.scaled(linear(builder, parts.head, normed), parts.logit_factor)
@@ -150,7 +147,8 @@ class _LayerBuilder:
     """The tensors of one layer's graph."""
 
     def __init__(self, library: Library, parts: LayerParts, memory: StepMemory, held: Held, seen: int) -> None:
-        self.builder = builder = Builder(library, memory.workspace)
+        taps = len(parts.attention.kernel) if isinstance(parts.attention, GatedLinear) else 0
+        self.builder = builder = Builder(library, memory.workspace, _NODES_OF_A_TAP * taps)
         self._tokens, self._seen = memory.tokens, seen
         self.regions = Region(held.regions[0].memory), Region(held.regions[1].memory)
         if isinstance(held, KeyValues) and not isinstance(parts.attention, GatedLinear):

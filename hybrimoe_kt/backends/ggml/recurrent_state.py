@@ -25,13 +25,19 @@ class RecurrentState:
         """Tokens held, and the row where the first of the kept columns is."""
         self.capacity = _ROOM_TOKENS
         """Tokens of one step that there is room for."""
-        self.columns = Region(torch.zeros(num_kept + self.capacity, channels))
+        with torch.inference_mode(False):
+            self.columns = Region(torch.zeros(num_kept + self.capacity, channels))
         self.state = Region(self._matrices())
 
     @property
     def regions(self) -> tuple[Region, Region]:
         """What graphs read and write."""
         return self.columns, self.state
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        return sum(region.memory.untyped_storage().nbytes() for region in self.regions)
 
     @property
     def matrices(self) -> torch.Tensor:
@@ -51,7 +57,9 @@ class RecurrentState:
             matrices = self._matrices()
             matrices.copy_(self.matrices)
             self.state.replace(matrices)
-            self._begin_anew(self.kept, torch.zeros(self.num_kept + tokens, self.columns.memory.shape[1]))
+            with torch.inference_mode(False):
+                columns = torch.zeros(self.num_kept + tokens, self.columns.memory.shape[1])
+            self._begin_anew(self.kept, columns)
         elif self.place + self.num_kept + tokens > len(self.columns.memory):
             self._begin_anew(self.kept.clone(), self.columns.memory)
 
@@ -60,6 +68,7 @@ class RecurrentState:
         self.columns.replace(memory)
         self.place = 0
 
+    @torch.inference_mode(False)
     def _matrices(self) -> torch.Tensor:
         answers = self.capacity * self._heads * self._width
         memory = torch.zeros(answers + self._heads * self._width**2)

@@ -49,6 +49,7 @@ __all__ = ["NotDescribed", "ReadLayer", "head_parts", "layer_parts"]
 
 _TRIED = 64
 """Random states by which a router's choice is found out."""
+_CHANGING = ("dynamic", "longrope")
 _SILU = ("silu", "swish")
 _GROUPS = ("num_group", "n_group")
 _BEST_GROUPS = ("topk_group",)
@@ -62,10 +63,12 @@ class _Kind:
     """Whether neighbouring dimensions are rotated together; else the halves."""
     is_gated: bool = False
     """Whether queries come with gates on the answers."""
+    takes_models_window: bool = False
+    """Whether attention asks the configuration for its window."""
 
 
 _LAYERS = {
-    "MixtralDecoderLayer": _Kind(),
+    "MixtralDecoderLayer": _Kind(takes_models_window=True),
     "OlmoeDecoderLayer": _Kind(),
     "Qwen2MoeDecoderLayer": _Kind(),
     "Qwen3MoeDecoderLayer": _Kind(),
@@ -185,7 +188,7 @@ class _Reader:
             norms[0],
             norms[1],
             self._kind.is_gated,
-            int(_window(attention, config) or 0),
+            _window(attention, config, self._kind),
             optional_of(getattr(attention, "sinks", None)),
             float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         )
@@ -229,6 +232,10 @@ class _Reader:
 
     def _rotary(self, *, is_paired: bool) -> Rotary:
         module: Any = self._stock_rotary
+        if getattr(module, "rope_type", "default") in _CHANGING:
+            raise NotDescribed(
+                f"its rotary positions are {module.rope_type}, which change with the conversation's length"
+            )
         frequencies = float32_of(module.inv_freq, "its rotary positions")
         return Rotary(1.0 / frequencies, is_paired, float(module.attention_scaling))
 
@@ -240,11 +247,10 @@ def _order(dims: int, width: int) -> torch.Tensor:
     return order
 
 
-def _window(attention: Any, config: Any) -> int | None:
-    if hasattr(attention, "sliding_window"):
-        found: int | None = attention.sliding_window
-        return found
-    return getattr(config, "sliding_window", None)
+def _window(attention: Any, config: Any, kind: _Kind) -> int:
+    """Of this layer: an attention that could have one and says nothing looks at everything."""
+    owner = config if kind.takes_models_window else attention
+    return int(getattr(owner, "sliding_window", None) or 0)
 
 
 def _choice(router: Any, further: tuple[Any, ...]) -> Choice | None:
