@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_kt.core.coordinator import Coordinator
@@ -37,6 +37,7 @@ def assert_alike(one: Coordinator, other: Coordinator) -> None:
     assert (one.heat(), one.last_token(), one.now_s) == (other.heat(), other.last_token(), other.now_s)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**16), profile=st.sampled_from(["cpu-only", "default", "a6000-xeon5220r"]))
 def test_counts_what_a_plan_counts(seed: int, profile: str) -> None:
     planned, counted = make_coordinator(0, profile=profile), make_coordinator(0, profile=profile)
@@ -48,6 +49,7 @@ def test_counts_what_a_plan_counts(seed: int, profile: str) -> None:
         assert_alike(planned, counted)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**16))
 def test_after_the_slots_are_gone(seed: int) -> None:
     """What had been predicted for a layer is judged by its next step, which finds no slots any more."""

@@ -89,7 +89,7 @@ def none_is_planned(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("cpu", BACKENDS)
 def test_the_same_answers_and_counts_as_with_plans(cpu: str) -> None:
-    @settings(max_examples=30)
+    @settings(max_examples=30, deadline=None)
     @given(seeds=st.lists(st.integers(0, 2**20), min_size=1, max_size=6))
     def holds(seeds: list[int]) -> None:
         for seed in seeds:

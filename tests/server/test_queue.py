@@ -103,7 +103,7 @@ def test_what_was_accepted_ends_and_what_is_new_is_refused() -> None:
     held = Held()
     with serving(ScriptedEngine(before_token=held)) as running, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(running.ask, f"number {number}") for number in range(2)]
-        assert eventually(lambda: queue_of(running)["waiting"] == 1)
+        assert eventually(lambda: queue_of(running) == {"active": 1, "waiting": 1, "limit": 64})
         ending = pool.submit(running.server.drain)
         assert eventually(lambda: running.service.is_shutting_down)
         refused = running.ask("too late")
