@@ -16,7 +16,11 @@ from .library import Context, Library, Plan, library
 __all__ = ["FEW_TOKENS", "Graph", "Pool", "pool"]
 
 FEW_TOKENS = 32
-"""Up to which a step is one graph after another, and threads poll in between."""
+"""Up to which a step is one graph after another, and threads poll in between.
+
+Of 8 to 48 tokens graphs and Transformers' modules took the same time within 10 %, of 64 and 96 the modules 0.84 to 0.96
+of the graphs' (six layers of DeepSeek-V2-Lite and Qwen3-30B-A3B, two cores that multiply bfloat16).
+"""
 
 _POLL = 1
 """Rounds of polling before an idle thread sleeps, in ggml's unit of 131,072: some milliseconds.
