@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.ggml import dense_layer
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.engine.token_generator import TokenGenerator
-from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 from hybrimoe_kt.host.hf import layer_parts as parts_module
 from hybrimoe_kt.host.hf.layer_parts import NotDescribed, head_parts, layer_parts
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
@@ -143,6 +144,19 @@ def test_layers_that_stay_as_they_are_are_named(
     assert caplog.messages[-1] == (
         "layers 0 to 1 are computed by Transformers' own modules: Qwen3MoeDecoderLayer is not known here"
     )
+
+
+def test_without_ggml_a_model_is_transformers_own(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise HostCompatibilityError("the ggml CPU backend needs the package libggml-python")
+
+    monkeypatch.setattr(ggml, "unusable", lambda: "not installed")
+    monkeypatch.setattr(dense_layer, "pool", missing)
+    options = {"accelerator": "none", "cpu_backend": "torch_reference"}
+    loaded = load_model(generated(Shape()).path, option_overrides=options, progress=False)
+    assert loaded.dense is None
+    engine = TokenGenerator(loaded, set())
+    assert engine.append([1, 2, 3]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "deepseek2", "qwen35moe"])

@@ -19,7 +19,7 @@ from .recurrent_state import RecurrentState
 __all__ = ["DenseLayer", "DenseMemory"]
 
 _MOST_GRAPHS = 4
-"""Kept for each layer, the latest used: a conversation passes one for every 128 to 256 tokens. Some 70 KB each."""
+"""Kept for each layer, the latest used: a conversation passes one for every 128 to 256 tokens. 58 KB of ggml's each."""
 _MOST_LOGITS = 2**24
 """64 MiB. A choice: 32 tokens of 32 heads at 16,384 tokens."""
 _MOST_SIZES = 8

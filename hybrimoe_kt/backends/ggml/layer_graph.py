@@ -27,7 +27,7 @@ Held = KeyValues | RecurrentState
 """What a layer keeps of a conversation."""
 
 _NODES_OF_A_TAP = 4
-"""Of a convolution's: a view, a product and a sum."""
+"""Of a convolution's: its factors, a view, a product and a sum."""
 _PAIRED, _HALVES = 0, 2
 """ggml's numbers of the two layouts of rotary dimensions."""
 

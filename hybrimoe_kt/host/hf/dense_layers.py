@@ -10,7 +10,6 @@ from torch import nn
 
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
 from hybrimoe_kt.backends.ggml.layer_graph import HeadGraph
-from hybrimoe_kt.backends.ggml.pool import pool
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 
 from .architectures import Architecture
@@ -37,12 +36,12 @@ class DenseModel:
 def attach_dense_layers(model: nn.Module, family: Architecture) -> DenseModel | None:
     """Attach what each `GgmlLayer` computes by; say why one stays as it is. None where any layer does."""
     causal: Any = model
-    memory = DenseMemory(int(causal.config.hidden_size))
     reasons: dict[str, list[int]] = {}
-    layers = [layer for layer in causal.model.layers if isinstance(layer, GgmlLayer)]
+    layers = [layer for layer in causal.model.layers if isinstance(layer, GgmlLayer) and layer.may_be_ggml]
+    if not layers:
+        return None  # nor is there a library, perhaps
+    memory = DenseMemory(int(causal.config.hidden_size))
     for layer in layers:
-        if not layer.may_be_ggml:
-            continue
         try:
             read = layer_parts(layer.stock, causal.config, causal.model.rotary_emb, family)
         except NotDescribed as refused:
@@ -51,10 +50,10 @@ def attach_dense_layers(model: nn.Module, family: Architecture) -> DenseModel | 
         layer.attach(DenseLayer(read.parts, memory), read.layout, read.experts, read.router)
     for reason, numbers in reasons.items():
         logger.info("layers %s are computed by Transformers' own modules: %s", _ranges(numbers), reason)
-    if not layers or len(layers) < len(causal.model.layers) or any(layer.dense is None for layer in layers):
+    if len(layers) < len(causal.model.layers) or any(layer.dense is None for layer in layers):
         return None
     try:
-        head = HeadGraph(pool(), head_parts(model, family), int(causal.config.hidden_size))
+        head = HeadGraph(memory.pool, head_parts(model, family), int(causal.config.hidden_size))
     except NotDescribed as refused:
         logger.info("the head is computed by Transformers' own module: %s", refused)
         return None
