@@ -22,11 +22,15 @@ __all__ = ["LayerKernels"]
 
 @dataclass(frozen=True, slots=True)
 class LayerKernels:
-    """One layer's matrices in its slots `memory`, uint8 `[num_slots, slot_bytes]`, and the GPU to launch for."""
+    """One layer's matrices in its slots `memory`, uint8 `[num_slots, slot_bytes]`, and the GPU to launch for.
+
+    `tables` is `code_words` of the slots' device.
+    """
 
     target: Target
     shape: LayerShape
     memory: torch.Tensor
+    tables: torch.Tensor
     gate: MatrixInSlot
     up: MatrixInSlot
     down: MatrixInSlot
@@ -66,11 +70,11 @@ class LayerKernels:
         if not (self.gate.type.is_float and self.up.type.is_float):
             quantize_rows(hidden, *rows, quantize)
         act, pair_slot = part["act"], part["pair_slot"]
-        decode_gate_up(self.memory, self.gate, self.up, slot_of, ids, hidden, rows, act, pair_slot, config)
+        decode_gate_up(self.memory, self.tables, self.gate, self.up, slot_of, ids, hidden, rows, act, pair_slot, config)
         rows = part["aq"], part["as"], part["am"]
         if not self.down.type.is_float:
             quantize_rows(act, *rows, quantize)
-        decode_down(self.memory, self.down, pair_slot, weights, act, rows, out, config)
+        decode_down(self.memory, self.tables, self.down, pair_slot, weights, act, rows, out, config)
 
     def _prefill(
         self,
@@ -89,6 +93,6 @@ class LayerKernels:
         pairs, slots, act, answers = part["pairs"], part["slots"], part["act"], part["answers"]
         x = hidden if hidden.dtype == dtype else part["x"].copy_(hidden)
         sort_pairs(ids, slot_of, pairs, slots, config.pairs, sort_config(self.target))
-        prefill_gate_up(self.memory, self.gate, self.up, pairs, slots, ids.shape[1], x, act, config)
-        prefill_down(self.memory, self.down, pairs, slots, act, answers, config)
+        prefill_gate_up(self.memory, self.tables, self.gate, self.up, pairs, slots, ids.shape[1], x, act, config)
+        prefill_down(self.memory, self.tables, self.down, pairs, slots, act, answers, config)
         combine_pairs(answers, ids, weights, slot_of, out, combine_config(self.target))

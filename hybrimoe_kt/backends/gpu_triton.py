@@ -20,6 +20,7 @@ from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError, summary
 from hybrimoe_kt.kernels.configs import decode_config, prefill_configs
 from hybrimoe_kt.kernels.failures import launch_failures
+from hybrimoe_kt.kernels.tables import code_words
 from hybrimoe_kt.kernels.targets import INTERPRETER, Target, of_capability
 from hybrimoe_kt.kernels.workspace import (
     CHUNK_TOKENS,
@@ -132,7 +133,8 @@ class TritonGpu(GpuBackend):
 
         shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
         self._whole.pop(experts.layer, None)
-        self._layers[experts.layer] = LayerKernels(self._target_of(memory.device), shape, memory, *layout.matrices)
+        target, tables = self._target_of(memory.device), code_words(memory.device)
+        self._layers[experts.layer] = LayerKernels(target, shape, memory, tables, *layout.matrices)
         if self._max_tokens:
             self._make_room()
 

@@ -17,6 +17,7 @@ __all__ = ["decode_down", "decode_down_kernel"]
 def decode_down_kernel(
     memory,
     slot_bytes,
+    tables,
     pair_slot,
     weights,
     top_k,
@@ -56,7 +57,7 @@ def decode_down_kernel(
                 unit = first + tl.arange(0, UNITS)[None, :]
                 inside = tl.minimum(unit, num_units - 1)
                 dots = unit_dots(
-                    DOWN, FORM, mem, o0, o1, o2, o3, rows, inside, inter, pair_x, pair_xq, pair_xs, pair_xm
+                    DOWN, FORM, mem, tables, o0, o1, o2, o3, rows, inside, inter, pair_x, pair_xq, pair_xs, pair_xm
                 )
                 total += tl.where(unit < num_units, weight * dots, 0.0)
     out_at = out + token * hidden + row
@@ -65,6 +66,7 @@ def decode_down_kernel(
 
 def decode_down(
     memory: torch.Tensor,
+    tables: torch.Tensor,
     down: MatrixInSlot,
     pair_slot: torch.Tensor,
     weights: torch.Tensor,
@@ -84,6 +86,7 @@ def decode_down(
     decode_down_kernel[grid](
         memory,
         memory.shape[1],
+        tables,
         pair_slot,
         weights,
         top_k,

@@ -17,6 +17,7 @@ __all__ = ["decode_gate_up", "decode_gate_up_kernel"]
 def decode_gate_up_kernel(
     memory,
     slot_bytes,
+    tables,
     slot_of,
     ids,
     num_experts,
@@ -68,17 +69,17 @@ def decode_gate_up_kernel(
     for first in range(0, num_units, UNITS):
         unit = first + tl.arange(0, UNITS)[None, :]
         inside = tl.minimum(unit, num_units - 1)
-        dots = unit_dots(GATE, FORM, mem, g0, g1, g2, g3, rows, inside, hidden, x, xq, xs, xm)
+        dots = unit_dots(GATE, FORM, mem, tables, g0, g1, g2, g3, rows, inside, hidden, x, xq, xs, xm)
         gate += tl.where(unit < num_units, dots, 0.0)
         if GATE == UP:
-            dots = unit_dots(UP, FORM, mem, u0, u1, u2, u3, rows, inside, hidden, x, xq, xs, xm)
+            dots = unit_dots(UP, FORM, mem, tables, u0, u1, u2, u3, rows, inside, hidden, x, xq, xs, xm)
             up += tl.where(unit < num_units, dots, 0.0)
     if GATE != UP:
         num_units = hidden // values_per_unit(UP)
         for first in range(0, num_units, UNITS):
             unit = first + tl.arange(0, UNITS)[None, :]
             inside = tl.minimum(unit, num_units - 1)
-            dots = unit_dots(UP, FORM, mem, u0, u1, u2, u3, rows, inside, hidden, x, xq, xs, xm)
+            dots = unit_dots(UP, FORM, mem, tables, u0, u1, u2, u3, rows, inside, hidden, x, xq, xs, xm)
             up += tl.where(unit < num_units, dots, 0.0)
     gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)
     tl.store(act_at, gate_sum * tl.sigmoid(gate_sum) * up_sum, mask=row < inter)
@@ -86,6 +87,7 @@ def decode_gate_up_kernel(
 
 def decode_gate_up(
     memory: torch.Tensor,
+    tables: torch.Tensor,
     gate: MatrixInSlot,
     up: MatrixInSlot,
     slot_of: torch.Tensor,
@@ -106,6 +108,7 @@ def decode_gate_up(
     decode_gate_up_kernel[grid](
         memory,
         memory.shape[1],
+        tables,
         slot_of,
         ids,
         slot_of.shape[0],

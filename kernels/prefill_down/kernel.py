@@ -17,6 +17,7 @@ __all__ = ["prefill_down", "prefill_down_kernel"]
 def prefill_down_kernel(
     memory,
     slot_bytes,
+    tables,
     pairs,
     slots,
     act,
@@ -47,7 +48,7 @@ def prefill_down_kernel(
         low, high = step_columns(DOWN, step)
         x_low = tl.load(act_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, PAIRS]
         x_high = tl.load(act_row + high[:, None], mask=high[:, None] < width, other=0.0)
-        w_low, w_high = step_tiles(DOWN, mem, o0, o1, o2, o3, rows, step, inter)
+        w_low, w_high = step_tiles(DOWN, mem, tables, o0, o1, o2, o3, rows, step, inter)
         total = tl.dot(w_low.to(x_low.dtype), x_low, total)
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
     features = hidden // 8 * 8
@@ -57,6 +58,7 @@ def prefill_down_kernel(
 
 def prefill_down(
     memory: torch.Tensor,
+    tables: torch.Tensor,
     down: MatrixInSlot,
     pairs: torch.Tensor,
     slots: torch.Tensor,
@@ -72,6 +74,7 @@ def prefill_down(
     prefill_down_kernel[grid](
         memory,
         memory.shape[1],
+        tables,
         pairs,
         slots,
         act,

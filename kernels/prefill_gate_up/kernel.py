@@ -17,6 +17,7 @@ __all__ = ["prefill_gate_up", "prefill_gate_up_kernel"]
 def prefill_gate_up_kernel(
     memory,
     slot_bytes,
+    tables,
     pairs,
     slots,
     top_k,
@@ -55,11 +56,11 @@ def prefill_gate_up_kernel(
         low, high = step_columns(GATE, step)
         x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, PAIRS]
         x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
-        w_low, w_high = step_tiles(GATE, mem, g0, g1, g2, g3, rows, step, hidden)
+        w_low, w_high = step_tiles(GATE, mem, tables, g0, g1, g2, g3, rows, step, hidden)
         gate = tl.dot(w_low.to(x_low.dtype), x_low, gate)
         gate = tl.dot(w_high.to(x_low.dtype), x_high, gate)
         if GATE == UP:
-            w_low, w_high = step_tiles(UP, mem, u0, u1, u2, u3, rows, step, hidden)
+            w_low, w_high = step_tiles(UP, mem, tables, u0, u1, u2, u3, rows, step, hidden)
             up = tl.dot(w_low.to(x_low.dtype), x_low, up)
             up = tl.dot(w_high.to(x_low.dtype), x_high, up)
     if GATE != UP:
@@ -67,7 +68,7 @@ def prefill_gate_up_kernel(
             low, high = step_columns(UP, step)
             x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)
             x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
-            w_low, w_high = step_tiles(UP, mem, u0, u1, u2, u3, rows, step, hidden)
+            w_low, w_high = step_tiles(UP, mem, tables, u0, u1, u2, u3, rows, step, hidden)
             up = tl.dot(w_low.to(x_low.dtype), x_low, up)
             up = tl.dot(w_high.to(x_low.dtype), x_high, up)
     values = gate * tl.sigmoid(gate) * up
@@ -79,6 +80,7 @@ def prefill_gate_up_kernel(
 
 def prefill_gate_up(
     memory: torch.Tensor,
+    tables: torch.Tensor,
     gate: MatrixInSlot,
     up: MatrixInSlot,
     pairs: torch.Tensor,
@@ -97,6 +99,7 @@ def prefill_gate_up(
     prefill_gate_up_kernel[grid](
         memory,
         memory.shape[1],
+        tables,
         pairs,
         slots,
         top_k,

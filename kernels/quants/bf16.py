@@ -13,10 +13,10 @@ KIND = tl.constexpr(30)
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     return unit_of(mem, o0, row, unit, columns, x, True)
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     return tile_of(mem, o0, row, half, lane, step, columns, True)

@@ -11,35 +11,35 @@ __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
 
 @triton.jit
-def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
+def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
     """Dot products float32 `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations.
 
     A *unit* is what one thread loads at once: 16 bytes of quants, 32 weights of 4 to 6 bits or 16 of 8. `mem` points to
-    the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it. The others point to the token's row: `x`
-    (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`, scales `xs`, and block sums `xm` (scale
-    times the sum of the quants, for the types that subtract a minimum).
+    the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words. The
+    others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
+    scales `xs`, and block sums `xm` (scale times the sum of the quants, for the types that subtract a minimum).
 
     Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is `q - 32` as a signed byte, without a
     carry between bytes. Indices are never negative, which the compiler cannot see: shifts and masks save it the care
     that division takes.
     """
     if KIND == q4_k.KIND:
-        return q4_k.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q4_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q5_k.KIND:
-        return q5_k.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q5_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q6_k.KIND:
-        return q6_k.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q6_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q8_0.KIND:
-        return q8_0.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q8_0.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q4_0.KIND:
-        return q4_0.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q4_0.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q5_0.KIND:
-        return q5_0.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return q5_0.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
-        return bf16.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
         tl.static_assert(KIND == f16.KIND, "no kernel reads this type")
-        return f16.unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+        return f16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def step_columns(KIND: tl.constexpr, step):
 
 
 @triton.jit
-def step_tiles(KIND: tl.constexpr, mem, o0, o1, o2, o3, row, step, columns):
+def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, columns):
     """Dequantise one step, 64 columns, of rows `row [N]`: the low and the high tile, float32 `[N, 32]` each.
 
     For 4 to 6 bits these are the values in the low and the high nibbles of the same 32 bytes, so that neither tile
@@ -82,20 +82,20 @@ def step_tiles(KIND: tl.constexpr, mem, o0, o1, o2, o3, row, step, columns):
     half = tl.arange(0, 2)[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
     if KIND == q4_k.KIND:
-        low, high = q4_k.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q4_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q5_k.KIND:
-        low, high = q5_k.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q5_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q6_k.KIND:
-        low, high = q6_k.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q6_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q8_0.KIND:
-        low, high = q8_0.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q8_0.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q4_0.KIND:
-        low, high = q4_0.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q4_0.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q5_0.KIND:
-        low, high = q5_0.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = q5_0.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == bf16.KIND:
-        low, high = bf16.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:
         tl.static_assert(KIND == f16.KIND, "no kernel reads this type")
-        low, high = f16.tile(mem, o0, o1, o2, o3, row, half, lane, step, columns)
+        low, high = f16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     return tl.reshape(low, [low.shape[0], 32]), tl.reshape(high, [high.shape[0], 32])

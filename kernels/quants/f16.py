@@ -49,10 +49,10 @@ def tile_of(mem, o0, row, half, lane, step, columns, BFLOAT: tl.constexpr):
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     return unit_of(mem, o0, row, unit, columns, x, False)
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     return tile_of(mem, o0, row, half, lane, step, columns, False)

@@ -14,7 +14,7 @@ KIND = tl.constexpr(2)
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     number = row * (columns // 32) + unit
     quants = words(words_at(mem, o0), 4 * number)
     x_at = tl.broadcast_to(8 * unit, number.shape)
@@ -31,7 +31,7 @@ def columns(step, lane):
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     blocks = columns // 32
     number = row * blocks + tl.minimum(2 * step + half, blocks - 1)
     quants = bytes_at(mem, o0, number * 16 + lane)

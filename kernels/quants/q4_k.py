@@ -15,7 +15,7 @@ KIND = tl.constexpr(12)
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     base = words_at(mem, o0)
     block, chunk, half = unit >> 3, (unit >> 1) & 3, unit & 1
     start = (row * (columns // 256) + block) * 36
@@ -29,7 +29,7 @@ def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.conste
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     block, chunk = step // 4, step % 4
     start = row * (columns // 256) + block
     low_scale, low_min, high_scale, high_min = chunk_scales(words_at(mem, o0), start * 36, chunk)

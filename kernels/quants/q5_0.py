@@ -20,7 +20,7 @@ def _spread(bits):
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     number = row * (columns // 32) + unit
     quants = words(words_at(mem, o0), 4 * number)
     fifth = tl.load(words_at(mem, o1) + number)[:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
@@ -32,7 +32,7 @@ def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.conste
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     blocks = columns // 32
     number = row * blocks + tl.minimum(2 * step + half, blocks - 1)
     quants = bytes_at(mem, o0, number * 16 + lane)

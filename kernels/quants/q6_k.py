@@ -17,7 +17,7 @@ KIND = tl.constexpr(14)
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     block, run, group, half = unit >> 3, (unit >> 2) & 1, (unit >> 1) & 1, unit & 1
     number = row * (columns // 256) + block
     low_bits = words(words_at(mem, o0), 32 * number + 4 * (unit & 7))
@@ -42,7 +42,7 @@ def columns(step, lane):
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     block, run, group = step // 4, step % 4 // 2, step % 2
     number = row * (columns // 256) + block
     low_bits = bytes_at(mem, o0, 128 * number + (64 * run + 32 * group) + 16 * half + lane)

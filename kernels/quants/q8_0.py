@@ -14,7 +14,7 @@ KIND = tl.constexpr(8)
 
 
 @triton.jit
-def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
+def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.constexpr):
     number = row * (columns // 32) + (unit >> 1)
     quants = words(words_at(mem, o0), 8 * number + 4 * (unit & 1))
     x_at = tl.broadcast_to(4 * unit, number.shape)
@@ -23,7 +23,7 @@ def unit(mem, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: tl.conste
 
 
 @triton.jit
-def tile(mem, o0, o1, o2, o3, row, half, lane, step, columns):
+def tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns):
     blocks = columns // 32
     second = tl.minimum(2 * step + 1, blocks - 1)  # past the row's end the caller's activations are zero
     low_block, high_block = row * blocks + 2 * step, row * blocks + second

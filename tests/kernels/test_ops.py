@@ -24,13 +24,14 @@ from hybrimoe_kt.kernels.prefill_down import naive_prefill_down, prefill_down
 from hybrimoe_kt.kernels.prefill_gate_up import naive_prefill_gate_up, prefill_gate_up
 from hybrimoe_kt.kernels.quantize_rows import naive_quantize_rows, quantize_rows
 from hybrimoe_kt.kernels.sort_pairs import naive_sort_pairs, sort_pairs
+from hybrimoe_kt.kernels.tables import code_words
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import BLOCKS_OF_32, DEVICE, KINDS, relative_error, routed, slotted_layer
 from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 
-TARGET = _target_of(DEVICE)
+TARGET, TABLES = _target_of(DEVICE), code_words(DEVICE)
 NAN = float("nan")
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 
@@ -73,7 +74,9 @@ def test_decode_gate_up(kind: Type) -> None:
     pair_slot = torch.full((ids.numel(),), 77, dtype=torch.int32, device=DEVICE)
     gate, up, _ = layer.layout.matrices
     config = decode_config(TARGET)
-    decode_gate_up(layer.memory, gate, up, layer.slot_of, ids, hidden, quantized(hidden), act, pair_slot, config)
+    decode_gate_up(
+        layer.memory, TABLES, gate, up, layer.slot_of, ids, hidden, quantized(hidden), act, pair_slot, config
+    )
     present = {expert: layer.matrices(expert)[:2] for expert, _ in layer.slots}
     wanted = naive_decode_gate_up(hidden.cpu(), ids.cpu(), present, layer.experts.inter)
     assert relative_error(act, wanted) < (INT8_ERROR if kind not in (Type.F16, Type.BF16) else HALF_ERROR)
@@ -96,7 +99,9 @@ def test_decode_gate_up_is_exact_on_what_it_is_given(kind: Type) -> None:
     ids[0] = torch.tensor([0, 4])
     gate, up, _ = layer.layout.matrices
     config = decode_config(TARGET)
-    decode_gate_up(layer.memory, gate, up, layer.slot_of, ids, rounded, (quants, scales, sums), act, pair_slot, config)
+    decode_gate_up(
+        layer.memory, TABLES, gate, up, layer.slot_of, ids, rounded, (quants, scales, sums), act, pair_slot, config
+    )
     present = {expert: layer.matrices(expert)[:2] for expert, _ in layer.slots}
     wanted = naive_decode_gate_up(rounded.cpu(), ids.cpu(), present, layer.experts.inter)
     assert relative_error(act, wanted) < 1e-5
@@ -114,7 +119,7 @@ def test_decode_down(kind: Type) -> None:
     out = before.to(DEVICE).clone()
     down = layer.layout.matrices[2]
     clean = torch.nan_to_num(act)
-    decode_down(layer.memory, down, pair_slot, weights, act, quantized(clean), out, decode_config(TARGET))
+    decode_down(layer.memory, TABLES, down, pair_slot, weights, act, quantized(clean), out, decode_config(TARGET))
     wanted = naive_decode_down(
         clean.cpu(), ids.cpu(), weights.cpu(), {expert: layer.matrices(expert)[2] for expert, _ in layer.slots}
     )
@@ -164,7 +169,7 @@ def test_prefill(kind: Type) -> None:
     present[sorted_pairs[0][sorted_pairs[0] >= 0].long()] = True
 
     act = torch.full((ids.numel(), experts.inter), NAN, dtype=torch.float16, device=DEVICE)
-    prefill_gate_up(layer.memory, gate, up, pairs, slots, experts.top_k, hidden, act, config)
+    prefill_gate_up(layer.memory, TABLES, gate, up, pairs, slots, experts.top_k, hidden, act, config)
     wanted = torch.full(act.shape, NAN)
     gate_ups = {slot: matrices[:2] for slot, matrices in by_slot.items()}
     naive_prefill_gate_up(hidden.cpu(), *sorted_pairs, experts.top_k, gate_ups, wanted)
@@ -172,7 +177,7 @@ def test_prefill(kind: Type) -> None:
     assert act.cpu()[~present].isnan().all(), "pairs without a slot are left alone"
 
     answers = torch.full((ids.numel(), experts.hidden), NAN, device=DEVICE)
-    prefill_down(layer.memory, down, pairs, slots, act, answers, config)
+    prefill_down(layer.memory, TABLES, down, pairs, slots, act, answers, config)
     wanted = torch.full(answers.shape, NAN)
     naive_prefill_down(act.cpu(), *sorted_pairs, {slot: m[2] for slot, m in by_slot.items()}, wanted)
     assert relative_error(answers.cpu()[present], wanted[present]) < HALF_ERROR
@@ -189,7 +194,7 @@ def test_prefill_cuts_values_to_the_range_of_half() -> None:
     slots = layer.slot_of[:1].clone()
     act = torch.full((1, experts.inter), NAN, dtype=torch.float16, device=DEVICE)
     gate, up, _ = layer.layout.matrices
-    prefill_gate_up(layer.memory, gate, up, pairs, slots, 1, hidden, act, config)
+    prefill_gate_up(layer.memory, TABLES, gate, up, pairs, slots, 1, hidden, act, config)
     assert act.isfinite().all()
     assert (act.abs() == 65504).any()
 

@@ -25,6 +25,7 @@ __all__ = ["Case", "Claims", "Work", "cases_for", "mixtures_for"]
 _TYPES = MappingProxyType(
     {
         "memory": "*u8",
+        "tables": "*u8",
         "slot_bytes": "i64",
         "slot_of": "*i32",
         "ids": "*i64",
