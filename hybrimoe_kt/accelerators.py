@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .errors import ConfigError, nearest
 
-__all__ = ["ACCELERATORS", "Kind", "Numbered", "forms", "numbered", "parse"]
+__all__ = ["ACCELERATORS", "Kind", "Numbered", "forms", "is_host", "numbered", "parse"]
 
 
 class Kind(NamedTuple):
@@ -76,3 +76,8 @@ def numbered(name: str) -> Numbered | None:
     if match is None or kind is None or kind.torch_type is None:
         return None
     return Numbered(match[1], None if match[2] is None else int(match[2]), kind.torch_type)
+
+
+def is_host(place: str) -> bool:
+    """Whether what is placed there stands in host memory and the CPU computes it: "cpu", and not "emulated:0"."""
+    return place.partition(":")[0] == "cpu"

@@ -135,7 +135,7 @@ def measure(
     `of_roofline` is against the used experts' bytes over `bandwidth`, or the multiply-adds over the published
     tensor-core rate, whichever takes longer.
     """
-    from hybrimoe_kt.backends.gpu_triton import TritonGpu, _target_of
+    from hybrimoe_kt.backends.gpu_triton import TritonGpu, target_of
 
     device = layer.memory.device
     work = _Work(TritonGpu(), layer, num_tokens, launches)
@@ -147,7 +147,7 @@ def measure(
     plain()
     torch_s = on_device_s(plain, device, 3)
     used_bytes = work.num_used * expert_bytes(spec, kinds)
-    tensor_s = roofline(spec, kinds, _target_of(device), num_tokens).tensor_s
+    tensor_s = roofline(spec, kinds, target_of(device), num_tokens).tensor_s
     return {
         "us": seconds * 1e6, "host_us": host * 1e6, "experts": work.num_used, "gb_per_s": used_bytes / seconds / 1e9,
         "of_copy": used_bytes / seconds / bandwidth, "of_roofline": max(used_bytes / bandwidth, tensor_s) / seconds,

@@ -35,7 +35,7 @@ from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 if TYPE_CHECKING:
     from hybrimoe_kt.kernels.layer import LayerKernels
 
-__all__ = ["TritonGpu"]
+__all__ = ["TritonGpu", "target_of"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTH_STEP = 8
@@ -71,6 +71,8 @@ class TritonGpu(GpuBackend):
             return "on the CPU Triton only runs in its interpreter (set TRITON_INTERPRET=1 before starting)"
         if device.type not in ("cpu", "cuda"):
             return f"no kernel was built for {device.type} devices"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "torch finds no such device"
         if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             major, minor = torch.cuda.get_device_capability(device)
             return f"the GPU's compute capability is {major}.{minor}, the kernels want 8.0 or newer"
@@ -139,7 +141,7 @@ class TritonGpu(GpuBackend):
             self._make_room()
 
     def _target_of(self, device: torch.device) -> Target:
-        return self._target or _target_of(device)
+        return self._target or target_of(device)
 
     def prepare(self, max_tokens: int) -> None:
         """Allocate the workspace, `workspace_bytes(max_tokens)`; it grows only for a larger layer added later."""
@@ -220,7 +222,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _target_of(device: torch.device) -> Target:
+def target_of(device: torch.device) -> Target:
     if device.type == "cpu":
         return INTERPRETER
     if torch.version.hip:

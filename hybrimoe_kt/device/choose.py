@@ -7,11 +7,11 @@ from operator import attrgetter
 
 import torch
 
-from hybrimoe_kt.accelerators import parse
+from hybrimoe_kt.accelerators import numbered, parse
 
 from .accelerator import Accelerator
 
-__all__ = ["choose_accelerator", "found", "nothing"]
+__all__ = ["choose_accelerator", "device_at", "found", "nothing"]
 
 
 def choose_accelerator(name: str) -> Accelerator | None:
@@ -23,6 +23,12 @@ def choose_accelerator(name: str) -> Accelerator | None:
     module, _, function = kind.maker.partition(":")
     made: Accelerator | None = attrgetter(function)(importlib.import_module(module))(name, *groups)
     return made
+
+
+def device_at(place: str) -> torch.device:
+    """The torch device of a place that a rule may name: that of "cuda:1" itself, of "emulated:0" the CPU."""
+    device = numbered(place)
+    return torch.device(place if device is None or device.torch_type != "cpu" else "cpu")
 
 
 def found(name: str) -> Accelerator | None:

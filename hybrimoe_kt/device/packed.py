@@ -25,8 +25,8 @@ class PackedMatrix:
 class PackedWeight:
     """A linear layer's weight `[rows, columns]`: parts one above the other, and in which order the model wants them.
 
-    Feature `i` of the output is row `row_order[i]` of the parts; feature `column_order[i]` of the input meets column
-    `i`. None: in order. int64 on the CPU.
+    Feature `i` of the output is row `row_order[i]` of the parts, some of whose rows may be no feature; feature
+    `column_order[i]` of the input meets column `i`. None: in order. int64 on the CPU.
     """
 
     parts: tuple[PackedMatrix, ...]
@@ -36,6 +36,11 @@ class PackedWeight:
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
+
+    @property
+    def features(self) -> int:
+        """Of the output."""
+        return self.rows if self.row_order is None else len(self.row_order)
 
     @property
     def columns(self) -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
+from hybrimoe_kt.backends.gpu_dense import check_gpu
+from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
 from hybrimoe_kt.errors import HostCompatibilityError
 
-from .linear import check_cpu, is_computed_by_ggml
+from .linear import accelerator_arithmetic, check_cpu, is_computed_by_ggml
 
 __all__ = ["AbsorbedMLA"]
 
+_Up = TypeVar("_Up", bound=UpProjections)
 _ADOPTED = (
     "q_proj",
     "q_a_proj",
@@ -62,11 +65,12 @@ class AbsorbedMLA(nn.Module):
         generate_device: str = "cpu",
         absorb_for_prefill: bool = True,
         cpu: str = "ggml",
+        gpu: str = "auto",
     ) -> None:
         """`absorb_for_prefill=False` leaves prompts to the stock expansion, cheaper while the context is short.
 
-        `cpu`: who multiplies by the up-projections there, "ggml" or "float". They stay as the file has them where it
-        has them as two tensors; where it has one, the half that turns latents into values does.
+        `cpu` and `gpu`: who multiplies by the up-projections, as of QuantizedLinear. They stay as the file has them
+        where it has them as two tensors; where it has one, the half that turns latents into values does.
         """
         super().__init__()
         if not hasattr(orig_module, "kv_b_proj"):
@@ -89,14 +93,20 @@ class AbsorbedMLA(nn.Module):
             self.register_module(name, getattr(orig_module, name, None))
         self._rotate = _rotation_of(orig_module)
         self._up: UpProjections | None = None
-        check_cpu(cpu)
-        if absorb_for_prefill and hasattr(gguf_loader, "packed_tensor") and is_computed_by_ggml(cpu, generate_device):
-            self._up = self._packed_up(gguf_loader)
+        self.check_kwargs({"cpu": cpu, "gpu": gpu})
+        self.place, self.arithmetic = generate_device, accelerator_arithmetic(gpu, generate_device)
+        if absorb_for_prefill and hasattr(gguf_loader, "packed_tensor"):
+            if is_computed_by_ggml(cpu, generate_device):
+                self._up = self._packed_up(gguf_loader, SplitUpProjections, FusedUpProjections)
+            elif self.arithmetic != "float":
+                made = AcceleratorUpProjections
+                up = self._packed_up(gguf_loader, made.split, made.fused)
+                self._up = None if up is None or up.refusal(self.arithmetic) else up
         if self._up is not None:
             self.kv_b_proj = None
         object.__setattr__(self, "_stock", orig_module)
 
-    def _packed_up(self, gguf_loader: Any) -> UpProjections | None:
+    def _packed_up(self, gguf_loader: Any, split: Callable[..., _Up], fused: Callable[..., _Up]) -> _Up | None:
         names = (f"blk.{self.layer_idx}.attn_{name}.weight" for name in ("k_b", "v_b", "kv_b"))
         keys, values, both = (gguf_loader.packed_tensor(name) for name in names)
         heads, rank = self.num_heads, self.kv_lora_rank
@@ -105,9 +115,9 @@ class AbsorbedMLA(nn.Module):
                 return None  # told by what loads floats
             if (values.heads, values.rows, values.columns) != (heads, self.value, rank):
                 return None
-            return SplitUpProjections(keys, values)
+            return split(keys, values)
         if both is not None and (both.rows, both.columns) == (heads * (self.nope + self.value), rank):
-            return FusedUpProjections(both, heads, self.nope, self.value)
+            return fused(both, heads, self.nope, self.value)
         return None
 
     @property
@@ -124,6 +134,7 @@ class AbsorbedMLA(nn.Module):
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_cpu(kwargs.get("cpu", "ggml"))
+        check_gpu(kwargs.get("gpu", "auto"))
 
     @property
     def scaling(self) -> float:

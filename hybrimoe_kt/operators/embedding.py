@@ -11,6 +11,7 @@ from torch.nn import functional
 from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.products import dequantize_into
+from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.errors import ConfigError
 
@@ -18,7 +19,10 @@ __all__ = ["QuantizedEmbedding"]
 
 
 class QuantizedEmbedding(nn.Module):
-    """In place of `torch.nn.Embedding`, on a CPU. On other devices it is what it replaces."""
+    """In place of `torch.nn.Embedding`: the table stays in host memory, where the file is mapped.
+
+    On an accelerator rows are looked up and dequantised on the CPU, and only they cross the link.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,8 @@ class QuantizedEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
         self._packed: PackedWeight | None = None
-        if hasattr(gguf_loader, "packed_weight") and torch.device(generate_device).type == "cpu":
+        self._device = device_at(generate_device)
+        if hasattr(gguf_loader, "packed_weight") and self._device.type != "meta":
             shape = self.num_embeddings, self.embedding_dim
             self._packed = gguf_loader.packed_weight(f"{key}.weight", shape)
         if self._packed is None:
@@ -44,18 +49,23 @@ class QuantizedEmbedding(nn.Module):
         self._dtype = orig_module.weight.dtype
         self._by_ggml = ggml.unusable() is None
 
+    @property
+    def reads_on_host(self) -> bool:
+        """Whether ids are best given on the CPU."""
+        return self._packed is not None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Ids `[...]` -> `[..., embedding_dim]`, in the model's dtype."""
+        """Ids `[...]`, on any device -> `[..., embedding_dim]`, in the model's dtype, where the layers stand."""
         if self._packed is None:
             return functional.embedding(input, self.weight)
         (part,) = self._packed.parts
-        rows = part.data.view(part.rows, -1)[input.flatten()]
+        rows = part.data.view(part.rows, -1)[input.flatten().cpu()]
         if self._by_ggml:
-            values = torch.empty(len(rows), part.columns)
+            values = torch.empty(len(rows), part.columns, device="cpu")
             dequantize_into(rows.data_ptr(), part.ggml_type, len(rows), part.columns, values)
         else:
             values = dequantize(rows.flatten(), part.ggml_type, (len(rows), part.columns))
-        return values.to(self._dtype).view(*input.shape, part.columns)
+        return values.to(self._dtype).to(self._device).view(*input.shape, part.columns)
 
     def extra_repr(self) -> str:
         kept = "float" if self._packed is None else self._packed.parts[0].name

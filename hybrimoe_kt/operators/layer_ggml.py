@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.accelerators import is_host
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.choice import choose
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
@@ -55,7 +56,7 @@ class GgmlLayer(nn.Module):
             raise ConfigError(f"{key}: GgmlLayer replaces a decoder layer (`...layers.N`)")
         self.check_kwargs({"kv_cache_type": kv_cache_type, "most_tokens": most_tokens})
         self.layer, self.kv_cache_type, self.most_tokens = int(match[1]), kv_cache_type, most_tokens
-        self.may_be_ggml = torch.device(generate_device).type == "cpu" and ggml.unusable() is None
+        self.may_be_ggml = is_host(generate_device) and ggml.unusable() is None
         """Whether it stands where ggml computes."""
         for name, child in orig_module.named_children():
             self.register_module(name, child)

@@ -1,20 +1,24 @@
-"""`QuantizedLinear`: a linear layer whose weight stays as the file has it, in blocks, where that stands."""
+"""`QuantizedLinear`: a linear layer whose weight stays as the file has it, in blocks, where that stands or on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from hybrimoe_kt.accelerators import is_host, numbered
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.linear import PackedProduct
+from hybrimoe_kt.backends.gpu_dense import arithmetic_on, check_gpu, refusal
+from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.errors import ConfigError, unknown_name
 
-__all__ = ["QuantizedLinear", "is_computed_by_ggml"]
+__all__ = ["QuantizedLinear", "accelerator_arithmetic", "is_computed_by_ggml"]
 
 CPU_ARITHMETIC = ("ggml", "float")
 
@@ -25,14 +29,23 @@ def check_cpu(name: str) -> None:
         raise ConfigError(unknown_name("cpu", name, CPU_ARITHMETIC))
 
 
-def is_computed_by_ggml(cpu: str, device: str) -> bool:
-    """Whether what stands on `device` is computed by ggml: it does on a CPU where the library is there."""
-    return cpu == "ggml" and torch.device(device).type == "cpu" and ggml.unusable() is None
+def is_computed_by_ggml(cpu: str, place: str) -> bool:
+    """Whether what stands at `place` is computed by ggml: it does on a CPU where the library is there."""
+    return cpu == "ggml" and is_host(place) and ggml.unusable() is None
+
+
+def accelerator_arithmetic(gpu: str, place: str) -> str:
+    """How what is placed on an accelerator is multiplied by, see `gpu_dense.arithmetic_on`; "float" anywhere else."""
+    return "float" if is_host(place) or numbered(place) is None else arithmetic_on(device_at(place), gpu)
 
 
 class QuantizedLinear(nn.Module):
-    """In place of `torch.nn.Linear`, on a CPU. Floats where the file has floats, where a conversion changed the
-    values, without ggml and on other devices: then it is what it replaces."""
+    """In place of `torch.nn.Linear`. Floats where the file has floats, where a conversion changed the values, on a CPU
+    without ggml, and on a device without kernels: then it is what it replaces.
+
+    On an accelerator it multiplies once its host has loaded the weight there, alone or together with others that are
+    given the same input, see `attach`.
+    """
 
     bias: nn.Parameter | None
 
@@ -46,29 +59,49 @@ class QuantizedLinear(nn.Module):
         generate_device: str = "cpu",
         out_device: str | None = None,
         cpu: str = "ggml",
+        gpu: str = "auto",
     ) -> None:
-        """`cpu`: who multiplies there, "ggml" or "float"."""
+        """`cpu`: who multiplies there, "ggml" or "float"; `gpu`: "auto", "triton", "torch" or "float"."""
         super().__init__()
-        check_cpu(cpu)
+        self.check_kwargs({"cpu": cpu, "gpu": gpu})
         if type(orig_module) is not nn.Linear:
             raise ConfigError(f"{key}: QuantizedLinear replaces torch.nn.Linear, found {type(orig_module).__name__}")
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
         self.bias = orig_module.bias
-        self._product: PackedProduct | None = None
         self.packed: PackedWeight | None = None
-        if hasattr(gguf_loader, "packed_weight") and is_computed_by_ggml(cpu, generate_device):
-            self.packed = gguf_loader.packed_weight(f"{key}.weight", (self.out_features, self.in_features))
-            self._product = None if self.packed is None else PackedProduct(self.packed)
-        if self._product is None:
+        """The weight as the file has it, where it stays so."""
+        self.place, self.arithmetic = generate_device, accelerator_arithmetic(gpu, generate_device)
+        self._product: PackedProduct | None = None
+        self._by_accelerator: Callable[[torch.Tensor], torch.Tensor] | None = None
+        by_ggml = is_computed_by_ggml(cpu, generate_device)
+        if hasattr(gguf_loader, "packed_weight") and (by_ggml or self.arithmetic != "float"):
+            asked = f"{key}.weight", (self.out_features, self.in_features)
+            refuses = () if by_ggml else (partial(refusal, arithmetic=self.arithmetic),)
+            self.packed = gguf_loader.packed_weight(*asked, *refuses)
+        if self.packed is None:
             self.weight = orig_module.weight
+        elif by_ggml:
+            self._product = PackedProduct(self.packed)
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_cpu(kwargs.get("cpu", "ggml"))
+        check_gpu(kwargs.get("gpu", "auto"))
+
+    @property
+    def waits_for_accelerator(self) -> bool:
+        """Whether its weight is to be loaded to an accelerator, and is not yet."""
+        return self.packed is not None and self._product is None and self._by_accelerator is None
+
+    def attach(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Multiply by `multiply` from now on: it takes what `forward` does, adds the bias and keeps the dtype."""
+        self._by_accelerator = multiply
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the input's dtype."""
+        if self._by_accelerator is not None:
+            return self._by_accelerator(input)
         if self._product is None:
             return functional.linear(input, self.weight, self.bias)
         given = input.reshape(-1, self.in_features)
@@ -78,5 +111,5 @@ class QuantizedLinear(nn.Module):
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        kept = "float" if self._product is None else self._product
+        kept = "float" if self.packed is None else " + ".join(part.name for part in self.packed.parts)
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={kept}"

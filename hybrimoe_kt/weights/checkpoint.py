@@ -168,7 +168,7 @@ class CheckpointLoader:
             self._layers[layer] = LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
         return self._layers[layer]
 
-    def packed_weight(self, parameter: str, shape: tuple[int, ...]) -> None:
+    def packed_weight(self, parameter: str, shape: tuple[int, ...], refuses: object = None) -> None:
         """None for every parameter."""
 
     def packed_tensor(self, name: str) -> None:

@@ -52,9 +52,16 @@ class GgufLoader:
         matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
         return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
 
-    def packed_weight(self, parameter: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """Return a dense matrix of the model as the file has it; None where the parameter has to be floats."""
+    def packed_weight(
+        self, parameter: str, shape: tuple[int, ...], refuses: Callable[[PackedWeight], str | None] | None = None
+    ) -> PackedWeight | None:
+        """Return a dense matrix of the model as the file has it; None where the parameter has to be floats.
+
+        `refuses` says why whoever asks cannot use it so.
+        """
         found = self._find_packed(parameter, shape) if self._find_packed is not None else None
+        if isinstance(found, PackedWeight) and refuses is not None:
+            found = refuses(found) or found
         if isinstance(found, str):
             self.dequantised[parameter] = found
             return None

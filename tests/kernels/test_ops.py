@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybrimoe_kt.backends.gpu_triton import _target_of
+from hybrimoe_kt.backends.gpu_triton import target_of
 from hybrimoe_kt.kernels.combine_pairs import combine_pairs, naive_combine_pairs
 from hybrimoe_kt.kernels.configs import (
     combine_config,
@@ -31,7 +31,7 @@ from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 
-TARGET, TABLES = _target_of(DEVICE), code_words(DEVICE)
+TARGET, TABLES = target_of(DEVICE), code_words(DEVICE)
 NAN = float("nan")
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -39,10 +39,12 @@ class PackedLoader:
         """`weights` by parameter, `tensors` by their names in the file."""
         self._weights, self._tensors = weights or {}, tensors or {}
 
-    def packed_weight(self, parameter: str, shape: tuple[int, ...]) -> PackedWeight | None:
+    def packed_weight(
+        self, parameter: str, shape: tuple[int, ...], refuses: Callable[[PackedWeight], str | None] | None = None
+    ) -> PackedWeight | None:
         found = self._weights.get(parameter)
         assert found is None or (found.rows, found.columns) == shape
-        return found
+        return None if found is not None and refuses is not None and refuses(found) else found
 
     def packed_tensor(self, name: str) -> PackedMatrix | None:
         return self._tensors.get(name)

@@ -42,6 +42,7 @@ from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
 from .dense_layers import DenseModel, attach_dense_layers
+from .dense_upload import DenseOnAccelerators
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
 _PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, GgmlLayer
-"""What asks where it will stand: on a CPU, weights stay as the file has them, and ggml computes."""
+"""What asks where it will stand: weights stay as the file has them, and ggml or the accelerator's kernels compute."""
 
 
 @dataclass
@@ -68,6 +69,8 @@ class LoadedModel:
     placement: Placement
     crossings: Crossings | None
     """Of hidden states between devices, where layers are divided over several."""
+    on_accelerators: DenseOnAccelerators
+    """Dense weights that lie on accelerators as the file has them."""
     dense: DenseModel | None = None
     """Where every layer's dense piece is a graph."""
     _runtime: Runtime | None = None
@@ -144,9 +147,9 @@ class _Injector:
         if issubclass(cls, HybriMoEExperts):
             return cls(**contract, experts=self.experts)
         if issubclass(cls, _PLACED):
-            place = self.placement.device_of(f"{contract['key']}.weight")
+            place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
-            return cls(**contract | {"generate_device": str(place)} | kept)
+            return cls(**contract | {"generate_device": place} | kept)
         return cls(**contract)
 
     def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
@@ -217,9 +220,10 @@ def load_model(
     `gguf_path` names a GGUF file, a directory of them, or a Hugging Face directory with safetensors. The
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
-    `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
-    elsewhere. `metadata` takes the place of the GGUF file's own. `kv_cache_type` wins over the
-    rules' for what graphs on the CPU keep: f16, f32 or q8_0. `assemble` makes the runtime.
+    `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places elsewhere: a
+    torch device, or an emulated accelerator ("emulated:0"). `metadata` takes the place of the GGUF file's own.
+    `kv_cache_type` wins over the rules' for what graphs on the CPU keep: f16, f32 or q8_0. `assemble` makes the
+    runtime.
     """
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
@@ -243,11 +247,13 @@ def load_model(
         source.rotary.apply(model)
     if isinstance(source.file, GgufFile):
         architecture.finish(model)
+    on_accelerators = DenseOnAccelerators(model)
+    on_accelerators.load(dtype, progress=progress)
     give_back_unused({parameter.device for parameter in model.parameters()})  # slots come next, and are large
     placement = inject.placement
     crossings = Crossings(model, placement) if placement.is_split else None
     warnings = inject.warnings + told
-    loaded = LoadedModel(model, loader, architecture, rules_file, warnings, placement, crossings)
+    loaded = LoadedModel(model, loader, architecture, rules_file, warnings, placement, crossings, on_accelerators)
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
@@ -256,7 +262,8 @@ def load_model(
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
-        dense = [m.data for name, m in loader.packed.items() if name != "token_embd.weight" or is_multiplied]
+        unread = on_accelerators.names() | (set() if is_multiplied else {"token_embd.weight"})
+        dense = [matrix.data for name, matrix in loader.packed.items() if name not in unread]
         bring_in(loaded.runtime.experts_read_in_place, dense, progress=progress)
     for warning in loaded.warnings:
         logger.warning("%s", warning)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hybrimoe_kt.accelerators import numbered
+from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.host.rules.injection import Injection, holds_weights
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 
@@ -34,13 +35,21 @@ class Placement:
     @property
     def device_map(self) -> dict[str, str]:
         """What Transformers' loading takes: module path -> torch device."""
-        devices = {path: str(_device(place)) for path, place in self.places.items()}
-        return devices if len(set(devices.values())) > 1 else {"": next(iter(devices.values()), self.default)}
+        devices = {path: str(device_at(place)) for path, place in self.places.items()}
+        return (
+            devices
+            if len(set(devices.values())) > 1
+            else {"": next(iter(devices.values()), str(device_at(self.default)))}
+        )
+
+    def place_of(self, parameter: str) -> str:
+        """Where a parameter stands, by its full name."""
+        unit = _unit_of(parameter, self.places)
+        return self.places[unit] if unit is not None else self.default
 
     def device_of(self, parameter: str) -> torch.device:
         """The torch device of a parameter, by its full name."""
-        unit = _unit_of(parameter, self.places)
-        return _device(self.places[unit] if unit is not None else self.default)
+        return device_at(self.place_of(parameter))
 
 
 def place_modules(
@@ -98,7 +107,7 @@ def _deciding(path: str, unit: nn.Module, injections: Mapping[str, Injection]) -
 
 def _place(name: str | None, default: str) -> str | None:
     """The place a rule means by `name`; None if this machine has no such device."""
-    if name is None or name in (default, torch.device(default).type):
+    if name is None or name in (default, device_at(default).type):
         return default
     device = numbered(name)
     if name == "cpu" or (device is not None and device.torch_type == "cpu"):
@@ -121,11 +130,6 @@ def _keep_tied_together(model: nn.Module, places: dict[str, str]) -> None:
 
 def _unit_of(name: str, places: Mapping[str, str]) -> str | None:
     return next((path for path in places if name.startswith(f"{path}.")), None)
-
-
-def _device(place: str) -> torch.device:
-    device = numbered(place)
-    return torch.device(place if device is None or device.torch_type != "cpu" else "cpu")
 
 
 class Crossings:
@@ -152,7 +156,7 @@ class Crossings:
         self._brought.clear()
 
     def _hook(self, place: str, carries_hidden: bool) -> Any:
-        device = _device(place)
+        device = device_at(place)
 
         def bring(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if carries_hidden:

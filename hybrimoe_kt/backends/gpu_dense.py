@@ -1,0 +1,181 @@
+"""Who multiplies by dense matrices that lie packed on an accelerator: Triton kernels, or torch piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from hybrimoe_kt.device.dense_matrices import DenseMatrices
+from hybrimoe_kt.device.packed import PackedWeight
+from hybrimoe_kt.errors import ConfigError, KernelError, summary, unknown_name
+from hybrimoe_kt.kernels.failures import launch_failures
+from hybrimoe_kt.quants import TYPES
+
+from .dequantize import dequantize
+from .gpu_triton import TritonGpu, target_of
+
+if TYPE_CHECKING:
+    from hybrimoe_kt.kernels.workspace import Workspace
+
+__all__ = ["GPU_ARITHMETIC", "DenseProduct", "DenseSpaces", "arithmetic_on", "check_gpu", "product_of", "refusal"]
+
+GPU_ARITHMETIC = ("auto", "triton", "torch", "float")
+_PIECE_VALUES = 2**22
+"""Dequantised at a time by torch; as `weights.lazy` has it."""
+
+
+class DenseProduct(Protocol):
+    """Multiplies by all matrices of a `DenseMatrices`."""
+
+    def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        """`given [num_tokens, columns]`, or `[num_tokens, heads, columns]` of one matrix with heads, contiguous.
+
+        Returns `[num_tokens, rows]` in the same dtype, biases added. Nothing waits for the device.
+        """
+
+
+def check_gpu(name: str) -> None:
+    """ConfigError for what no product on an accelerator is computed by."""
+    if name not in GPU_ARITHMETIC:
+        raise ConfigError(unknown_name("gpu", name, GPU_ARITHMETIC))
+
+
+def arithmetic_on(device: torch.device, name: str) -> str:
+    """Return "triton", "torch" or "float" for what `name` means on `device`; ConfigError where it cannot run there.
+
+    auto: the kernels where they run, torch on an emulated accelerator, which is exact; else floats, because torch
+    would dequantise everything for every token.
+    """
+    if name in ("torch", "float"):
+        return name
+    reason = TritonGpu.unusable(device)
+    if name == "triton":
+        if reason is not None:
+            raise ConfigError(f"gpu is 'triton', but {reason}; or give auto")
+        return name
+    if device.type == "cpu":
+        return "torch"
+    return "float" if reason is not None else "triton"
+
+
+def refusal(weight: PackedWeight, arithmetic: str) -> str | None:
+    """Return why a weight has to be floats on the device, None where it can stay as the file has it."""
+    if arithmetic == "float":
+        return "the device multiplies floats"
+    for part in weight.parts if arithmetic == "triton" else ():
+        kind = TYPES[part.ggml_type]
+        if kind.unit is None:
+            return f"{part.name} is {kind.name}, which no GPU kernel reads"
+        if part.columns % kind.column_step:
+            wanted = f"multiples of {kind.column_step} columns"
+            return f"{part.name} has {part.columns} columns of {kind.name}; GPU kernels want {wanted}"
+    return None
+
+
+class DenseSpaces:
+    """One workspace a device for all products there, which take turns: allocated when all are known."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[torch.device, int] = {}
+        self._made: dict[torch.device, Workspace] = {}
+
+    def want(self, device: torch.device, num_bytes: int) -> None:
+        """Note what a product on `device` needs."""
+        self._wanted[device] = max(num_bytes, self._wanted.get(device, 0))
+
+    def on(self, device: torch.device) -> Workspace:
+        """The workspace, made when it is first asked for, and anew if more has been wanted since."""
+        from hybrimoe_kt.kernels.workspace import Workspace
+
+        made = self._made.get(device)
+        if made is None or made.memory.numel() < self._wanted[device]:
+            made = self._made[device] = Workspace(self._wanted[device], device)
+        return made
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all devices together."""
+        return sum(self._wanted.values())
+
+
+def product_of(
+    matrices: DenseMatrices, arithmetic: str, spaces: DenseSpaces, bias: torch.Tensor | None = None, heads: int = 1
+) -> DenseProduct:
+    """Make what multiplies by loaded `matrices`; `bias` float32 `[rows]` on the device, of one matrix without heads."""
+    if arithmetic == "torch":
+        return _by_torch(matrices, bias, heads)
+    return _by_kernels(matrices, spaces, bias, heads)
+
+
+def _by_torch(matrices: DenseMatrices, bias: torch.Tensor | None, heads: int) -> DenseProduct:
+    """Pieces are dequantised on the device, multiplied in float32 and forgotten: exact, and slow."""
+
+    def rows_of(given: torch.Tensor) -> torch.Tensor:
+        first, out = 0, given.new_empty(given.shape[0], matrices.rows, dtype=torch.float32)
+        values = given.float()
+        for layout in matrices.layouts:
+            num_rows = max(1, _PIECE_VALUES // layout.columns)
+            for at in range(0, layout.rows, num_rows):
+                count = min(num_rows, layout.rows - at)
+                piece = matrices.file_rows(layout, at, count)
+                floats = dequantize(piece, layout.type.number, (count, layout.columns))
+                torch.matmul(values, floats.t(), out=out[:, first + at : first + at + count])
+            first += layout.rows
+        return out
+
+    def by_head(given: torch.Tensor) -> torch.Tensor:
+        (layout,), each = matrices.layouts, matrices.rows // heads
+        out = given.new_empty(given.shape[0], heads, each, dtype=torch.float32)
+        for head in range(heads):
+            piece = matrices.file_rows(layout, head * each, each)
+            floats = dequantize(piece, layout.type.number, (each, layout.columns))
+            torch.matmul(given[:, head].float(), floats.t(), out=out[:, head])
+        return out.flatten(1)
+
+    def multiply(given: torch.Tensor) -> torch.Tensor:
+        out = rows_of(given) if heads == 1 else by_head(given)
+        return (out if bias is None else out + bias).to(given.dtype)
+
+    return multiply
+
+
+def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor | None, heads: int) -> DenseProduct:
+    from hybrimoe_kt.kernels.linear import MOST_MATRICES, LinearKernels
+    from hybrimoe_kt.kernels.tables import code_words
+
+    memory, device = matrices.memory, matrices.memory.device
+    if memory.data_ptr() % 16:
+        raise KernelError("dense matrices must begin at a multiple of 16 bytes")
+    groups, first = [], 0
+    for at in range(0, len(matrices.layouts), MOST_MATRICES):
+        layouts = matrices.layouts[at : at + MOST_MATRICES]
+        rows = sum(layout.rows for layout in layouts)
+        part = None if bias is None else bias[first : first + rows]
+        groups.append((LinearKernels(target_of(device), memory, code_words(device), layouts, heads, part), first, rows))
+        first += rows
+    for kernels, _, _ in groups:
+        spaces.want(device, kernels.workspace_bytes())
+
+    def multiply(given: torch.Tensor) -> torch.Tensor:
+        space = spaces.on(device)
+        out = given.new_empty(given.shape[0], matrices.rows)
+        try:
+            with _current(device):
+                if len(groups) == 1:
+                    groups[0][0].multiply(space, given, out)
+                    return out
+                for kernels, begin, rows in groups:
+                    part = given.new_empty(given.shape[0], rows)
+                    kernels.multiply(space, given, part)
+                    out[:, begin : begin + rows] = part
+        except launch_failures() as error:
+            raise KernelError(f"Triton cannot multiply by dense weights: {summary(error)}") from error
+        return out
+
+    return multiply
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

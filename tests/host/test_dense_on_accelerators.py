@@ -1,0 +1,108 @@
+"""Dense weights that stay packed on an accelerator: the same model as dequantised, and nothing held twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from hybrimoe_kt.operators.embedding import QuantizedEmbedding
+from hybrimoe_kt.operators.linear import QuantizedLinear
+from tests.support.generated_model import Shape, Type
+from tests.support.rewritten import rewritten
+
+from .stock import logits_of
+from .test_equality import PROMPT, SHAPES
+from .test_packed_weights import FLOAT, Make, only_experts, packed_file, without_choice
+
+__all__ = ["only_experts"]  # a fixture
+
+EXACT = {"accelerator": "emulated", "cpu_backend": "torch_reference", "cache_size": "all"}
+COUNTS = {
+    "qwen3moe": 2 * 2 + 1,  # q, k, v in one, and o, a layer; the head
+    "qwen3next": 4 * (2 + 2) + 1,  # and of shared experts gate and up in one, and down
+    "qwen35moe": 4 * (2 + 2) + 1,
+    "deepseek2": 3 * (2 + 2) + 1,
+    "deepseek3": 3 * (3 + 2) + 1,  # q_a and kv_a in one, q_b, o
+}
+
+
+def load(path: Path, device: str = "emulated:0", **options: object) -> LoadedModel:
+    return load_model(path, device=device, option_overrides=EXACT, progress=False, **options)  # type: ignore[arg-type]
+
+
+def count_products(model: LoadedModel) -> list[int]:
+    """How many tokens each product of the next steps is given."""
+    calls: list[int] = []
+    layers = [m for m in model.model.modules() if isinstance(m, QuantizedLinear) and m._by_accelerator is not None]
+    for shared in {id(found): found for layer in layers if (found := layer._by_accelerator.func.__self__)}.values():
+        product = shared._product
+        shared._product = lambda given, product=product: calls.append(len(given)) or product(given)
+    return calls
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_model_is_the_dequantised_one(generated: Make, name: str, tmp_path: Path, only_experts: Path) -> None:
+    """Against floats of the same values: only the order of sums differs."""
+    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
+    ours, floats = load(path), load(path, "cpu", rules_path=only_experts)
+    wanted = logits_of(floats.model, PROMPT)
+    assert (logits_of(ours.model, PROMPT) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not floats.on_accelerators.names() and ours.on_accelerators.names()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_packed_is_held_as_floats_or_read_on_the_cpu(
+    generated: Make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe_kt.host.hf import loading
+
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(loading, "bring_in", lambda experts, dense, progress: read.extend(dense))
+    ours = load(packed_file(generated(without_choice(name)), tmp_path / "packed.gguf"))
+    held = {at for at, value in ours.model.state_dict().items() if value.ndim > 1}
+    assert {at for at in held if not at.endswith(tuple(FLOAT))} == set()
+    assert not read and ours.loader.packed.keys() - ours.on_accelerators.names() == {"token_embd.weight"}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@torch.no_grad()
+def test_layers_of_one_input_are_one_product(generated: Make, name: str, tmp_path: Path) -> None:
+    ours = load(packed_file(generated(without_choice(name)), tmp_path / "packed.gguf"))
+    calls = count_products(ours)
+    for tokens in ([PROMPT], [PROMPT[:1]]):
+        calls.clear()
+        ours.model(input_ids=torch.tensor(tokens))
+        assert len(calls) == COUNTS[name]
+        assert set(calls[:-1]) == {len(tokens[0])}
+
+
+def test_a_tied_head_is_packed_there_and_looked_up_here(generated: Make, tmp_path: Path) -> None:
+    path = rewritten(
+        generated(Shape(dense_type=Type.Q8_0)).path,
+        tmp_path / "tied.gguf",
+        tensors=lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "output.weight"},
+    )
+    ours, on_cpu = load(path), load(path, "cpu")
+    head, embedding = ours.model.lm_head, ours.model.model.embed_tokens
+    assert isinstance(head, QuantizedLinear) and isinstance(embedding, QuantizedEmbedding)
+    assert "token_embd.weight" in ours.on_accelerators.names()
+    wanted = logits_of(on_cpu.model, PROMPT)
+    assert (logits_of(ours.model, PROMPT) - wanted).norm() <= 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("place", ["cpu", "emulated:0"])
+def test_rules_may_want_floats(generated: Make, tmp_path: Path, place: str) -> None:
+    rules = tmp_path / "floats.yaml"
+    rules.write_text(
+        "- match: {name: '\\.experts$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.experts.HybriMoEExperts}\n  recursive: false\n"
+        "- match: {name: '_proj$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.linear.QuantizedLinear, kwargs: {gpu: float, cpu: float}}\n",
+        encoding="utf-8",
+    )
+    ours = load(packed_file(generated(Shape()), tmp_path / "packed.gguf"), place, rules_path=rules)
+    assert not ours.on_accelerators.names() and not ours.loader.packed
+    assert any(at.endswith("q_proj.weight") for at in ours.model.state_dict())
