@@ -13,6 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
+from hybrimoe_kt.host.hf.dense_upload import DenseOnAccelerators
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from tests.support.packed import PackedLoader, packed_matrix
 from tests.support.random_blocks import Type
@@ -176,6 +177,44 @@ def test_packed_up_projections_answer_as_floats_do(
         )
         assert found.dtype == dtype and found.shape == wanted.shape
         assert (found - wanted).float().norm() <= within * wanted.float().norm()
+        at += tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("keys", "values"), [(Type.Q8_0, Type.Q4_0), (Type.F16, Type.F16)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("form", FORMS)
+@torch.inference_mode()
+def test_packed_up_projections_on_an_accelerator(form: str, keys: Type, values: Type, dtype: torch.dtype) -> None:
+    """The same bits as floats where torch multiplies, but for bfloat16's of the keys in one tensor."""
+    torch.manual_seed(0)
+    settings = latent_config()
+    stock = DeepseekV2Attention(settings, 0).eval()
+    loader, weight = packed_up(form, keys, values)
+    stock.kv_b_proj.weight.copy_(weight)
+    stock.to(dtype)
+    exact = AbsorbedMLA("model.layers.0.self_attn", loader, settings, stock, cpu="float")
+    ours = AbsorbedMLA("model.layers.0.self_attn", loader, settings, stock, generate_device="emulated:0")
+    assert ours.kv_b_proj is None and "kv_b_proj.weight" not in ours.state_dict()
+    there = DenseOnAccelerators(ours)
+    there.load(dtype, progress=False)
+    assert there.names() == {matrix.name for matrix in loader._tensors.values()}
+    in_file = sum(matrix.data.numel() for matrix in loader._tensors.values())
+    assert there.file_bytes == in_file
+    floats = HEADS * NOPE * RANK * dtype.itemsize if form == "fused" else 0
+    left = 0 if form == "split" else in_file * NOPE // (NOPE + VALUE)
+    assert in_file - left + floats <= there.device_bytes(dtype) < in_file - left + floats + 512
+    rotary, at = DeepseekV2RotaryEmbedding(settings), 0
+    caches = [DynamicCache(config=settings) for _ in range(2)]
+    for tokens in (7, 1, 1):
+        hidden, positions = torch.randn(2, tokens, 96, dtype=dtype), torch.arange(at, at + tokens)[None]
+        angles = rotary(hidden, positions)
+        mask = torch.ones(tokens, at + tokens, dtype=torch.bool).tril(at)[None, None] if tokens > 1 else None
+        wanted, found = (
+            module(hidden, attention_mask=mask, position_embeddings=angles, **cached(stock, cache))[0]
+            for module, cache in zip((exact, ours), caches, strict=True)
+        )
+        assert found.dtype == dtype and found.shape == wanted.shape
+        assert (found - wanted).float().norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * wanted.float().norm()
         at += tokens
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on an emulated accelerator: packed together by their input, every type, rows and columns in any order."""
+"""Linear layers on an emulated accelerator: packed together by their input, rows and columns in any order."""
 
 from __future__ import annotations
 

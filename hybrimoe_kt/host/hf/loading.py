@@ -149,8 +149,14 @@ class _Injector:
         if issubclass(cls, _PLACED):
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
-            return cls(**contract | {"generate_device": place} | kept)
+            return cls(**self._arithmetic(cls) | contract | {"generate_device": place} | kept)
         return cls(**contract)
+
+    def _arithmetic(self, cls: type[nn.Module]) -> dict[str, str]:
+        """Who multiplies on an accelerator where no rule says it: whoever the options name for the experts there."""
+        named = {"triton": "triton", "torch": "torch", "torch_reference": "torch"}
+        chosen = named.get(str(self._overrides.get("gpu_backend")))
+        return {"gpu": chosen} if chosen and issubclass(cls, QuantizedLinear | AbsorbedMLA) else {}
 
     def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
         device = self._device
