@@ -363,6 +363,7 @@ def test_aliases_drop_kernel_options_keep_devices_and_say_so_once(write, caplog)
         found = match_modules(tree(), load_rules(file), default_device="cpu")
     assert found["layers.0.mlp"].cls == "hybrimoe_kt.operators.experts.HybriMoEExperts"
     assert found["layers.0.mlp"].kwargs == {"generate_device": "cpu"}
-    assert (found["layers.0.mlp.0"].cls, found["layers.0.mlp.0"].kwargs) == ("default", {})
+    linear = "hybrimoe_kt.operators.linear.QuantizedLinear"
+    assert (found["layers.0.mlp.0"].cls, found["layers.0.mlp.0"].kwargs) == (linear, {})
     assert len(caplog.messages) == 2
     assert "HybriMoEExperts, without prefill_op, out_device" in " ".join(caplog.messages)

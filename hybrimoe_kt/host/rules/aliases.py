@@ -5,9 +5,9 @@ of names differ:
 
 - `match.class`: `ktransformers.models.modeling_X.Y` is a class of Transformers now, sometimes spelled differently.
 - `match.name`: Mixtral's MoE block was `block_sparse_moe` and is `mlp` in Transformers 5.
-- `replace.class`: the experts and MLA operators have successors here, and so have our own operators for that framework;
-  linear, RoPE, norm, MLP, gate, block and model operators only made the stock module faster, so the stock module stays
-  ("default").
+- `replace.class`: the experts, linear and MLA operators have successors here, and so have our own operators for that
+  framework; RoPE, norm, MLP, gate, block and model operators only made the stock module faster, so the stock module
+  stays ("default").
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["legacy_hint", "legacy_spelling", "match_class", "operator_class", "o
 
 EXPERTS = "hybrimoe_kt.operators.experts.HybriMoEExperts"
 MLA = "hybrimoe_kt.operators.attention_mla.AbsorbedMLA"
+LINEAR = "hybrimoe_kt.operators.linear.QuantizedLinear"
 STOCK = "default"
 # Legacy options that keep their meaning; the others choose among legacy kernels.
 DEVICE_KWARGS = ("generate_device", "prefill_device")
@@ -84,7 +85,7 @@ OPERATORS: dict[str, dict[str, str]] = {
             "KSmallthinkerAttention"
         ),
     },
-    "linear": {STOCK: "KTransformersLinear"},
+    "linear": {LINEAR: "KTransformersLinear"},
     "RoPE": {
         STOCK: (
             "RotaryEmbedding RotaryEmbeddingV2 RotaryEmbeddingV3 RotaryEmbeddingV4 YarnRotaryEmbedding "
