@@ -9,11 +9,16 @@ from .targets import Target
 __all__ = [
     "CombineConfig",
     "DecodeConfig",
+    "FewConfig",
     "PrefillConfig",
     "QuantizeConfig",
     "SortConfig",
     "combine_config",
     "decode_config",
+    "few_config",
+    "few_configs",
+    "many_config",
+    "many_configs",
     "max_blocks",
     "mixture_config",
     "prefill_config",
@@ -54,6 +59,48 @@ def decode_config(target: Target) -> DecodeConfig:
     if target.interpreted:
         return DecodeConfig(rows=512, units=32, num_warps=1, form=target.dot_form)
     return DecodeConfig(rows=4, units=target.warp_size, num_warps=4, form=target.dot_form)
+
+
+@dataclass(frozen=True, slots=True)
+class FewConfig:
+    """As `DecodeConfig`; a program multiplies its rows with `tokens` tokens, for which it unpacks weights once."""
+
+    rows: int
+    units: int
+    tokens: int
+    num_warps: int
+    form: int
+
+
+def few_configs(target: Target) -> tuple[FewConfig, ...]:
+    """Every shape: for few rows, for short rows, and for the rest with one token and with several.
+
+    Two rows a thread share the loads of activations: a fifth fewer instructions a weight than with one. More than four
+    tokens would leave registers for a few warps only.
+    """
+    lanes, form = target.warp_size, target.dot_form
+    if target.interpreted:
+        return tuple(FewConfig(512, 32, tokens, 1, form) for tokens in (1, 1, 1, 4))
+    return (
+        FewConfig(rows=1, units=4 * lanes, tokens=1, num_warps=4, form=form),
+        FewConfig(rows=lanes, units=8, tokens=1, num_warps=4, form=form),
+        FewConfig(rows=8, units=lanes, tokens=1, num_warps=4, form=form),
+        FewConfig(rows=8, units=lanes, tokens=4, num_warps=4, form=form),
+    )
+
+
+def few_config(target: Target, num_rows: int, num_units: int, num_tokens: int) -> FewConfig:
+    """Choose for `num_rows` rows in all, of at most `num_units` units each.
+
+    Rows of half a warp or less leave lanes idle unless a warp has several of them; with fewer than four programs of
+    eight rows a core, four warps share a row, so that the whole matrix is requested at once.
+    """
+    narrow, short, one, several = few_configs(target)
+    if 2 * num_units <= target.warp_size:
+        return short
+    if num_rows < 32 * target.num_cores:
+        return narrow
+    return one if num_tokens == 1 else several
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +161,33 @@ def prefill_config(target: Target, pairs_per_expert: float, *, one_type: bool = 
     if not one_type:
         return mixture_config(target)
     return prefill_configs(target)[-1 if pairs_per_expert >= 48 else 0]
+
+
+_LARGE = PrefillConfig(rows=128, pairs=128, num_warps=8, num_stages=2)
+_MANY: dict[str, PrefillConfig] = {
+    "sm_80": _LARGE,
+    "sm_90": _LARGE,
+    "sm_100": _LARGE,
+    "gfx942": _LARGE,
+    "interpreter": PrefillConfig(512, 16, 1, 1),
+}
+"""The larger block of linear_many, `pairs` being tokens, where it is not `_COMMON_MANY`. With one matrix a block of 128
+tokens fits, which doubles the tensor cores' share of what experts' 64 reach; elsewhere 64 suffice."""
+_COMMON_MANY = PrefillConfig(rows=128, pairs=64, num_warps=8, num_stages=2)
+
+
+def many_configs(target: Target) -> tuple[PrefillConfig, ...]:
+    """Both shapes of linear_many, smaller block first."""
+    small, large = prefill_configs(target)[0], _MANY.get(target.name, _COMMON_MANY)
+    return (small,) if small == large else (small, large)
+
+
+def many_config(target: Target, num_heads: int, num_rows: int, num_tokens: int) -> PrefillConfig:
+    """The larger block where heads of `num_rows` rows, and the tokens, make one for every core, none half empty."""
+    large = many_configs(target)[-1]
+    num_blocks = num_heads * -(-num_rows // large.rows) * -(-num_tokens // large.pairs)
+    is_filled = num_blocks >= target.num_cores and 2 * num_rows > large.rows
+    return large if is_filled else many_configs(target)[0]
 
 
 @dataclass(frozen=True, slots=True)

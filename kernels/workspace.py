@@ -13,7 +13,17 @@ from hybrimoe_kt.quants import QuantType
 
 from .configs import max_blocks
 
-__all__ = ["CHUNK_TOKENS", "DECODE_TOKENS", "LayerShape", "MatrixInSlot", "Workspace", "decode_parts", "prefill_parts"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "DECODE_TOKENS",
+    "LayerShape",
+    "MatrixInSlot",
+    "Parts",
+    "Workspace",
+    "decode_parts",
+    "prefill_parts",
+    "quantized_parts",
+]
 
 DECODE_TOKENS = 8
 """Up to so many tokens the matrix-vector kernels run: they read an expert once for each token that uses it."""
@@ -24,7 +34,10 @@ Parts = Mapping[str, tuple[Sequence[int], torch.dtype]]
 
 
 class MatrixInSlot(Protocol):
-    """Where one of gate `[inter, H]`, up `[inter, H]`, down `[H, inter]` lies in every slot; a `MatrixLayout` does."""
+    """Where one of gate `[inter, H]`, up `[inter, H]`, down `[H, inter]` lies in every slot; a `MatrixLayout` does.
+
+    Also where a linear layer's matrix lies in its memory.
+    """
 
     @property
     def type(self) -> QuantType: ...
@@ -50,14 +63,21 @@ def decode_parts(shape: LayerShape, num_tokens: int) -> Parts:
     """What a decode step writes between its kernels: shape and dtype by name; int8 activations are words of four."""
     num_pairs = num_tokens * shape.top_k
     return {
-        "xq": ((num_tokens, shape.hidden // 4), torch.int32),
-        "xs": ((num_tokens, shape.hidden // 32), torch.float32),
-        "xm": ((num_tokens, shape.hidden // 32), torch.float32),
+        **quantized_parts(num_tokens, shape.hidden),
         "act": ((num_pairs, shape.inter), torch.float32),
         "aq": ((num_pairs, shape.inter // 4), torch.int32),
         "as": ((num_pairs, shape.inter // 32), torch.float32),
         "am": ((num_pairs, shape.inter // 32), torch.float32),
         "pair_slot": ((num_pairs,), torch.int32),
+    }
+
+
+def quantized_parts(num_rows: int, columns: int) -> Parts:
+    """The int8 form of rows of activations."""
+    return {
+        "xq": ((num_rows, columns // 4), torch.int32),
+        "xs": ((num_rows, columns // 32), torch.float32),
+        "xm": ((num_rows, columns // 32), torch.float32),
     }
 
 
@@ -80,6 +100,7 @@ class Workspace:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._decode: dict[tuple[LayerShape, int], dict[str, torch.Tensor]] = {}
+        self._quantized: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def decode(self, shape: LayerShape, num_tokens: int) -> dict[str, torch.Tensor]:
         """Carve a decode step's parts, once for each shape and number of tokens: views cost microseconds."""
@@ -87,6 +108,13 @@ class Workspace:
         if key not in self._decode:
             self._decode[key] = self.carve(decode_parts(shape, num_tokens))
         return self._decode[key]
+
+    def quantized(self, num_rows: int, columns: int) -> dict[str, torch.Tensor]:
+        """Carve the int8 form of rows, once for each shape."""
+        key = num_rows, columns
+        if key not in self._quantized:
+            self._quantized[key] = self.carve(quantized_parts(*key))
+        return self._quantized[key]
 
     @staticmethod
     def bytes_for(parts: Parts) -> int:
