@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["GPU_ARITHMETIC", "DenseProduct", "DenseSpaces", "arithmetic_on", "check_gpu", "product_of", "refusal"]
 
 GPU_ARITHMETIC = ("auto", "triton", "torch", "float")
+_MOST_MATRICES = 3
+"""That one launch of `kernels.linear` takes."""
+_MAX_BYTES = 1 << 31
 _PIECE_VALUES = 2**22
 """Dequantised at a time by torch; as `weights.lazy` has it."""
 
@@ -71,13 +74,17 @@ def refusal(weight: PackedWeight, arithmetic: str) -> str | None:
         if part.columns % kind.column_step:
             wanted = f"multiples of {kind.column_step} columns"
             return f"{part.name} has {part.columns} columns of {kind.name}; GPU kernels want {wanted}"
+        if len(part.data) >= _MAX_BYTES:
+            return f"{part.name} takes {len(part.data)} bytes; GPU kernels address up to {_MAX_BYTES}"
     return None
 
 
 class DenseSpaces:
     """One workspace a device for all products there, which take turns: allocated when all are known."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` of the activations."""
+        self.dtype = dtype
         self._wanted: dict[torch.device, int] = {}
         self._made: dict[torch.device, Workspace] = {}
 
@@ -142,25 +149,30 @@ def _by_torch(matrices: DenseMatrices, bias: torch.Tensor | None, heads: int) ->
 
 
 def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor | None, heads: int) -> DenseProduct:
-    from hybrimoe_kt.kernels.linear import MOST_MATRICES, LinearKernels
+    from hybrimoe_kt.kernels.linear import LinearKernels
     from hybrimoe_kt.kernels.tables import code_words
+    from hybrimoe_kt.kernels.workspace import CHUNK_TOKENS
 
     memory, device = matrices.memory, matrices.memory.device
-    if memory.data_ptr() % 16:
-        raise KernelError("dense matrices must begin at a multiple of 16 bytes")
     groups, first = [], 0
-    for at in range(0, len(matrices.layouts), MOST_MATRICES):
-        layouts = matrices.layouts[at : at + MOST_MATRICES]
+    for at in range(0, len(matrices.layouts), _MOST_MATRICES):
+        layouts = matrices.layouts[at : at + _MOST_MATRICES]
         rows = sum(layout.rows for layout in layouts)
         part = None if bias is None else bias[first : first + rows]
         groups.append((LinearKernels(target_of(device), memory, code_words(device), layouts, heads, part), first, rows))
         first += rows
     for kernels, _, _ in groups:
-        spaces.want(device, kernels.workspace_bytes())
+        spaces.want(device, kernels.workspace_bytes(CHUNK_TOKENS, spaces.dtype))
 
     def multiply(given: torch.Tensor) -> torch.Tensor:
+        if given.dtype == torch.float32 and spaces.dtype != torch.float32:  # for which no room was wanted
+            return multiply(given.to(spaces.dtype)).float()
         space = spaces.on(device)
         out = given.new_empty(given.shape[0], matrices.rows)
+        if not len(given):
+            return out
+        if given.data_ptr() % 16:
+            given = given.clone()
         try:
             with _current(device):
                 if len(groups) == 1:

@@ -72,8 +72,10 @@ class DenseOnAccelerators:
         return read + sum(up.file_bytes for up in map(_of, self._up) if up is not None)
 
     def load(self, dtype: torch.dtype, *, progress: bool) -> None:
-        """Copy everything, with a bar in bytes; CapacityError where a device has no room."""
+        """Copy everything, with a bar in bytes; activations are of `dtype`. CapacityError where there is no room."""
         from tqdm.auto import tqdm
+
+        self._spaces = DenseSpaces(dtype)
 
         bar = tqdm(
             total=self.file_bytes, desc="dense weights", unit="B", unit_scale=True, unit_divisor=1024,
