@@ -90,15 +90,20 @@ def few_configs(target: Target) -> tuple[FewConfig, ...]:
 
 
 def few_config(target: Target, num_rows: int, num_units: int, num_tokens: int) -> FewConfig:
-    """Choose for `num_rows` rows in all, of at most `num_units` units each.
+    """Choose for `num_rows` rows in all, of at most `num_units` units each; reasoned, not measured.
 
-    Rows of half a warp or less leave lanes idle unless a warp has several of them; with fewer than four programs of
-    eight rows a core, four warps share a row, so that the whole matrix is requested at once.
+    - A warp with a row to itself leaves lanes idle where rows are short. Those that idle for a quarter of the time are
+      worth a shape without several tokens if there is one only, and if its larger programs still are four a core.
+    - With fewer than 32 rows a core too little of the matrix would be requested at once. Four warps a row request all
+      of a long row, but share nothing between tokens, so these count as rows.
     """
     narrow, short, one, several = few_configs(target)
-    if 2 * num_units <= target.warp_size:
+    lanes = target.warp_size
+    is_idle = 4 * num_units <= 3 * lanes * -(-num_units // lanes)
+    is_filled = num_rows >= 4 * short.rows * target.num_cores
+    if 4 * num_units <= lanes or (num_tokens == 1 and (2 * num_units <= lanes or (is_idle and is_filled))):
         return short
-    if num_rows < 32 * target.num_cores:
+    if num_rows * num_tokens < 32 * target.num_cores and num_units > 2 * lanes:
         return narrow
     return one if num_tokens == 1 else several
 

@@ -35,14 +35,14 @@ class LinearKernels:
     bias: torch.Tensor | None = None
     total_rows: int = field(init=False)
     columns: int = field(init=False)
-    _few: tuple[FewConfig, FewConfig] = field(init=False, repr=False)
-    """For one token, for several."""
+    _few: tuple[FewConfig, ...] = field(init=False, repr=False)
+    """By number of tokens, from 1."""
 
     def __post_init__(self) -> None:
         _check(self.memory, self.matrices, self.heads, self.bias)
         columns, rows = self.matrices[0].columns, sum(matrix.rows for matrix in self.matrices)
         units = max(columns // matrix.type.unit.values for matrix in self.matrices if matrix.type.unit)
-        few = tuple(few_config(self.target, rows, units, num_tokens) for num_tokens in (1, DECODE_TOKENS))
+        few = tuple(few_config(self.target, rows, units, 1 + more) for more in range(DECODE_TOKENS))
         for name, value in (("total_rows", rows), ("columns", columns), ("_few", few)):
             object.__setattr__(self, name, value)
 
@@ -69,7 +69,7 @@ class LinearKernels:
             part = space.quantized(x.shape[0] * self.heads, self.columns)
             rows = part["xq"], part["xs"], part["xm"]
             quantize_rows(x, *rows, quantize_config(self.target))
-        config = self._few[x.shape[0] > 1]
+        config = self._few[x.shape[0] - 1]
         linear_few(self.memory, self.tables, self.matrices, self.heads, x, rows, self.bias, out, config)
 
     def _many_tokens(self, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ count, and decode finds its weights in DRAM rather than in the L2 cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,10 @@ from hybrimoe_kt.errors import summary
 from hybrimoe_kt.sim.models import MODELS, ModelSpec
 from tests.support.random_blocks import Type, random_blocks
 
+from . import linears
 from .plan import Plan
 from .results import Results
-from .timing import host_s, on_device_s
+from .timing import captured, host_s, on_device_s
 
 __all__ = ["Layer", "copy_bandwidth", "make_layer", "measure", "run"]
 
@@ -51,7 +51,7 @@ class Layer:
 
 
 def run(plan: Plan, results: Results, ends_s: float) -> None:
-    """A row for every model, mixture of types and number of tokens."""
+    """A row for every model, mixture of types and number of tokens, and those of linear layers."""
     from hybrimoe_kt.backends.gpu_triton import TritonGpu
 
     device = torch.device("cpu") if plan.is_emulated else torch.device(plan.accelerator)
@@ -72,6 +72,7 @@ def run(plan: Plan, results: Results, ends_s: float) -> None:
     for spec in specs:
         for kinds in mixes_of(spec.name)[: 1 if plan.is_emulated or plan.quick else None]:
             _rows(spec, kinds, counts, device, bandwidth, results, ends_s, launches=1 if plan.is_emulated else 0)
+    linears.run(plan, results, device, bandwidth, ends_s)
 
 
 def _rows(
@@ -142,7 +143,7 @@ def measure(
     work()  # compiles
     is_card = device.type == "cuda"
     host = host_s(work, device, 3 if is_card else 1) / launches
-    seconds = on_device_s(_captured(work) if is_card else work, device, 15 if is_card else 1) / launches
+    seconds = on_device_s(captured(work) if is_card else work, device, 15 if is_card else 1) / launches
     plain = _Work(TorchGpu(), layer, num_tokens, 1)
     plain()
     torch_s = on_device_s(plain, device, 3)
@@ -180,10 +181,3 @@ class _Work:
         for ids, slots in zip(self._routes, self._slots, strict=True):
             routed = Routed(self._hidden, ids, self._weights)
             self._backend.launch(0, slots, self._layer.slot_of, routed, self._out)
-
-
-def _captured(work: Callable[[], None]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay

@@ -84,6 +84,10 @@ TABLES: dict[str, tuple[Table, ...]] = {
             Column("of_roofline", "of roofline", _percent), Column("host_us", "host us", _number(0)),
             Column("over_torch", "over torch", _times),
         )),
+        Table("linears", "layer, type, tokens", (
+            Column("us", "us a layer", _number(1)), Column("gb_per_s", "GB/s", _number(0)),
+            Column("of_copy", "of copy", _percent), Column("host_us", "host us", _number(0)),
+        ), "Linear layers"),
     ),
     "model": (
         Table("model", "", (

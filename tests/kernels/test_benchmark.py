@@ -10,9 +10,13 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu_roofline import expert_bytes, experts_used, mean_roofline, mixes_of, roofline, table
-from benchmarks.on_gpu import kernels
+from benchmarks.on_gpu import kernels, linears
+from benchmarks.on_gpu.plan import Plan
+from benchmarks.on_gpu.results import Results
 from hybrimoe_kt.kernels.targets import TARGETS
+from hybrimoe_kt.quants import kernel_types
 from hybrimoe_kt.sim.models import MODELS
+from tests.support.random_blocks import Type
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -57,3 +61,26 @@ def test_it_measures_something_even_in_the_interpreter() -> None:
     assert found["gb_per_s"] == pytest.approx(read / found["us"] / 1e3)
     assert found["of_copy"] == pytest.approx(found["gb_per_s"] / 1.0)
     assert found["of_roofline"] > 0 < found["over_torch"]
+
+
+def test_linear_layers_are_measured_in_the_interpreter_too(tmp_path: Path) -> None:
+    results = Results.begin(Plan("emulated", out=str(tmp_path)))
+    linears.run(results.plan, results, torch.device("cpu"), bandwidth=1e9, ends_s=float("inf"))
+    rows = results.rows("kernels", "linears")
+    assert [row["name"] for row in rows] == ["tiny, Q4_K, 1 token", "tiny, Q4_K, 2 tokens"]
+    for row in rows:
+        found = row["values"]
+        assert found["gb_per_s"] == pytest.approx(72 * 144 / found["us"] / 1e3)
+        assert found["of_copy"] == pytest.approx(found["gb_per_s"])
+    assert "| tiny, Q4_K, 1 token |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("bytes_wanted", "num_layers"), [(0, 2), (3 * 15_232 - 1, 2), (3 * 15_232, 3)])
+def test_linear_layers_fill_more_than_a_cache(bytes_wanted: int, num_layers: int) -> None:
+    """72 x 256 values of Q6_K are planes of 9216, 4608, 1152 and 144 bytes, the last of which is rounded up to 256."""
+    work = linears.Work(Type.Q6_K, *linears.TINY["tiny"], 1, torch.device("cpu"), bytes_wanted)
+    assert len(work.layers) == num_layers
+
+
+def test_linear_layers_have_shapes_that_every_type_can_have() -> None:
+    assert all(columns % row.column_step == 0 for _, columns in linears.SHAPES.values() for row in kernel_types())

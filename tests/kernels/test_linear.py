@@ -232,13 +232,33 @@ def test_what_kernels_cannot_do_is_refused() -> None:
         LinearKernels(TARGET, memory[1:], TABLES, (first,))
 
 
+def test_a_matrix_may_begin_beyond_32_bits() -> None:
+    """Memory that nothing is written to costs none, on the CPU."""
+    given, x = linears((Q4_K, 19), columns=256), random_x(2, 256)
+    (near,) = given.matrices
+    far = MatrixLayout.at(1 << 31, 12, 19, 256)
+    memory = torch.empty(far.end_bytes, dtype=torch.uint8, device=DEVICE)
+    far.write(near.read(given.memory), memory)
+    assert torch.equal(multiplied(LinearKernels(TARGET, memory, TABLES, (far,)), x), multiplied(kernels(given), x))
+
+
 def test_shapes_are_chosen_by_rows_and_columns() -> None:
     target = TARGETS["sm_90"]  # 132 cores
     narrow, short, one, several = few_configs(target)
-    assert few_config(target, 1_000_000, 16, 1) == few_config(target, 8, 16, 8) == short
-    assert few_config(target, 32 * 132 - 1, 17, 1) == narrow
-    assert few_config(target, 32 * 132, 17, 1) == one
-    assert few_config(target, 32 * 132, 17, 2) == several
+    for rows, units, num_tokens, wanted in (
+        (1_000_000, 8, 8, short),
+        (8, 16, 1, short),
+        (1_000_000, 16, 2, several),  # half of the lanes idle, but for four tokens
+        (4 * 32 * 132, 48, 1, short),  # two rounds, a quarter of them idle
+        (4 * 32 * 132 - 1, 48, 1, one),
+        (4 * 32 * 132, 49, 1, one),
+        (32 * 132 - 1, 65, 1, narrow),
+        (32 * 132, 65, 1, one),
+        (8, 64, 1, one),  # too short for four warps
+        (32 * 132 // 2 - 1, 65, 2, narrow),
+        (32 * 132 // 2, 65, 2, several),
+    ):
+        assert few_config(target, rows, units, num_tokens) == wanted
     small, large = many_configs(target)
     assert (large.rows, large.pairs) == (128, 128)
     assert many_config(target, 1, 128 * 132, 9) == many_config(target, 33, 128, 4 * 128) == large

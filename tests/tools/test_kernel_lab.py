@@ -34,7 +34,10 @@ def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 KNOWN = {
-    "3.6": ["gfx1100 prefill_down[Q6_K bf16 x16]: has 0 16-byte loads in its main loop, 1 are claimed"],
+    "3.6": [
+        f"gfx1100 {op}[Q6_K bf16 x16]: has 0 16-byte loads in its main loop, 1 are claimed"
+        for op in ("prefill_down", "linear_many")
+    ],
 }
 """Triton version -> what the gate, whose demands were read from 3.7.1's code, rejects of its code, rightly."""
 
@@ -44,7 +47,7 @@ def test_the_reduced_gate_is_green() -> None:
     done, known = gate("--reduced"), KNOWN.get(version("triton")[:3], [])
     assert done.stderr.splitlines() == known
     assert done.returncode == bool(known)
-    assert re.search(rf"^28 kernels, {len(known)} rejections", done.stdout)
+    assert re.search(rf"^46 kernels, {len(known)} rejections", done.stdout)
 
 
 def test_half_a_table_is_never_written() -> None:

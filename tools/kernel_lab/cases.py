@@ -38,6 +38,7 @@ _TYPES = MappingProxyType(
         "xm": "*fp32",
         "answers": "*fp32",
         "out": "*fp32",
+        "bias": "*fp32",
     }
 )
 """Argument types by name; what is not named here or in a case is int32."""
@@ -84,8 +85,11 @@ class Case:
 
 
 def cases_for(target: Target) -> list[Case]:
-    """Return every case of a target, in the order of a layer's launches."""
-    return [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
+    """Return every case of a target, in the order of a layer's launches; linear layers come last."""
+    from .linear_cases import linear_cases  # made of what stands here
+
+    experts = [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
+    return [*experts, *linear_cases(target)]
 
 
 def mixtures_for(target: Target) -> list[Case]:
