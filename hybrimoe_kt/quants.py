@@ -72,7 +72,9 @@ class QuantType:
 
 
 _Q4_0 = (Plane("qs", 2, 16), Plane("d", 0, 2))
+_Q4_1 = (Plane("qs", 4, 16), Plane("dm", 0, 4))
 _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
+_Q5_1 = (Plane("qs", 8, 16), Plane("qh", 4, 4), Plane("dm", 0, 4))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
 
@@ -82,12 +84,12 @@ TYPES: dict[int, QuantType] = {
         QuantType("F32", 0, 1, 4, llamafile=True, dtype="float32"),
         QuantType("F16", 1, 1, 2, unit=Unit(8, 1, 2), llamafile=True, dtype="float16"),
         QuantType("Q4_0", 2, 32, 18, _Q4_0, Unit(32, 1, 2), llamafile=True),
-        QuantType("Q4_1", 3, 32, 20),
+        QuantType("Q4_1", 3, 32, 20, _Q4_1, Unit(32, 1, 2)),
         QuantType(
             "Q5_0", 6, 32, 22, _Q5_0, Unit(32, 1, 2), llamafile=True,
             dequantize="hybrimoe_kt.backends.dequantize:dequantize_q5_0",
         ),
-        QuantType("Q5_1", 7, 32, 24),
+        QuantType("Q5_1", 7, 32, 24, _Q5_1, Unit(32, 1, 2)),
         QuantType("Q8_0", 8, 32, 34, _Q8_0, Unit(16, 1, 1), llamafile=True),
         QuantType("Q8_1", 9, 32, 40),
         QuantType("Q2_K", 10, 256, 84, llamafile=True),
