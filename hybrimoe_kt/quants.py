@@ -77,6 +77,8 @@ _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
 _Q5_1 = (Plane("qs", 8, 16), Plane("qh", 4, 4), Plane("dm", 0, 4))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
+_IQ4_XS = (Plane("qs", 8, 128), Plane("head", 0, 8))
+_MXFP4 = (Plane("qs", 1, 16), Plane("e", 0, 1))
 
 TYPES: dict[int, QuantType] = {
     row.number: row
@@ -102,10 +104,10 @@ TYPES: dict[int, QuantType] = {
         QuantType("IQ2_XS", 17, 256, 74),
         QuantType("IQ3_XXS", 18, 256, 98),
         QuantType("IQ1_S", 19, 256, 50),
-        QuantType("IQ4_NL", 20, 32, 18),
+        QuantType("IQ4_NL", 20, 32, 18, _Q4_0, Unit(32, 1, 2)),
         QuantType("IQ3_S", 21, 256, 110),
         QuantType("IQ2_S", 22, 256, 82),
-        QuantType("IQ4_XS", 23, 256, 136),
+        QuantType("IQ4_XS", 23, 256, 136, _IQ4_XS, Unit(32, 1, 2)),
         QuantType("I8", 24, 1, 1),
         QuantType("I16", 25, 1, 2),
         QuantType("I32", 26, 1, 4),
@@ -115,7 +117,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("BF16", 30, 1, 2, unit=Unit(8, 1, 2), dtype="bfloat16"),
         QuantType("TQ1_0", 34, 256, 54),
         QuantType("TQ2_0", 35, 256, 66),
-        QuantType("MXFP4", 39, 32, 17),
+        QuantType("MXFP4", 39, 32, 17, _MXFP4, Unit(32, 1, 2)),
         QuantType("NVFP4", 40, 64, 36),
         QuantType("Q1_0", 41, 128, 18),
     )

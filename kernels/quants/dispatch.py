@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import bf16, f16, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from . import bf16, f16, iq4_nl, iq4_xs, mxfp4, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 
 __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
@@ -39,6 +39,12 @@ def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o
         return q4_1.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q5_1.KIND:
         return q5_1.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq4_nl.KIND:
+        return iq4_nl.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq4_xs.KIND:
+        return iq4_xs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == mxfp4.KIND:
+        return mxfp4.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
         return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
@@ -61,7 +67,15 @@ def values_per_unit(KIND: tl.constexpr):
 def step_columns(KIND: tl.constexpr, step):
     """Columns of the low and the high tile of `step`: int32 `[32]` each."""
     lane = tl.arange(0, 32)
-    if KIND == q4_0.KIND or KIND == q5_0.KIND or KIND == q4_1.KIND or KIND == q5_1.KIND:
+    if (
+        KIND == q4_0.KIND
+        or KIND == q5_0.KIND
+        or KIND == q4_1.KIND
+        or KIND == q5_1.KIND
+        or KIND == iq4_nl.KIND
+        or KIND == iq4_xs.KIND
+        or KIND == mxfp4.KIND
+    ):
         return q4_0.columns(step, lane)
     elif KIND == q6_k.KIND:
         return q6_k.columns(step, lane)
@@ -71,7 +85,7 @@ def step_columns(KIND: tl.constexpr, step):
 
 
 @triton.jit
-def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, columns):
+def step_tiles(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, columns):
     """Dequantise one step, 64 columns, of rows `row [N]`: the low and the high tile, float32 `[N, 32]` each.
 
     For 4 to 6 bits these are the values in the low and the high nibbles of the same 32 bytes, so that neither tile
@@ -101,6 +115,12 @@ def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, colum
         low, high = q4_1.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q5_1.KIND:
         low, high = q5_1.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq4_nl.KIND:
+        low, high = iq4_nl.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == iq4_xs.KIND:
+        low, high = iq4_xs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == mxfp4.KIND:
+        low, high = mxfp4.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
     elif KIND == bf16.KIND:
         low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:

@@ -280,7 +280,7 @@ def with_down(layer: SlottedLayer, kind: Type, num_bytes: int) -> LayerExperts:
 
 def test_types_without_a_kernel_are_left_to_the_cpu() -> None:
     layer = slotted_layer(Type.Q4_K)
-    for kind, block, block_bytes in ((Type.MXFP4, 32, 17), (Type.IQ4_XS, 256, 136), (Type.IQ4_NL, 32, 18)):
+    for kind, block, block_bytes in ((Type.IQ1_S, 256, 50), (Type.TQ2_0, 256, 66), (Type.Q1_0, 128, 18)):
         experts = with_down(layer, kind, 256 * 256 // block * block_bytes)
         reason = f"down experts are {kind.name}, which no GPU kernel reads"
         assert TritonGpu.refuses(experts) == reason

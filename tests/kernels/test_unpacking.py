@@ -33,10 +33,12 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @triton.jit
-def tiles_kernel(memory, tables, o0, o1, o2, o3, columns, out, KIND: tl.constexpr, ROWS: tl.constexpr):
+def tiles_kernel(
+    memory, tables, o0, o1, o2, o3, columns, out, KIND: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     row = tl.arange(0, ROWS)
     for step in range(0, tl.cdiv(columns, 64)):
-        low, high = step_tiles(KIND, memory, tables, o0, o1, o2, o3, row, step, columns)
+        low, high = step_tiles(KIND, FORM, memory, tables, o0, o1, o2, o3, row, step, columns)
         low_columns, high_columns = step_columns(KIND, step)
         at = out + row[:, None] * columns
         tl.store(at + low_columns[None, :], low, mask=low_columns[None, :] < columns)
@@ -78,7 +80,8 @@ def test_tiles_are_what_gguf_dequantises_bit_for_bit(kind: Type) -> None:
     wanted = torch.from_numpy(np.array(dequantize(raw, kind), dtype=np.float32))
     memory, layout = laid_out(raw, kind, columns)
     found = torch.full(wanted.shape, -77.0, device=DEVICE)
-    tiles_kernel[(1,)](memory, TABLES, *layout.offsets, columns, found, KIND=int(kind), ROWS=ROWS)
+    form = TARGET.dot_form
+    tiles_kernel[(1,)](memory, TABLES, *layout.offsets, columns, found, KIND=int(kind), FORM=form, ROWS=ROWS)
     found = found.cpu()
     assert torch.equal(found.isnan(), wanted.isnan())
     number = ~wanted.isnan()
