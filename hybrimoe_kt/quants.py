@@ -1,7 +1,7 @@
 """Every GGML type, once: how its blocks are laid out, in the file and in a slot, and who computes with it.
 
-GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; Q6_K,
-Q8_0, Q5_0 and Q4_0 blocks (210, 34, 22 and 18 bytes) are only 2-byte aligned: those are taken apart into *planes*.
+GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; the other
+types' blocks (Q6_K 210 bytes, MXFP4 17) are no multiple of 16 bytes: those are taken apart into *planes*.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ _Q4_1 = (Plane("qs", 4, 16), Plane("dm", 0, 4))
 _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
 _Q5_1 = (Plane("qs", 8, 16), Plane("qh", 4, 4), Plane("dm", 0, 4))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
+_Q2_K = (Plane("qs", 16, 64), Plane("scales", 0, 16), Plane("dm", 80, 4))
+_Q3_K = (Plane("qs", 32, 64), Plane("hmask", 0, 32), Plane("scales", 96, 12), Plane("d", 108, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
 _IQ4_XS = (Plane("qs", 8, 128), Plane("head", 0, 8))
 _MXFP4 = (Plane("qs", 1, 16), Plane("e", 0, 1))
@@ -94,8 +96,8 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q5_1", 7, 32, 24, _Q5_1, Unit(32, 1, 2)),
         QuantType("Q8_0", 8, 32, 34, _Q8_0, Unit(16, 1, 1), llamafile=True),
         QuantType("Q8_1", 9, 32, 40),
-        QuantType("Q2_K", 10, 256, 84, llamafile=True),
-        QuantType("Q3_K", 11, 256, 110, llamafile=True),
+        QuantType("Q2_K", 10, 256, 84, _Q2_K, Unit(64, 1, 5), llamafile=True),
+        QuantType("Q3_K", 11, 256, 110, _Q3_K, Unit(64, 2, 5), llamafile=True),
         QuantType("Q4_K", 12, 256, 144, unit=Unit(32, 2, 2), llamafile=True),
         QuantType("Q5_K", 13, 256, 176, unit=Unit(32, 3, 2), llamafile=True),
         QuantType("Q6_K", 14, 256, 210, _Q6_K, Unit(32, 2, 2), llamafile=True),

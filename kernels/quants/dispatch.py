@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import bf16, f16, iq4_nl, iq4_xs, mxfp4, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from . import bf16, f16, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 
 __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
@@ -14,9 +14,9 @@ __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
     """Dot products float32 `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations.
 
-    A *unit* is what one thread loads at once: 16 bytes of quants, 32 weights of 4 to 6 bits or 16 of 8. `mem` points to
-    the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words. The
-    others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
+    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8. `mem`
+    points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words.
+    The others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
     scales `xs`, and block sums `xm` (scale times the sum of the quants, for the types that subtract a minimum).
 
     Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is `q - 32` as a signed byte, without a
@@ -45,6 +45,10 @@ def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o
         return iq4_xs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == mxfp4.KIND:
         return mxfp4.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q2_k.KIND:
+        return q2_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q3_k.KIND:
+        return q3_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
         return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
@@ -59,6 +63,8 @@ def values_per_unit(KIND: tl.constexpr):
         return 16
     elif KIND == f16.KIND or KIND == bf16.KIND:
         return 8
+    elif KIND == q2_k.KIND or KIND == q3_k.KIND:
+        return 64
     else:
         return 32
 
@@ -121,6 +127,10 @@ def step_tiles(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, 
         low, high = iq4_xs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
     elif KIND == mxfp4.KIND:
         low, high = mxfp4.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == q2_k.KIND:
+        low, high = q2_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == q3_k.KIND:
+        low, high = q3_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == bf16.KIND:
         low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:
