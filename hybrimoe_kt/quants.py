@@ -1,7 +1,7 @@
 """Every GGML type, once: how its blocks are laid out, in the file and in a slot, and who computes with it.
 
-GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; Q6_K,
-Q8_0, Q5_0 and Q4_0 blocks (210, 34, 22 and 18 bytes) are only 2-byte aligned: those are taken apart into *planes*.
+GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; the other
+types' blocks (Q6_K 210 bytes, MXFP4 17) are no multiple of 16 bytes: those are taken apart into *planes*.
 """
 
 from __future__ import annotations
@@ -72,9 +72,15 @@ class QuantType:
 
 
 _Q4_0 = (Plane("qs", 2, 16), Plane("d", 0, 2))
+_Q4_1 = (Plane("qs", 4, 16), Plane("dm", 0, 4))
 _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
+_Q5_1 = (Plane("qs", 8, 16), Plane("qh", 4, 4), Plane("dm", 0, 4))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
+_Q2_K = (Plane("qs", 16, 64), Plane("scales", 0, 16), Plane("dm", 80, 4))
+_Q3_K = (Plane("qs", 32, 64), Plane("hmask", 0, 32), Plane("scales", 96, 12), Plane("d", 108, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
+_IQ4_XS = (Plane("qs", 8, 128), Plane("head", 0, 8))
+_MXFP4 = (Plane("qs", 1, 16), Plane("e", 0, 1))
 
 TYPES: dict[int, QuantType] = {
     row.number: row
@@ -82,16 +88,16 @@ TYPES: dict[int, QuantType] = {
         QuantType("F32", 0, 1, 4, llamafile=True, dtype="float32"),
         QuantType("F16", 1, 1, 2, unit=Unit(8, 1, 2), llamafile=True, dtype="float16"),
         QuantType("Q4_0", 2, 32, 18, _Q4_0, Unit(32, 1, 2), llamafile=True),
-        QuantType("Q4_1", 3, 32, 20),
+        QuantType("Q4_1", 3, 32, 20, _Q4_1, Unit(32, 1, 2)),
         QuantType(
             "Q5_0", 6, 32, 22, _Q5_0, Unit(32, 1, 2), llamafile=True,
             dequantize="hybrimoe_kt.backends.dequantize:dequantize_q5_0",
         ),
-        QuantType("Q5_1", 7, 32, 24),
+        QuantType("Q5_1", 7, 32, 24, _Q5_1, Unit(32, 1, 2)),
         QuantType("Q8_0", 8, 32, 34, _Q8_0, Unit(16, 1, 1), llamafile=True),
         QuantType("Q8_1", 9, 32, 40),
-        QuantType("Q2_K", 10, 256, 84, llamafile=True),
-        QuantType("Q3_K", 11, 256, 110, llamafile=True),
+        QuantType("Q2_K", 10, 256, 84, _Q2_K, Unit(64, 1, 5), llamafile=True),
+        QuantType("Q3_K", 11, 256, 110, _Q3_K, Unit(64, 2, 5), llamafile=True),
         QuantType("Q4_K", 12, 256, 144, unit=Unit(32, 2, 2), llamafile=True),
         QuantType("Q5_K", 13, 256, 176, unit=Unit(32, 3, 2), llamafile=True),
         QuantType("Q6_K", 14, 256, 210, _Q6_K, Unit(32, 2, 2), llamafile=True),
@@ -100,10 +106,10 @@ TYPES: dict[int, QuantType] = {
         QuantType("IQ2_XS", 17, 256, 74),
         QuantType("IQ3_XXS", 18, 256, 98),
         QuantType("IQ1_S", 19, 256, 50),
-        QuantType("IQ4_NL", 20, 32, 18),
+        QuantType("IQ4_NL", 20, 32, 18, _Q4_0, Unit(32, 1, 2)),
         QuantType("IQ3_S", 21, 256, 110),
         QuantType("IQ2_S", 22, 256, 82),
-        QuantType("IQ4_XS", 23, 256, 136),
+        QuantType("IQ4_XS", 23, 256, 136, _IQ4_XS, Unit(32, 1, 2)),
         QuantType("I8", 24, 1, 1),
         QuantType("I16", 25, 1, 2),
         QuantType("I32", 26, 1, 4),
@@ -113,7 +119,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("BF16", 30, 1, 2, unit=Unit(8, 1, 2), dtype="bfloat16"),
         QuantType("TQ1_0", 34, 256, 54),
         QuantType("TQ2_0", 35, 256, 66),
-        QuantType("MXFP4", 39, 32, 17),
+        QuantType("MXFP4", 39, 32, 17, _MXFP4, Unit(32, 1, 2)),
         QuantType("NVFP4", 40, 64, 36),
         QuantType("Q1_0", 41, 128, 18),
     )

@@ -128,12 +128,16 @@ def max_blocks(num_pairs: int, num_experts: int, block_pairs: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
-    """A program computes `rows` output features of one expert for a block of `pairs` (token, expert) pairs."""
+    """A program computes `rows` output features of one expert for a block of `pairs` (token, expert) pairs.
+
+    `form` is that of the target's byte permutation, the dot product's.
+    """
 
     rows: int
     pairs: int
     num_warps: int
     num_stages: int
+    form: int = 0
 
 
 _SHAPES: dict[str, tuple[PrefillConfig, ...]] = {
@@ -152,7 +156,8 @@ _COMMON = (PrefillConfig(rows=64, pairs=32, num_warps=4, num_stages=2),)
 
 def prefill_configs(target: Target) -> tuple[PrefillConfig, ...]:
     """Every shape for gate and up of one type, and for down, smaller block first."""
-    return _SHAPES.get(target.name, _COMMON)
+    shapes = _SHAPES.get(target.name, _COMMON)
+    return tuple(replace(shape, form=target.dot_form) for shape in shapes)
 
 
 def mixture_config(target: Target) -> PrefillConfig:

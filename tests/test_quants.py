@@ -29,7 +29,8 @@ def test_kernels_find_their_planes_on_16_bytes_or_need_no_alignment() -> None:
 
 
 def test_who_computes() -> None:
-    assert [row.name for row in kernel_types()] == ["F16", "Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16"]
+    names = "F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS BF16 MXFP4"
+    assert " ".join(row.name for row in kernel_types()) == names
     assert {row.number for row in llamafile_types()} == {0, 1, 2, 6, 8, 10, 11, 12, 13, 14}
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .dot import dot4
 
-__all__ = ["dot16", "pick", "words"]
+__all__ = ["dot16", "pick", "scales_of_four", "sum16", "words"]
 
 
 @triton.jit
@@ -33,3 +33,16 @@ def dot16(w, x, FORM: tl.constexpr):
     x0, x1, x2, x3 = pick(x)
     total = dot4(w0, x0, tl.zeros(w0.shape, tl.int32), FORM)
     return dot4(w3, x3, dot4(w2, x2, dot4(w1, x1, total, FORM), FORM), FORM)
+
+
+@triton.jit
+def sum16(x, FORM: tl.constexpr):
+    """Sums of 16 int8, `[R, V, 4]` words each: int32 `[R, V]`."""
+    return dot16(tl.full(x.shape, 0x01010101, tl.int32), x, FORM)
+
+
+@triton.jit
+def scales_of_four(xs, first):
+    """Scales of the four blocks from `first [R, V]`, a multiple of 4, in rows of a multiple of 128 activations."""
+    lanes = tl.arange(0, 4)[None, None, :]
+    return pick(tl.load(tl.multiple_of(xs + (first[:, :, None] + lanes), [1, 1, 16])))

@@ -29,6 +29,7 @@ def prefill_down_kernel(
     o3,
     answers,
     DOWN: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def prefill_down_kernel(
         low, high = step_columns(DOWN, step)
         x_low = tl.load(act_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, PAIRS]
         x_high = tl.load(act_row + high[:, None], mask=high[:, None] < width, other=0.0)
-        w_low, w_high = step_tiles(DOWN, mem, tables, o0, o1, o2, o3, rows, step, inter)
+        w_low, w_high = step_tiles(DOWN, FORM, mem, tables, o0, o1, o2, o3, rows, step, inter)
         total = tl.dot(w_low.to(x_low.dtype), x_low, total)
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
     features = hidden // 8 * 8
@@ -83,6 +84,7 @@ def prefill_down(
         *down.offsets,
         answers,
         DOWN=down.type.number,
+        FORM=config.form,
         ROWS=config.rows,
         PAIRS=config.pairs,
         num_warps=config.num_warps,

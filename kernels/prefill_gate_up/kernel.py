@@ -35,6 +35,7 @@ def prefill_gate_up_kernel(
     act,
     GATE: tl.constexpr,
     UP: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -56,11 +57,11 @@ def prefill_gate_up_kernel(
         low, high = step_columns(GATE, step)
         x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, PAIRS]
         x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
-        w_low, w_high = step_tiles(GATE, mem, tables, g0, g1, g2, g3, rows, step, hidden)
+        w_low, w_high = step_tiles(GATE, FORM, mem, tables, g0, g1, g2, g3, rows, step, hidden)
         gate = tl.dot(w_low.to(x_low.dtype), x_low, gate)
         gate = tl.dot(w_high.to(x_low.dtype), x_high, gate)
         if GATE == UP:
-            w_low, w_high = step_tiles(UP, mem, tables, u0, u1, u2, u3, rows, step, hidden)
+            w_low, w_high = step_tiles(UP, FORM, mem, tables, u0, u1, u2, u3, rows, step, hidden)
             up = tl.dot(w_low.to(x_low.dtype), x_low, up)
             up = tl.dot(w_high.to(x_low.dtype), x_high, up)
     if GATE != UP:
@@ -68,7 +69,7 @@ def prefill_gate_up_kernel(
             low, high = step_columns(UP, step)
             x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)
             x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
-            w_low, w_high = step_tiles(UP, mem, tables, u0, u1, u2, u3, rows, step, hidden)
+            w_low, w_high = step_tiles(UP, FORM, mem, tables, u0, u1, u2, u3, rows, step, hidden)
             up = tl.dot(w_low.to(x_low.dtype), x_low, up)
             up = tl.dot(w_high.to(x_low.dtype), x_high, up)
     values = gate * tl.sigmoid(gate) * up
@@ -111,6 +112,7 @@ def prefill_gate_up(
         act,
         GATE=gate.type.number,
         UP=up.type.number,
+        FORM=config.form,
         ROWS=config.rows,
         PAIRS=config.pairs,
         LIMIT=torch.finfo(act.dtype).max,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import bf16, f16, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from . import bf16, f16, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 
 __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
@@ -14,9 +14,9 @@ __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
     """Dot products float32 `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations.
 
-    A *unit* is what one thread loads at once: 16 bytes of quants, 32 weights of 4 to 6 bits or 16 of 8. `mem` points to
-    the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words. The
-    others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
+    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8. `mem`
+    points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words.
+    The others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
     scales `xs`, and block sums `xm` (scale times the sum of the quants, for the types that subtract a minimum).
 
     Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is `q - 32` as a signed byte, without a
@@ -35,6 +35,20 @@ def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o
         return q4_0.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q5_0.KIND:
         return q5_0.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q4_1.KIND:
+        return q4_1.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q5_1.KIND:
+        return q5_1.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq4_nl.KIND:
+        return iq4_nl.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq4_xs.KIND:
+        return iq4_xs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == mxfp4.KIND:
+        return mxfp4.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q2_k.KIND:
+        return q2_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == q3_k.KIND:
+        return q3_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
         return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
@@ -49,6 +63,8 @@ def values_per_unit(KIND: tl.constexpr):
         return 16
     elif KIND == f16.KIND or KIND == bf16.KIND:
         return 8
+    elif KIND == q2_k.KIND or KIND == q3_k.KIND:
+        return 64
     else:
         return 32
 
@@ -57,7 +73,15 @@ def values_per_unit(KIND: tl.constexpr):
 def step_columns(KIND: tl.constexpr, step):
     """Columns of the low and the high tile of `step`: int32 `[32]` each."""
     lane = tl.arange(0, 32)
-    if KIND == q4_0.KIND or KIND == q5_0.KIND:
+    if (
+        KIND == q4_0.KIND
+        or KIND == q5_0.KIND
+        or KIND == q4_1.KIND
+        or KIND == q5_1.KIND
+        or KIND == iq4_nl.KIND
+        or KIND == iq4_xs.KIND
+        or KIND == mxfp4.KIND
+    ):
         return q4_0.columns(step, lane)
     elif KIND == q6_k.KIND:
         return q6_k.columns(step, lane)
@@ -67,7 +91,7 @@ def step_columns(KIND: tl.constexpr, step):
 
 
 @triton.jit
-def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, columns):
+def step_tiles(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, columns):
     """Dequantise one step, 64 columns, of rows `row [N]`: the low and the high tile, float32 `[N, 32]` each.
 
     For 4 to 6 bits these are the values in the low and the high nibbles of the same 32 bytes, so that neither tile
@@ -93,6 +117,20 @@ def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, colum
         low, high = q4_0.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q5_0.KIND:
         low, high = q5_0.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == q4_1.KIND:
+        low, high = q4_1.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == q5_1.KIND:
+        low, high = q5_1.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq4_nl.KIND:
+        low, high = iq4_nl.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == iq4_xs.KIND:
+        low, high = iq4_xs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == mxfp4.KIND:
+        low, high = mxfp4.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns, FORM)
+    elif KIND == q2_k.KIND:
+        low, high = q2_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == q3_k.KIND:
+        low, high = q3_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == bf16.KIND:
         low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:

@@ -8,13 +8,13 @@ import triton.language as tl
 from hybrimoe_kt.kernels.blocks.fields import bytes_at, exact, plane_scale, words_at
 from hybrimoe_kt.kernels.blocks.words import dot16, words
 
-__all__ = ["KIND", "tile", "unit"]
+__all__ = ["KIND", "spread", "tile", "unit"]
 
 KIND = tl.constexpr(6)
 
 
 @triton.jit
-def _spread(bits):
+def spread(bits):
     """Move the low four bits of `bits` to bit 4 of the four bytes of a word."""
     return (((bits & 0xF) * 0x00204081) & 0x01010101) << 4
 
@@ -25,8 +25,8 @@ def unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM: t
     quants = words(words_at(mem, o0), 4 * number)
     fifth = tl.load(words_at(mem, o1) + number)[:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
     x_at = tl.broadcast_to(8 * unit, number.shape)
-    low = (((quants & 0x0F0F0F0F) | _spread(fifth)) + 0x70707070) ^ -0x7F7F7F80
-    high = ((((quants >> 4) & 0x0F0F0F0F) | _spread(fifth >> 16)) + 0x70707070) ^ -0x7F7F7F80
+    low = (((quants & 0x0F0F0F0F) | spread(fifth)) + 0x70707070) ^ -0x7F7F7F80
+    high = ((((quants >> 4) & 0x0F0F0F0F) | spread(fifth >> 16)) + 0x70707070) ^ -0x7F7F7F80
     total = dot16(low, words(xq, x_at), FORM) + dot16(high, words(xq, x_at + 4), FORM)
     return total.to(tl.float32) * plane_scale(mem, o2, number) * tl.load(xs + (x_at >> 3))
 

@@ -176,7 +176,8 @@ _LIMITS = MappingProxyType({"fp16": 65504.0, "bf16": math.ldexp(255, 120)})
 
 
 def _grouped(config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> Case:
-    constants = (("GATE", gate.number), ("UP", up.number), ("ROWS", config.rows), ("PAIRS", config.pairs))
+    types = (("GATE", gate.number), ("UP", up.number), ("FORM", config.form))
+    constants = (*types, ("ROWS", config.rows), ("PAIRS", config.pairs))
     variant = f"{_variant(gate, up)} {x} x{config.pairs}"
     return Case(
         "prefill_gate_up",
@@ -194,7 +195,7 @@ def _grouped_down(config: PrefillConfig, form: QuantType, x: str) -> Case:
     return Case(
         "prefill_down",
         f"{form.name} {x} x{config.pairs}",
-        (("DOWN", form.number), ("ROWS", config.rows), ("PAIRS", config.pairs)),
+        (("DOWN", form.number), ("FORM", config.form), ("ROWS", config.rows), ("PAIRS", config.pairs)),
         (("act", f"*{x}"),),
         config.num_warps,
         config.num_stages,
