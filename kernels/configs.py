@@ -188,7 +188,8 @@ _COMMON_MANY = PrefillConfig(rows=128, pairs=64, num_warps=8, num_stages=2)
 
 def many_configs(target: Target) -> tuple[PrefillConfig, ...]:
     """Both shapes of linear_many, smaller block first."""
-    small, large = prefill_configs(target)[0], _MANY.get(target.name, _COMMON_MANY)
+    large = replace(_MANY.get(target.name, _COMMON_MANY), form=target.dot_form)
+    small = prefill_configs(target)[0]
     return (small,) if small == large else (small, large)
 
 

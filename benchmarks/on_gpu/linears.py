@@ -63,7 +63,7 @@ class Work:
     def __init__(
         self, kind: Type, rows: int, columns: int, num_tokens: int, device: torch.device, bytes_wanted: int
     ) -> None:
-        from hybrimoe_kt.backends.gpu_triton import _target_of
+        from hybrimoe_kt.backends.gpu_triton import target_of
         from hybrimoe_kt.kernels.linear import LinearKernels
 
         self.device, self.matrix_bytes = device, rows * row_bytes(int(kind), columns)
@@ -76,7 +76,7 @@ class Work:
         memory = torch.empty(step * len(layouts), dtype=torch.uint8, device=device)
         for layout in layouts:
             layout.write(data, memory)
-        target, tables = _target_of(device), code_words(device)
+        target, tables = target_of(device), code_words(device)
         self.layers = [LinearKernels(target, memory, tables, (layout,)) for layout in layouts]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._x = torch.randn(num_tokens, columns, device=device).to(dtype)

@@ -30,6 +30,7 @@ def linear_many_kernel(
     out,
     total_rows,
     KIND: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -50,7 +51,7 @@ def linear_many_kernel(
         low, high = step_columns(KIND, step)
         x_low = tl.load(x_row + low[:, None], mask=low[:, None] < width, other=0.0)  # [32, TOKENS]
         x_high = tl.load(x_row + high[:, None], mask=high[:, None] < width, other=0.0)
-        w_low, w_high = step_tiles(KIND, memory, tables, o0, o1, o2, o3, row, step, columns)
+        w_low, w_high = step_tiles(KIND, FORM, memory, tables, o0, o1, o2, o3, row, step, columns)
         total = tl.dot(w_low.to(x_low.dtype), x_low, total)
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
     if bias is not None:
@@ -90,6 +91,7 @@ def linear_many(
         out,
         out.stride(0),
         KIND=matrix.type.number,
+        FORM=config.form,
         ROWS=config.rows,
         TOKENS=config.pairs,
         num_warps=config.num_warps,

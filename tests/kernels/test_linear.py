@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 
 pytest.importorskip("triton")
 
-from hybrimoe_kt.backends.gpu_triton import _target_of
+from hybrimoe_kt.backends.gpu_triton import target_of
 from hybrimoe_kt.device.layout import MatrixLayout
 from hybrimoe_kt.kernels.configs import few_config, few_configs, many_config, many_configs
 from hybrimoe_kt.kernels.linear import LinearKernels
@@ -28,7 +28,7 @@ from tests.support.random_blocks import Type, random_blocks
 
 pytestmark = pytest.mark.kernels
 
-TARGET, TABLES = _target_of(DEVICE), code_words(DEVICE)
+TARGET, TABLES = target_of(DEVICE), code_words(DEVICE)
 NAN = float("nan")
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.backends.gpu_triton import _target_of
+from hybrimoe_kt.backends.gpu_triton import target_of
 from hybrimoe_kt.device.layout import MatrixLayout
 from hybrimoe_kt.kernels.quants.dispatch import step_columns, step_tiles, unit_dots
 from hybrimoe_kt.kernels.tables import code_words
@@ -22,7 +22,7 @@ from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 
-TARGET, TABLES = _target_of(DEVICE), code_words(DEVICE)
+TARGET, TABLES = target_of(DEVICE), code_words(DEVICE)
 ROWS = 16
 SCALES = {Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,)} | dict.fromkeys(
     (Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q5_K), (0, 2)

@@ -59,7 +59,7 @@ def _many(target: Target) -> Iterator[Case]:
                 yield Case(
                     "linear_many",
                     f"{form.name} {x} x{config.pairs}",
-                    (("KIND", form.number), ("ROWS", config.rows), ("TOKENS", config.pairs)),
+                    (("KIND", form.number), ("FORM", config.form), ("ROWS", config.rows), ("TOKENS", config.pairs)),
                     (("x", f"*{x}"), ("out", f"*{x}")),
                     config.num_warps,
                     config.num_stages,
