@@ -1,7 +1,8 @@
 """Every GGML type, once: how its blocks are laid out, in the file and in a slot, and who computes with it.
 
 GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; Q6_K,
-Q8_0, Q5_0 and Q4_0 blocks (210, 34, 22 and 18 bytes) are only 2-byte aligned: those are taken apart into *planes*.
+Q8_0, Q5_0 and Q4_0 blocks (210, 34, 22 and 18 bytes) are only 2-byte aligned: those are taken apart into *planes*. So
+are IQ2 and IQ3 blocks (66 to 110 bytes), whose values are looked up (`kernels/tables.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one thread of a decode kernel loads at once: 16 bytes of quants.
+    """What one thread of a decode kernel loads at once: 16 bytes of quants, or 32 weights of code words.
 
     `values`: weights in them; `loads` and `x_loads`: 16-byte loads it takes for those weights and for activations.
+    Where weights are code words: `look_ups` of them, `look_up_bytes` each, and `fields`, the loads of up to 8 bytes
+    for all the rest of the weights.
     """
 
     values: int
     loads: int
     x_loads: int
+    look_ups: int = 0
+    look_up_bytes: int = 4
+    fields: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q1_0", 41, 128, 18),
     )
 }  # fmt: skip
-"""By number. IQ types and MXFP4 have no kernel: lookup tables do not fit their scheme. What is not marked for
+"""By number. What is not marked for
 llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
 
 
