@@ -81,6 +81,7 @@ _Q4_0 = (Plane("qs", 2, 16), Plane("d", 0, 2))
 _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
+_IQ3_XXS = (Plane("qs", 2, 64), Plane("signs", 66, 32), Plane("d", 0, 2))
 
 TYPES: dict[int, QuantType] = {
     row.number: row
@@ -104,7 +105,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q8_K", 15, 256, 292),
         QuantType("IQ2_XXS", 16, 256, 66),
         QuantType("IQ2_XS", 17, 256, 74),
-        QuantType("IQ3_XXS", 18, 256, 98),
+        QuantType("IQ3_XXS", 18, 256, 98, _IQ3_XXS, Unit(32, 0, 2, 8, 4, 3)),
         QuantType("IQ1_S", 19, 256, 50),
         QuantType("IQ4_NL", 20, 32, 18),
         QuantType("IQ3_S", 21, 256, 110),
