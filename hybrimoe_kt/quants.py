@@ -82,6 +82,7 @@ _Q5_0 = (Plane("qs", 6, 16), Plane("qh", 2, 4), Plane("d", 0, 2))
 _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
 _IQ2_XXS = (Plane("qs", 2, 64), Plane("d", 0, 2))
+_IQ2_XS = (Plane("qs", 2, 64), Plane("scales", 66, 8), Plane("d", 0, 2))
 _IQ3_XXS = (Plane("qs", 2, 64), Plane("signs", 66, 32), Plane("d", 0, 2))
 _IQ3_S = (Plane("qs", 2, 64), Plane("qh", 66, 8), Plane("signs and scales", 74, 36), Plane("d", 0, 2))
 
@@ -106,7 +107,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q6_K", 14, 256, 210, _Q6_K, Unit(32, 2, 2), llamafile=True),
         QuantType("Q8_K", 15, 256, 292),
         QuantType("IQ2_XXS", 16, 256, 66, _IQ2_XXS, Unit(32, 0, 2, 4, 8, 2)),
-        QuantType("IQ2_XS", 17, 256, 74),
+        QuantType("IQ2_XS", 17, 256, 74, _IQ2_XS, Unit(32, 0, 2, 4, 8, 3)),
         QuantType("IQ3_XXS", 18, 256, 98, _IQ3_XXS, Unit(32, 0, 2, 8, 4, 3)),
         QuantType("IQ1_S", 19, 256, 50),
         QuantType("IQ4_NL", 20, 32, 18),
