@@ -83,6 +83,7 @@ _Q8_0 = (Plane("qs", 2, 32), Plane("d", 0, 2))
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
 _IQ2_XXS = (Plane("qs", 2, 64), Plane("d", 0, 2))
 _IQ2_XS = (Plane("qs", 2, 64), Plane("scales", 66, 8), Plane("d", 0, 2))
+_IQ2_S = (Plane("qs and signs", 2, 64), Plane("qh", 66, 8), Plane("scales", 74, 8), Plane("d", 0, 2))
 _IQ3_XXS = (Plane("qs", 2, 64), Plane("signs", 66, 32), Plane("d", 0, 2))
 _IQ3_S = (Plane("qs", 2, 64), Plane("qh", 66, 8), Plane("signs and scales", 74, 36), Plane("d", 0, 2))
 
@@ -112,7 +113,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("IQ1_S", 19, 256, 50),
         QuantType("IQ4_NL", 20, 32, 18),
         QuantType("IQ3_S", 21, 256, 110, _IQ3_S, Unit(32, 0, 2, 8, 4, 5)),
-        QuantType("IQ2_S", 22, 256, 82),
+        QuantType("IQ2_S", 22, 256, 82, _IQ2_S, Unit(32, 0, 2, 4, 8, 5)),
         QuantType("IQ4_XS", 23, 256, 136),
         QuantType("I8", 24, 1, 1),
         QuantType("I16", 25, 1, 2),

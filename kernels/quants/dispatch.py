@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import bf16, f16, iq2_xs, iq2_xxs, iq3_s, iq3_xxs, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from . import bf16, f16, iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 
 __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
@@ -43,6 +43,8 @@ def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o
         return iq2_xxs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == iq2_xs.KIND:
         return iq2_xs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq2_s.KIND:
+        return iq2_s.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
         return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
@@ -109,6 +111,8 @@ def step_tiles(KIND: tl.constexpr, mem, tables, o0, o1, o2, o3, row, step, colum
         low, high = iq2_xxs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == iq2_xs.KIND:
         low, high = iq2_xs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq2_s.KIND:
+        low, high = iq2_s.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == bf16.KIND:
         low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:
