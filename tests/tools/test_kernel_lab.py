@@ -79,8 +79,10 @@ from tools.kernel_lab import cases
 from tools.kernel_lab.build import measure
 from tools.kernel_lab.checks import rejections
 from hybrimoe_kt.kernels.configs import PrefillConfig
-case = cases._grouped(PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2), TYPES[12], TYPES[12], "fp16")
+from hybrimoe_kt.kernels.targets import TARGETS
+config = PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2)
 for target in sys.argv[1:]:
+    case = cases._grouped(TARGETS[target], config, TYPES[12], TYPES[12], "fp16")
     print(target, *rejections(case, measure(case, target)))
 """
 
@@ -113,6 +115,11 @@ def fine(case: Case) -> Measurement:
         (("decode_down", "Q4_K"), {"resources": Resources(64, 8)}, "spills 8 bytes"),
         (("decode_down", "Q4_K"), {"shared_bytes": 100 << 10}, "needs 102400 bytes of shared memory, 101376 are there"),
         (("decode_down", "Q4_K"), {"wide_loads": 3}, "has 3 16-byte loads in its main loop, 4 are claimed"),
+        (
+            ("decode_down", "IQ3_XXS"),
+            {"narrow_loads": 13},
+            "has 13 loads under 16 bytes in its main loop, 12 are allowed",
+        ),
         (("decode_down", "Q4_K"), {"dot": 0}, "has no dot-product instruction"),
         (("decode_down", "Q4_K"), {"conversions": 3}, "converts between int and float 3 times in its main loop, 2 are"),
         (("prefill_down", "Q4_K fp16 x32"), {"tensor": 0}, "has no tensor-core instruction"),
@@ -146,6 +153,17 @@ def test_headroom_by_hand() -> None:
     case = case_of("decode_down", "Q4_K")
     assert headroom(case, fine(case)) == pytest.approx(453.6 / 200, rel=1e-3)
     assert tensor_share(case, fine(case)) is None
+
+
+def test_headroom_of_look_ups_by_hand() -> None:
+    """32 values of 2.0625 bits a thread: 1056 bytes, 207.9 clocks of an A6000 core's share of DRAM. Four warps whose L1
+    cache delivers 2 x 4 clocks of activations, 4 loads, and four 8-byte look-ups in 6.2 clocks each instead of one."""
+    case = case_of("decode_down", "IQ2_XXS")
+    few = replace(fine(case), loop=replace(fine(case).loop, all=80, integer=40, narrow_loads=4 + 4))
+    assert headroom(case, few) == pytest.approx(207.9 / (4 * (8 + 4 + 4 * 6.2)), rel=1e-3)
+    assert headroom(case, replace(few, target="gfx1100")) == pytest.approx(
+        1056 / 4 / (2 * 4 + 4 + 4 * 8) / TARGETS["gfx1100"].dram_bytes_per_core_clock, rel=1e-3
+    )
 
 
 def test_tensor_share_by_hand() -> None:
