@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from hybrimoe_kt.kernels.targets import TARGETS
+from hybrimoe_kt.quants import kernel_types
 from tools.kernel_lab.build import Measurement
 from tools.kernel_lab.cases import Case, cases_for
 from tools.kernel_lab.checks import rejections
@@ -215,7 +216,7 @@ def test_amd_assembly_is_read() -> None:
 
 
 def test_the_document_quotes_the_table() -> None:
-    """docs/kernels.md shows four rows of it; here they are looked up again."""
+    """docs/kernels.md shows four rows of it, and those of code words; here they are looked up again."""
     parts = re.split(r"^## \w+: ([^,]+),.*$", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     tables = dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -234,3 +235,11 @@ def test_the_document_quotes_the_table() -> None:
     ):
         quoted = [cell.strip() for cell in lines[at + offset].split("|")[2:-1]]
         assert quoted == [found(product, kernel, place) for product in tables], lines[at + offset]
+    at = next(number for number, line in enumerate(lines) if line.startswith("| code words, read from the table"))
+    assert lines[at].strip("| ").split(" | ")[1:] == list(tables)
+    looked_up = [row.name for row in kernel_types() if row.unit and row.unit.look_ups]
+    rows = [line.split("|") for line in lines[at + 2 : at + 2 + 2 * len(looked_up)]]
+    kernels = {cells[1].strip().removesuffix(", headroom"): [cell.strip() for cell in cells[2:-1]] for cells in rows}
+    assert set(kernels) == {f"{op} {name}" for op in ("decode_gate_up", "decode_down") for name in looked_up}
+    for kernel, quoted in kernels.items():
+        assert quoted == [found(product, kernel, 0) for product in tables], kernel
