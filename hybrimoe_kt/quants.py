@@ -1,7 +1,8 @@
 """Every GGML type, once: how its blocks are laid out, in the file and in a slot, and who computes with it.
 
 GPU kernels load 16 bytes at a time. Q4_K and Q5_K blocks (144 and 176 bytes) allow that where they stand; the other
-types' blocks (Q6_K 210 bytes, MXFP4 17) are no multiple of 16 bytes: those are taken apart into *planes*.
+types' blocks (Q6_K 210 bytes, MXFP4 17) are no multiple of 16 bytes: those are taken apart into *planes*. The values of
+IQ2 and IQ3 are looked up (`kernels/tables.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one thread of a decode kernel loads at once: 16 bytes of quants.
+    """What one thread of a decode kernel loads at once: 16 bytes of quants, or 32 weights of code words.
 
     `values`: weights in them; `loads` and `x_loads`: 16-byte loads it takes for those weights and for activations.
+    Where weights are code words: `look_ups` of them, `look_up_bytes` each, and `fields`, the loads of up to 8 bytes
+    for all the rest of the weights.
     """
 
     values: int
     loads: int
     x_loads: int
+    look_ups: int = 0
+    look_up_bytes: int = 4
+    fields: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,11 @@ _Q3_K = (Plane("qs", 32, 64), Plane("hmask", 0, 32), Plane("scales", 96, 12), Pl
 _Q6_K = (Plane("ql", 0, 128), Plane("qh", 128, 64), Plane("scales", 192, 16), Plane("d", 208, 2))
 _IQ4_XS = (Plane("qs", 8, 128), Plane("head", 0, 8))
 _MXFP4 = (Plane("qs", 1, 16), Plane("e", 0, 1))
+_IQ2_XXS = (Plane("qs", 2, 64), Plane("d", 0, 2))
+_IQ2_XS = (Plane("qs", 2, 64), Plane("scales", 66, 8), Plane("d", 0, 2))
+_IQ2_S = (Plane("qs and signs", 2, 64), Plane("qh", 66, 8), Plane("scales", 74, 8), Plane("d", 0, 2))
+_IQ3_XXS = (Plane("qs", 2, 64), Plane("signs", 66, 32), Plane("d", 0, 2))
+_IQ3_S = (Plane("qs", 2, 64), Plane("qh", 66, 8), Plane("signs and scales", 74, 36), Plane("d", 0, 2))
 
 TYPES: dict[int, QuantType] = {
     row.number: row
@@ -102,13 +113,13 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q5_K", 13, 256, 176, unit=Unit(32, 3, 2), llamafile=True),
         QuantType("Q6_K", 14, 256, 210, _Q6_K, Unit(32, 2, 2), llamafile=True),
         QuantType("Q8_K", 15, 256, 292),
-        QuantType("IQ2_XXS", 16, 256, 66),
-        QuantType("IQ2_XS", 17, 256, 74),
-        QuantType("IQ3_XXS", 18, 256, 98),
+        QuantType("IQ2_XXS", 16, 256, 66, _IQ2_XXS, Unit(32, 0, 2, 4, 8, 2)),
+        QuantType("IQ2_XS", 17, 256, 74, _IQ2_XS, Unit(32, 0, 2, 4, 8, 3)),
+        QuantType("IQ3_XXS", 18, 256, 98, _IQ3_XXS, Unit(32, 0, 2, 8, 4, 3)),
         QuantType("IQ1_S", 19, 256, 50),
         QuantType("IQ4_NL", 20, 32, 18, _Q4_0, Unit(32, 1, 2)),
-        QuantType("IQ3_S", 21, 256, 110),
-        QuantType("IQ2_S", 22, 256, 82),
+        QuantType("IQ3_S", 21, 256, 110, _IQ3_S, Unit(32, 0, 2, 8, 4, 5)),
+        QuantType("IQ2_S", 22, 256, 82, _IQ2_S, Unit(32, 0, 2, 4, 8, 5)),
         QuantType("IQ4_XS", 23, 256, 136, _IQ4_XS, Unit(32, 1, 2)),
         QuantType("I8", 24, 1, 1),
         QuantType("I16", 25, 1, 2),
@@ -124,7 +135,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q1_0", 41, 128, 18),
     )
 }  # fmt: skip
-"""By number. IQ types and MXFP4 have no kernel: lookup tables do not fit their scheme. What is not marked for
+"""By number. What is not marked for
 llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
 
 

@@ -5,7 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import bf16, f16, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from . import (
+    bf16,
+    f16,
+    iq2_s,
+    iq2_xs,
+    iq2_xxs,
+    iq3_s,
+    iq3_xxs,
+    iq4_nl,
+    iq4_xs,
+    mxfp4,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+)
 
 __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 
@@ -14,10 +35,11 @@ __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
     """Dot products float32 `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations.
 
-    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8.
-    `mem` points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the
-    code words. The others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32:
-    words `xq`, scales `xs`, and block sums `xm` (scale times the sum of the quants, for types that subtract a minimum).
+    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8; or
+    32 weights of code words. `mem` points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it;
+    `tables` points to the code words. The others point to the token's row: `x` (float, for F16 and BF16), and its int8
+    form in blocks of 32: words `xq`, scales `xs`, and block sums `xm` (scale times the sum of the quants, for types
+    that subtract a minimum).
 
     Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is `q - 32` as a signed byte, without a
     carry between bytes. Indices are never negative, which the compiler cannot see: shifts and masks save it the care
@@ -49,6 +71,16 @@ def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o
         return q2_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == q3_k.KIND:
         return q3_k.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq3_xxs.KIND:
+        return iq3_xxs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq3_s.KIND:
+        return iq3_s.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq2_xxs.KIND:
+        return iq2_xxs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq2_xs.KIND:
+        return iq2_xs.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
+    elif KIND == iq2_s.KIND:
+        return iq2_s.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     elif KIND == bf16.KIND:
         return bf16.unit(mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm, FORM)
     else:
@@ -131,6 +163,16 @@ def step_tiles(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, 
         low, high = q2_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == q3_k.KIND:
         low, high = q3_k.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq3_xxs.KIND:
+        low, high = iq3_xxs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq3_s.KIND:
+        low, high = iq3_s.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq2_xxs.KIND:
+        low, high = iq2_xxs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq2_xs.KIND:
+        low, high = iq2_xs.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
+    elif KIND == iq2_s.KIND:
+        low, high = iq2_s.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     elif KIND == bf16.KIND:
         low, high = bf16.tile(mem, tables, o0, o1, o2, o3, row, half, lane, step, columns)
     else:

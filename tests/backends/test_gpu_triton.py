@@ -41,6 +41,8 @@ MIXTURES = [
     (Type.F16, Type.Q8_0, Type.Q4_0),
     (Type.BF16, Type.F16, Type.Q5_K),
     (Type.Q4_0, Type.BF16, Type.BF16),
+    (Type.IQ3_XXS, Type.IQ2_S, Type.IQ3_S),
+    (Type.Q6_K, Type.IQ2_XS, Type.IQ2_XXS),
 ]
 
 

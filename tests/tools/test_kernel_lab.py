@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from hybrimoe_kt.kernels.targets import TARGETS
+from hybrimoe_kt.quants import kernel_types
 from tools.kernel_lab.build import Measurement
 from tools.kernel_lab.cases import Case, cases_for
 from tools.kernel_lab.checks import rejections
@@ -82,8 +83,10 @@ from tools.kernel_lab import cases
 from tools.kernel_lab.build import measure
 from tools.kernel_lab.checks import rejections
 from hybrimoe_kt.kernels.configs import PrefillConfig
-case = cases._grouped(PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2), TYPES[12], TYPES[12], "fp16")
+from hybrimoe_kt.kernels.targets import TARGETS
+config = PrefillConfig(rows=128, pairs=128, num_warps=4, num_stages=2)
 for target in sys.argv[1:]:
+    case = cases._grouped(TARGETS[target], config, TYPES[12], TYPES[12], "fp16")
     print(target, *rejections(case, measure(case, target)))
 """
 
@@ -116,6 +119,11 @@ def fine(case: Case) -> Measurement:
         (("decode_down", "Q4_K"), {"resources": Resources(64, 8)}, "spills 8 bytes"),
         (("decode_down", "Q4_K"), {"shared_bytes": 100 << 10}, "needs 102400 bytes of shared memory, 101376 are there"),
         (("decode_down", "Q4_K"), {"wide_loads": 3}, "has 3 16-byte loads in its main loop, 4 are claimed"),
+        (
+            ("decode_down", "IQ3_XXS"),
+            {"narrow_loads": 13},
+            "has 13 loads under 16 bytes in its main loop, 12 are allowed",
+        ),
         (("decode_down", "Q4_K"), {"dot": 0}, "has no dot-product instruction"),
         (("decode_down", "Q4_K"), {"conversions": 3}, "converts between int and float 3 times in its main loop, 2 are"),
         (("prefill_down", "Q4_K fp16 x32"), {"tensor": 0}, "has no tensor-core instruction"),
@@ -149,6 +157,17 @@ def test_headroom_by_hand() -> None:
     case = case_of("decode_down", "Q4_K")
     assert headroom(case, fine(case)) == pytest.approx(453.6 / 200, rel=1e-3)
     assert tensor_share(case, fine(case)) is None
+
+
+def test_headroom_of_look_ups_by_hand() -> None:
+    """32 values of 2.0625 bits a thread: 1056 bytes, 207.9 clocks of an A6000 core's share of DRAM. Four warps whose L1
+    cache delivers 2 x 4 clocks of activations, 4 loads, and four 8-byte look-ups in 6.2 clocks each instead of one."""
+    case = case_of("decode_down", "IQ2_XXS")
+    few = replace(fine(case), loop=replace(fine(case).loop, all=80, integer=40, narrow_loads=4 + 4))
+    assert headroom(case, few) == pytest.approx(207.9 / (4 * (8 + 4 + 4 * 6.2)), rel=1e-3)
+    assert headroom(case, replace(few, target="gfx1100")) == pytest.approx(
+        1056 / 4 / (2 * 4 + 4 + 4 * 8) / TARGETS["gfx1100"].dram_bytes_per_core_clock, rel=1e-3
+    )
 
 
 def test_tensor_share_by_hand() -> None:
@@ -200,7 +219,7 @@ def test_amd_assembly_is_read() -> None:
 
 
 def test_the_document_quotes_the_table() -> None:
-    """docs/kernels.md shows four rows of it; here they are looked up again."""
+    """docs/kernels.md shows four rows of it, and those of code words; here they are looked up again."""
     parts = re.split(r"^## \w+: ([^,]+),.*$", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     tables = dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -219,3 +238,11 @@ def test_the_document_quotes_the_table() -> None:
     ):
         quoted = [cell.strip() for cell in lines[at + offset].split("|")[2:-1]]
         assert quoted == [found(product, kernel, place) for product in tables], lines[at + offset]
+    at = next(number for number, line in enumerate(lines) if line.startswith("| code words, read from the table"))
+    assert lines[at].strip("| ").split(" | ")[1:] == list(tables)
+    looked_up = [row.name for row in kernel_types() if row.unit and row.unit.look_ups]
+    rows = [line.split("|") for line in lines[at + 2 : at + 2 + 2 * len(looked_up)]]
+    kernels = {cells[1].strip().removesuffix(", headroom"): [cell.strip() for cell in cells[2:-1]] for cells in rows}
+    assert set(kernels) == {f"{op} {name}" for op in ("decode_gate_up", "decode_down") for name in looked_up}
+    for kernel, quoted in kernels.items():
+        assert quoted == [found(product, kernel, 0) for product in tables], kernel

@@ -47,9 +47,10 @@ _TYPES = MappingProxyType(
 @dataclass(frozen=True, slots=True)
 class Claims:
     """What a kernel's main loop must show: 16-byte loads at least, tensor-core or dot-product instructions, and at
-    most so many conversions between int and float."""
+    most so many conversions between int and float and, if that is said, so many loads under 16 bytes."""
 
     wide_loads: int = 0
+    max_narrow_loads: int | None = None
     tensor: bool = False
     dot: bool = False
     max_conversions: int = 0
@@ -57,10 +58,13 @@ class Claims:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one program does in one step of its main loop: bytes of weights read, tensor-core multiply-adds."""
+    """What one program does in one step of its main loop: bytes of weights read, tensor-core multiply-adds; and how
+    often each of its threads looks code words up, of how many bytes."""
 
     weight_bytes: float = 0.0
     tensor_macs: int = 0
+    look_ups: float = 0.0
+    look_up_bytes: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def mixtures_for(target: Target) -> list[Case]:
     config = mixture_config(target)
     pairs = [(gate, up) for gate in kernel_types() for up in kernel_types() if gate is not up]
     decode = [_gate_up(target, gate, up, "fp32") for gate, up in pairs]
-    return decode + [_grouped(config, gate, up, x) for x in ("fp16", "bf16") for gate, up in pairs]
+    return decode + [_grouped(target, config, gate, up, x) for x in ("fp16", "bf16") for gate, up in pairs]
 
 
 def _quantize(target: Target) -> Iterator[Case]:
@@ -127,12 +131,13 @@ def _gate_up(target: Target, gate: QuantType, up: QuantType, x: str) -> Case:
     )
     claims = Claims(
         wide,
+        _narrow(gate, 2) if gate is up else None,
         dot=not (gate.is_float or up.is_float),
         max_conversions=together * max(_conversions(gate), _conversions(up)),
     )
     variant = _variant(gate, up) if x == "fp32" else f"{_variant(gate, up)} {x}"
     pointers = (("x", f"*{x}"), ("act", "*fp32"))
-    work = _unit_work(config, up, together) if gate is up else Work()
+    work = _unit_work(config, up, 2) if gate is up else Work()
     return Case("decode_gate_up", variant, constants + shape, pointers, config.num_warps, 3, claims, work)
 
 
@@ -143,7 +148,12 @@ def _variant(gate: QuantType, up: QuantType) -> str:
 def _down(target: Target, form: QuantType) -> Case:
     config = decode_config(target)
     constants = (("DOWN", form.number), ("FORM", config.form), ("ROWS", config.rows), ("UNITS", config.units))
-    claims = Claims(_unit(form).loads + _unit(form).x_loads, dot=not form.is_float, max_conversions=_conversions(form))
+    claims = Claims(
+        _unit(form).loads + _unit(form).x_loads,
+        _narrow(form, 1),
+        dot=not form.is_float,
+        max_conversions=_conversions(form),
+    )
     work = _unit_work(config, form, 1)
     return Case("decode_down", form.name, constants, (("x", "*fp32"),), config.num_warps, 3, claims, work)
 
@@ -158,24 +168,31 @@ def _conversions(form: QuantType) -> int:
     return 0 if form.is_float else 2 if form.block_values == 256 else 1
 
 
+def _narrow(form: QuantType, num_matrices: int) -> int | None:
+    """Where weights are looked up, nothing is loaded in small pieces but code words, their fields and a scale of x."""
+    unit = _unit(form)
+    return num_matrices * (unit.look_ups + unit.fields) + 1 if unit.look_ups else None
+
+
 def _unit_work(config: DecodeConfig, form: QuantType, num_matrices: int) -> Work:
-    values = config.rows * config.units * _unit(form).values * num_matrices
-    return Work(weight_bytes=values * form.bytes_per_value)
+    unit = _unit(form)
+    values = config.rows * config.units * unit.values * num_matrices
+    return Work(values * form.bytes_per_value, 0, unit.look_ups * num_matrices, unit.look_up_bytes)
 
 
 def _prefill(target: Target) -> Iterator[Case]:
     for config in prefill_configs(target):
         for x in ("fp16", "bf16"):
             for form in kernel_types():
-                yield _grouped(config, form, form, x)
+                yield _grouped(target, config, form, form, x)
             for form in kernel_types():
-                yield _grouped_down(config, form, x)
+                yield _grouped_down(target, config, form, x)
 
 
 _LIMITS = MappingProxyType({"fp16": 65504.0, "bf16": math.ldexp(255, 120)})
 
 
-def _grouped(config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> Case:
+def _grouped(target: Target, config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> Case:
     types = (("GATE", gate.number), ("UP", up.number), ("FORM", config.form))
     constants = (*types, ("ROWS", config.rows), ("PAIRS", config.pairs))
     variant = f"{_variant(gate, up)} {x} x{config.pairs}"
@@ -186,12 +203,12 @@ def _grouped(config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> C
         (("x", f"*{x}"), ("act", f"*{x}")),
         config.num_warps,
         config.num_stages,
-        Claims(wide_loads=1, tensor=True),
-        _step_work(config, up, 2) if gate is up else Work(),
+        _step_claims(target, config, gate, up),
+        _step_work(target, config, up, 2) if gate is up else Work(),
     )
 
 
-def _grouped_down(config: PrefillConfig, form: QuantType, x: str) -> Case:
+def _grouped_down(target: Target, config: PrefillConfig, form: QuantType, x: str) -> Case:
     return Case(
         "prefill_down",
         f"{form.name} {x} x{config.pairs}",
@@ -199,14 +216,21 @@ def _grouped_down(config: PrefillConfig, form: QuantType, x: str) -> Case:
         (("act", f"*{x}"),),
         config.num_warps,
         config.num_stages,
-        Claims(wide_loads=1, tensor=True),
-        _step_work(config, form, 1),
+        _step_claims(target, config, form),
+        _step_work(target, config, form, 1),
     )
 
 
-def _step_work(config: PrefillConfig, form: QuantType, num_matrices: int) -> Work:
-    values = config.rows * 64 * num_matrices
-    return Work(weight_bytes=values * form.bytes_per_value, tensor_macs=values * config.pairs)
+def _step_claims(target: Target, config: PrefillConfig, *forms: QuantType) -> Claims:
+    """Quants come 16 bytes at a time; where there are code words, activations do if they are enough for all threads."""
+    activations = 32 * config.pairs // (config.num_warps * target.warp_size)  # of 2 bytes, in either of the two tiles
+    return Claims(wide_loads=int(activations >= 8 or not any(_unit(form).look_ups for form in forms)), tensor=True)
+
+
+def _step_work(target: Target, config: PrefillConfig, form: QuantType, num_matrices: int) -> Work:
+    unit, values = _unit(form), config.rows * 64 * num_matrices
+    look_ups = values / unit.values * unit.look_ups / (config.num_warps * target.warp_size)
+    return Work(values * form.bytes_per_value, values * config.pairs, look_ups, unit.look_up_bytes)
 
 
 def _sort(target: Target) -> Iterator[Case]:

@@ -30,6 +30,9 @@ def _reasons(case: Case, found: Measurement) -> Iterator[str]:
     if claims.dot and target.dot_form and not loop.dot:
         yield "has no dot-product instruction in its main loop"
     steps = max(loop.wide_loads // claims.wide_loads, 1) if claims.wide_loads and not claims.tensor else 1
+    if claims.max_narrow_loads is not None and loop.narrow_loads > claims.max_narrow_loads * steps:
+        allowed = claims.max_narrow_loads * steps
+        yield f"has {loop.narrow_loads} loads under 16 bytes in its main loop, {allowed} are allowed"
     if (claims.tensor or claims.dot) and loop.conversions > claims.max_conversions * steps:
         allowed = claims.max_conversions * steps
         yield f"converts between int and float {loop.conversions} times in its main loop, {allowed} are allowed"

@@ -8,7 +8,7 @@ from hybrimoe_kt.kernels.configs import FewConfig, few_configs, many_configs
 from hybrimoe_kt.kernels.targets import Target
 from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 
-from .cases import Case, Claims, Work, _conversions, _step_work, _unit
+from .cases import Case, Claims, Work, _conversions, _step_claims, _step_work, _unit
 
 __all__ = ["linear_cases"]
 
@@ -47,8 +47,9 @@ def _few_case(target: Target, config: FewConfig, forms: tuple[QuantType, ...], x
     names = "+".join(form.name for form in forms)
     variant = f"{names}{'' if x == 'fp32' else f' {x}'} {config.rows}x{config.units} x{config.tokens}"
     pointers = (("x", f"*{x}"), ("out", f"*{x}"))
-    values = config.rows * config.units * _unit(forms[0]).values
-    work = Work(weight_bytes=values * forms[0].bytes_per_value) if len(forms) == 1 else Work()
+    unit = _unit(forms[0])
+    weight_bytes = config.rows * config.units * unit.values * forms[0].bytes_per_value
+    work = Work(weight_bytes, 0, unit.look_ups * rows, unit.look_up_bytes) if len(forms) == 1 else Work()
     return Case("linear_few", variant, constants + shape, pointers, config.num_warps, 3, claims, work)
 
 
@@ -63,6 +64,6 @@ def _many(target: Target) -> Iterator[Case]:
                     (("x", f"*{x}"), ("out", f"*{x}")),
                     config.num_warps,
                     config.num_stages,
-                    Claims(wide_loads=1, tensor=True),
-                    _step_work(config, form, 1),
+                    _step_claims(target, config, form),
+                    _step_work(target, config, form, 1),
                 )
