@@ -124,8 +124,8 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q1_0", 41, 128, 18),
     )
 }  # fmt: skip
-"""By number. IQ types and MXFP4 have no kernel: lookup tables do not fit their scheme. What is not marked for
-llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
+"""By number. IQ1, IQ2 and IQ3 types have no kernel: their code words are too many to be looked up in registers. What
+is not marked for llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
 
 
 def type_name(number: int) -> str:

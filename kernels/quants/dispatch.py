@@ -14,10 +14,10 @@ __all__ = ["step_columns", "step_tiles", "unit_dots", "values_per_unit"]
 def unit_dots(KIND: tl.constexpr, FORM: tl.constexpr, mem, tables, o0, o1, o2, o3, row, unit, columns, x, xq, xs, xm):
     """Dot products float32 `[R, V]` of units `unit [1, V]` of rows `row [R, 1]` with one token's activations.
 
-    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8. `mem`
-    points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the code words.
-    The others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32: words `xq`,
-    scales `xs`, and block sums `xm` (scale times the sum of the quants, for the types that subtract a minimum).
+    A *unit* is what one thread loads at once: 16 bytes of quants, 64 weights of 2 or 3 bits, 32 of 4 to 6, 16 of 8.
+    `mem` points to the slot, `o0` to `o3` are the byte offsets of the matrix's planes in it; `tables` points to the
+    code words. The others point to the token's row: `x` (float, for F16 and BF16), and its int8 form in blocks of 32:
+    words `xq`, scales `xs`, and block sums `xm` (scale times the sum of the quants, for the types with a minimum).
 
     Byte tricks: a word holds four quants; `(q + 0x60) ^ 0x80` in every byte is `q - 32` as a signed byte, without a
     carry between bytes. Indices are never negative, which the compiler cannot see: shifts and masks save it the care

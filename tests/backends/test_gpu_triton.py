@@ -41,6 +41,9 @@ MIXTURES = [
     (Type.F16, Type.Q8_0, Type.Q4_0),
     (Type.BF16, Type.F16, Type.Q5_K),
     (Type.Q4_0, Type.BF16, Type.BF16),
+    (Type.Q2_K, Type.Q3_K, Type.IQ4_NL),
+    (Type.MXFP4, Type.Q8_0, Type.Q5_1),
+    (Type.IQ4_XS, Type.Q2_K, Type.Q4_1),
 ]
 
 
