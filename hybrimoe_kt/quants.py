@@ -135,8 +135,7 @@ TYPES: dict[int, QuantType] = {
         QuantType("Q1_0", 41, 128, 18),
     )
 }  # fmt: skip
-"""By number. What is not marked for
-llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
+"""By number. What is not marked for llamafile aborts the process there or comes back wrong (kt-kernel 0.7.2)."""
 
 
 def type_name(number: int) -> str:

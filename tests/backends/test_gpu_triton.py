@@ -43,6 +43,9 @@ MIXTURES = [
     (Type.Q4_0, Type.BF16, Type.BF16),
     (Type.IQ3_XXS, Type.IQ2_S, Type.IQ3_S),
     (Type.Q6_K, Type.IQ2_XS, Type.IQ2_XXS),
+    (Type.Q2_K, Type.Q3_K, Type.IQ4_NL),
+    (Type.MXFP4, Type.Q8_0, Type.Q5_1),
+    (Type.IQ4_XS, Type.Q2_K, Type.Q4_1),
 ]
 
 

@@ -342,19 +342,19 @@ def test_kernels_of_the_embedded_model(capsys: pytest.CaptureFixture[str], embed
 def test_layers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("kt_kernel")
     small, large = (Type.Q4_K,) * 3, (Type.Q4_K, Type.Q4_K, Type.Q6_K)
-    file = write_model(tmp_path / "my model.gguf", large, small, large, (Type.Q3_K,) * 3)
+    file = write_model(tmp_path / "my model.gguf", large, small, large, (Type.TQ2_0,) * 3)
     found = report(capsys, "--model", file)
     kinds = found["model"]["kinds"]
     assert [kind["layers"] for kind in kinds] == [[0, 2], [1], [3]]
-    assert [kind["tensors"][2]["type"] for kind in kinds] == ["Q6_K", "Q4_K", "Q3_K"]
-    assert kinds[2]["gpu_refusal"] == "gate experts are Q3_K, which no GPU kernel reads"
+    assert [kind["tensors"][2]["type"] for kind in kinds] == ["Q6_K", "Q4_K", "TQ2_0"]
+    assert kinds[2]["gpu_refusal"] == "gate experts are TQ2_0, which no GPU kernel reads"
     assert kinds[2]["tensors"][0]["gpu_decode_kernel"] is None
     assert 0.7 < found["model"]["accelerator_expert_share"] < 0.9
-    assert "1 layer stays on the CPU: gate experts are Q3_K" in found["verdict"]["text"]
+    assert "1 layer stays on the CPU: gate experts are TQ2_0" in found["verdict"]["text"]
     assert doctor.main(["--model", file]) == 0
     shown = capsys.readouterr().out
     assert "layers 0, 2 " in shown
-    assert "layer 1 " in shown and "none, they stay on the CPU" in shown and "because gate experts are Q3_K" in shown
+    assert "layer 1 " in shown and "none, they stay on the CPU" in shown and "because gate experts are TQ2_0" in shown
     assert f"next: hybrimoe calibrate --model '{file}'\n" in shown
 
 
