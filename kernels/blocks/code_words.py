@@ -2,7 +2,7 @@
 
 Look-ups are plain loads, which hit the L1 cache. Compared in machine code: `tl.gather` saves a tenth of the integer
 instructions but copies the table to shared memory and waits for all warps around each look-up; making addresses with an
-OR saves a tenth on sm_90 and sm_100, next to nothing on sm_80 to sm_89 and sm_120, and costs on AMD (docs/kernels.md).
+OR saves a tenth on sm_90 and sm_100, next to nothing on sm_80, sm_86 and sm_120, and costs on AMD (docs/kernels.md).
 """
 
 from __future__ import annotations
