@@ -15,7 +15,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrimoe_kt.errors import HostCompatibilityError
-from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
+from hybrimoe_kt.host.doctor.diagnosis import diagnose
+from hybrimoe_kt.sizes import size_text
 from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hybrimoe_kt.backends.registry import FALLBACK_GPU, REFERENCE
+from hybrimoe_kt.sizes import size_text
 
-__all__ = ["Finding", "diagnose", "size_text"]
+__all__ = ["Finding", "diagnose"]
 
 _NEEDED = ("torch", "transformers", "gguf")
 _KT_KERNEL = "kt-kernel==0.7.2"
@@ -181,13 +182,3 @@ def _run(report: Mapping[str, Any]) -> str:
 
 def _install_kt_kernel() -> str:
     return f"pip install --no-deps {_KT_KERNEL}"
-
-
-def size_text(num_bytes: int | None) -> str:
-    """Write 1610612736 as "1.5 GiB", and None as "unknown"."""
-    if num_bytes is None:
-        return "unknown"
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} bytes"

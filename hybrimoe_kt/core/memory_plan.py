@@ -1,0 +1,268 @@
+"""What a model takes of one card, line by line, before anything is allocated: arithmetic on sizes.
+
+The same functions plan a load, fill `hybrimoe doctor`'s table and compute the documentation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.sizes import CacheSize, size_text
+
+from .step_memory import StepShape
+
+__all__ = [
+    "CONTEXT_BYTES",
+    "DEFAULT_CONTEXT_TOKENS",
+    "LIBRARY_BYTES",
+    "CardNeeds",
+    "Kept",
+    "Line",
+    "MemoryPlan",
+    "plan_card",
+    "slots_for",
+]
+
+CONTEXT_BYTES = 512 * 2**20
+"""Of a card, for CUDA's context. An assumption until it is measured; what torch calls free is without it."""
+LIBRARY_BYTES = 256 * 2**20
+"""For cuBLAS' workspace and the kernels' code, which come with the first steps. An assumption until it is measured."""
+DEFAULT_CONTEXT_TOKENS = 8192
+"""Planned for where nobody names a context and the model's own is not shorter. A choice."""
+_LEAST_CONTEXT_TOKENS = 256
+"""Without room for so many, a card is of no use. A choice."""
+
+
+class Line(NamedTuple):
+    """One use of a card's memory."""
+
+    name: str
+    num_bytes: int
+
+
+class Kept(NamedTuple):
+    """What a layer keeps of a conversation: numbers a token in each of two tensors, or a state of constant size."""
+
+    keys: int = 0
+    values: int = 0
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardNeeds:
+    """What a model takes of one card, as far as it does not depend on the length of the context; bytes.
+
+    `slot_bytes` and `num_experts` are by layer, of those whose experts the card has kernels for; `all_experts` counts
+    those of every layer that it serves.
+    """
+
+    packed_bytes: int = 0
+    """Dense matrices as the file has them."""
+    float_bytes: int = 0
+    kept: tuple[Kept, ...] = ()
+    cache_value_bytes: float = 2.0
+    """Of a number that is kept of a token."""
+    step: StepShape | None = None
+    """None where no layer's dense part stands on the card."""
+    expert_bytes: int = 0
+    """Workspace of the experts' kernels, and the buffers around them."""
+    linear_bytes: int = 0
+    """Workspace of the kernels for packed dense matrices."""
+    streaming_bytes: int = 0
+    context_bytes: int = 0
+    """Of CUDA's context, where it is taken from the card's size."""
+    library_bytes: int = 0
+    reserve_bytes: int = 0
+    slot_bytes: Mapping[int, int] = field(default_factory=dict)
+    num_experts: Mapping[int, int] = field(default_factory=dict)
+    all_experts: int = 0
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.packed_bytes + self.float_bytes
+
+    def cache_bytes(self, context_tokens: int) -> int:
+        """Keys, values and states of a conversation, and a second copy of the largest tensor while it grows."""
+        numbers = sum(each.keys + each.values for each in self.kept)
+        copied = max((max(each.keys, each.values) for each in self.kept), default=0)
+        states = sum(each.state_bytes for each in self.kept)
+        return round((numbers + copied) * context_tokens * self.cache_value_bytes) + states
+
+    def lines(self, context_tokens: int) -> tuple[Line, ...]:
+        """Everything but slots, for a conversation of so many tokens."""
+        return (
+            Line("dense weights, packed", self.packed_bytes),
+            Line("dense weights, floats", self.float_bytes),
+            Line(f"keys and values of {context_tokens} tokens", self.cache_bytes(context_tokens)),
+            Line("activations of a step", self.step.num_bytes(context_tokens) if self.step else 0),
+            Line("the kernels' workspace and buffers", self.expert_bytes + self.linear_bytes),
+            Line("prefill streaming", self.streaming_bytes),
+            Line("CUDA's context (assumed)", self.context_bytes),
+            Line("libraries (assumed)", self.library_bytes),
+            Line("left free (reserve_bytes)", self.reserve_bytes),
+        )
+
+    def num_bytes(self, context_tokens: int) -> int:
+        return sum(line.num_bytes for line in self.lines(context_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where a card's memory goes; `card_bytes` is what may be taken of it."""
+
+    card: str
+    card_bytes: int
+    context_tokens: int
+    is_context_named: bool
+    needs: CardNeeds
+    slots: Mapping[int, int]
+    """Layer -> how many."""
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """Every use but slots that takes anything."""
+        return tuple(line for line in self.needs.lines(self.context_tokens) if line.num_bytes)
+
+    @property
+    def left_bytes(self) -> int:
+        """For slots; 0 where the lines take more than there is."""
+        return max(0, self.card_bytes - self.needs.num_bytes(self.context_tokens))
+
+    @property
+    def step_bytes(self) -> int:
+        """What steps will take: all lines but the dense weights and the context, which are there before."""
+        return self.needs.num_bytes(self.context_tokens) - self.needs.dense_bytes - self.needs.context_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the lines do, without any slot."""
+        return self.needs.num_bytes(self.context_tokens) <= self.card_bytes
+
+    @property
+    def slots_bytes(self) -> int:
+        return sum(count * self.needs.slot_bytes[layer] for layer, count in self.slots.items())
+
+    @property
+    def slots_per_layer(self) -> int:
+        """Of the layer that has fewest."""
+        return min(self.slots.values(), default=0)
+
+    @property
+    def expert_share(self) -> float:
+        """Of the experts of all layers that the card serves, from 0 to 1."""
+        return sum(self.slots.values()) / self.needs.all_experts if self.needs.all_experts else 0.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table for people: what for, and how much."""
+        slots = f"slots: {self.slots_per_layer} a layer, {self.expert_share:.1%} of the experts"
+        unused = self.left_bytes - self.slots_bytes
+        rows = [*self.lines, Line(slots, self.slots_bytes), Line("unused", max(0, unused))]
+        return [(line.name, size_text(line.num_bytes)) for line in rows]
+
+    def line(self) -> str:
+        """The plan in one line."""
+        needs, tokens = self.needs, self.context_tokens
+        dense, cache = size_text(needs.dense_bytes), size_text(needs.cache_bytes(tokens))
+        rest = needs.num_bytes(tokens) - needs.dense_bytes - needs.cache_bytes(tokens)
+        named = "" if self.is_context_named else " (--cache_lens plans for others)"
+        return (
+            f"{self.card} has {size_text(self.card_bytes)}: dense weights {dense}, keys and values of {tokens} "
+            f"tokens{named} {cache}, steps and what stays free {size_text(rest)}, {self.slots_per_layer} slots a "
+            f"layer {size_text(self.slots_bytes)}, {self.expert_share:.0%} of the experts"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as data."""
+        return {
+            "card": self.card,
+            "card_bytes": self.card_bytes,
+            "context_tokens": self.context_tokens,
+            "context_is_named": self.is_context_named,
+            "lines": {line.name: line.num_bytes for line in self.lines},
+            "left_bytes": self.left_bytes,
+            "slots_bytes": self.slots_bytes,
+            "slots_per_layer": self.slots_per_layer,
+            "expert_share": round(self.expert_share, 4),
+            "fits": self.fits,
+        }
+
+
+def slots_for(
+    size: CacheSize, slot_bytes: Mapping[int, int], num_experts: Mapping[int, int], left_bytes: int
+) -> dict[int, int]:
+    """Return layer -> number of slots; "auto" takes `left_bytes`. A layer never gets more slots than it has experts.
+
+    Fractions and budgets are spread evenly over the layers.
+    """
+    if size.per_layer is not None:
+        wanted = dict.fromkeys(slot_bytes, size.per_layer)
+    elif size.fraction is not None:
+        wanted = {layer: round(size.fraction * num_experts[layer]) for layer in slot_bytes}
+    else:
+        budget = left_bytes if size.num_bytes is None else size.num_bytes
+        one_each = sum(slot_bytes.values())
+        wanted = dict.fromkeys(slot_bytes, budget // one_each if one_each else 0)
+    return {layer: min(count, num_experts[layer]) for layer, count in wanted.items()}
+
+
+def plan_card(
+    card: str,
+    card_bytes: int,
+    needs: CardNeeds,
+    *,
+    size: CacheSize,
+    most_tokens: int,
+    context_tokens: int | None = None,
+    refuses: bool = True,
+) -> MemoryPlan:
+    """Plan a conversation of `context_tokens`, by default what has room of 8192; `most_tokens` is the model's limit.
+
+    With `refuses`, CapacityError where the dense part, or the context named, does not fit beside the slots asked for.
+    """
+    asked = slots_for(size, needs.slot_bytes, needs.num_experts, 0)
+    asked_bytes = sum(count * needs.slot_bytes[layer] for layer, count in asked.items())
+    limit = min(context_tokens or DEFAULT_CONTEXT_TOKENS, most_tokens)
+    largest = _largest(most_tokens, lambda tokens: needs.num_bytes(tokens) + asked_bytes <= card_bytes)
+    if refuses:
+        _refuse(card, card_bytes, needs, asked_bytes, limit, largest, is_named=context_tokens is not None)
+    tokens = limit if context_tokens is not None else max(1, min(limit, largest))
+    left = max(0, card_bytes - needs.num_bytes(tokens))
+    slots = slots_for(size, needs.slot_bytes, needs.num_experts, left)
+    return MemoryPlan(card, card_bytes, tokens, context_tokens is not None, needs, slots)
+
+
+def _refuse(
+    card: str, card_bytes: int, needs: CardNeeds, asked_bytes: int, limit: int, largest: int, *, is_named: bool
+) -> None:
+    has = f"{card} has {size_text(card_bytes)}"
+    slots = f" and {size_text(asked_bytes)} of slots" if asked_bytes else ""
+    if needs.dense_bytes > card_bytes:
+        raise CapacityError(
+            f"the dense weights take {size_text(needs.dense_bytes)}, {has}; take a larger card, several (a rule file "
+            f"divides layers), a file of fewer bits, or --accelerator none"
+        )
+    if largest < min(_LEAST_CONTEXT_TOKENS, limit):
+        least = needs.num_bytes(min(_LEAST_CONTEXT_TOKENS, limit)) - needs.dense_bytes
+        raise CapacityError(
+            f"beside dense weights of {size_text(needs.dense_bytes)}{slots}, steps and a context of "
+            f"{min(_LEAST_CONTEXT_TOKENS, limit)} tokens take {size_text(least)}, {has}; give a smaller cache_size, "
+            f"--chunk_size or reserve_bytes, or --accelerator none"
+        )
+    if is_named and largest < limit:
+        raise CapacityError(
+            f"a context of {limit} tokens takes {size_text(needs.num_bytes(limit) - needs.dense_bytes)} with its steps "
+            f"beside dense weights of {size_text(needs.dense_bytes)}{slots}, {has}; the largest that fits is "
+            f"{largest} tokens"
+        )
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number up to `most` that fits, where no larger one does once one does not; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
