@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrimoe_kt import __version__, accelerators
 from hybrimoe_kt.backends.registry import CPU_BACKENDS, GPU_BACKENDS
+from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 
 from .server_options import add_server_flags, settle_server
 from .terminal import Parser
@@ -117,8 +118,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--kv_cache_type",
-        choices=("f16", "f32", "q8_0"),
-        help="how keys and values are kept where layers are computed on the CPU; default: as the rules say, f16",
+        choices=tuple(KV_CACHE_TYPES),
+        help="how keys and values are kept; default: f16 on a CPU, or as the rules say, the model's dtype on a GPU",
     )
     model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
 

@@ -323,7 +323,8 @@ class TokenGenerator:
         self._cache, self._cached_ids = self.new_cache(), []
 
     def new_cache(self) -> DynamicCache:
-        return growing_cache(self.model.config, self.loaded.cache_layers())
+        own, kept = self.loaded.cache_layers(), self.loaded.kv_cache_type
+        return growing_cache(self.model.config, own, kv_cache_type=kept, most_tokens=self.context_tokens)
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

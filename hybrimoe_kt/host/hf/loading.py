@@ -26,7 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hybrimoe_kt.backends.ggml.library import choose_library
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
+from hybrimoe_kt.host.card_plan import check_kv_widths
 from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -70,6 +72,8 @@ class LoadedModel:
     """Of hidden states between devices, where layers are divided over several."""
     dense: DenseModel | None = None
     """Where every layer's dense piece is a graph."""
+    kv_cache_type: str = "auto"
+    """How keys and values are kept of layers that have no cache of their own, see `cache_layers`."""
     _runtime: Runtime | None = None
 
     @property
@@ -218,9 +222,10 @@ def load_model(
     configuration comes from `model_path` (a directory with config.json) when given, else from the GGUF metadata.
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
-    elsewhere. `metadata` takes the place of the GGUF file's own. `kv_cache_type` wins over the
-    rules' for what graphs on the CPU keep: f16, f32 or q8_0. `assemble` makes the runtime.
+    elsewhere. `metadata` takes the place of the GGUF file's own. `kv_cache_type` (see `kv_cache_types`) wins over the
+    rules' for what graphs on the CPU keep, and is what other layers keep. `assemble` makes the runtime.
     """
+    check_kv_cache_type(kv_cache_type or "auto")
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
@@ -251,8 +256,9 @@ def load_model(
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
-    if kv_cache_type and not any(loaded.cache_layers()):
-        warnings.append(f"no layer's keys and values are kept by ggml, so that kv_cache_type {kv_cache_type} is unused")
+    if not all(loaded.cache_layers()):
+        loaded.kv_cache_type = kv_cache_type or loaded.kv_cache_type
+        check_kv_widths(config, loaded.kv_cache_type)
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
