@@ -116,7 +116,8 @@ class MemoryPlan:
     card: str
     card_bytes: int
     context_tokens: int
-    is_context_named: bool
+    most_tokens: int
+    """The model's own limit, or what was asked for."""
     needs: CardNeeds
     slots: Mapping[int, int]
     """Layer -> how many."""
@@ -167,7 +168,7 @@ class MemoryPlan:
         needs, tokens = self.needs, self.context_tokens
         dense, cache = size_text(needs.dense_bytes), size_text(needs.cache_bytes(tokens))
         rest = needs.num_bytes(tokens) - needs.dense_bytes - needs.cache_bytes(tokens)
-        named = "" if self.is_context_named else " (--cache_lens plans for others)"
+        named = "" if tokens == self.most_tokens else f" (of {self.most_tokens}: --cache_lens plans for others)"
         return (
             f"{self.card} has {size_text(self.card_bytes)}: dense weights {dense}, keys and values of {tokens} "
             f"tokens{named} {cache}, steps and what stays free {size_text(rest)}, {self.slots_per_layer} slots a "
@@ -180,7 +181,7 @@ class MemoryPlan:
             "card": self.card,
             "card_bytes": self.card_bytes,
             "context_tokens": self.context_tokens,
-            "context_is_named": self.is_context_named,
+            "most_tokens": self.most_tokens,
             "lines": {line.name: line.num_bytes for line in self.lines},
             "left_bytes": self.left_bytes,
             "slots_bytes": self.slots_bytes,
@@ -231,15 +232,16 @@ def plan_card(
     tokens = limit if context_tokens is not None else max(1, min(limit, largest))
     left = max(0, card_bytes - needs.num_bytes(tokens))
     slots = slots_for(size, needs.slot_bytes, needs.num_experts, left)
-    return MemoryPlan(card, card_bytes, tokens, context_tokens is not None, needs, slots)
+    return MemoryPlan(card, card_bytes, tokens, most_tokens if context_tokens is None else tokens, needs, slots)
 
 
 def _refuse(
     card: str, card_bytes: int, needs: CardNeeds, asked_bytes: int, limit: int, largest: int, *, is_named: bool
 ) -> None:
-    has = f"{card} has {size_text(card_bytes)}"
+    context = f", {size_text(needs.context_bytes)} of it for CUDA's context" if needs.context_bytes else ""
+    has = f"{card} has {size_text(card_bytes)}{context}"
     slots = f" and {size_text(asked_bytes)} of slots" if asked_bytes else ""
-    if needs.dense_bytes > card_bytes:
+    if needs.dense_bytes + needs.context_bytes > card_bytes:
         raise CapacityError(
             f"the dense weights take {size_text(needs.dense_bytes)}, {has}; take a larger card, several (a rule file "
             f"divides layers), a file of fewer bits, or --accelerator none"
@@ -253,9 +255,9 @@ def _refuse(
         )
     if is_named and largest < limit:
         raise CapacityError(
-            f"a context of {limit} tokens takes {size_text(needs.num_bytes(limit) - needs.dense_bytes)} with its steps "
-            f"beside dense weights of {size_text(needs.dense_bytes)}{slots}, {has}; the largest that fits is "
-            f"{largest} tokens"
+            f"a context of {limit} tokens, its steps and what stays free take "
+            f"{size_text(needs.num_bytes(limit) - needs.dense_bytes)} beside dense weights of "
+            f"{size_text(needs.dense_bytes)}{slots}, {has}; the largest that fits is {largest} tokens"
         )
 
 

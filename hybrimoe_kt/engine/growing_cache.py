@@ -101,7 +101,7 @@ def growing_cache(
         elif type(layer) is DynamicLayer and kv_cache_type == "q8_0":
             cache.layers[place] = _QuantizedLayer(most_tokens)
         elif type(layer) is DynamicLayer:
-            cache.layers[place] = _GrowingLayer(dtype and getattr(torch, dtype), most_tokens)
+            cache.layers[place] = _GrowingLayer(getattr(torch, dtype) if dtype else None, most_tokens)
     return cache
 
 

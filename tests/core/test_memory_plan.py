@@ -1,4 +1,4 @@
-"""Plans of a card: what is left is for slots, what does not fit is refused with the numbers and the largest that does."""
+"""Plans of a card: what is left is for slots, and what does not fit is refused with the numbers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_plan_fits_and_wastes_no_slot(card: int, context: int) -> None:
             assert plan(card, largest).fits and largest < context
             assert not plan(card, largest + 1, refuses=False).fits
         return
-    assert made.context_tokens == min(context, 100_000) and made.is_context_named
+    assert made.context_tokens == made.most_tokens == min(context, 100_000)
     assert made.fits and made.slots_bytes <= made.left_bytes
     assert made.slots_per_layer == 8 or made.left_bytes - made.slots_bytes < 5_000_000
 
@@ -82,7 +82,7 @@ def test_a_plan_fits_and_wastes_no_slot(card: int, context: int) -> None:
 def test_a_context_that_nobody_named_is_what_has_room() -> None:
     assert plan(900_000_000).context_tokens == DEFAULT_CONTEXT_TOKENS
     short = plan(470_000_000)
-    assert 256 <= short.context_tokens < DEFAULT_CONTEXT_TOKENS and not short.is_context_named
+    assert 256 <= short.context_tokens < DEFAULT_CONTEXT_TOKENS and short.most_tokens == 100_000
     assert short.fits and not plan(470_000_000, short.context_tokens + 1, refuses=False).fits
     assert "--cache_lens" in short.line() and "--cache_lens" not in plan(900_000_000, 100).line()
 
@@ -100,8 +100,11 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
         plan(300_000_000)
     with pytest.raises(CapacityError, match=r"382\.4 MiB, steps and a context of 256 tokens take .*cuda has 391"):
         plan(410_000_000)
-    with pytest.raises(CapacityError, match=r"a context of 50000 tokens takes .* the largest that fits is \d+ tokens$"):
+    with pytest.raises(CapacityError, match=r"a context of 50000 tokens, .* the largest that fits is \d+ tokens$"):
         plan(600_000_000, 50_000)
+    refused = replace(NEEDS, context_bytes=20 * 2**20)
+    with pytest.raises(CapacityError, match=r"382\.4 MiB, cuda has 392\.0 MiB, 20\.0 MiB of it for CUDA's context"):
+        plan_card("cuda", NEEDS.dense_bytes + 10_000_000, refused, size=AUTO, most_tokens=9)
     assert not plan(300_000_000, refuses=False).fits
     assert plan(300_000_000, refuses=False).left_bytes == 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hybrimoe_kt.backends.ggml.library import choose_library
+from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.card_plan import check_kv_widths
@@ -43,13 +44,14 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
+from .card_plans import Context, dense_tensors, plan_cards
 from .dense_layers import DenseModel, attach_dense_layers
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
 from .unused import Unused, unused_in
 
-__all__ = ["LoadedModel", "load_model", "unused_of"]
+__all__ = ["LoadedModel", "load_model", "plans_of", "unused_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class LoadedModel:
     """Where every layer's dense piece is a graph."""
     kv_cache_type: str = "auto"
     """How keys and values are kept of layers that have no cache of their own, see `cache_layers`."""
+    plans: Mapping[str, MemoryPlan] = field(default_factory=dict)
+    """By accelerator, where its memory goes."""
     _runtime: Runtime | None = None
 
     @property
@@ -213,6 +217,7 @@ def load_model(
     option_overrides: dict[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     kv_cache_type: str | None = None,
+    context_tokens: int | None = None,
     progress: bool = True,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> LoadedModel:
@@ -223,13 +228,16 @@ def load_model(
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places
     elsewhere. `metadata` takes the place of the GGUF file's own. `kv_cache_type` (see `kv_cache_types`) wins over the
-    rules' for what graphs on the CPU keep, and is what other layers keep. `assemble` makes the runtime.
+    rules' for what graphs on the CPU keep, and is what other layers keep. `context_tokens` are what an accelerator's
+    memory is planned for, see `core.memory_plan`. `assemble` makes the runtime.
     """
-    check_kv_cache_type(kv_cache_type or "auto")
+    context = Context(context_tokens, kv_cache_type or "auto", dtype)
+    check_kv_cache_type(context.kv_cache_type)
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
-    inject = _Injector(rules_file, loader, device, option_overrides or {}, kv_cache_type)
+    named = None if kv_cache_type == "auto" else kv_cache_type
+    inject = _Injector(rules_file, loader, device, option_overrides or {}, named)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -242,6 +250,7 @@ def load_model(
     for name, reason in loader.dequantised.items():
         if name in parameters:  # else an operator reads what it would be made of
             logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
+    plans = _planned(source, inject, parameters, context)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -253,12 +262,13 @@ def load_model(
     crossings = Crossings(model, placement) if placement.is_split else None
     warnings = inject.warnings + told
     loaded = LoadedModel(model, loader, architecture, rules_file, warnings, placement, crossings)
+    inject.experts.plans = loaded.plans = plans
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
     if not all(loaded.cache_layers()):
-        loaded.kv_cache_type = kv_cache_type or loaded.kv_cache_type
-        check_kv_widths(config, loaded.kv_cache_type)
+        check_kv_widths(config, context.kv_cache_type)
+        loaded.kv_cache_type = context.kv_cache_type
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
@@ -267,6 +277,32 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def _planned(
+    source: Source, inject: _Injector, parameters: Mapping[str, tuple[int, ...]], context: Context
+) -> dict[str, MemoryPlan]:
+    """Plan the accelerators' memory while the model has no weights."""
+    packed, placement, config = source.loader.packed, inject.placement, source.config
+    dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
+    return plan_cards(inject.experts, list(dense), placement, config, context)
+
+
+def plans_of(
+    gguf_path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    context: Context,
+    option_overrides: Mapping[str, Any],
+) -> dict[str, MemoryPlan]:
+    """Return what `load_model` would plan for a GGUF model, from its header; CapacityError for what would not fit."""
+    source = open_source(gguf_path, None, metadata)
+    rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
+    inject = _Injector(rules_file, source.loader, device, option_overrides, None)
+    inject(skeleton)
+    parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
+    return _planned(source, inject, parameters, context)
 
 
 def unused_of(gguf_path: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Unused]:

@@ -37,10 +37,14 @@ class Placement:
         devices = {path: str(_device(place)) for path, place in self.places.items()}
         return devices if len(set(devices.values())) > 1 else {"": next(iter(devices.values()), self.default)}
 
+    def place_of(self, parameter: str) -> str:
+        """The place of a parameter, by its full name."""
+        unit = _unit_of(parameter, self.places)
+        return self.places[unit] if unit is not None else self.default
+
     def device_of(self, parameter: str) -> torch.device:
         """The torch device of a parameter, by its full name."""
-        unit = _unit_of(parameter, self.places)
-        return _device(self.places[unit] if unit is not None else self.default)
+        return _device(self.place_of(parameter))
 
 
 def place_modules(
