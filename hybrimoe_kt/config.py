@@ -162,7 +162,9 @@ def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, An
 
 def _num_bytes(option: str, value: Any) -> int:
     """Read a number of bytes or "2GiB"."""
-    number = parse_bytes(value) if isinstance(value, str) else value
+    number = value
+    if isinstance(value, str):
+        number = int(value) if value.isdecimal() else parse_bytes(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ConfigError(f"{option} is {value!r}, valid: bytes (1048576, 1MiB)")
     return number

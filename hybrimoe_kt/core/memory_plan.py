@@ -6,21 +6,18 @@ The same functions plan a load, fill `hybrimoe doctor`'s table and compute the d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.sizes import CacheSize, size_text
 
-from .step_memory import StepShape
+from .card_needs import CardNeeds, Line
 
 __all__ = [
     "CONTEXT_BYTES",
     "DEFAULT_CONTEXT_TOKENS",
     "LIBRARY_BYTES",
-    "CardNeeds",
-    "Kept",
-    "Line",
     "MemoryPlan",
     "plan_card",
     "slots_for",
@@ -36,79 +33,6 @@ _LEAST_CONTEXT_TOKENS = 256
 """Without room for so many, a card is of no use. A choice."""
 
 
-class Line(NamedTuple):
-    """One use of a card's memory."""
-
-    name: str
-    num_bytes: int
-
-
-class Kept(NamedTuple):
-    """What a layer keeps of a conversation: numbers a token in each of two tensors, or a state of constant size."""
-
-    keys: int = 0
-    values: int = 0
-    state_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardNeeds:
-    """What a model takes of one card, as far as it does not depend on the length of the context; bytes.
-
-    `slot_bytes` and `num_experts` are by layer, of those whose experts the card has kernels for; `all_experts` counts
-    those of every layer that it serves.
-    """
-
-    packed_bytes: int = 0
-    """Dense matrices as the file has them."""
-    float_bytes: int = 0
-    kept: tuple[Kept, ...] = ()
-    cache_value_bytes: float = 2.0
-    """Of a number that is kept of a token."""
-    step: StepShape | None = None
-    """None where no layer's dense part stands on the card."""
-    expert_bytes: int = 0
-    """Workspace of the experts' kernels, and the buffers around them."""
-    linear_bytes: int = 0
-    """Workspace of the kernels for packed dense matrices."""
-    streaming_bytes: int = 0
-    context_bytes: int = 0
-    """Of CUDA's context, where it is taken from the card's size."""
-    library_bytes: int = 0
-    reserve_bytes: int = 0
-    slot_bytes: Mapping[int, int] = field(default_factory=dict)
-    num_experts: Mapping[int, int] = field(default_factory=dict)
-    all_experts: int = 0
-
-    @property
-    def dense_bytes(self) -> int:
-        return self.packed_bytes + self.float_bytes
-
-    def cache_bytes(self, context_tokens: int) -> int:
-        """Keys, values and states of a conversation, and a second copy of the largest tensor while it grows."""
-        numbers = sum(each.keys + each.values for each in self.kept)
-        copied = max((max(each.keys, each.values) for each in self.kept), default=0)
-        states = sum(each.state_bytes for each in self.kept)
-        return round((numbers + copied) * context_tokens * self.cache_value_bytes) + states
-
-    def lines(self, context_tokens: int) -> tuple[Line, ...]:
-        """Everything but slots, for a conversation of so many tokens."""
-        return (
-            Line("dense weights, packed", self.packed_bytes),
-            Line("dense weights, floats", self.float_bytes),
-            Line(f"keys and values of {context_tokens} tokens", self.cache_bytes(context_tokens)),
-            Line("activations of a step", self.step.num_bytes(context_tokens) if self.step else 0),
-            Line("the kernels' workspace and buffers", self.expert_bytes + self.linear_bytes),
-            Line("prefill streaming", self.streaming_bytes),
-            Line("CUDA's context (assumed)", self.context_bytes),
-            Line("libraries (assumed)", self.library_bytes),
-            Line("left free (reserve_bytes)", self.reserve_bytes),
-        )
-
-    def num_bytes(self, context_tokens: int) -> int:
-        return sum(line.num_bytes for line in self.lines(context_tokens))
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Where a card's memory goes; `card_bytes` is what may be taken of it."""
@@ -121,6 +45,8 @@ class MemoryPlan:
     needs: CardNeeds
     slots: Mapping[int, int]
     """Layer -> how many."""
+    refusal: str | None = None
+    """Why this cannot be, in one sentence with numbers."""
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -188,6 +114,7 @@ class MemoryPlan:
             "slots_per_layer": self.slots_per_layer,
             "expert_share": round(self.expert_share, 4),
             "fits": self.fits,
+            "refusal": self.refusal,
         }
 
 
@@ -227,38 +154,42 @@ def plan_card(
     asked_bytes = sum(count * needs.slot_bytes[layer] for layer, count in asked.items())
     limit = min(context_tokens or DEFAULT_CONTEXT_TOKENS, most_tokens)
     largest = _largest(most_tokens, lambda tokens: needs.num_bytes(tokens) + asked_bytes <= card_bytes)
-    if refuses:
-        _refuse(card, card_bytes, needs, asked_bytes, limit, largest, is_named=context_tokens is not None)
+    refusal = _refusal(card, card_bytes, needs, asked_bytes, limit, largest, is_named=context_tokens is not None)
+    if refuses and refusal is not None:
+        raise CapacityError(refusal)
     tokens = limit if context_tokens is not None else max(1, min(limit, largest))
     left = max(0, card_bytes - needs.num_bytes(tokens))
     slots = slots_for(size, needs.slot_bytes, needs.num_experts, left)
-    return MemoryPlan(card, card_bytes, tokens, most_tokens if context_tokens is None else tokens, needs, slots)
+    most = most_tokens if context_tokens is None else tokens
+    return MemoryPlan(card, card_bytes, tokens, most, needs, slots, refusal)
 
 
-def _refuse(
+def _refusal(
     card: str, card_bytes: int, needs: CardNeeds, asked_bytes: int, limit: int, largest: int, *, is_named: bool
-) -> None:
+) -> str | None:
     context = f", {size_text(needs.context_bytes)} of it for CUDA's context" if needs.context_bytes else ""
     has = f"{card} has {size_text(card_bytes)}{context}"
+    dense = f"dense weights of {size_text(needs.dense_bytes)}"
     slots = f" and {size_text(asked_bytes)} of slots" if asked_bytes else ""
+    least = min(_LEAST_CONTEXT_TOKENS, limit)
     if needs.dense_bytes + needs.context_bytes > card_bytes:
-        raise CapacityError(
+        return (
             f"the dense weights take {size_text(needs.dense_bytes)}, {has}; take a larger card, several (a rule file "
             f"divides layers), a file of fewer bits, or --accelerator none"
         )
-    if largest < min(_LEAST_CONTEXT_TOKENS, limit):
-        least = needs.num_bytes(min(_LEAST_CONTEXT_TOKENS, limit)) - needs.dense_bytes
-        raise CapacityError(
-            f"beside dense weights of {size_text(needs.dense_bytes)}{slots}, steps and a context of "
-            f"{min(_LEAST_CONTEXT_TOKENS, limit)} tokens take {size_text(least)}, {has}; give a smaller cache_size, "
+    if largest < least:
+        return (
+            f"beside {dense}{slots}, steps and a context of {least} tokens take "
+            f"{size_text(needs.num_bytes(least) - needs.dense_bytes)}, {has}; give a smaller cache_size, "
             f"--chunk_size or reserve_bytes, or --accelerator none"
         )
     if is_named and largest < limit:
-        raise CapacityError(
+        return (
             f"a context of {limit} tokens, its steps and what stays free take "
-            f"{size_text(needs.num_bytes(limit) - needs.dense_bytes)} beside dense weights of "
-            f"{size_text(needs.dense_bytes)}{slots}, {has}; the largest that fits is {largest} tokens"
+            f"{size_text(needs.num_bytes(limit) - needs.dense_bytes)} beside {dense}{slots}, {has}; the largest that "
+            f"fits is {largest} tokens"
         )
+    return None
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.core.memory_plan import CardNeeds, Kept
+from hybrimoe_kt.core.card_needs import CardNeeds, Kept
 from hybrimoe_kt.core.step_memory import StepShape
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.experts import LayerExperts

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe_kt.core.memory_plan import DEFAULT_CONTEXT_TOKENS, CardNeeds, Kept, MemoryPlan, plan_card, slots_for
+from hybrimoe_kt.core.card_needs import CardNeeds, Kept
+from hybrimoe_kt.core.memory_plan import DEFAULT_CONTEXT_TOKENS, MemoryPlan, plan_card, slots_for
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, StepShape, score_bytes
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.sizes import CacheSize

@@ -106,8 +106,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
         if kind["cpu_refusal"]:
             yield Finding(f"only {REFERENCE} computes these experts, slowly: {kind['cpu_refusal']}", blocking=True)
     if model["fits_accelerator"] is False:
-        text = f"the dense weights take {size_text(model['dense_bytes'])}, more than {model['dense_on']} has free"
-        yield Finding(text, f"{run} --accelerator none", blocking=True)
+        yield Finding(model["plan"]["refusal"], f"{run} --accelerator none", blocking=True)
     if model["fits_host"] is False:
         needed, there = size_text(model["host_bytes"]), size_text(model["host_available_bytes"])
         if model["dense_on"] == "cpu" and model["dense_bytes"] > model["host_available_bytes"]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.backends.registry import cpu_backend, gpu_class
-from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
-from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.host.card_plan import DenseTensor, card_needs
@@ -21,8 +21,9 @@ from hybrimoe_kt.runtime import ModelExperts
 
 from .architectures import Architecture
 from .placement import Placement
+from .sources import Source
 
-__all__ = ["Context", "dense_tensors", "plan_cards"]
+__all__ = ["Card", "Context", "cards_of", "dense_tensors", "plan_cards", "plan_model"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -38,6 +39,35 @@ class Context(NamedTuple):
     tokens: int | None
     kv_cache_type: str
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a plan has to know of an accelerator."""
+
+    name: str
+    device: torch.device
+    free_bytes: int
+    gpu: type[GpuBackend]
+    """Who computes experts on it."""
+    capability: tuple[int, int] | str = _ASSUMED
+    """As `GpuBackend.kernels` takes it."""
+    refuses: bool = True
+
+    def holds(self, place: str, placement: Placement) -> bool:
+        """Whether what stands on `place` takes its memory."""
+        if self.device.type == "cpu":
+            return place == self.name or (place == "cpu" and not placement.is_split)
+        spot = numbered(place)
+        return spot is not None and spot.torch_type != "cpu" and torch.device(place) == self.device
+
+    def size(self, card_bytes: int) -> tuple[int, int, int]:
+        """What may be taken, and of that what CUDA's context and libraries do; `card_bytes` as of the options."""
+        is_real = self.device.type != "cpu"
+        if not card_bytes:
+            return self.free_bytes, 0, LIBRARY_BYTES if is_real else 0
+        size = min(card_bytes, self.free_bytes + CONTEXT_BYTES) if is_real else card_bytes
+        return size, CONTEXT_BYTES, LIBRARY_BYTES
 
 
 def dense_tensors(
@@ -74,76 +104,86 @@ def _place_of_tensor(name: str, placement: Placement, *, is_tied: bool) -> str:
     return placement.place_of(f"model.layers.{block[1]}.weight" if block else "lm_head.weight")
 
 
-def plan_cards(
+def cards_of(experts: ModelExperts) -> dict[str, Card]:
+    """Return the accelerators that experts name, as they are now, by that name."""
+    found = {name: choose_accelerator(name) for name in dict.fromkeys(experts.accelerator_of.values())}
+    backend = experts.options.gpu_backend
+    return {
+        name: Card(
+            device.name,
+            device.device,
+            device.auto_budget_bytes(0),
+            gpu_class(backend, device.device),
+            _capability(device.device),
+            refuses=device.device.type != "cpu" or bool(experts.options.card_bytes),
+        )
+        for name, device in found.items()
+        if device is not None
+    }
+
+
+def plan_model(
+    source: Source,
     experts: ModelExperts,
-    dense: list[DenseTensor],
+    placement: Placement,
+    parameters: Mapping[str, tuple[int, ...]],
+    context: Context,
+    cards: Mapping[str, Card] | None = None,
+) -> dict[str, MemoryPlan]:
+    """Plan what the rules made of a model without weights: `parameters` are its floats, the loader has what is packed.
+
+    On the accelerators that experts name, unless `cards` are given.
+    """
+    packed, config = source.loader.packed, source.config
+    dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
+    return plan_cards(cards or cards_of(experts), experts, list(dense), placement, config, context)
+
+
+def plan_cards(
+    cards: Mapping[str, Card],
+    experts: ModelExperts,
+    dense: Sequence[DenseTensor],
     placement: Placement,
     config: Any,
     context: Context,
     *,
     linear_bytes: int = 0,
 ) -> dict[str, MemoryPlan]:
-    """Plan every accelerator that experts name, by that name; CapacityError where it cannot hold what it has to.
+    """Plan every card, by its accelerator's name; CapacityError where one that refuses cannot hold what it has to.
 
-    An emulated one stands for a card: what is on the CPU counts as if it stood there. It refuses nothing unless it was
-    given a size, `card_bytes`. `linear_bytes`: workspace of the kernels for packed matrices, where there are any.
+    An emulated one stands for a card: what is on the CPU counts as if it stood there. `linear_bytes`: workspace of the
+    kernels for packed matrices, where there are any.
     """
-    options, plans = experts.options, {}
-    for name in dict.fromkeys(experts.accelerator_of.values()):
-        device = choose_accelerator(name)
-        if device is None:
-            continue
-        here = {place for place in {each.where for each in dense} if _stands_on(place, device, placement)}
-        layers = [n for n in range(config.num_hidden_layers) if _layer_place(n, placement) in here]
-        served = [experts.store.layers[n] for n, own in experts.accelerator_of.items() if own == name]
-        card_bytes, context_bytes, library_bytes = _size(device, options)
+    options, plans, places = experts.options, {}, {each.where for each in dense}
+    for name, card in cards.items():
+        here = {place for place in places if card.holds(place, placement)}
+        size, context_bytes, library_bytes = card.size(options.card_bytes)
         needs = card_needs(
             config,
             [each._replace(where=name) if each.where in here else each for each in dense],
-            served,
+            [experts.store.layers[number] for number, own in experts.accelerator_of.items() if own == name],
             name,
             options,
             dtype=context.dtype,
-            gpu=gpu_class(options.gpu_backend, device.device),
-            capability=_capability(device.device),
-            layers=layers,
+            gpu=card.gpu,
+            capability=card.capability,
+            layers=[number for number in range(config.num_hidden_layers) if _layer_place(number, placement) in here],
             kv_cache_type=context.kv_cache_type,
             cpu_answers_pairs=cpu_backend(options.cpu_backend).answers_pairs,
             linear_bytes=linear_bytes,
             context_bytes=context_bytes,
             library_bytes=library_bytes,
         )
+        most = int(config.max_position_embeddings)
         plans[name] = plan_card(
-            device.name,
-            card_bytes,
-            needs,
-            size=options.cache_size,
-            most_tokens=int(config.max_position_embeddings),
-            context_tokens=context.tokens,
-            refuses=bool(options.card_bytes) or device.device.type != "cpu",
-        )
+            card.name, size, needs, size=options.cache_size, most_tokens=most, context_tokens=context.tokens,
+            refuses=card.refuses,
+        )  # fmt: skip
     return plans
-
-
-def _stands_on(place: str, device: Accelerator, placement: Placement) -> bool:
-    if device.device.type != "cpu":
-        spot = numbered(place)
-        return spot is not None and spot.torch_type != "cpu" and torch.device(place) == device.device
-    return place == device.name or (place == "cpu" and not placement.is_split)
 
 
 def _layer_place(number: int, placement: Placement) -> str:
     return placement.place_of(f"model.layers.{number}.weight")
-
-
-def _size(device: Accelerator, options: ExpertOptions) -> tuple[int, int, int]:
-    """What may be taken, and of that what CUDA's context and libraries do."""
-    is_real = device.device.type != "cpu"
-    free = device.auto_budget_bytes(0)
-    if not options.card_bytes:
-        return free, 0, LIBRARY_BYTES if is_real else 0
-    size = min(options.card_bytes, free + CONTEXT_BYTES) if is_real else options.card_bytes
-    return size, CONTEXT_BYTES, LIBRARY_BYTES
 
 
 def _capability(device: torch.device) -> tuple[int, int] | str:

@@ -44,14 +44,14 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
-from .card_plans import Context, dense_tensors, plan_cards
+from .card_plans import Card, Context, plan_model
 from .dense_layers import DenseModel, attach_dense_layers
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
 from .unused import Unused, unused_in
 
-__all__ = ["LoadedModel", "load_model", "plans_of", "unused_of"]
+__all__ = ["LoadedModel", "load_model", "plan_of", "unused_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def load_model(
     for name, reason in loader.dequantised.items():
         if name in parameters:  # else an operator reads what it would be made of
             logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
-    plans = _planned(source, inject, parameters, context)
+    plans = plan_model(source, inject.experts, inject.placement, parameters, context)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -279,30 +279,17 @@ def load_model(
     return loaded
 
 
-def _planned(
-    source: Source, inject: _Injector, parameters: Mapping[str, tuple[int, ...]], context: Context
-) -> dict[str, MemoryPlan]:
-    """Plan the accelerators' memory while the model has no weights."""
-    packed, placement, config = source.loader.packed, inject.placement, source.config
-    dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
-    return plan_cards(inject.experts, list(dense), placement, config, context)
-
-
-def plans_of(
-    gguf_path: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    device: str = "cpu",
-    context: Context,
-    option_overrides: Mapping[str, Any],
-) -> dict[str, MemoryPlan]:
-    """Return what `load_model` would plan for a GGUF model, from its header; CapacityError for what would not fit."""
+def plan_of(
+    gguf_path: str | Path, metadata: Mapping[str, Any] | None, card: Card, context: Context, options: Mapping[str, Any]
+) -> MemoryPlan:
+    """Return what `load_model` would plan for a GGUF model on one card under its packaged rules, from the header."""
     source = open_source(gguf_path, None, metadata)
     rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
-    inject = _Injector(rules_file, source.loader, device, option_overrides, None)
+    given = {**options, "accelerator": card.name}
+    inject = _Injector(rules_file, source.loader, str(card.device), given, None)
     inject(skeleton)
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
-    return _planned(source, inject, parameters, context)
+    return plan_model(source, inject.experts, inject.placement, parameters, context, {card.name: card})[card.name]
 
 
 def unused_of(gguf_path: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Unused]:
