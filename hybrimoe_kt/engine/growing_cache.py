@@ -91,8 +91,7 @@ def growing_cache(
 ) -> DynamicCache:
     """Make a cache for a model; layers of other kinds, with windows or linear attention, stay Transformers' own.
 
-    `own` has for each layer what keeps its keys and values instead, or None. Memory is never taken for more than
-    `most_tokens`.
+    `own` has for each layer what keeps its keys and values instead, or None. `most_tokens` as of `with_room`.
     """
     cache, dtype = DynamicCache(config=config), KV_CACHE_TYPES[kv_cache_type].dtype
     for place, layer in enumerate(cache.layers):

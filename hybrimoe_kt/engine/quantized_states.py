@@ -19,7 +19,7 @@ class QuantizedStates:
     """`[batch, heads, tokens, width]` as int8 of that shape and float16 scales `[..., tokens, width / 32]`."""
 
     def __init__(self, most_tokens: int | None = None) -> None:
-        """`most_tokens`: memory is never taken for more, unless more come."""
+        """`most_tokens` as of `with_room`."""
         self.length = 0
         """Tokens held; fewer may be set, which forgets the others."""
         self._most_tokens = most_tokens

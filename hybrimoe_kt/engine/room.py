@@ -14,15 +14,15 @@ _GROWTH = 1.25
 def with_room(room: torch.Tensor | None, length: int, new: torch.Tensor, most_tokens: int | None) -> torch.Tensor:
     """Return memory `[..., tokens, width]` with place for `new` behind the first `length` tokens of `room`.
 
-    It is `room` itself while that has place, else a larger one with a copy of them; not for more than `most_tokens`
-    unless there are more.
+    It is `room` itself while that has place, else a larger one with a copy of them. Up to `most_tokens`, for which
+    memory was planned, it is not for more than these.
     """
     wanted = length + new.shape[-2]
     if room is not None and room.shape[-2] >= wanted and room.dtype == new.dtype and room.device == new.device:
         return room
     capacity = max(wanted + _LEAST_ROOM, int(wanted * _GROWTH))
-    if most_tokens is not None:
-        capacity = max(wanted, min(capacity, most_tokens))
+    if most_tokens is not None and wanted <= most_tokens:
+        capacity = min(capacity, most_tokens)
     larger = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
     if length:
         assert room is not None, "it holds them"

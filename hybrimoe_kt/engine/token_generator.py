@@ -324,7 +324,8 @@ class TokenGenerator:
 
     def new_cache(self) -> DynamicCache:
         own, kept = self.loaded.cache_layers(), self.loaded.kv_cache_type
-        return growing_cache(self.model.config, own, kv_cache_type=kept, most_tokens=self.context_tokens)
+        planned = min([self.context_tokens, *(plan.context_tokens for plan in self.loaded.plans.values())])
+        return growing_cache(self.model.config, own, kv_cache_type=kept, most_tokens=planned)
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

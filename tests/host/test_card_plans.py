@@ -13,6 +13,7 @@ from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.lane_memory import lane_bytes
 from hybrimoe_kt.engine.growing_cache import growing_cache, layer_bytes
+from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.host.card_plan import DenseTensor, dense_bytes, kept_of, step_shape
 from hybrimoe_kt.host.hf import loading
@@ -145,3 +146,18 @@ def test_types_of_the_cache_count(generated: Make) -> None:
     tokens = plans["f32"].context_tokens
     assert plans["q8_0"].needs.cache_bytes(tokens) * 128 == plans["f32"].needs.cache_bytes(tokens) * 34
     assert plans["q8_0"].needs.step is not None and plans["q8_0"].needs.step.handed_out
+
+
+def test_a_cache_has_memory_for_what_was_planned_and_no_more(generated: Make) -> None:
+    """Also where the conversation may grow longer than that."""
+    given = BASE | {"card_bytes": CARD + 6 * 2**20}
+    loaded = load_model(generated(Shape(context=4096)).path, option_overrides=given, progress=False)
+    planned = loaded.plans["emulated"].context_tokens
+    engine = TokenGenerator(loaded, set())
+    assert 256 < planned < engine.context_tokens
+    for layer in loaded.model.model.layers:  # by the modules, as on a GPU
+        object.__setattr__(layer, "_dense", None)
+    cache, new = engine.new_cache(), torch.zeros(1, Shape().kv_heads, planned - 10, Shape().head_dim)
+    cache.update(new, new, 0)
+    (kept,) = {each.keys + each.values for each in kept_of(loaded.model.config, 4)}
+    assert layer_bytes(cache.layers[0]) == planned * kept * 4

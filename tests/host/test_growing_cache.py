@@ -78,15 +78,16 @@ def test_blocks_are_handed_out_in_the_models_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("kv_cache_type", "bytes_each"), [("auto", 4), ("f16", 2), ("bf16", 2), ("q8_0", 34 / 32)])
-def test_bytes_are_those_of_the_type_and_never_for_more_than_the_context(kv_cache_type: str, bytes_each: float) -> None:
+def test_bytes_are_those_of_the_type_and_up_to_the_plan_for_no_more(kv_cache_type: str, bytes_each: float) -> None:
     cache, new = growing_cache(CONFIG, kv_cache_type=kv_cache_type, most_tokens=1000), torch.randn(1, 2, 1, 32)
     cache.update(torch.randn(1, 2, 900, 32), torch.randn(1, 2, 900, 32), 0)
     for _ in range(100):
         cache.update(new, new, 0)
     assert layer_bytes(cache.layers[0]) == 1000 * 2 * 2 * 32 * bytes_each
     assert growing_cache(CONFIG, kv_cache_type=kv_cache_type).update(new, new, 0)[0].shape == new.shape
-    cache.update(new, new, 0)  # whoever goes on all the same is served
+    cache.update(new, new, 0)  # whoever goes on all the same is served, in steps as before
     assert cache.get_seq_length() == 1001
+    assert layer_bytes(cache.layers[0]) == 1257 * 2 * 2 * 32 * bytes_each
 
 
 def test_a_conversation_begun_anew_takes_the_same_memory() -> None:

@@ -15,7 +15,7 @@ from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPla
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
-from hybrimoe_kt.host.card_plan import DenseTensor, card_needs
+from hybrimoe_kt.host.card_plan import DenseTensor, card_needs, check_kv_widths
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.runtime import ModelExperts
 
@@ -156,6 +156,8 @@ def plan_cards(
     """
     options, plans, places = experts.options, {}, {each.where for each in dense}
     for name, card in cards.items():
+        if card.device.type != "cpu":  # else ggml may keep them, which looks for itself
+            check_kv_widths(config, context.kv_cache_type)
         here = {place for place in places if card.holds(place, placement)}
         size, context_bytes, library_bytes = card.size(options.card_bytes)
         needs = card_needs(
