@@ -3,40 +3,75 @@
     python -m benchmarks.model_memory          print the tables
     python -m benchmarks.model_memory --write  put them into README.md and docs/models.md
 
-Parameters are counted in the model that Transformers builds from the published configuration, without weights. Bytes of
-experts are those of this program's own loader, slots and CPU kernels, for the types llama.cpp gives a Q4_K_M file: gate
-and up Q4_K, down Q4_K in half of the layers and Q6_K in the others (Q5_0 and Q8_0 where the width is no multiple of
-256). All other weights count `DENSE_BITS` in the file. On a CPU matrices stay as they are, and what is no matrix or
-routes is float32; on a GPU all of it is bfloat16.
+Parameters are counted in the model that Transformers builds from the published configuration, without weights. Bytes
+are those of this program's own loader, slots, kernels and plans (`core.memory_plan`), for the types of two mixtures,
+`Q4_K_M` and `TWO_BITS`. Norms, routers and what is small are float32 in the file and on a CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.card_needs import CardNeeds
+from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.host.card_plan import DenseTensor, card_needs
 from hybrimoe_kt.host.doctor.model import host_expert_bytes
-from hybrimoe_kt.quants import row_bytes
+from hybrimoe_kt.quants import TYPES, row_bytes
+from hybrimoe_kt.sizes import CacheSize
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 CONTEXT_TOKENS = 8192
-DENSE_BITS = 5.0
-"""Bits a weight of everything but routed experts in a Q4_K_M file: Q4_K is 4.5, a few tensors are Q6_K."""
-Q4_K, Q5_0, Q6_K, Q8_0 = 12, 6, 14, 8
+F32, Q5_0, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, BF16 = 0, 6, 8, 10, 11, 12, 13, 14, 20, 30
 CARDS_GIB = (16, 24)
-_PACKED = nn.Linear, nn.Embedding
-"""What rules keep as the file has it, on a CPU."""
+BIG_PARAMS = 100e9
+"""From which on files of two bits are worth a look."""
+_GPU = "cuda"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_PACKED = re.compile(r"lm_head$|_proj\w*$")
+"""The linear layers that the rule files leave as the file has them."""
+
+
+class Mixture(NamedTuple):
+    """Which types a file has: of experts' gate and up, of their down in even and odd layers, and of the rest.
+
+    `dense`, and `dense_more` for values and down projections in half of the layers; `fused` for queries, keys and
+    values in one. Latent attention's up-projections are Q8_0, the head is Q6_K, an embedding that is looked up Q4_K.
+    """
+
+    gate_up: int
+    down: tuple[int, int]
+    dense: int
+    dense_more: int
+    fused: int
+
+
+Q4_K_M = Mixture(Q4_K, (Q4_K, Q6_K), Q4_K, Q6_K, Q5_K)
+"""As llama.cpp makes it."""
+TWO_BITS = Mixture(Q2_K, (Q3_K, Q3_K), Q6_K, Q6_K, Q6_K)
+"""Assumed: what files of two to three bits a weight have in common, experts small and the rest well above."""
+_NARROW = {Q4_K: Q5_0, Q5_K: Q5_0, Q6_K: Q8_0, Q2_K: IQ4_NL, Q3_K: IQ4_NL}
+"""What llama.cpp takes instead where a row is no whole number of blocks of 256."""
+
+
+class _EveryType(TritonGpu):
+    """As if there were kernels for every type of the mixtures."""
+
+    @classmethod
+    def refuses(cls, experts: LayerExperts) -> str | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,40 +175,42 @@ class Memory:
     """Bytes unless the name says otherwise; see the columns of docs/models.md."""
 
     params: int
-    dense_params: int
-    float_params: int
-    """Of these, what is float32 on a CPU: norms, routers, what is small."""
-    file: float
-    host_experts: int
-    """Experts in host memory where the CPU alone computes: the file's pages, or a padded copy instead of them."""
+    file: int
+    host_alone: int
+    """Where everything is computed on the CPU: the file's pages, or a padded copy of experts instead of theirs."""
     host_beside_gpu: int
-    """The same beside a GPU, which reads the file's pages also where the CPU has a padded copy."""
-    num_experts: int
-    """Of a layer."""
-    slot_in_each: int
-    """One slot in every layer."""
-    read_per_token: float
+    """Experts beside a GPU, which reads the file's pages also where the CPU has a padded copy."""
+    read_per_token: int
     """Expert weights that one token uses."""
-    kv_cache: int
+    needs: CardNeeds
+    """Of a card that holds all that is dense."""
 
     @property
-    def host_alone(self) -> int:
-        """Host memory when everything is computed on the CPU: the file's pages, and a few floats."""
-        packed = (self.dense_params - self.float_params) * DENSE_BITS / 8
-        return round(self.host_experts + packed) + 4 * self.float_params
+    def dense(self) -> int:
+        """On the card: packed matrices and floats."""
+        return self.needs.dense_bytes
+
+    @property
+    def kv_cache(self) -> int:
+        """Of `CONTEXT_TOKENS` in bfloat16, once it has grown; with linear attention's states."""
+        kept = self.needs.kept
+        numbers = sum(each.keys + each.values for each in kept)
+        return 2 * CONTEXT_TOKENS * numbers + sum(each.state_bytes for each in kept)
 
     @property
     def gpu_least(self) -> int:
-        """Dense weights in bfloat16, the KV cache and what is left free for the rest: a card without any slot."""
-        return 2 * self.dense_params + self.kv_cache + ExpertOptions().reserve_bytes
+        """A card that holds everything but slots."""
+        return self.needs.num_bytes(CONTEXT_TOKENS)
+
+    def plan(self, card_bytes: int) -> MemoryPlan:
+        """Where the memory of a card goes of which all is free."""
+        most = {"most_tokens": CONTEXT_TOKENS, "context_tokens": CONTEXT_TOKENS}
+        return plan_card(_GPU, card_bytes, self.needs, size=CacheSize(), refuses=False, **most)
 
     def share(self, card_bytes: int) -> float | None:
-        """How many of all experts have room on a card of which all is free; None where not even the rest has.
-
-        As `cache_size: auto` does it: the same whole number of slots in every layer.
-        """
-        room = card_bytes - self.gpu_least
-        return min(room // self.slot_in_each, self.num_experts) / self.num_experts if room >= 0 else None
+        """How many of all experts have room on a card; None where not even the rest has."""
+        plan = self.plan(card_bytes)
+        return plan.expert_share if plan.fits else None
 
 
 def build(release: Release) -> nn.Module:
@@ -188,51 +225,83 @@ def build(release: Release) -> nn.Module:
 
 
 @functools.cache
-def memory(release: Release) -> Memory:
+def memory(release: Release, mixture: Mixture = Q4_K_M) -> Memory:
     """Compute one model's row."""
     model = build(release)
     config: Any = model.config
     routed = [module for name, module in model.named_modules() if name.endswith(".experts")]
     params = sum(parameter.numel() for parameter in model.parameters())
-    dense = params - sum(parameter.numel() for module in routed for parameter in module.parameters())
-    packed = {id(module.weight): module.weight.numel() for module in model.modules() if type(module) in _PACKED}
-    layers = [_layer(number, module, int(config.num_experts_per_tok)) for number, module in enumerate(routed)]
+    top_k = int(config.num_experts_per_tok)
+    layers = [_layer(number, module, top_k, mixture) for number, module in enumerate(routed)]
     experts = sum(layer.num_experts * layer.expert_bytes for layer in layers)
+    dense = list(_dense(model, config, mixture))
+    dense_file = sum(_file_bytes(each) for each in dense)
     return Memory(
         params=params,
-        dense_params=dense,
-        float_params=dense - sum(packed.values()),
-        file=experts + dense * DENSE_BITS / 8,
-        host_experts=sum(host_expert_bytes(layer, transfers=False) for layer in layers),
+        file=experts + dense_file,
+        host_alone=sum(host_expert_bytes(layer, transfers=False) for layer in layers) + dense_file,
         host_beside_gpu=sum(host_expert_bytes(layer, transfers=True) for layer in layers),
-        num_experts=layers[0].num_experts,
-        slot_in_each=sum(SlotLayout(layer).slot_bytes for layer in layers),
         read_per_token=sum(layer.top_k * layer.expert_bytes for layer in layers),
-        kv_cache=CONTEXT_TOKENS * _kv_bytes_per_token(config),
-    )
+        needs=card_needs(
+            config, dense, layers, _GPU, ExpertOptions(), dtype=torch.bfloat16, gpu=_EveryType, capability=(8, 0),
+            context_bytes=CONTEXT_BYTES, library_bytes=LIBRARY_BYTES,
+        ),
+    )  # fmt: skip
 
 
-def _layer(number: int, module: Any, top_k: int) -> LayerExperts:
-    """One layer's experts as this program would load them: every other layer has the larger type for down."""
+def _dense(model: nn.Module, config: Any, mixture: Mixture) -> Iterator[DenseTensor]:
+    """Everything but routed experts, where a GPU has it: in host memory only an embedding that is looked up."""
+    is_tied, packed = bool(config.tie_word_embeddings), set[int]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            packed.add(id(module.weight))
+            if not is_tied:
+                yield _matrix(f"{name}.weight", Q4_K, *module.weight.shape, where="cpu")
+        elif isinstance(module, nn.Linear) and _PACKED.search(name):
+            packed.add(id(module.weight))
+            yield from _linear(name, module, config, mixture)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in packed and ".experts." not in name:
+            yield DenseTensor(name, BF16, 1, parameter.numel(), _GPU, is_packed=False)
+
+
+def _linear(name: str, module: nn.Linear, config: Any, mixture: Mixture) -> Iterator[DenseTensor]:
+    rows, columns = module.weight.shape
+    if name.endswith("kv_b_proj"):
+        heads, rank = int(config.num_attention_heads), int(config.kv_lora_rank)
+        yield _matrix(f"{name} k_b", Q8_0, heads * rank, int(config.qk_nope_head_dim))
+        yield _matrix(f"{name} v_b", Q8_0, heads * int(config.v_head_dim), rank)
+        return
+    layer = _LAYER.search(name)
+    more = layer is not None and int(layer[1]) % 2 and name.endswith(("v_proj", "down_proj"))
+    kind = Q6_K if layer is None else mixture.dense_more if more else mixture.dense
+    yield _matrix(name, mixture.fused if "in_proj_qkv" in name else kind, rows, columns)
+
+
+def _matrix(name: str, kind: int, rows: int, columns: int, where: str = _GPU) -> DenseTensor:
+    return DenseTensor(name, _as_wide(kind, columns), rows, columns, where)
+
+
+def _as_wide(kind: int, columns: int) -> int:
+    return kind if columns % TYPES[kind].block_values == 0 else _NARROW[kind]
+
+
+def _file_bytes(tensor: DenseTensor) -> int:
+    return tensor.rows * row_bytes(tensor.ggml_type if tensor.is_packed else F32, tensor.columns)
+
+
+def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExperts:
+    """One layer's experts as this program would load them."""
     count, hidden, width = module.num_experts, module.hidden_dim, module.intermediate_dim
-    pair = (Q4_K, Q6_K) if width % 256 == 0 else (Q5_0, Q8_0)
 
     def matrix(kind: int, rows: int, columns: int) -> ExpertMatrix:
+        kind = _as_wide(kind, columns)
         data = torch.empty((count, rows * row_bytes(kind, columns)), dtype=torch.uint8, device="meta")
         return ExpertMatrix(data, kind, rows, columns)
 
-    gate, up = matrix(Q4_K, width, hidden), matrix(Q4_K, width, hidden)
-    return LayerExperts(number, count, top_k, hidden, width, gate, up, matrix(pair[number % 2], hidden, width))
-
-
-def _kv_bytes_per_token(config: Any) -> int:
-    """bfloat16 keys and values, or DeepSeek's latents; linear attention's state does not grow and is left out."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    num_full = sum(kind != "linear_attention" for kind in kinds)
-    if getattr(config, "kv_lora_rank", None):
-        return 2 * num_full * int(config.kv_lora_rank + config.qk_rope_head_dim)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * num_full * 2 * int(config.num_key_value_heads * head_dim)
+    gate, up = matrix(mixture.gate_up, width, hidden), matrix(mixture.gate_up, width, hidden)
+    down = matrix(mixture.down[number % 2], hidden, width)
+    return LayerExperts(number, count, top_k, hidden, width, gate, up, down)
 
 
 def long_table() -> str:
@@ -250,9 +319,14 @@ def long_table() -> str:
     rows = []
     for release in RELEASES:
         m = memory(release)
-        sizes = (m.file, m.read_per_token, m.host_alone, m.host_beside_gpu, 2 * m.dense_params, m.kv_cache)
-        rows.append([release.name, f"{m.params / 1e9:.1f}", *map(_size, sizes), *_shares(m)])
-    return _markdown([*heads, *_CARD_HEADS], rows)
+        sizes = (m.file, m.read_per_token, m.host_alone, m.host_beside_gpu, m.dense, m.kv_cache)
+        few = ["", ""]
+        if m.params > BIG_PARAMS:
+            small = memory(release, TWO_BITS)
+            few = [_size(small.file), _share(small, CARDS_GIB[-1])]
+        rows.append([release.name, f"{m.params / 1e9:.1f}", *map(_size, sizes), *_shares(m), *few])
+    heads += ["dense", "KV cache", *_CARD_HEADS, "2-bit file", f"its share in {CARDS_GIB[-1]} GiB"]
+    return _markdown(heads, rows)
 
 
 def short_table() -> str:
@@ -273,10 +347,13 @@ _CARD_HEADS = [f"in {card} GiB" for card in CARDS_GIB]
 
 
 def _shares(m: Memory) -> list[str]:
-    """Shares of the experts; "none" where a layer gets no slot, "-" where the card is too small for the rest."""
-    names = {0.0: "none", 1.0: "all"}
-    shares = [m.share(card * GIB) for card in CARDS_GIB]
-    return ["-" if share is None else names.get(share, f"{share:.0%}") for share in shares]
+    return [_share(m, card) for card in CARDS_GIB]
+
+
+def _share(m: Memory, card_gib: int) -> str:
+    """Of the experts; "none" where a layer gets no slot, "-" where the card is too small for the rest."""
+    share = m.share(card_gib * GIB)
+    return "-" if share is None else {0.0: "none", 1.0: "all"}.get(share, f"{share:.0%}")
 
 
 def _size(num_bytes: float) -> str:

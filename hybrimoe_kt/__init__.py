@@ -67,7 +67,8 @@ def load(
     that of the dense weights: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
     `context_tokens` limits prompt and answer together, by default the model's own limit. `metadata` takes
     the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `kv_cache_type` is how keys and values are
-    kept where layers are computed on the CPU: f16 by default, f32 or q8_0. `progress` shows bars on standard error.
+    kept: f16, f32 or q8_0, on a GPU bf16 as well; by default f16 on a CPU and the model's dtype on a GPU. `progress`
+    shows bars on standard error.
 
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.

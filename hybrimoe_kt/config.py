@@ -86,10 +86,15 @@ class ExpertOptions:
 
     0 takes what the profile says was measured, or 1 MiB.
     """
-    reserve_bytes: int = 2**30
-    """Accelerator memory that `cache_size: auto` leaves for KV cache, activations and the kernels' workspace.
+    reserve_bytes: int = 2**28
+    """Accelerator memory that is left free beside all that is planned, for what allocators round and others take.
 
-    1 GiB is an assumption, not measured; a long context wants more.
+    256 MiB is a choice, not measured.
+    """
+    card_bytes: int = 0
+    """Size of the accelerator to plan for, bytes, with what CUDA's context takes; 0: all that is free.
+
+    Less than a card has leaves room for others; an emulated accelerator is planned as a card of that size.
     """
     prefill_streaming_bytes: int = 0
     """Accelerator memory, beside `cache_size`, for two whole layers of experts streamed ahead in prefill; 0: none."""
@@ -117,7 +122,7 @@ class ExpertOptions:
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)
         _in_range("max_chunk_tokens", self.max_chunk_tokens, 1, 65536)
         _one_of("host_store", self.host_store, HOST_STORES)
-        for name in ("transfer_chunk_bytes", "prefill_streaming_bytes", "reserve_bytes"):
+        for name in ("transfer_chunk_bytes", "prefill_streaming_bytes", "reserve_bytes", "card_bytes"):
             object.__setattr__(self, name, _num_bytes(name, getattr(self, name)))
         if self.transfer_chunk_bytes:
             _in_range("transfer_chunk_bytes", self.transfer_chunk_bytes, 4096, 2**40)
@@ -157,7 +162,9 @@ def _known(valid: tuple[str, ...], kwargs: Mapping[str, Any]) -> Mapping[str, An
 
 def _num_bytes(option: str, value: Any) -> int:
     """Read a number of bytes or "2GiB"."""
-    number = parse_bytes(value) if isinstance(value, str) else value
+    number = value
+    if isinstance(value, str):
+        number = int(value) if value.isdecimal() else parse_bytes(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ConfigError(f"{option} is {value!r}, valid: bytes (1048576, 1MiB)")
     return number

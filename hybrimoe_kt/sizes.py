@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["CacheSize", "parse_bytes"]
+__all__ = ["CacheSize", "parse_bytes", "size_text"]
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -20,6 +20,16 @@ def parse_bytes(text: str) -> int | None:
     """Return "12GiB" or "500 MB" as bytes, None when `text` is not written that way."""
     match = _BYTES.fullmatch(text.strip())
     return int(float(match[1]) * BYTE_UNITS[match[2].upper()]) if match else None
+
+
+def size_text(num_bytes: int | None) -> str:
+    """Write 1610612736 as "1.5 GiB", and None as "unknown"."""
+    if num_bytes is None:
+        return "unknown"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,12 @@ class TorchGpu(GpuBackend):
     def __init__(self) -> None:
         self._layers: dict[int, tuple[LayerExperts, SlotLayout, torch.Tensor]] = {}
 
+    @classmethod
+    def planned_bytes(cls, experts: LayerExperts, max_tokens: int, capability: tuple[int, int] | str) -> int:
+        """One expert's matrices in float32, twice while they are dequantised, and what a call has of it."""
+        matrices = 2 * 3 * experts.hidden * experts.inter
+        return 4 * (matrices + max_tokens * (3 * experts.inter + 3 * experts.hidden))
+
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         self._layers[experts.layer] = experts, layout, memory
 

@@ -105,10 +105,7 @@ class TritonGpu(GpuBackend):
         if reason:
             place = f"on the CPU: {reason}"
             return [KernelRow(role, m.type_name, place, place) for role, m in zip(ROLES, experts.matrices, strict=True)]
-        if isinstance(capability, str):
-            target = of_capability("hip", capability)
-        else:
-            target = of_capability("cuda", 10 * capability[0] + capability[1])
+        target = _target_named(capability)
         dot = _DOT_NAMES[decode_config(target).form]
         pairs = " or ".join(str(config.pairs) for config in prefill_configs(target))
         rows = []
@@ -118,6 +115,10 @@ class TritonGpu(GpuBackend):
             large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
             rows.append(KernelRow(role, matrix.type_name, f"decode_{op} ({target.name}, {inner})", large))
         return rows
+
+    @classmethod
+    def planned_bytes(cls, experts: LayerExperts, max_tokens: int, capability: tuple[int, int] | str) -> int:
+        return _bytes_for(_shape_of(experts), _target_named(capability), max_tokens)
 
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer; KernelError for experts that `refuses` names, or a device without Triton."""
@@ -133,7 +134,7 @@ class TritonGpu(GpuBackend):
             raise KernelError(f"slots of layer {experts.layer} must be contiguous from a multiple of 16 bytes")
         from hybrimoe_kt.kernels.layer import LayerKernels
 
-        shape = LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
+        shape = _shape_of(experts)
         self._whole.pop(experts.layer, None)
         target, tables = self._target_of(memory.device), code_words(memory.device)
         self._layers[experts.layer] = LayerKernels(target, shape, memory, tables, *layout.matrices)
@@ -156,7 +157,8 @@ class TritonGpu(GpuBackend):
 
     def workspace_bytes(self, max_tokens: int) -> int:
         """Bytes of device memory `prepare` takes, for the layers added so far."""
-        return max((_bytes_for(layer, max_tokens) for layer in self._layers.values()), default=0)
+        layers = self._layers.values()
+        return max((_bytes_for(layer.shape, layer.target, max_tokens) for layer in layers), default=0)
 
     def launch(
         self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
@@ -226,15 +228,24 @@ def target_of(device: torch.device) -> Target:
     if device.type == "cpu":
         return INTERPRETER
     if torch.version.hip:
-        return of_capability("hip", torch.cuda.get_device_properties(device).gcnArchName)
-    major, minor = torch.cuda.get_device_capability(device)
-    return of_capability("cuda", 10 * major + minor)
+        return _target_named(torch.cuda.get_device_properties(device).gcnArchName)
+    return _target_named(torch.cuda.get_device_capability(device))
 
 
-def _bytes_for(layer: LayerKernels, max_tokens: int) -> int:
-    sizes: list[int] = [Workspace.bytes_for(decode_parts(layer.shape, min(max_tokens, DECODE_TOKENS)))]
+def _target_named(capability: tuple[int, int] | str) -> Target:
+    if isinstance(capability, str):
+        return of_capability("hip", capability)
+    return of_capability("cuda", 10 * capability[0] + capability[1])
+
+
+def _shape_of(experts: LayerExperts) -> LayerShape:
+    return LayerShape(experts.num_experts, experts.top_k, experts.hidden, experts.inter)
+
+
+def _bytes_for(shape: LayerShape, target: Target, max_tokens: int) -> int:
+    sizes: list[int] = [Workspace.bytes_for(decode_parts(shape, min(max_tokens, DECODE_TOKENS)))]
     if max_tokens > DECODE_TOKENS:
-        for config in prefill_configs(layer.target):
-            parts = prefill_parts(layer.shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
+        for config in prefill_configs(target):
+            parts = prefill_parts(shape, min(max_tokens, CHUNK_TOKENS), config.pairs, torch.float16)
             sizes.append(Workspace.bytes_for(parts))
     return max(sizes)

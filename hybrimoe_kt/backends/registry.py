@@ -30,6 +30,7 @@ __all__ = [
     "cpu_backend",
     "default_gpu",
     "gpu_backend",
+    "gpu_class",
     "make_gpu",
 ]
 
@@ -91,6 +92,16 @@ def make_gpu(name: str, device: torch.device) -> GpuBackend:
     if reason is not None:
         raise ConfigError(f"gpu_backend is {name!r}, but {reason}; or give auto")
     return kind()
+
+
+def gpu_class(name: str, device: torch.device) -> type[GpuBackend]:
+    """Return what `make_gpu` makes one of, without a word about what cannot run."""
+    if name != "auto":
+        return gpu_backend(name)
+    kind = gpu_backend(DEFAULT_GPU)
+    if device.type == "cpu":
+        return gpu_backend(REFERENCE)
+    return kind if kind.unusable(device) is None else gpu_backend(FALLBACK_GPU)
 
 
 def default_gpu(device: torch.device) -> GpuBackend:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hybrimoe_kt.host.doctor.diagnosis import size_text
 from hybrimoe_kt.host.last_runs import failure_text
+from hybrimoe_kt.sizes import size_text
 
 from .chat_output import flatten, visible
 

@@ -15,17 +15,20 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrimoe_kt.errors import HostCompatibilityError
-from hybrimoe_kt.host.doctor.diagnosis import diagnose, size_text
+from hybrimoe_kt.host.doctor.diagnosis import diagnose
+from hybrimoe_kt.sizes import parse_bytes, size_text
 from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible
-from .terminal import Parser
+from .terminal import Parser, whole
 
 __all__ = ["build_parser", "main"]
 
 EXAMPLES = """examples:
   hybrimoe doctor                     this machine and what is installed
   hybrimoe doctor --model FILE.gguf   and which kernels serve that model
+  hybrimoe doctor --model FILE.gguf --card_bytes 24GiB --context_tokens 32768
+                                      and where the memory of such a GPU goes
   hybrimoe doctor --json              the same as data, for a bug report
 
 Nothing is computed, installed or written; of a model only the header is read.
@@ -49,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--override_kv", "--override-kv", action="append", default=[], metavar="KEY=TYPE:VALUE",
         help="metadata in the place of the file's, as in llama.cpp",
     )  # fmt: skip
+    parser.add_argument(
+        "--context_tokens", "--context-tokens", type=whole(1), metavar="N",
+        help="plan the GPU's memory for conversations of so many; default: 8192, the model's own or what has room",
+    )  # fmt: skip
+    parser.add_argument(
+        "--card_bytes", "--card-bytes", type=_bytes, default=0, metavar="SIZE",
+        help="plan for a GPU of this size (24GiB), which need not be here",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
@@ -57,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `hybrimoe doctor`; raises HybriMoEError, which the dispatcher prints with exit code 2."""
     options = build_parser().parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print when they are imported
-        report = examine(options.model, parse_overrides(options.override_kv))
+        changes, planned = parse_overrides(options.override_kv), (options.context_tokens, options.card_bytes)
+        report = examine(options.model, changes, *planned)
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -65,21 +77,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def examine(model: Path | None, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return every fact and the verdict; ModelError for a file that is no model."""
+def _bytes(text: str) -> int:
+    """Read "24GiB" or a plain number."""
+    found = int(text) if text.isdecimal() else parse_bytes(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, valid: bytes (1048576, 24GiB)")
+    return found
+
+
+def examine(
+    model: Path | None,
+    changes: Mapping[str, Any] | None = None,
+    context_tokens: int | None = None,
+    card_bytes: int = 0,
+) -> dict[str, Any]:
+    """Return every fact and the verdict; ModelError for a file that is no model. Arguments as of `report_model`."""
     from hybrimoe_kt.host.doctor.machine import report_machine
 
     report = report_machine()
-    report["model"] = _judge(model, report, changes or {}) if model is not None else None
+    report["model"] = _judge(model, report, changes or {}, context_tokens, card_bytes) if model is not None else None
     return report | {"verdict": diagnose(report)}
 
 
-def _judge(model: Path, machine: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(
+    model: Path, machine: Mapping[str, Any], changes: Mapping[str, Any], context_tokens: int | None, card_bytes: int
+) -> dict[str, Any]:
     try:
         from hybrimoe_kt.host.doctor.model import report_model
     except (ImportError, OSError, HostCompatibilityError) as error:
         return {"file": str(model), "problem": f"reading it needs more than is installed: {error}"}
-    return report_model(model, machine, changes)
+    return report_model(model, machine, changes, context_tokens=context_tokens, card_bytes=card_bytes)
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:
@@ -209,10 +236,22 @@ def _show_model(model: Mapping[str, Any], console: Console) -> None:
         for refusal in filter(None, (kind["cpu_refusal"], kind["gpu_refusal"])):
             console.print(Text(f"because {visible(refusal)}", style="dim"))
     console.print(Text(_memory_line(model)))
+    if model["plan"] is not None:
+        _show_plan(model["plan"], console)
     if model["refusal"]:
         console.print(Text(visible(f"it would not load: {model['refusal']}"), style="yellow"))
     for line in _unused_lines(model["unused"]):
         console.print(Text(visible(line), style="dim"))
+
+
+def _show_plan(plan: Mapping[str, Any], console: Console) -> None:
+    """Where a card's memory goes."""
+    table = Table(f"{plan['card']}, {size_text(plan['card_bytes'])}", Column("planned", justify="right"))
+    for name, text in plan["rows"]:
+        table.add_row(name, text)
+    console.print(table)
+    if plan["refusal"]:
+        console.print(Text(visible(plan["refusal"]), style="yellow"))
 
 
 def _unused_lines(unused: Sequence[Mapping[str, str]]) -> Iterator[str]:

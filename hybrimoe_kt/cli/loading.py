@@ -31,6 +31,8 @@ def open_engine(options: argparse.Namespace, console: Console) -> Engine:
     engine = load_engine(options, console)
     loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
     console.print(visible(loaded), markup=False)
+    for plan in engine.loaded.plans.values():
+        console.print(visible(plan.line()), markup=False)
     _note_unused(engine, options, console)
     return engine
 

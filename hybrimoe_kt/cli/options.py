@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrimoe_kt import __version__, accelerators
 from hybrimoe_kt.backends.registry import CPU_BACKENDS, GPU_BACKENDS
+from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 
 from .server_options import add_server_flags, settle_server
 from .terminal import Parser
@@ -117,10 +118,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--kv_cache_type",
-        choices=("f16", "f32", "q8_0"),
-        help="how keys and values are kept where layers are computed on the CPU; default: as the rules say, f16",
+        choices=tuple(KV_CACHE_TYPES),
+        help="how keys and values are kept; default: f16 on a CPU, or as the rules say, the model's dtype on a GPU",
     )
-    model.add_argument("--cache_lens", type=_whole(1), metavar="TOKENS", help="context limit; default: the model's own")
+    model.add_argument(
+        "--cache_lens", "--context_tokens", type=_whole(1), metavar="TOKENS", dest="cache_lens",
+        help="context limit, and what a GPU's memory is planned for; default: the model's own, planned up to 8192",
+    )  # fmt: skip
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +166,9 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     experts.add_argument(
         "--cache_size", metavar="SIZE", help="experts per layer (8), share (25%%), bytes (12GiB), auto"
+    )
+    experts.add_argument(
+        "--card_bytes", metavar="SIZE", help="plan for a card of this size (24GiB); default: all that is free"
     )
     experts.add_argument("--policy", metavar="NAME", help="which expert loses its slot: mrs, lru, ...")
     experts.add_argument("--scheduler", metavar="NAME", help="who computes what: paper, static, ...")
@@ -246,8 +253,8 @@ def _underscored(word: str) -> str:
 def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the `ExpertOptions` that the command line sets."""
     names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
-    flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "policy", "scheduler", "prefetch_size",
-             "prefetch_depth", "profile", "chunk_size", "host_store",
+    flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "card_bytes", "policy", "scheduler",
+             "prefetch_size", "prefetch_depth", "profile", "chunk_size", "host_store",
              "gpu_backend", "ggml_library")  # fmt: skip
     fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}
     return fallback | {names.get(flag, flag): value for flag in flags if (value := getattr(options, flag)) is not None}

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hybrimoe_kt.host.doctor.diagnosis import size_text
+from hybrimoe_kt.sizes import size_text
 
 from .chat_output import visible
 

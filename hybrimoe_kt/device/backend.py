@@ -192,6 +192,11 @@ class GpuBackend(Protocol):
         names = zip(ROLES, experts.matrices, strict=True)
         return [KernelRow(role, matrix.type_name, cls.name, cls.name) for role, matrix in names]
 
+    @classmethod
+    def planned_bytes(cls, experts: LayerExperts, max_tokens: int, capability: tuple[int, int] | str) -> int:
+        """Device memory that calls for this layer need beside its slots, before any is made; `capability` as above."""
+        return 0
+
     @abstractmethod
     def add_layer(self, experts: LayerExperts, layout: SlotLayout, memory: torch.Tensor) -> None:
         """Take note of a layer's types, shapes and slots, uint8 `[num_slots, slot_bytes]`.

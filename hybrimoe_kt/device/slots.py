@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from hybrimoe_kt.core.memory_plan import slots_for
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.sizes import CacheSize
 
@@ -25,27 +26,22 @@ def slots_per_layer(
     accelerator: Accelerator,
     layers: Mapping[int, SlotLayout] | None = None,
     *,
-    reserve_bytes: int = 0,
+    auto_bytes: int | None = None,
 ) -> dict[int, int]:
     """Return layer -> number of slots for what the user asked; CapacityError when it exceeds the device's memory.
 
     Fractions and budgets are spread evenly over `layers` (default: all); a layer never gets more slots than experts.
-    A slot costs its `slot_bytes`, alignment included. "auto" leaves `reserve_bytes` of the device's free memory.
+    A slot costs its `slot_bytes`, alignment included. "auto" takes `auto_bytes`, None: what the device says.
     """
     layouts = store.layouts if layers is None else layers
-    if size.per_layer is not None:
-        wanted = dict.fromkeys(layouts, size.per_layer)
-        largest = max(store.layers[layer].num_experts for layer in layouts)
-        if size.per_layer > largest:
-            logger.warning("cache size %d is more than the %d experts of a layer; using all", size.per_layer, largest)
-    elif size.fraction is not None:
-        wanted = {layer: round(size.fraction * store.layers[layer].num_experts) for layer in layouts}
-    else:
-        budget = size.num_bytes if size.num_bytes is not None else accelerator.auto_budget_bytes(reserve_bytes)
-        _check_budget(budget, accelerator)
-        one_each = sum(layout.slot_bytes for layout in layouts.values())
-        wanted = dict.fromkeys(layouts, budget // one_each if one_each else 0)
-    slots = {layer: min(count, store.layers[layer].num_experts) for layer, count in wanted.items()}
+    num_experts = {layer: store.layers[layer].num_experts for layer in layouts}
+    largest = max(num_experts.values())
+    if size.per_layer is not None and size.per_layer > largest:
+        logger.warning("cache size %d is more than the %d experts of a layer; using all", size.per_layer, largest)
+    left = accelerator.auto_budget_bytes(0) if auto_bytes is None else auto_bytes
+    if size.per_layer is None and size.fraction is None:
+        _check_budget(left if size.num_bytes is None else size.num_bytes, accelerator)
+    slots = slots_for(size, {layer: layout.slot_bytes for layer, layout in layouts.items()}, num_experts, left)
     _check_fits(slots, layouts, accelerator)
     return slots
 

@@ -60,6 +60,7 @@ def build_engine(
         option_overrides=overrides,
         metadata=metadata,
         kv_cache_type=kv_cache_type,
+        context_tokens=context_tokens,
         progress=progress,
         assemble=assemble,
     )

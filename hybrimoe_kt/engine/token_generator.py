@@ -324,7 +324,9 @@ class TokenGenerator:
         self._cache, self._cached_ids = self.new_cache(), []
 
     def new_cache(self) -> DynamicCache:
-        return growing_cache(self.model.config, self.loaded.cache_layers())
+        own, kept = self.loaded.cache_layers(), self.loaded.kv_cache_type
+        planned = min([self.context_tokens, *(plan.context_tokens for plan in self.loaded.plans.values())])
+        return growing_cache(self.model.config, own, kv_cache_type=kept, most_tokens=planned)
 
     def runtime_counters(self) -> dict[str, int]:
         """The counters of a `Run` as they stand since the model was loaded."""

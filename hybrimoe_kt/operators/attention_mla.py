@@ -18,6 +18,7 @@ from torch import nn
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.backends.gpu_dense import check_gpu
 from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
+from hybrimoe_kt.core.step_memory import SCORE_BYTES, score_bytes
 from hybrimoe_kt.errors import HostCompatibilityError
 
 from .linear import accelerator_arithmetic, check_cpu, is_computed_by_ggml
@@ -183,12 +184,7 @@ class AbsorbedMLA(nn.Module):
 
         up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
         query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
-        # Latents are alike for all heads: as rows of one product they are read once, and never copied for each head.
-        shared, together = latent[:, 0], (batch, self.num_heads * tokens, -1)
-        scores = query_latent.reshape(together) @ shared.mT + query_rope.reshape(together) @ key_rope[:, 0].mT
-        scores = scores.view(batch, self.num_heads, tokens, -1)
-        probabilities = self._softmax(scores * self.scaling, attention_mask, query.dtype)
-        read = (probabilities.view(together) @ shared).view(query_latent.shape)
+        read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
         context = up.to_values(read)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
 
@@ -196,14 +192,48 @@ class AbsorbedMLA(nn.Module):
         query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         return query
 
+    def _read(
+        self,
+        query: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend with queries `[batch, heads, tokens, rank]` and `[..., rope]` to `latent` and `key_rope`
+        `[batch, length, ...]`; return what each reads, of `query`'s shape. Scores take at most `SCORE_BYTES`."""
+        (batch, heads, tokens), length = query.shape[:3], latent.shape[1]
+        if mask is None and tokens > 1:  # which means plain causal attention
+            mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
+        step = max(1, SCORE_BYTES // (batch * heads * length * score_bytes(query.element_size())))
+        if tokens <= step:
+            return self._read_at_once(query, query_rope, latent, key_rope, mask)
+        read = torch.empty_like(query)
+        for first in range(0, tokens, step):
+            piece = slice(first, first + step)
+            seen = mask[..., piece, :] if mask is not None and mask.shape[-2] > 1 else mask
+            read[:, :, piece] = self._read_at_once(query[:, :, piece], query_rope[:, :, piece], latent, key_rope, seen)
+        return read
+
+    def _read_at_once(
+        self,
+        query: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Latents are alike for all heads: as rows of one product they are read once, never copied for each head."""
+        batch, heads, tokens, _ = query.shape
+        together = (batch, heads * tokens, -1)
+        scores = query.reshape(together) @ latent.mT + query_rope.reshape(together) @ key_rope.mT
+        probabilities = self._softmax(scores.view(batch, heads, tokens, -1) * self.scaling, mask, query.dtype)
+        return (probabilities.view(together) @ latent).view(batch, heads, tokens, -1)
+
     def _softmax(self, scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        tokens, length = scores.shape[-2:]
         if mask is not None:
-            mask = mask[..., :length]
+            mask = mask[..., : scores.shape[-1]]
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        elif tokens > 1:  # no mask means plain causal attention
-            causal = torch.ones(tokens, length, dtype=torch.bool, device=scores.device).tril(length - tokens)
-            scores = scores.masked_fill(~causal, -torch.inf)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
 
 

@@ -13,11 +13,11 @@ from hybrimoe_kt.accelerators import is_host
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.choice import choose
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
-from hybrimoe_kt.backends.ggml.key_values import check_kv_cache_type
 from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
 from hybrimoe_kt.backends.ggml.pool import FEW_TOKENS
 from hybrimoe_kt.backends.ggml.recurrent_state import RecurrentState
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 
 from .experts import HybriMoEExperts
 from .stored_layer import KeyLayout, StoredLayer

@@ -13,6 +13,7 @@ from hybrimoe_kt.backends.registry import cpu_backend, make_gpu
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.core.types import LayerSpec
 from hybrimoe_kt.device.accelerator import Accelerator
@@ -43,6 +44,8 @@ _WHOLE_BYTES = 2**22
 An estimate: each further copy costs the host some 4 us and an event, and 4 MiB hold up a PCIe 5.0 x16 link for 80 us.
 """
 _HASTY_REPEATS = 3
+_UNPLANNED_BYTES = 3 * 2**28
+"""Left for keys, values, activations and workspace where a host does not say what they take. An assumption."""
 _ROOM_FOR_A_COPY = 1.25
 """Host memory that must be free before all experts are copied, in their size: the rest is for everything else."""
 
@@ -98,8 +101,8 @@ def build(
         cpu = device.watch_cpu(cpu)
         usable = {layer: store.layouts[layer] for layer in served[name] if supported[layer]}
         if usable:
-            reserve = options.reserve_bytes + options.prefill_streaming_bytes
-            slots |= slots_per_layer(options.cache_size, store, device, usable, reserve_bytes=reserve)
+            budget = _auto_budget(device, options, experts.plans.get(name))
+            slots |= slots_per_layer(options.cache_size, store, device, usable, auto_bytes=budget)
         _make_copyable(options, store, cpu, device, [layer for layer in usable if slots[layer]])
         streamed = _buffer_slots(options, store, [layer for layer in usable if slots[layer]])
         num_streamed |= streamed
@@ -132,6 +135,13 @@ def build(
     )  # fmt: skip
     is_on_the_clock = any(device.is_on_the_clock for device in devices.values())
     return Assembly(Executor(cpu, lanes, deadline), profile, costs, specs, is_on_the_clock)
+
+
+def _auto_budget(device: Accelerator, options: ExpertOptions, plan: MemoryPlan | None) -> int:
+    """Bytes that `cache_size: auto` may use: what the plan leaves, and no more than is free beside its other lines."""
+    if plan is None:
+        return device.auto_budget_bytes(options.reserve_bytes + options.prefill_streaming_bytes + _UNPLANNED_BYTES)
+    return min(plan.left_bytes, device.auto_budget_bytes(plan.step_bytes))
 
 
 def _buffer_slots(options: ExpertOptions, store: HostStore, layers: list[int]) -> dict[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.host_store import HostStore
 from hybrimoe_kt.errors import ConfigError
@@ -22,6 +23,8 @@ class ModelExperts:
         self._options = None if options is None else options.replace(self._overrides)
         self.store = HostStore()
         self.accelerator_of: dict[int, str] = {}
+        self.plans: Mapping[str, MemoryPlan] = {}
+        """Accelerator's name -> what else its card has to hold; without one a guess is left free."""
 
     @property
     def options(self) -> ExpertOptions:
@@ -55,7 +58,7 @@ class ModelExperts:
     def replace(self, changes: Mapping[str, Any]) -> ModelExperts:
         """The same experts on the same host memory, with other options."""
         other = ModelExperts(self.options, changes)
-        other.store, other.accelerator_of = self.store, dict(self.accelerator_of)
+        other.store, other.accelerator_of, other.plans = self.store, dict(self.accelerator_of), self.plans
         if "accelerator" in changes:
             other.accelerator_of = dict.fromkeys(self.accelerator_of, other.options.accelerator)
         return other

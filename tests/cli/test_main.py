@@ -193,6 +193,7 @@ class FakeEngine:
     shares = None
     context_tokens = 64
     runtime = SimpleNamespace(accelerators=(), describe=lambda: "experts on the CPU")
+    loaded = SimpleNamespace(plans={})
     heard: str
 
     def stream(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:

@@ -96,6 +96,8 @@ def test_q8_0_is_refused_for_heads_that_are_no_whole_blocks(generated: Make) -> 
     with pytest.raises(ConfigError, match="these are 80"):  # latents and what is rotated
         load(generated(SHAPES["deepseek2"]), kv_cache_type="q8_0")
     assert load(generated(Shape(head_dim=64)), kv_cache_type="q8_0").dense is not None
+    with pytest.raises(ConfigError, match="layer 0: kv_cache_type bf16 is for layers on a GPU"):
+        load(generated(Shape()), kv_cache_type="bf16")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])

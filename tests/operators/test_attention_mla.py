@@ -14,6 +14,7 @@ from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 from hybrimoe_kt.host.hf.dense_upload import DenseOnAccelerators
+from hybrimoe_kt.operators import attention_mla
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from tests.support.packed import PackedLoader, packed_matrix
 from tests.support.random_blocks import Type
@@ -84,6 +85,35 @@ def test_additive_masks_and_no_mask_mean_the_same() -> None:
     results = [ours(hidden, mask, None, angles)[0] for mask in (boolean, additive, None)]
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@torch.inference_mode()
+def test_few_queries_at_a_time_read_the_same(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """Behind a context of 3, as many at a time as the scores' memory allows: two of 5, then one."""
+    torch.manual_seed(2)
+    settings = config(None)
+    ours = AbsorbedMLA("model.layers.0.self_attn", PackedLoader(), settings, DeepseekV2Attention(settings, 0))
+    hidden, rotary = torch.randn(1, 8, 96), DeepseekV2RotaryEmbedding(settings)
+    angles = [rotary(hidden[:, piece], torch.arange(8)[None, piece]) for piece in (slice(0, 3), slice(3, 8))]
+    mask = torch.ones(5, 8, dtype=torch.bool).tril(3)[None, None] if masked else None
+    found, softmax = [], ours._softmax
+    for limit, wanted in ((2**28, [5]), (2 * 6 * 8 * 12, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(attention_mla, "SCORE_BYTES", limit)
+        cache = DynamicCache(config=settings)
+        ours(hidden[:, :3], position_embeddings=angles[0], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            sizes: list[int] = []
+
+            def noted(scores: torch.Tensor, *rest: object, sizes: list[int] = sizes) -> torch.Tensor:
+                sizes.append(scores.shape[2])
+                return softmax(scores, *rest)
+
+            patch.setattr(ours, "_softmax", noted)
+            found.append(ours(hidden[:, 3:], mask, position_embeddings=angles[1], past_key_values=cache)[0])
+        assert sizes == wanted
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

@@ -10,7 +10,7 @@ import torch
 from hybrimoe_kt.quants import TYPES
 
 from .building import Workspace
-from .key_values import KV_CACHE_TYPES, KeyValues
+from .key_values import GGML_TYPES, KeyValues
 from .layer_graph import DenseAnswer, Held, LayerGraph, StepMemory, num_seen
 from .parts import GatedLinear, Latent, LayerParts
 from .pool import pool
@@ -61,8 +61,10 @@ class DenseLayer:
         attention = self.parts.attention
         if isinstance(attention, GatedLinear):
             return None
+        if type_name not in GGML_TYPES:
+            return f"kv_cache_type {type_name} is for layers on a GPU, ggml computes this one; take f16, f32 or q8_0"
         heads = 1 if isinstance(attention, Latent) else attention.kv_heads
-        step = TYPES[KV_CACHE_TYPES[type_name]].block_values
+        step = TYPES[GGML_TYPES[type_name]].block_values
         widths = attention.key_width // heads, attention.value_width // heads
         odd = next((width for width in widths if width % step), None)
         if odd is None:

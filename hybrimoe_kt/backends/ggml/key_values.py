@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from hybrimoe_kt.errors import ConfigError, unknown_name
+from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 from hybrimoe_kt.quants import row_bytes
 
 from .building import Region
 from .library import F16, F32, Q8_0
 from .products import dequantize_into, quantize
 
-__all__ = ["KV_CACHE_TYPES", "KeyValues", "check_kv_cache_type"]
+__all__ = ["GGML_TYPES", "KeyValues"]
 
-KV_CACHE_TYPES = {"f16": F16, "f32": F32, "q8_0": Q8_0}
+GGML_TYPES = {"auto": F16, "f16": F16, "f32": F32, "q8_0": Q8_0}
+"""Those of `kv_cache_types` that graphs read, by their names there."""
 _DTYPES = {F16: torch.float16, F32: torch.float32}
 _LEAST_TOKENS = 256
 _GROWTH = 1.25
 """Room made at a time: at least so many tokens, or this share of what is there, in whole multiples of 256. A choice."""
-
-
-def check_kv_cache_type(name: str) -> None:
-    """ConfigError for a type that keys and values are not kept in."""
-    if name not in KV_CACHE_TYPES:
-        raise ConfigError(unknown_name("kv_cache_type", name, KV_CACHE_TYPES))
 
 
 class KeyValues:
@@ -33,8 +28,8 @@ class KeyValues:
     """
 
     def __init__(self, key_width: int, value_width: int, type_name: str = "f16") -> None:
-        check_kv_cache_type(type_name)
-        self.ggml_type = KV_CACHE_TYPES[type_name]
+        check_kv_cache_type(type_name, GGML_TYPES)
+        self.ggml_type = GGML_TYPES[type_name]
         self.key_width, self.value_width = key_width, value_width
         self.is_transposed = self.ggml_type in _DTYPES
         self.length = self.capacity = 0

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hybrimoe_kt.backends.registry import FALLBACK_GPU, REFERENCE
+from hybrimoe_kt.sizes import size_text
 
-__all__ = ["Finding", "diagnose", "size_text"]
+__all__ = ["Finding", "diagnose"]
 
 _NEEDED = ("torch", "transformers", "gguf")
 _KT_KERNEL = "kt-kernel==0.7.2"
@@ -105,8 +106,7 @@ def _of_model(model: Mapping[str, Any]) -> Iterator[Finding]:
         if kind["cpu_refusal"]:
             yield Finding(f"only {REFERENCE} computes these experts, slowly: {kind['cpu_refusal']}", blocking=True)
     if model["fits_accelerator"] is False:
-        text = f"the dense weights take {size_text(model['dense_bytes'])}, more than {model['dense_on']} has free"
-        yield Finding(text, f"{run} --accelerator none", blocking=True)
+        yield Finding(model["plan"]["refusal"], f"{run} --accelerator none", blocking=True)
     if model["fits_host"] is False:
         needed, there = size_text(model["host_bytes"]), size_text(model["host_available_bytes"])
         if model["dense_on"] == "cpu" and model["dense_bytes"] > model["host_available_bytes"]:
@@ -181,13 +181,3 @@ def _run(report: Mapping[str, Any]) -> str:
 
 def _install_kt_kernel() -> str:
     return f"pip install --no-deps {_KT_KERNEL}"
-
-
-def size_text(num_bytes: int | None) -> str:
-    """Write 1610612736 as "1.5 GiB", and None as "unknown"."""
-    if num_bytes is None:
-        return "unknown"
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} bytes"

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hybrimoe_kt.backends.cpu_auto import candidates_for, chosen, in_words, left_to_torch
 from hybrimoe_kt.backends.registry import DEFAULT_CPU, DEFAULT_GPU, FALLBACK_GPU, cpu_backend, gpu_backend
-from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.device.experts import LayerExperts
-from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
-from hybrimoe_kt.host.hf.loading import unused_of
+from hybrimoe_kt.host.hf.card_plans import Card, Context
+from hybrimoe_kt.host.hf.loading import plan_of, unused_of
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
@@ -29,10 +31,18 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _DENSE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def report_model(path: Path, machine: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def report_model(
+    path: Path,
+    machine: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    context_tokens: int | None = None,
+    card_bytes: int = 0,
+) -> dict[str, Any]:
     """Judge a file's header against what `report_machine` found; ModelError for a file that cannot be run at all.
 
-    `changes` are metadata in the place of the file's own.
+    `changes` are metadata in the place of the file's own. `card_bytes` is the size of a card to plan for, which need
+    not be there; 0: what is free on the first.
     """
     file = GgufFile(path, changes)
     family = architecture_of(file)
@@ -52,7 +62,24 @@ def report_model(path: Path, machine: Mapping[str, Any], changes: Mapping[str, A
         "kinds": _kinds(outlines, machine),
         "problem": None,
     }
-    return report | _unused(path, changes) | _memory(file, outlines, machine)
+    report |= _unused(path, changes)
+    plan = None if report["refusal"] else _plan(path, changes, machine, context_tokens, card_bytes)
+    return report | _memory(file, outlines, machine, plan)
+
+
+def _plan(
+    path: Path, changes: Mapping[str, Any] | None, machine: Mapping[str, Any], tokens: int | None, card_bytes: int
+) -> MemoryPlan | None:
+    """Where the memory of the first accelerator goes, or of an emulated one of the size given; None without either."""
+    device = next(iter(machine["accelerators"]["devices"]), None)
+    free = None if device is None else device.get("memory_free_bytes")
+    if free is None and not card_bytes:
+        return None
+    gpu = gpu_backend(DEFAULT_GPU if device is None or machine["gpu_kernels"]["runs"] else FALLBACK_GPU)
+    name, place = (device["name"], device["name"]) if free is not None and device else ("emulated", "cpu")
+    card = Card(name, torch.device(place), free or 0, gpu, _capability(machine) or _ASSUMED, refuses=False)
+    context = Context(tokens, "auto", torch.bfloat16)
+    return plan_of(path, changes, card, context, {"card_bytes": card_bytes})
 
 
 def _unused(path: Path, changes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -107,7 +134,9 @@ def _capability(machine: Mapping[str, Any]) -> tuple[int, int] | str | None:
     return (int(major), int(minor)) if major else None
 
 
-def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, Any]) -> dict[str, Any]:
+def _memory(
+    file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, Any], plan: MemoryPlan | None
+) -> dict[str, Any]:
     """Bytes wanted, and whether they are there; None where the machine did not say what it has."""
     device = next(iter(machine["accelerators"]["devices"]), None)
     dtype = "float32" if device is None else "bfloat16"
@@ -115,7 +144,10 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
     dense = [tensor for tensor in file.tensors.values() if _is_dense(tensor, last)]
     expert_bytes = sum(experts.num_experts * experts.expert_bytes for experts in outlines)
     stays_packed = device is None and machine["cpu_kernels"]["keeps_dense_packed"]
-    dense_bytes = sum(_dense_bytes(tensor, dtype, stays_packed) for tensor in dense)
+    if device is not None and plan is not None:
+        dense_bytes, stays_packed = plan.needs.dense_bytes, bool(plan.needs.packed_bytes)
+    else:
+        dense_bytes = sum(_dense_bytes(tensor, dtype, stays_packed) for tensor in dense)
     host_bytes = sum(host_expert_bytes(experts, transfers=device is not None) for experts in outlines)
     host_bytes += dense_bytes if device is None else 0
     available = machine["memory"].get("available_bytes")
@@ -128,7 +160,10 @@ def _memory(file: GgufFile, outlines: list[LayerExperts], machine: Mapping[str, 
         "host_bytes": host_bytes,
         "host_available_bytes": available,
         "fits_host": None if available is None else host_bytes <= available,
-    } | _room(outlines, dense_bytes, device, machine["gpu_kernels"]["runs"])
+        "fits_accelerator": None if device is None or plan is None else plan.refusal is None,
+        "accelerator_expert_share": None if device is None or plan is None else round(plan.expert_share, 4),
+        "plan": None if plan is None else plan.as_dict() | {"rows": plan.rows()},
+    }
 
 
 def _dense_bytes(tensor: GgufTensor, dtype: str, stays_packed: bool) -> int:
@@ -142,21 +177,6 @@ def host_expert_bytes(experts: LayerExperts, *, transfers: bool) -> int:
     """Host memory that a layer's experts want: twice where the CPU reads a padded copy and transfers the file."""
     in_file, copied = experts.num_experts * experts.expert_bytes, cpu_backend(DEFAULT_CPU).copied_bytes(experts)
     return in_file + copied if transfers else copied or in_file
-
-
-def _room(
-    outlines: list[LayerExperts], dense_bytes: int, device: Mapping[str, Any] | None, runs: bool
-) -> dict[str, Any]:
-    """How many of all experts find a slot on the accelerator beside the dense weights and what is left free."""
-    free = None if device is None else device.get("memory_free_bytes")
-    if free is None:
-        return {"fits_accelerator": None, "accelerator_expert_share": None}
-    room = free - ExpertOptions().reserve_bytes - dense_bytes
-    wanted = {experts.layer: SlotLayout(experts).slot_bytes * experts.num_experts for experts in outlines}
-    gpu = gpu_backend(DEFAULT_GPU if runs else FALLBACK_GPU)
-    served = sum(wanted[experts.layer] for experts in outlines if gpu.refuses(experts) is None)
-    share = min(max(0, room), served) / sum(wanted.values())
-    return {"fits_accelerator": room >= 0, "accelerator_expert_share": round(share, 4)}
 
 
 def _is_dense(tensor: GgufTensor, last_layer: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hybrimoe_kt.backends.ggml.library import choose_library
+from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import ModelError, first_line
+from hybrimoe_kt.host.card_plan import check_kv_widths
 from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -41,6 +44,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture
+from .card_plans import Card, Context, plan_model
 from .dense_layers import DenseModel, attach_dense_layers
 from .dense_upload import DenseOnAccelerators
 from .look_ahead import look_ahead, note_routers
@@ -48,7 +52,7 @@ from .placement import Crossings, Placement, place_modules
 from .sources import Source, open_source
 from .unused import Unused, unused_in
 
-__all__ = ["LoadedModel", "load_model", "unused_of"]
+__all__ = ["LoadedModel", "load_model", "plan_of", "unused_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,10 @@ class LoadedModel:
     """Dense weights that lie on accelerators as the file has them."""
     dense: DenseModel | None = None
     """Where every layer's dense piece is a graph."""
+    kv_cache_type: str = "auto"
+    """How keys and values are kept of layers that have no cache of their own, see `cache_layers`."""
+    plans: Mapping[str, MemoryPlan] = field(default_factory=dict)
+    """By accelerator, where its memory goes."""
     _runtime: Runtime | None = None
 
     @property
@@ -218,6 +226,7 @@ def load_model(
     option_overrides: dict[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     kv_cache_type: str | None = None,
+    context_tokens: int | None = None,
     progress: bool = True,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> LoadedModel:
@@ -228,13 +237,17 @@ def load_model(
     Without `rules_path`, a file or the name of a packaged one, the architecture's rules apply. `option_overrides` are
     `ExpertOptions` keys that win over the rules. `device` holds the dense weights that no rule places elsewhere: a
     torch device, or an emulated accelerator ("emulated:0"). `metadata` takes the place of the GGUF file's own.
-    `kv_cache_type` wins over the rules' for what graphs on the CPU keep: f16, f32 or q8_0. `assemble` makes the
-    runtime.
+    `kv_cache_type` (see `kv_cache_types`) wins over the rules' for what graphs on the CPU keep, and is what other
+    layers keep. `context_tokens` are what an accelerator's memory is planned for, see `core.memory_plan`. `assemble`
+    makes the runtime.
     """
+    context = Context(context_tokens, kv_cache_type or "auto", dtype)
+    check_kv_cache_type(context.kv_cache_type)
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
-    inject = _Injector(rules_file, loader, device, option_overrides or {}, kv_cache_type)
+    named = None if kv_cache_type == "auto" else kv_cache_type
+    inject = _Injector(rules_file, loader, device, option_overrides or {}, named)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -247,6 +260,7 @@ def load_model(
     for name, reason in loader.dequantised.items():
         if name in parameters:  # else an operator reads what it would be made of
             logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
+    plans = plan_model(source, inject.experts, inject.placement, parameters, context)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -260,11 +274,13 @@ def load_model(
     crossings = Crossings(model, placement) if placement.is_split else None
     warnings = inject.warnings + told
     loaded = LoadedModel(model, loader, architecture, rules_file, warnings, placement, crossings, on_accelerators)
+    inject.experts.plans = loaded.plans = plans
     loaded.attach(assemble(inject.experts))
     note_routers(model, architecture)
     loaded.dense = attach_dense_layers(model, architecture)  # now that the routers' weights have found their place
-    if kv_cache_type and not any(loaded.cache_layers()):
-        warnings.append(f"no layer's keys and values are kept by ggml, so that kv_cache_type {kv_cache_type} is unused")
+    if not all(loaded.cache_layers()):
+        check_kv_widths(config, context.kv_cache_type)
+        loaded.kv_cache_type = context.kv_cache_type
     source.file.release_pages()
     if isinstance(source.file, GgufFile):
         is_multiplied = "output.weight" not in source.file.tensors  # else the embedding is only looked up, by the row
@@ -274,6 +290,19 @@ def load_model(
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     return loaded
+
+
+def plan_of(
+    gguf_path: str | Path, metadata: Mapping[str, Any] | None, card: Card, context: Context, options: Mapping[str, Any]
+) -> MemoryPlan:
+    """Return what `load_model` would plan for a GGUF model on one card under its packaged rules, from the header."""
+    source = open_source(gguf_path, None, metadata)
+    rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
+    given = {**options, "accelerator": card.name}
+    inject = _Injector(rules_file, source.loader, str(card.device), given, None)
+    inject(skeleton)
+    parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
+    return plan_model(source, inject.experts, inject.placement, parameters, context, {card.name: card})[card.name]
 
 
 def unused_of(gguf_path: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Unused]:

@@ -36,11 +36,9 @@ class Placement:
     def device_map(self) -> dict[str, str]:
         """What Transformers' loading takes: module path -> torch device."""
         devices = {path: str(device_at(place)) for path, place in self.places.items()}
-        return (
-            devices
-            if len(set(devices.values())) > 1
-            else {"": next(iter(devices.values()), str(device_at(self.default)))}
-        )
+        if len(set(devices.values())) > 1:
+            return devices
+        return {"": next(iter(devices.values()), str(device_at(self.default)))}
 
     def place_of(self, parameter: str) -> str:
         """Where a parameter stands, by its full name."""

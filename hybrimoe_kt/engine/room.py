@@ -1,0 +1,30 @@
+"""Memory for the keys or values of one layer, made in steps ahead of need."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["with_room"]
+
+_LEAST_ROOM = 256
+_GROWTH = 1.25
+"""Room made at a time: at least so many tokens, or this share of what is there. A choice."""
+
+
+def with_room(room: torch.Tensor | None, length: int, new: torch.Tensor, most_tokens: int | None) -> torch.Tensor:
+    """Return memory `[..., tokens, width]` with place for `new` behind the first `length` tokens of `room`.
+
+    It is `room` itself while that has place, else a larger one with a copy of them. Up to `most_tokens`, for which
+    memory was planned, it is not for more than these.
+    """
+    wanted = length + new.shape[-2]
+    if room is not None and room.shape[-2] >= wanted and room.dtype == new.dtype and room.device == new.device:
+        return room
+    capacity = max(wanted + _LEAST_ROOM, int(wanted * _GROWTH))
+    if most_tokens is not None and wanted <= most_tokens:
+        capacity = min(capacity, most_tokens)
+    larger = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
+    if length:
+        assert room is not None, "it holds them"
+        larger[..., :length, :] = room[..., :length, :]
+    return larger
