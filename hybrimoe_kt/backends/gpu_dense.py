@@ -19,7 +19,16 @@ from .gpu_triton import TritonGpu, target_of
 if TYPE_CHECKING:
     from hybrimoe_kt.kernels.workspace import Workspace
 
-__all__ = ["GPU_ARITHMETIC", "DenseProduct", "DenseSpaces", "arithmetic_on", "check_gpu", "product_of", "refusal"]
+__all__ = [
+    "GPU_ARITHMETIC",
+    "DenseProduct",
+    "DenseSpaces",
+    "arithmetic_on",
+    "check_gpu",
+    "product_of",
+    "refusal",
+    "workspace_bytes",
+]
 
 GPU_ARITHMETIC = ("auto", "triton", "torch", "float")
 _MOST_MATRICES = 3
@@ -77,6 +86,15 @@ def refusal(weight: PackedWeight, arithmetic: str) -> str | None:
         if len(part.data) >= _MAX_BYTES:
             return f"{part.name} takes {len(part.data)} bytes; GPU kernels address up to {_MAX_BYTES}"
     return None
+
+
+def workspace_bytes(width: int, dtype: torch.dtype) -> int:
+    """What `DenseSpaces` will hold on a device for inputs of up to `width` numbers a token, over all heads."""
+    from hybrimoe_kt.kernels.workspace import CHUNK_TOKENS, DECODE_TOKENS, Workspace, quantized_parts
+
+    few = Workspace.bytes_for(quantized_parts(DECODE_TOKENS, width))
+    many = 2 * CHUNK_TOKENS * width if dtype == torch.float32 else 0
+    return max(few, many)
 
 
 class DenseSpaces:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrimoe_kt.engine.growing_cache import layer_bytes
+from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.linear import QuantizedLinear
@@ -91,6 +93,27 @@ def test_a_tied_head_is_packed_there_and_looked_up_here(generated: Make, tmp_pat
     assert "token_embd.weight" in ours.on_accelerators.names()
     wanted = logits_of(on_cpu.model, PROMPT)
     assert (logits_of(ours.model, PROMPT) - wanted).norm() <= 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0], ids=lambda kind: kind.name)
+def test_a_load_takes_what_was_planned(generated: Make, name: str, kind: Type, tmp_path: Path) -> None:
+    """Dense weights, slots and a conversation's keys and values, within 2 %: all that stays."""
+    model = generated(without_choice(name))
+    ours = load(packed_file(model, tmp_path / "packed.gguf", kind), context_tokens=300)
+    plan = ours.plans["emulated"]
+    floats = {value.data_ptr(): value.nbytes for value in ours.model.state_dict().values()}
+    dense = ours.on_accelerators.device_bytes(torch.float32) + sum(floats.values())
+    assert abs(plan.needs.dense_bytes - dense) <= 0.02 * dense
+    slots = ours.runtime.lanes[0].pool.num_bytes
+    engine = TokenGenerator(ours, set())
+    for at in range(0, 300, 100):
+        engine.append([index % 250 for index in range(at, at + 100)])
+    cache = sum(layer_bytes(layer) for layer in engine._cache.layers)
+    kept = sum((each.keys + each.values) * 300 * 4 + each.state_bytes for each in plan.needs.kept)
+    taken, planned = dense + slots + cache, plan.needs.dense_bytes + plan.slots_bytes + kept
+    assert abs(planned - taken) <= 0.02 * taken
+    assert plan.needs.cache_bytes(300) >= cache, "and a second copy of what grows"
 
 
 @pytest.mark.parametrize("place", ["cpu", "emulated:0"])

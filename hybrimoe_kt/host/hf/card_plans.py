@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrimoe_kt.accelerators import numbered
+from hybrimoe_kt.backends.gpu_dense import workspace_bytes
 from hybrimoe_kt.backends.registry import cpu_backend, gpu_class
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
 from hybrimoe_kt.device.backend import GpuBackend
@@ -27,6 +28,8 @@ __all__ = ["Card", "Context", "cards_of", "dense_tensors", "plan_cards", "plan_m
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_HOST = "host memory"
+"""Where no accelerator's plan looks, an emulated one's neither."""
 _ASSUMED = 8, 0
 """Whose launch shapes size the workspace where a device does not say what it is."""
 _NUMBERS = {kind.dtype: kind.number for kind in TYPES.values() if kind.dtype} | {"float16": 1}
@@ -57,7 +60,7 @@ class Card:
     def holds(self, place: str, placement: Placement) -> bool:
         """Whether what stands on `place` takes its memory."""
         if self.device.type == "cpu":
-            return place == self.name or (place == "cpu" and not placement.is_split)
+            return place in (self.name, f"{self.name}:0") or (place == "cpu" and not placement.is_split)
         spot = numbered(place)
         return spot is not None and spot.torch_type != "cpu" and torch.device(place) == self.device
 
@@ -99,7 +102,7 @@ def dense_tensors(
 
 def _place_of_tensor(name: str, placement: Placement, *, is_tied: bool) -> str:
     if name == "token_embd.weight" and not is_tied:
-        return "cpu"
+        return _HOST
     block = _BLOCK.match(name)
     return placement.place_of(f"model.layers.{block[1]}.weight" if block else "lm_head.weight")
 
@@ -136,7 +139,16 @@ def plan_model(
     """
     packed, config = source.loader.packed, source.config
     dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
-    return plan_cards(cards or cards_of(experts), experts, list(dense), placement, config, context)
+    cards = cards or cards_of(experts)
+    has_kernels = packed and any(card.device.type != "cpu" for card in cards.values())
+    width = max(_heads_of(matrix, config) * matrix.columns for matrix in packed.values()) if has_kernels else 0
+    linear_bytes = workspace_bytes(width, context.dtype) if width else 0
+    return plan_cards(cards, experts, list(dense), placement, config, context, linear_bytes=linear_bytes)
+
+
+def _heads_of(matrix: PackedMatrix, config: Any) -> int:
+    """Of the input that a matrix is multiplied with."""
+    return int(config.num_attention_heads) if ".attn_kv_b." in matrix.name else matrix.heads
 
 
 def plan_cards(
