@@ -76,7 +76,7 @@ def few_configs(target: Target) -> tuple[FewConfig, ...]:
     """Every shape: for few rows, for short rows, and for the rest with one token and with several.
 
     Two rows a thread share the loads of activations: a fifth fewer instructions a weight than with one. More than four
-    tokens would leave registers for a few warps only.
+    tokens would leave registers for a few warps only; on sm_120 F16 spills with four.
     """
     lanes, form = target.warp_size, target.dot_form
     if target.interpreted:
@@ -85,7 +85,7 @@ def few_configs(target: Target) -> tuple[FewConfig, ...]:
         FewConfig(rows=1, units=4 * lanes, tokens=1, num_warps=4, form=form),
         FewConfig(rows=lanes, units=8, tokens=1, num_warps=4, form=form),
         FewConfig(rows=8, units=lanes, tokens=1, num_warps=4, form=form),
-        FewConfig(rows=8, units=lanes, tokens=4, num_warps=4, form=form),
+        FewConfig(rows=8, units=lanes, tokens=2 if target.name == "sm_120" else 4, num_warps=4, form=form),
     )
 
 

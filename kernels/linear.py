@@ -17,6 +17,8 @@ __all__ = ["MAX_MATRIX_BYTES", "LinearKernels"]
 
 MAX_MATRIX_BYTES = 1 << 31
 """Places within a matrix are 32-bit; where it begins is not, so a larger one can be laid out as two, some rows each."""
+MAX_WIDTH = 1 << 24
+"""So are places within a block of up to 128 tokens' inputs or answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class LinearKernels:
         _check(self.memory, self.matrices, self.heads, self.bias)
         columns, rows = self.matrices[0].columns, sum(matrix.rows for matrix in self.matrices)
         units = max(columns // matrix.type.unit.values for matrix in self.matrices if matrix.type.unit)
-        few = tuple(few_config(self.target, rows, units, 1 + more) for more in range(DECODE_TOKENS))
+        several = len(self.matrices) < 3  # the loops of three types spill with several tokens a program
+        few = tuple(few_config(self.target, rows, units, 1 + more * several) for more in range(DECODE_TOKENS))
         for name, value in (("total_rows", rows), ("columns", columns), ("_few", few)):
             object.__setattr__(self, name, value)
 
@@ -115,6 +118,8 @@ def _check(memory: torch.Tensor, matrices: tuple[MatrixInSlot, ...], heads: int,
             raise ValueError(f"a {kind.name} matrix takes {num_bytes:.0f} bytes; lay it out as two, some rows each")
         if heads < 1 or matrix.rows % heads:
             raise ValueError(f"{matrix.rows} rows cannot be divided among {heads} heads")
+    if max(heads * columns, total_rows) >= MAX_WIDTH:
+        raise ValueError(f"{heads} x {columns} inputs and {total_rows} answers a token, valid: less than {MAX_WIDTH}")
     if memory.dtype != torch.uint8 or memory.dim() != 1 or memory.stride(0) != 1 or memory.data_ptr() % 16:
         raise ValueError("memory must be contiguous uint8 [num_bytes] from a multiple of 16 bytes on")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (total_rows,) or not bias.is_contiguous()):

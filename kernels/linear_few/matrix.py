@@ -53,7 +53,7 @@ def multiply_rows(
         inside = tl.minimum(unit, num_units - 1)
         sums = ()
         for t in tl.static_range(TOKENS):
-            line = tl.minimum(first_token + t, num_tokens - 1).to(tl.int64) * heads + head
+            line = tl.minimum(first_token + t, num_tokens - 1) * heads + head
             dots = unit_dots(
                 KIND,
                 FORM,
@@ -77,5 +77,5 @@ def multiply_rows(
         values = tl.sum(totals[t], axis=1)
         if bias is not None:
             values += tl.load(bias + row)
-        at = out + (first_token + t).to(tl.int64) * total_rows + row
+        at = out + (first_token + t) * total_rows + row
         tl.store(at, values.to(out.dtype.element_ty), mask=(place < rows) & (first_token + t < num_tokens))

@@ -42,10 +42,12 @@ def linear_many_kernel(
     head = tl.program_id(1) // blocks
     place = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)  # [ROWS], in the head
     row = head * rows + tl.minimum(place, rows - 1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-    line = tl.minimum(token, num_tokens - 1).to(tl.int64) * heads + head
+    first = (tl.program_id(0) * TOKENS).to(tl.int64)
+    lane = tl.arange(0, TOKENS)  # [TOKENS], a token of the block
+    num_lanes = tl.minimum(num_tokens - tl.program_id(0) * TOKENS, TOKENS)
     width = columns // 8 * 8  # the compiler sees that rows begin on 16 bytes
-    x_row = tl.multiple_of(x, 16) + (line * width)[None, :]  # [1, TOKENS]
+    x_row = tl.multiple_of(x, 16) + (first * heads + head) * width
+    x_row += (tl.minimum(lane, num_lanes - 1) * (heads * width))[None, :]  # [1, TOKENS]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(0, tl.cdiv(columns, 64)):
         low, high = step_columns(KIND, step)
@@ -56,9 +58,9 @@ def linear_many_kernel(
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
     if bias is not None:
         total += tl.load(bias + row)[:, None]
-    at = (token.to(tl.int64) * total_rows)[:, None] + row[None, :]  # [TOKENS, ROWS]
-    live = (token < num_tokens)[:, None] & (place < rows)[None, :]
-    tl.store(out + at, tl.trans(total).to(out.dtype.element_ty), mask=live)
+    at = out + first * total_rows + (lane * total_rows)[:, None] + row[None, :]  # [TOKENS, ROWS]
+    live = (lane < num_lanes)[:, None] & (place < rows)[None, :]
+    tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=live)
 
 
 def linear_many(

@@ -225,6 +225,7 @@ def test_what_kernels_cannot_do_is_refused() -> None:
         ((MatrixLayout.at(0, 12, 8, 128),), 1, None, "has 128 columns, valid: the first's 128, a multiple of 256"),
         ((MatrixLayout.at(0, 0, 8, 128),), 1, None, "no GPU kernel reads F32"),
         ((huge,), 1, None, "takes 2489319424 bytes; lay it out as two, some rows each"),
+        ((MatrixLayout.at(0, 1, 1 << 24, 8),), 1, None, "1 x 8 inputs and 16777216 answers a token"),
         ((first,), 1, torch.zeros(19), "wanted contiguous float32 \\[20\\]"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -241,6 +242,14 @@ def test_a_matrix_may_begin_beyond_32_bits() -> None:
     memory = torch.empty(far.end_bytes, dtype=torch.uint8, device=DEVICE)
     far.write(near.read(given.memory), memory)
     assert torch.equal(multiplied(LinearKernels(TARGET, memory, TABLES, (far,)), x), multiplied(kernels(given), x))
+
+
+def test_three_types_are_not_multiplied_with_several_tokens() -> None:
+    """Their code would spill; the reason is the gate's."""
+    given = linears((Q8_0, 9), (Q4_K, 9), (Q6_K, 9), columns=768)
+    assert {config.tokens for config in kernels(given)._few} == {1}
+    two = Linears(given.memory, given.matrices[:2], given.values[:2])
+    assert [config.tokens for config in kernels(two)._few] == [1] + [4] * 7
 
 
 def test_shapes_are_chosen_by_rows_and_columns() -> None:

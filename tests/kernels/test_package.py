@@ -56,6 +56,7 @@ def test_no_autotuning_and_addresses_of_64_bits() -> None:
     for op in ("decode_gate_up", "decode_down", "prefill_gate_up", "prefill_down"):
         source = (KERNELS / op / "kernel.py").read_text(encoding="utf-8")
         assert "slot.to(tl.int64) * slot_bytes" in source
+    assert "* TOKENS).to(tl.int64)" in (KERNELS / "linear_many" / "kernel.py").read_text(encoding="utf-8")
 
 
 def test_choosing_and_describing_need_no_triton() -> None:

@@ -12,7 +12,7 @@ from .cases import Case, Claims, Work, _conversions, _step_claims, _step_work, _
 
 __all__ = ["linear_cases"]
 
-_GROUPS = ((12, 14), (8, 12, 14))
+_TWO, _THREE = (12, 14), (8, 12, 14)
 """Types of linear layers that share their input: a sample, every mixture would be hundreds."""
 
 
@@ -27,7 +27,7 @@ def _few(target: Target) -> Iterator[Case]:
             for x in ("fp32", "fp16", "bf16") if form.is_float else ("fp32",):
                 yield _few_case(target, config, (form,), x)
     for config in few_configs(target)[-2:]:
-        for numbers in _GROUPS:
+        for numbers in (_TWO, _THREE) if config.tokens == 1 else (_TWO,):
             yield _few_case(target, config, tuple(TYPES[number] for number in numbers), "fp32")
 
 
