@@ -15,7 +15,7 @@ from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPla
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
-from hybrimoe_kt.host.card_plan import DenseTensor, card_needs, check_kv_widths
+from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs, check_kv_widths
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.runtime import ModelExperts
 
@@ -99,7 +99,7 @@ def dense_tensors(
 
 def _place_of_tensor(name: str, placement: Placement, *, is_tied: bool) -> str:
     if name == "token_embd.weight" and not is_tied:
-        return "cpu"
+        return HOST
     block = _BLOCK.match(name)
     return placement.place_of(f"model.layers.{block[1]}.weight" if block else "lm_head.weight")
 
@@ -129,14 +129,17 @@ def plan_model(
     parameters: Mapping[str, tuple[int, ...]],
     context: Context,
     cards: Mapping[str, Card] | None = None,
+    *,
+    linear_bytes: int = 0,
 ) -> dict[str, MemoryPlan]:
     """Plan what the rules made of a model without weights: `parameters` are its floats, the loader has what is packed.
 
-    On the accelerators that experts name, unless `cards` are given.
+    On the accelerators that experts name, unless `cards` are given; `linear_bytes` as of `plan_cards`.
     """
     packed, config = source.loader.packed, source.config
     dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
-    return plan_cards(cards or cards_of(experts), experts, list(dense), placement, config, context)
+    found = cards_of(experts) if cards is None else cards
+    return plan_cards(found, experts, list(dense), placement, config, context, linear_bytes=linear_bytes)
 
 
 def plan_cards(
