@@ -306,16 +306,7 @@ def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExper
 
 def long_table() -> str:
     """Every model with every column, for docs/models.md."""
-    heads = [
-        "model",
-        "parameters, 10⁹",
-        "file",
-        "read per token",
-        "RAM, CPU only",
-        "RAM beside a GPU",
-        "dense",
-        "KV cache",
-    ]
+    heads = ["model", "parameters, 10⁹", "file", "read per token", "RAM, CPU only", "RAM beside a GPU"]
     rows = []
     for release in RELEASES:
         m = memory(release)
@@ -363,6 +354,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+    assert {len(row) for row in rows} == {len(heads)}
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

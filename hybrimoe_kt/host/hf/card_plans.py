@@ -26,7 +26,6 @@ from .sources import Source
 __all__ = ["Card", "Context", "cards_of", "dense_tensors", "plan_cards", "plan_model"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _ASSUMED = 8, 0
 """Whose launch shapes size the workspace where a device does not say what it is."""
 _NUMBERS = {kind.dtype: kind.number for kind in TYPES.values() if kind.dtype} | {"float16": 1}
