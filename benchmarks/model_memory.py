@@ -26,7 +26,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.card_needs import CardNeeds
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
-from hybrimoe_kt.host.card_plan import DenseTensor, card_needs
+from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs
 from hybrimoe_kt.host.doctor.model import host_expert_bytes
 from hybrimoe_kt.quants import TYPES, row_bytes
 from hybrimoe_kt.sizes import CacheSize
@@ -256,7 +256,7 @@ def _dense(model: nn.Module, config: Any, mixture: Mixture) -> Iterator[DenseTen
         if isinstance(module, nn.Embedding):
             packed.add(id(module.weight))
             if not is_tied:
-                yield _matrix(f"{name}.weight", Q4_K, *module.weight.shape, where="cpu")
+                yield _matrix(f"{name}.weight", Q4_K, *module.weight.shape, where=HOST)
         elif isinstance(module, nn.Linear) and _PACKED.search(name):
             packed.add(id(module.weight))
             yield from _linear(name, module, config, mixture)
@@ -306,16 +306,7 @@ def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExper
 
 def long_table() -> str:
     """Every model with every column, for docs/models.md."""
-    heads = [
-        "model",
-        "parameters, 10⁹",
-        "file",
-        "read per token",
-        "RAM, CPU only",
-        "RAM beside a GPU",
-        "dense",
-        "KV cache",
-    ]
+    heads = ["model", "parameters, 10⁹", "file", "read per token", "RAM, CPU only", "RAM beside a GPU"]
     rows = []
     for release in RELEASES:
         m = memory(release)
@@ -363,6 +354,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+    assert {len(row) for row in rows} == {len(heads)}
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

@@ -93,8 +93,8 @@ def workspace_bytes(width: int, dtype: torch.dtype) -> int:
     from hybrimoe_kt.kernels.workspace import CHUNK_TOKENS, DECODE_TOKENS, Workspace, quantized_parts
 
     few = Workspace.bytes_for(quantized_parts(DECODE_TOKENS, width))
-    many = 2 * CHUNK_TOKENS * width if dtype == torch.float32 else 0
-    return max(few, many)
+    many: int = 2 * CHUNK_TOKENS * width if dtype == torch.float32 else 0
+    return max(int(few), many)
 
 
 class DenseSpaces:

@@ -17,8 +17,10 @@ from hybrimoe_kt.device.layout import MatrixLayout, SlotLayout
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.kv_cache_types import BLOCK_VALUES, KV_CACHE_TYPES, check_kv_cache_type
 
-__all__ = ["DenseTensor", "card_needs", "check_kv_widths", "dense_bytes", "kept_of", "step_shape"]
+__all__ = ["HOST", "DenseTensor", "card_needs", "check_kv_widths", "dense_bytes", "kept_of", "step_shape"]
 
+HOST = "host"
+"""The place of what is read in host memory whatever computes: an embedding that is only looked up."""
 _ALLOCATED_BYTES = 512
 """What torch's allocator rounds a tensor's size up to."""
 
@@ -32,7 +34,7 @@ class DenseTensor(NamedTuple):
     rows: int
     columns: int
     where: str
-    """The place it stands on: a device's name, an emulated accelerator's, or "cpu"."""
+    """The place it stands on: a device's name, an emulated accelerator's, "cpu", or `HOST`."""
     group: str = ""
     """Packed matrices of one group and type are laid out as one, one above the other."""
     is_packed: bool = True

@@ -25,7 +25,9 @@ from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels import workspace
+from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import DEVICE, KINDS, SlottedLayer, experts_of, relative_error, routed, slotted_layer
+from tests.support.expert_layers import layer as expert_layer
 from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
@@ -402,3 +404,11 @@ def test_a_launch_can_be_captured_in_a_graph(num_tokens: int) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 512, 5000])
+def test_the_workspace_is_what_was_planned(num_tokens: int) -> None:
+    experts = expert_layer(Type.Q4_K)
+    layout, gpu = SlotLayout(experts), TritonGpu(TARGETS["sm_80"])
+    gpu.add_layer(experts, layout, torch.empty(2, layout.slot_bytes, dtype=torch.uint8))
+    assert gpu.workspace_bytes(num_tokens) == TritonGpu.planned_bytes(experts, num_tokens, (8, 0)) > 0

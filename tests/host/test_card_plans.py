@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.lane_memory import lane_bytes
+from hybrimoe_kt.device.layout import MatrixLayout
+from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.engine.growing_cache import growing_cache, layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.host.card_plan import DenseTensor, dense_bytes, kept_of, step_shape
 from hybrimoe_kt.host.hf import loading
+from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
+from hybrimoe_kt.host.hf.card_plans import Card, dense_tensors
 from hybrimoe_kt.host.hf.loading import load_model
-from tests.support.generated_model import GeneratedModel, Shape
+from hybrimoe_kt.host.hf.placement import Placement
+from tests.support.generated_model import GeneratedModel, Shape, Type
 
 from .test_equality import SHAPES
 
 Make = Callable[[Shape], GeneratedModel]
 
 Q4_K, Q6_K, BF16 = 12, 14, 30
+DEEPSEEK = ARCHITECTURES["deepseek2"]
 CARD = CONTEXT_BYTES + LIBRARY_BYTES
 BASE = {"accelerator": "emulated", "cpu_backend": "torch_reference", "reserve_bytes": 0, "max_chunk_tokens": 16}
 
@@ -161,3 +170,43 @@ def test_a_cache_has_memory_for_what_was_planned_and_no_more(generated: Make) ->
     cache.update(new, new, 0)
     (kept,) = {each.keys + each.values for each in kept_of(loaded.model.config, 4)}
     assert layer_bytes(cache.layers[0]) == planned * kept * 4
+
+
+def test_an_embedding_that_is_only_looked_up_takes_nothing_of_a_card(generated: Make, embedded_model: Path) -> None:
+    """A head that is the embedding does."""
+    for path, is_tied in ((generated(Shape(dense_type=Type.Q8_0)).path, False), (embedded_model, True)):
+        loaded = load_model(path, option_overrides=BASE, progress=False)
+        packed = loaded.loader.packed
+        assert ("output.weight" not in packed) == is_tied
+        on_card = [m for name, m in packed.items() if is_tied or name != "token_embd.weight"]
+        sizes = [MatrixLayout.at(0, m.ggml_type, m.rows, m.columns).end_bytes for m in on_card]
+        assert loaded.plans["emulated"].needs.packed_bytes == sum(sizes)
+
+
+def test_one_tensor_of_up_projections_is_half_floats() -> None:
+    """Latent attention multiplies by the half for keys transposed."""
+    matrix = PackedMatrix("blk.0.attn_kv_b.weight", torch.empty(0), Q4_K, 4 * (32 + 16), 256)
+    config = SimpleNamespace(num_attention_heads=4, qk_nope_head_dim=32)
+    placement = Placement({"model.layers.0": "cuda:1"}, "cuda:0")
+    found = dense_tensors(
+        {matrix.name: matrix}, {"model.norm.weight": (64,)}, placement, DEEPSEEK, config, torch.bfloat16
+    )  # fmt: skip
+    assert list(found) == [
+        DenseTensor(f"{matrix.name} (keys)", BF16, 4 * 32, 256, "cuda:1", is_packed=False),
+        DenseTensor(matrix.name, Q4_K, 4 * 16, 256, "cuda:1"),
+        DenseTensor("model.norm.weight", BF16, 1, 64, "cuda:0", is_packed=False),
+    ]
+
+
+def test_cards_hold_what_stands_on_them() -> None:
+    """Of a real one the context is there before it is asked what is free; an emulated one stands for the CPU's."""
+    real = Card("cuda:1", torch.device("cuda:1"), 10**9, TritonGpu)
+    emulated = Card("emulated", torch.device("cpu"), 10**9, TritonGpu)
+    whole, split = Placement({}, "cpu"), Placement({"a": "emulated:0", "b": "emulated:1"}, "cpu")
+    places = ("cuda:1", "cuda:0", "cpu", "emulated", "emulated:1", "host")
+    assert [place for place in places if real.holds(place, whole)] == ["cuda:1"]
+    assert [place for place in places if emulated.holds(place, whole)] == ["cpu", "emulated"]
+    assert not emulated.holds("cpu", split)
+    assert real.size(0) == (10**9, 0, LIBRARY_BYTES) and emulated.size(0) == (10**9, 0, 0)
+    assert real.size(2**40) == (10**9 + CONTEXT_BYTES, CONTEXT_BYTES, LIBRARY_BYTES)
+    assert real.size(10**9) == emulated.size(10**9) == (10**9, CONTEXT_BYTES, LIBRARY_BYTES)

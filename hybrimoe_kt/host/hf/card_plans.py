@@ -16,7 +16,7 @@ from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPla
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
-from hybrimoe_kt.host.card_plan import DenseTensor, card_needs, check_kv_widths
+from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs, check_kv_widths
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.runtime import ModelExperts
 
@@ -27,9 +27,6 @@ from .sources import Source
 __all__ = ["Card", "Context", "cards_of", "dense_tensors", "plan_cards", "plan_model"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_HOST = "host memory"
-"""Where no accelerator's plan looks, an emulated one's neither."""
 _ASSUMED = 8, 0
 """Whose launch shapes size the workspace where a device does not say what it is."""
 _NUMBERS = {kind.dtype: kind.number for kind in TYPES.values() if kind.dtype} | {"float16": 1}
@@ -102,7 +99,7 @@ def dense_tensors(
 
 def _place_of_tensor(name: str, placement: Placement, *, is_tied: bool) -> str:
     if name == "token_embd.weight" and not is_tied:
-        return _HOST
+        return HOST
     block = _BLOCK.match(name)
     return placement.place_of(f"model.layers.{block[1]}.weight" if block else "lm_head.weight")
 
@@ -139,7 +136,7 @@ def plan_model(
     """
     packed, config = source.loader.packed, source.config
     dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
-    cards = cards or cards_of(experts)
+    cards = cards_of(experts) if cards is None else cards
     has_kernels = packed and any(card.device.type != "cpu" for card in cards.values())
     width = max(_heads_of(matrix, config) * matrix.columns for matrix in packed.values()) if has_kernels else 0
     linear_bytes = workspace_bytes(width, context.dtype) if width else 0
