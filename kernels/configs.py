@@ -163,8 +163,8 @@ def prefill_configs(target: Target) -> tuple[PrefillConfig, ...]:
 def mixture_config(target: Target) -> PrefillConfig:
     """For gate and up of two types, a loop each: one stage, which spills least, or two on sm_80.
 
-    There Q3_K with Q6_K spills 8 bytes in two stages, Q4_K with Q5_0 as many in one; on sm_86 Q5_1 with Q5_K and Q6_K with
-    IQ3_S do. Not every mixture was compiled.
+    There Q3_K with Q6_K spills 8 bytes in two stages, Q4_K with Q5_0 as many in one; on sm_86 Q5_1 with Q5_K and Q6_K
+    with IQ3_S do. Not every mixture was compiled.
     """
     small = prefill_configs(target)[0]
     return small if target.name == "sm_80" else replace(small, num_stages=1)
