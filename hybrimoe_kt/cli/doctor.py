@@ -160,7 +160,15 @@ def _cpu_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif report["libraries"][_OPTIONAL]["version"] is not None:
         yield "llamafile", f"does not run: {kt_kernel['problem']}"
     yield "CPU experts", f"{auto['takes']} ({auto['reason']})" if auto["takes"] else str(auto["problem"])
-    yield "dense weights", "as in the file on a CPU, floats on a GPU" if cpu["keeps_dense_packed"] else "floats"
+    yield "dense weights", _dense_weights(report)
+
+
+def _dense_weights(report: Mapping[str, Any]) -> str:
+    """How they are kept, on a CPU and on the GPU that is here."""
+    on_cpu = "as in the file" if report["cpu_kernels"]["keeps_dense_packed"] else "floats"
+    if not report["accelerators"]["devices"]:
+        return f"{on_cpu} on the CPU"
+    return f"{on_cpu} on the CPU, {'as in the file' if report['gpu_kernels']['runs'] else 'floats'} on the GPU"
 
 
 def _machine_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -262,6 +262,20 @@ def test_a_missing_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert found["verdict"]["next"] == "pip install triton"
 
 
+def test_how_dense_weights_are_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def said() -> str:
+        doctor.main([])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "dense weights" in line]
+        return " ".join(line.strip("│ ").split("│")[1].split())
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert said() == "as in the file on the CPU"
+    _devices(monkeypatch, GPU)
+    assert said() == "as in the file on the CPU, floats on the GPU"
+    monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
+    assert said() == "as in the file on the CPU, as in the file on the GPU"
+
+
 @pytest.mark.parametrize("name", ["transformers", "gguf", "torch"])
 def test_a_missing_library_of_ours(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
