@@ -1,4 +1,4 @@
-"""Types whose values are looked up: their tables against gguf-py's, and tiles bit by bit against its dequantiser."""
+"""Types whose values are looked up: their tables and signs against gguf-py's; `test_unpacking` has their tiles."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from hybrimoe_kt.backends.dequantize import dequantize
-from hybrimoe_kt.device.layout import MatrixLayout
 from hybrimoe_kt.kernels.blocks.code_words import four_signs
-from hybrimoe_kt.kernels.quants.dispatch import step_columns, step_tiles
 from hybrimoe_kt.kernels.tables import GRIDS, OFFSETS, code_words
 from tests.kernels.layers import DEVICE
-from tests.support.random_blocks import Type, random_blocks
+from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 
@@ -58,28 +55,3 @@ def test_the_eighth_sign_makes_gguf_s_byte(sevens: int) -> None:
     known = np.frombuffer(gguf.quants.IQ2_XXS.ksigns, dtype=np.uint8)
     groups = (packed.numpy()[:, None] >> np.array([0, 7, 14, 21])) & 0x7F
     assert np.array_equal(out.cpu().view(torch.uint8).view(-1, 4).numpy(), known[groups])
-
-
-@triton.jit
-def tiles_kernel(mem, tables, o0, o1, o2, o3, columns, out, KIND: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    for step in range(0, columns // 64):
-        low, high = step_columns(KIND, step)
-        w_low, w_high = step_tiles(KIND, mem, tables, o0, o1, o2, o3, row, step, columns)
-        tl.store(out + (row * columns)[:, None] + low[None, :], w_low)
-        tl.store(out + (row * columns)[:, None] + high[None, :], w_high)
-
-
-@each_kind
-def test_tiles_are_gguf_s_values_to_the_last_bit(kind: Type) -> None:
-    """Random bytes, so every code word, sign and scale is as likely; the matrix does not begin the memory."""
-    rows, columns = 16, 768
-    raw = random_blocks(np.random.default_rng(int(kind)), kind, rows, columns)
-    layout = MatrixLayout.at(256, int(kind), rows, columns)
-    memory = torch.full((layout.end_bytes,), 0xFF, dtype=torch.uint8)
-    blocks = torch.from_numpy(np.ascontiguousarray(raw)).flatten()
-    layout.write(blocks, memory)
-    assert torch.equal(layout.read(memory), blocks)
-    out = torch.full((rows, columns), float("nan"), device=DEVICE)
-    tiles_kernel[(1,)](memory.to(DEVICE), code_words(DEVICE), *layout.offsets, columns, out, KIND=int(kind), ROWS=rows)
-    assert torch.equal(out.cpu(), dequantize(blocks, int(kind), (rows, columns)))
