@@ -368,6 +368,9 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         assert default_gpu(torch.device("cpu")).name == "torch"
     assert "TRITON_INTERPRET=1" in caplog.text
     assert TritonGpu.unusable(torch.device("xpu")) == "no kernel was built for xpu devices"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TritonGpu.unusable(torch.device("cuda")) == "torch finds no such device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert (
         TritonGpu.unusable(torch.device("cuda")) == "the GPU's compute capability is 7.5, the kernels want 8.0 or newer"
