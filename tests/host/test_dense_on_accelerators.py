@@ -129,3 +129,31 @@ def test_rules_may_want_floats(generated: Make, tmp_path: Path, place: str) -> N
     ours = load(packed_file(generated(Shape()), tmp_path / "packed.gguf"), place, rules_path=rules)
     assert not ours.on_accelerators.names() and not ours.loader.packed
     assert any(at.endswith("q_proj.weight") for at in ours.model.state_dict())
+
+
+@pytest.mark.parametrize("kwargs", ["gpu: float, cpu: float", "absorb_for_prefill: false"])
+@pytest.mark.parametrize("place", ["cpu", "emulated:0"])
+@torch.no_grad()
+def test_up_projections_that_attention_reads_are_floats(
+    generated: Make, tmp_path: Path, only_experts: Path, place: str, kwargs: str
+) -> None:
+    """Of a file that has them as one tensor, which a linear layer of its own could keep."""
+    path = packed_file(generated(without_choice("deepseek2-old-kv_b-q_lora-yarn")), tmp_path / "packed.gguf")
+    rules = tmp_path / "floats.yaml"
+    rules.write_text(
+        "- match: {name: '\\.experts$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.experts.HybriMoEExperts}\n  recursive: false\n"
+        "- match: {name: '\\.self_attn$'}\n"
+        f"  replace: {{class: hybrimoe_kt.operators.attention_mla.AbsorbedMLA, kwargs: {{{kwargs}}}}}\n"
+        "- match: {name: '_proj\\w*$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.linear.QuantizedLinear}\n",
+        encoding="utf-8",
+    )
+    ours, floats = load(path, place, rules_path=rules), load(path, "cpu", rules_path=only_experts)
+    state = ours.model.state_dict()
+    assert any(at.endswith("kv_b_proj.weight") for at in state)
+    assert not any(at.endswith("o_proj.weight") for at in state)
+    wanted = logits_of(floats.model, PROMPT)
+    past = ours.model(input_ids=torch.tensor([PROMPT[:-1]]), use_cache=True).past_key_values
+    step = ours.model(input_ids=torch.tensor([PROMPT[-1:]]), past_key_values=past).logits[0, -1]
+    assert (step - wanted[-1]).norm() <= 0.05 * wanted[-1].norm()
