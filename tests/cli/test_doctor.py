@@ -308,7 +308,7 @@ def test_a_gpu_is_to_be_measured_first(capsys: pytest.CaptureFixture[str], embed
     assert found["verdict"]["next"] == f"hybrimoe calibrate --model {embedded_model}"
     gate = found["model"]["kinds"][0]["tensors"][0]
     assert gate["gpu_decode_kernel"].startswith("decode_gate_up (sm_86")
-    assert found["model"]["dense_dtype"] == "bfloat16" and found["model"]["dense_on"] == "cuda:0"
+    assert found["model"]["dense_dtype"] == "as in the file" and found["model"]["dense_on"] == "cuda:0"
     assert found["model"]["fits_accelerator"] and found["model"]["accelerator_expert_share"] == 1.0
 
 
