@@ -145,6 +145,17 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(generated: Make, m
     assert load_model(path, option_overrides=options, progress=False).plans["emulated"].context_tokens == largest
 
 
+def test_a_card_without_experts_is_planned_too(generated: Make) -> None:
+    """Experts may all be the CPU's, and the first layers of some families have none."""
+    path, options = generated(Shape(dense_type=Type.Q8_0)).path, BASE | {"accelerator": "none"}
+    ours = load_model(path, device="emulated:0", option_overrides=options, context_tokens=300, progress=False)
+    plan = ours.plans["emulated:0"]
+    assert plan.needs.packed_bytes and plan.needs.cache_bytes(300) and not plan.slots
+    with pytest.raises(CapacityError, match=r"emulated:0 has 100\.0 MiB"):
+        load_model(path, device="emulated:0", option_overrides=options | {"card_bytes": "100MiB"}, progress=False)
+    assert not load_model(path, option_overrides=options, progress=False).plans
+
+
 def test_types_of_the_cache_count(generated: Make) -> None:
     plans = {
         name: load_model(
