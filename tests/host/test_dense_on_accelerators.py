@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybrimoe_kt import optimize_rules
 from hybrimoe_kt.engine.growing_cache import layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
@@ -157,3 +160,26 @@ def test_up_projections_that_attention_reads_are_floats(
     past = ours.model(input_ids=torch.tensor([PROMPT[:-1]]), use_cache=True).past_key_values
     step = ours.model(input_ids=torch.tensor([PROMPT[-1:]]), past_key_values=past).logits[0, -1]
     assert (step - wanted[-1]).norm() <= 0.05 * wanted[-1].norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3next", "deepseek3"])
+def test_packaged_rules_for_two_cards_give_the_same_model(
+    generated: Make, name: str, tmp_path: Path, only_experts: Path
+) -> None:
+    """The first layer on one emulated card, the rest on another; nothing but what no rule names stays floats."""
+    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
+    packaged = resources.files(optimize_rules).joinpath(f"{name}-multi-gpu.yaml").read_text(encoding="utf-8")
+    rules = tmp_path / "two.yaml"
+    first_half = re.sub(r"(\\\.layers\\\.)\(\\d\|[^)]*\)", r"\g<1>0", packaged)
+    rules.write_text(first_half.replace("cuda:", "emulated:"), encoding="utf-8")
+    options = {"cpu_backend": "torch_reference", "cache_size": "all"}
+    ours = load_model(path, rules_path=rules, option_overrides=options, progress=False)
+    places = ours.placement.places
+    assert places["model.layers.0"] == "emulated:0" and places["model.layers.1"] == places["lm_head"] == "emulated:1"
+    assert all(plan.needs.packed_bytes for plan in ours.plans.values()) and len(ours.plans) == 2
+    packed = sum(plan.needs.packed_bytes for plan in ours.plans.values())
+    assert abs(packed - ours.on_accelerators.device_bytes(torch.float32)) <= 0.02 * packed
+    held = {at for at, value in ours.model.state_dict().items() if value.ndim > 1}
+    assert {at for at in held if not at.endswith(tuple(FLOAT))} == set()
+    wanted = logits_of(load(path, "cpu", rules_path=only_experts).model, PROMPT)
+    assert (logits_of(ours.model, PROMPT) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
