@@ -171,22 +171,22 @@ def _refusal(
     has = f"{card} has {size_text(card_bytes)}{context}"
     dense = f"dense weights of {size_text(needs.dense_bytes)}"
     slots = f" and {size_text(asked_bytes)} of slots" if asked_bytes else ""
-    least = min(_LEAST_CONTEXT_TOKENS, limit)
-    if needs.dense_bytes + needs.context_bytes > card_bytes:
+    least, there = min(_LEAST_CONTEXT_TOKENS, limit), needs.dense_bytes + needs.context_bytes
+    if there > card_bytes:
         return (
             f"the dense weights take {size_text(needs.dense_bytes)}, {has}; take a larger card, several (a rule file "
             f"divides layers), a file of fewer bits, or --accelerator none"
         )
     if largest < least:
         return (
-            f"beside {dense}{slots}, steps and a context of {least} tokens take "
-            f"{size_text(needs.num_bytes(least) - needs.dense_bytes)}, {has}; give a smaller cache_size, "
+            f"beside {dense}{slots}, steps, what stays free and a context of {least} tokens take "
+            f"{size_text(needs.num_bytes(least) - there)}, {has}; give a smaller cache_size, "
             f"--chunk_size or reserve_bytes, or --accelerator none"
         )
     if is_named and largest < limit:
         return (
             f"a context of {limit} tokens, its steps and what stays free take "
-            f"{size_text(needs.num_bytes(limit) - needs.dense_bytes)} beside {dense}{slots}, {has}; the largest that "
+            f"{size_text(needs.num_bytes(limit) - there)} beside {dense}{slots}, {has}; the largest that "
             f"fits is {largest} tokens"
         )
     return None

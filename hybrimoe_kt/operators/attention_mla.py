@@ -21,7 +21,7 @@ from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, score_bytes
 from hybrimoe_kt.errors import HostCompatibilityError
 
-from .linear import accelerator_arithmetic, check_cpu, is_computed_by_ggml
+from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
 
 __all__ = ["AbsorbedMLA"]
 
@@ -105,6 +105,8 @@ class AbsorbedMLA(nn.Module):
                 self._up = None if up is None or up.refusal(self.arithmetic) else up
         if self._up is not None:
             self.kv_b_proj = None
+        else:
+            setattr(self.kv_b_proj, READ_AS_FLOATS, True)
         object.__setattr__(self, "_stock", orig_module)
 
     def _packed_up(self, gguf_loader: Any, split: Callable[..., _Up], fused: Callable[..., _Up]) -> _Up | None:

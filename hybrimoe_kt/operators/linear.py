@@ -18,9 +18,11 @@ from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.errors import ConfigError, unknown_name
 
-__all__ = ["QuantizedLinear", "accelerator_arithmetic", "is_computed_by_ggml"]
+__all__ = ["READ_AS_FLOATS", "QuantizedLinear", "accelerator_arithmetic", "is_computed_by_ggml"]
 
 CPU_ARITHMETIC = ("ggml", "float")
+READ_AS_FLOATS = "is_read_as_floats"
+"""An attribute of a linear layer whose weight others read, so that it has to be floats."""
 
 
 def check_cpu(name: str) -> None:
@@ -74,7 +76,8 @@ class QuantizedLinear(nn.Module):
         self._product: PackedProduct | None = None
         self._by_accelerator: Callable[[torch.Tensor], torch.Tensor] | None = None
         by_ggml = is_computed_by_ggml(cpu, generate_device)
-        if hasattr(gguf_loader, "packed_weight") and (by_ggml or self.arithmetic != "float"):
+        may_be_packed = by_ggml or self.arithmetic != "float"
+        if hasattr(gguf_loader, "packed_weight") and may_be_packed and not hasattr(orig_module, READ_AS_FLOATS):
             asked = f"{key}.weight", (self.out_features, self.in_features)
             refuses = () if by_ggml else (partial(refusal, arithmetic=self.arithmetic),)
             self.packed = gguf_loader.packed_weight(*asked, *refuses)

@@ -550,3 +550,9 @@ def test_a_card_that_is_too_small(capsys: pytest.CaptureFixture[str], embedded_m
     assert re.match(said, found["model"]["plan"]["refusal"]) and re.search(said, found["verdict"]["text"])
     assert doctor.main(["--model", str(embedded_model), "--card_bytes", "513MiB"]) == 0
     assert "take a larger card" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_card_that_is_larger_than_the_one_here(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
+    plan = report(capsys, "--model", str(embedded_model), "--card_bytes", "80GiB")["model"]["plan"]
+    assert plan["card_bytes"] == 80 * 2**30

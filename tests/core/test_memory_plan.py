@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from hybrimoe_kt.core.card_needs import CardNeeds, Kept
 from hybrimoe_kt.core.memory_plan import DEFAULT_CONTEXT_TOKENS, MemoryPlan, plan_card, slots_for
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, StepShape, score_bytes
 from hybrimoe_kt.errors import CapacityError
-from hybrimoe_kt.sizes import CacheSize
+from hybrimoe_kt.sizes import CacheSize, size_text
 
 STEP = StepShape(chunk_tokens=512, value_bytes=2, hidden=1024, vocabulary=5000, projected=3000, repeated=2000)
 NEEDS = CardNeeds(
@@ -99,13 +100,19 @@ def test_slots_that_were_asked_for_leave_less_for_the_context() -> None:
 def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
     with pytest.raises(CapacityError, match=r"dense weights take 382\.4 MiB, cuda has 286\.1 MiB"):
         plan(300_000_000)
-    with pytest.raises(CapacityError, match=r"382\.4 MiB, steps and a context of 256 tokens take .*cuda has 391"):
+    with pytest.raises(
+        CapacityError, match=r"382\.4 MiB, steps, what stays free and a context of 256 tokens take .*cuda has 391"
+    ):
         plan(410_000_000)
     with pytest.raises(CapacityError, match=r"a context of 50000 tokens, .* the largest that fits is \d+ tokens$"):
         plan(600_000_000, 50_000)
     refused = replace(NEEDS, context_bytes=20 * 2**20)
     with pytest.raises(CapacityError, match=r"382\.4 MiB, cuda has 392\.0 MiB, 20\.0 MiB of it for CUDA's context"):
         plan_card("cuda", NEEDS.dense_bytes + 10_000_000, refused, size=AUTO, most_tokens=9)
+    lacking = refused.num_bytes(256) - 10_000_000
+    needed = size_text(refused.num_bytes(256) - refused.dense_bytes - refused.context_bytes)  # which is told apart
+    with pytest.raises(CapacityError, match=rf"tokens take {re.escape(needed)}, cuda has .* 20\.0 MiB of it for CUDA"):
+        plan_card("cuda", lacking, refused, size=AUTO, most_tokens=50_000)
     assert not plan(300_000_000, refuses=False).fits
     assert plan(300_000_000, refuses=False).left_bytes == 0
 

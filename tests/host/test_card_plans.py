@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(generated: Make, m
     path = generated(Shape(context=4096)).path
     with pytest.raises(CapacityError, match=r"the dense weights take .* MiB, emulated has 100\.0 KiB,.* larger"):
         load_model(path, option_overrides=BASE | {"card_bytes": "100KiB"}, progress=False)
-    with pytest.raises(CapacityError, match=r"beside dense weights .* and a context of 256 tokens take 77"):
+    with pytest.raises(CapacityError, match=r"beside dense weights .* and a context of 256 tokens take 25"):
         load_model(path, option_overrides=BASE | {"card_bytes": CARD}, progress=False)
     options = BASE | {"card_bytes": CARD + 6 * 2**20}
     with pytest.raises(CapacityError, match=r"a context of 4000 .* the largest that fits is (\d+) tokens") as said:
@@ -143,6 +143,17 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(generated: Make, m
     loaded = load_model(path, option_overrides=options, context_tokens=largest, progress=False)
     assert loaded.plans["emulated"].context_tokens == largest
     assert load_model(path, option_overrides=options, progress=False).plans["emulated"].context_tokens == largest
+
+
+def test_a_card_without_experts_is_planned_too(generated: Make) -> None:
+    """Experts may all be the CPU's, and the first layers of some families have none."""
+    path, options = generated(Shape(dense_type=Type.Q8_0)).path, BASE | {"accelerator": "none"}
+    ours = load_model(path, device="emulated:0", option_overrides=options, context_tokens=300, progress=False)
+    plan = ours.plans["emulated:0"]
+    assert plan.needs.packed_bytes and plan.needs.cache_bytes(300) and not plan.slots
+    with pytest.raises(CapacityError, match=r"emulated:0 has 100\.0 MiB"):
+        load_model(path, device="emulated:0", option_overrides=options | {"card_bytes": "100MiB"}, progress=False)
+    assert not load_model(path, option_overrides=options, progress=False).plans
 
 
 def test_types_of_the_cache_count(generated: Make) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybrimoe_kt import optimize_rules
 from hybrimoe_kt.engine.growing_cache import layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
@@ -129,3 +132,54 @@ def test_rules_may_want_floats(generated: Make, tmp_path: Path, place: str) -> N
     ours = load(packed_file(generated(Shape()), tmp_path / "packed.gguf"), place, rules_path=rules)
     assert not ours.on_accelerators.names() and not ours.loader.packed
     assert any(at.endswith("q_proj.weight") for at in ours.model.state_dict())
+
+
+@pytest.mark.parametrize("kwargs", ["gpu: float, cpu: float", "absorb_for_prefill: false"])
+@pytest.mark.parametrize("place", ["cpu", "emulated:0"])
+@torch.no_grad()
+def test_up_projections_that_attention_reads_are_floats(
+    generated: Make, tmp_path: Path, only_experts: Path, place: str, kwargs: str
+) -> None:
+    """Of a file that has them as one tensor, which a linear layer of its own could keep."""
+    path = packed_file(generated(without_choice("deepseek2-old-kv_b-q_lora-yarn")), tmp_path / "packed.gguf")
+    rules = tmp_path / "floats.yaml"
+    rules.write_text(
+        "- match: {name: '\\.experts$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.experts.HybriMoEExperts}\n  recursive: false\n"
+        "- match: {name: '\\.self_attn$'}\n"
+        f"  replace: {{class: hybrimoe_kt.operators.attention_mla.AbsorbedMLA, kwargs: {{{kwargs}}}}}\n"
+        "- match: {name: '_proj\\w*$'}\n"
+        "  replace: {class: hybrimoe_kt.operators.linear.QuantizedLinear}\n",
+        encoding="utf-8",
+    )
+    ours, floats = load(path, place, rules_path=rules), load(path, "cpu", rules_path=only_experts)
+    state = ours.model.state_dict()
+    assert any(at.endswith("kv_b_proj.weight") for at in state)
+    assert not any(at.endswith("o_proj.weight") for at in state)
+    wanted = logits_of(floats.model, PROMPT)
+    past = ours.model(input_ids=torch.tensor([PROMPT[:-1]]), use_cache=True).past_key_values
+    step = ours.model(input_ids=torch.tensor([PROMPT[-1:]]), past_key_values=past).logits[0, -1]
+    assert (step - wanted[-1]).norm() <= 0.05 * wanted[-1].norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3next", "deepseek3"])
+def test_packaged_rules_for_two_cards_give_the_same_model(
+    generated: Make, name: str, tmp_path: Path, only_experts: Path
+) -> None:
+    """The first layer on one emulated card, the rest on another; nothing but what no rule names stays floats."""
+    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
+    packaged = resources.files(optimize_rules).joinpath(f"{name}-multi-gpu.yaml").read_text(encoding="utf-8")
+    rules = tmp_path / "two.yaml"
+    first_half = re.sub(r"(\\\.layers\\\.)\(\\d\|[^)]*\)", r"\g<1>0", packaged)
+    rules.write_text(first_half.replace("cuda:", "emulated:"), encoding="utf-8")
+    options = {"cpu_backend": "torch_reference", "cache_size": "all"}
+    ours = load_model(path, rules_path=rules, option_overrides=options, progress=False)
+    places = ours.placement.places
+    assert places["model.layers.0"] == "emulated:0" and places["model.layers.1"] == places["lm_head"] == "emulated:1"
+    assert all(plan.needs.packed_bytes for plan in ours.plans.values()) and len(ours.plans) == 2
+    packed = sum(plan.needs.packed_bytes for plan in ours.plans.values())
+    assert abs(packed - ours.on_accelerators.device_bytes(torch.float32)) <= 0.02 * packed
+    held = {at for at, value in ours.model.state_dict().items() if value.ndim > 1}
+    assert {at for at in held if not at.endswith(tuple(FLOAT))} == set()
+    wanted = logits_of(load(path, "cpu", rules_path=only_experts).model, PROMPT)
+    assert (logits_of(ours.model, PROMPT) - wanted).abs().max() <= 1e-5 * wanted.abs().max()

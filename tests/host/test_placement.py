@@ -37,15 +37,21 @@ def qwen(**changes: object) -> torch.nn.Module:
     ).eval()
 
 
-def placed(model: torch.nn.Module, tmp_path: Path, *rules: tuple[str, str]) -> Placement:
+def placed(model: torch.nn.Module, tmp_path: Path, *rules: tuple[str, str], default: str = "cpu") -> Placement:
     file = tmp_path / "rules.yaml"
     file.write_text("".join(RULE.format(name, device, device) for name, device in rules))
-    injections = rule_engine.match_modules(model, rule_engine.load_rules(file), default_device="cpu")
-    return place_modules(model, injections, "cpu")[0]
+    injections = rule_engine.match_modules(model, rule_engine.load_rules(file), default_device=default)
+    return place_modules(model, injections, default)[0]
 
 
 def halves(model: torch.nn.Module, tmp_path: Path) -> Placement:
     return placed(model, tmp_path, (FIRST_HALF, "emulated:0"), (SECOND_HALF, "emulated:1"))
+
+
+def test_the_cpu_is_not_an_emulated_accelerator(tmp_path: Path) -> None:
+    placement = placed(qwen(), tmp_path, (r"^model\.layers\.1(\.|$)", "cpu"), default="emulated:0")
+    assert placement.places["model.layers.1"] == "cpu"
+    assert placement.places["model.layers.0"] == placement.default == "emulated:0"
 
 
 def test_rules_place_whole_layers(tmp_path: Path) -> None:

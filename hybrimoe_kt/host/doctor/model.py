@@ -77,7 +77,8 @@ def _plan(
         return None
     gpu = gpu_backend(DEFAULT_GPU if device is None or machine["gpu_kernels"]["runs"] else FALLBACK_GPU)
     name, place = (device["name"], device["name"]) if free is not None and device else ("emulated", "cpu")
-    card = Card(name, torch.device(place), free or 0, gpu, _capability(machine) or _ASSUMED, refuses=False)
+    is_free = card_bytes or free or 0  # one that is named need not be here
+    card = Card(name, torch.device(place), is_free, gpu, _capability(machine) or _ASSUMED, refuses=False)
     context = Context(tokens, "auto", torch.bfloat16)
     return plan_of(path, changes, card, context, {"card_bytes": card_bytes})
 

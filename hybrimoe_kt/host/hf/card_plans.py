@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_kt.accelerators import numbered
+from hybrimoe_kt.accelerators import is_host, numbered
 from hybrimoe_kt.backends.gpu_dense import workspace_bytes
 from hybrimoe_kt.backends.registry import cpu_backend, gpu_class
+from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
+from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
@@ -104,22 +106,30 @@ def _place_of_tensor(name: str, placement: Placement, *, is_tied: bool) -> str:
     return placement.place_of(f"model.layers.{block[1]}.weight" if block else "lm_head.weight")
 
 
-def cards_of(experts: ModelExperts) -> dict[str, Card]:
-    """Return the accelerators that experts name, as they are now, by that name."""
-    found = {name: choose_accelerator(name) for name in dict.fromkeys(experts.accelerator_of.values())}
-    backend = experts.options.gpu_backend
-    return {
-        name: Card(
-            device.name,
-            device.device,
-            device.auto_budget_bytes(0),
-            gpu_class(backend, device.device),
-            _capability(device.device),
-            refuses=device.device.type != "cpu" or bool(experts.options.card_bytes),
-        )
-        for name, device in found.items()
-        if device is not None
-    }
+def cards_of(experts: ModelExperts, placement: Placement) -> dict[str, Card]:
+    """Return the accelerators that experts name, by that name, and others that layers stand on, as they are now."""
+    cards: dict[str, Card] = {}
+    for name in dict.fromkeys(experts.accelerator_of.values()):
+        device = choose_accelerator(name)
+        if device is not None:
+            cards[name] = _card(device, experts.options)
+    for place in dict.fromkeys(placement.places.values()):
+        is_known = is_host(place) or any(card.holds(place, placement) for card in cards.values())
+        device = None if is_known or numbered(place) is None else choose_accelerator(place)
+        if device is not None:
+            cards[place] = _card(device, experts.options)
+    return cards
+
+
+def _card(device: Accelerator, options: ExpertOptions) -> Card:
+    return Card(
+        device.name,
+        device.device,
+        device.auto_budget_bytes(0),
+        gpu_class(options.gpu_backend, device.device),
+        _capability(device.device),
+        refuses=device.device.type != "cpu" or bool(options.card_bytes),
+    )
 
 
 def plan_model(
@@ -132,11 +142,11 @@ def plan_model(
 ) -> dict[str, MemoryPlan]:
     """Plan what the rules made of a model without weights: `parameters` are its floats, the loader has what is packed.
 
-    On the accelerators that experts name, unless `cards` are given.
+    On the accelerators that experts name and layers stand on, unless `cards` are given.
     """
     packed, config = source.loader.packed, source.config
     dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
-    cards = cards_of(experts) if cards is None else cards
+    cards = cards_of(experts, placement) if cards is None else cards
     has_kernels = packed and any(card.device.type != "cpu" for card in cards.values())
     width = max(_heads_of(matrix, config) * matrix.columns for matrix in packed.values()) if has_kernels else 0
     linear_bytes = workspace_bytes(width, context.dtype) if width else 0

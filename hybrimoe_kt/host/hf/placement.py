@@ -105,7 +105,7 @@ def _deciding(path: str, unit: nn.Module, injections: Mapping[str, Injection]) -
 
 def _place(name: str | None, default: str) -> str | None:
     """The place a rule means by `name`; None if this machine has no such device."""
-    if name is None or name in (default, device_at(default).type):
+    if name is None or name == default or (name != "cpu" and name == device_at(default).type):
         return default
     device = numbered(name)
     if name == "cpu" or (device is not None and device.torch_type == "cpu"):
