@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from hybrimoe_kt.device.dense_matrices import DenseMatrices
-from hybrimoe_kt.device.packed import PackedWeight
+from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ConfigError, KernelError, summary, unknown_name
 from hybrimoe_kt.kernels.failures import launch_failures
 from hybrimoe_kt.quants import TYPES
@@ -24,13 +26,17 @@ __all__ = [
     "DenseProduct",
     "DenseSpaces",
     "arithmetic_on",
+    "can_multiply",
     "check_gpu",
     "product_of",
     "refusal",
     "workspace_bytes",
 ]
 
+logger = logging.getLogger(__name__)
+
 GPU_ARITHMETIC = ("auto", "triton", "torch", "float")
+_Q8_0 = 8
 _MOST_MATRICES = 3
 """That one launch of `kernels.linear` takes."""
 _MAX_BYTES = 1 << 31
@@ -70,6 +76,26 @@ def arithmetic_on(device: torch.device, name: str) -> str:
     if device.type == "cpu":
         return "torch"
     return "float" if reason is not None else "triton"
+
+
+@functools.cache
+def can_multiply(device: torch.device) -> bool:
+    """Whether the kernels multiply on a GPU, by trying; a warning says why not.
+
+    Triton builds them when they are first launched, with a C compiler that a machine may lack.
+    """
+    if TritonGpu.unusable(device) is not None:
+        return False
+    try:
+        data = torch.zeros(34, dtype=torch.uint8, device="cpu")
+        matrices = DenseMatrices([PackedWeight((PackedMatrix("a try", data, _Q8_0, 1, 32),))])
+        matrices.load(device)
+        multiply = _by_kernels(matrices, DenseSpaces(torch.bfloat16), None, 1)
+        multiply(torch.ones(1, 32, dtype=torch.bfloat16, device=device)).cpu()
+    except Exception as error:  # whatever a compiler or driver may raise
+        logger.warning("dense weights become floats on %s, as its kernels cannot be built: %s", device, summary(error))
+        return False
+    return True
 
 
 def refusal(weight: PackedWeight, arithmetic: str) -> str | None:
@@ -159,6 +185,7 @@ def _by_torch(matrices: DenseMatrices, bias: torch.Tensor | None, heads: int) ->
             torch.matmul(given[:, head].float(), floats.t(), out=out[:, head])
         return out.flatten(1)
 
+    @torch.no_grad()
     def multiply(given: torch.Tensor) -> torch.Tensor:
         out = rows_of(given) if heads == 1 else by_head(given)
         return (out if bias is None else out + bias).to(given.dtype)
@@ -201,7 +228,9 @@ def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor
                     kernels.multiply(space, given, part)
                     out[:, begin : begin + rows] = part
         except launch_failures() as error:
-            raise KernelError(f"Triton cannot multiply by dense weights: {summary(error)}") from error
+            raise KernelError(
+                f"Triton cannot multiply by dense weights: {summary(error)}; --gpu_backend torch does without it"
+            ) from error
         return out
 
     return multiply

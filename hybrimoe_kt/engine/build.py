@@ -45,8 +45,6 @@ def build_engine(
     """
     if dtype not in DTYPES:
         raise ConfigError(unknown_name("dtype", dtype, DTYPES))
-    if context_tokens is not None and context_tokens < 1:
-        raise ConfigError(f"context_tokens is {context_tokens}, valid: 1 or more")
     _switch_cudnn_attention_off()
     overrides = option_overrides or {}
     device = _dense_device(overrides.get("accelerator", "auto"))

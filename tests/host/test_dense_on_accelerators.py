@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from hybrimoe_kt import optimize_rules
+from hybrimoe_kt.backends import gpu_dense
 from hybrimoe_kt.engine.growing_cache import layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.host.hf.injector import Injector
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from hybrimoe_kt.host.rules.injection import packaged_rules
+from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.linear import QuantizedLinear
+from tests.kernels.layers import DEVICE
 from tests.support.generated_model import Shape, Type
 from tests.support.rewritten import rewritten
 
@@ -183,3 +189,55 @@ def test_packaged_rules_for_two_cards_give_the_same_model(
     assert {at for at in held if not at.endswith(tuple(FLOAT))} == set()
     wanted = logits_of(load(path, "cpu", rules_path=only_experts).model, PROMPT)
     assert (logits_of(ours.model, PROMPT) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.kernels
+def test_a_gpu_whose_kernels_cannot_be_built_gets_floats(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_dense.TritonGpu, "unusable", lambda device: None)
+    gpu_dense.can_multiply.cache_clear()
+    made = Injector(packaged_rules("qwen3moe"), None, "cuda:0", {}, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(gpu_dense, "_by_kernels", lambda *_: lambda given: given)
+    monkeypatch.setattr(gpu_dense.DenseMatrices, "load", lambda self, device: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **given: torch.zeros(1))
+    assert made._arithmetic(QuantizedLinear, "cuda:0") == {}
+
+    def without_compiler(self: object, device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(gpu_dense.DenseMatrices, "load", without_compiler)
+    gpu_dense.can_multiply.cache_clear()
+    assert made._arithmetic(QuantizedLinear, "cuda:0") == made._arithmetic(AbsorbedMLA, "cuda:0") == {"gpu": "float"}
+    assert "dense weights become floats on cuda:0, as its kernels cannot be built: RuntimeError: Failed" in caplog.text
+    assert made._arithmetic(QuantizedEmbedding, "cuda:0") == made._arithmetic(QuantizedLinear, "cpu") == {}
+    doctor = Injector(packaged_rules("qwen3moe"), None, "cuda:0", {}, None, tries_kernels=False)  # type: ignore[arg-type]
+    assert doctor._arithmetic(QuantizedLinear, "cuda:0") == {}
+    gpu_dense.can_multiply.cache_clear()
+
+
+@pytest.mark.kernels
+def test_the_kernels_are_tried_where_they_run() -> None:
+    pytest.importorskip("triton")
+    assert gpu_dense.can_multiply(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "place", "wanted"),
+    [
+        ("torch", "cuda:0", {"gpu": "float"}),
+        ("torch_reference", "cuda:1", {"gpu": "float"}),
+        ("torch", "emulated:0", {}),
+        ("triton", "emulated:0", {"gpu": "triton"}),
+        ("triton", "cuda:0", {"gpu": "triton"}),
+    ],
+)
+def test_dense_weights_follow_the_experts_backend(backend: str, place: str, wanted: dict[str, str]) -> None:
+    made = Injector(packaged_rules("qwen3moe"), None, place, {"gpu_backend": backend}, None)  # type: ignore[arg-type]
+    assert made._arithmetic(QuantizedLinear, place) == wanted
+
+
+def test_a_context_of_no_tokens_is_refused(generated: Make) -> None:
+    with pytest.raises(ConfigError, match="context_tokens is -5, valid: 1 or more"):
+        load(generated(Shape()).path, context_tokens=-5)

@@ -23,18 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hybrimoe_kt.backends.ggml.library import choose_library
 from hybrimoe_kt.core.memory_plan import MemoryPlan
 from hybrimoe_kt.device.unused_memory import give_back_unused
-from hybrimoe_kt.errors import ModelError, first_line
+from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from hybrimoe_kt.host.card_plan import check_kv_widths
 from hybrimoe_kt.host.rules import injection as rule_engine
 from hybrimoe_kt.kv_cache_types import check_kv_cache_type
-from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
-from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
-from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.operators.stored_layer import StoredLayer
 from hybrimoe_kt.operators.stored_state import StoredState
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
@@ -47,8 +43,9 @@ from .architectures import Architecture
 from .card_plans import Card, Context, plan_model
 from .dense_layers import DenseModel, attach_dense_layers
 from .dense_upload import DenseOnAccelerators
+from .injector import Injector
 from .look_ahead import look_ahead, note_routers
-from .placement import Crossings, Placement, place_modules
+from .placement import Crossings, Placement
 from .sources import Source, open_source
 from .unused import Unused, unused_in
 
@@ -57,8 +54,6 @@ __all__ = ["LoadedModel", "load_model", "plan_of", "unused_of"]
 logger = logging.getLogger(__name__)
 
 _METHOD = "hybrimoe"
-_PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, GgmlLayer
-"""What asks where it will stand: weights stay as the file has them, and ggml or the accelerator's kernels compute."""
 
 
 @dataclass
@@ -117,66 +112,6 @@ class LoadedModel:
             if isinstance(module, HybriMoEExperts):
                 module.attach(runtime)
         look_ahead(self.model, runtime, self.architecture, runtime.options.prefetch_depth)
-
-
-class _Injector:
-    """Puts operators into a model as the rules say, and keeps what it decided for the last one it was given."""
-
-    def __init__(
-        self,
-        rules_file: Path,
-        loader: GgufLoader | CheckpointLoader,
-        device: str,
-        overrides: Mapping[str, Any],
-        kv_cache_type: str | None,
-    ) -> None:
-        """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers."""
-        self._kv_cache_type = kv_cache_type
-        self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
-        self._loader, self._device, self._overrides = loader, device, overrides
-        named = [overrides, *(rule.kwargs for rule in self._rules.rules)]
-        choose_library(str(next((options["ggml_library"] for options in named if "ggml_library" in options), "")))
-        self.experts = ModelExperts()
-        self.placement = Placement({}, device)
-        self.warnings: list[str] = []
-
-    def __call__(self, model: nn.Module) -> None:
-        injections = rule_engine.match_modules(model, self._rules, default_device=self._device)
-        self.warnings = [
-            f"{self._rules_file}:{rule.line}: rule {rule.number} matches no module of this model"
-            for rule in rule_engine.unused_rules(self._rules, injections)
-        ]
-        self.placement = self._placed(model, injections)
-        self.experts = ModelExperts(overrides=self._overrides)
-        rule_engine.inject(model, injections, gguf_loader=self._loader, config=model.config, construct=self._construct)
-        _untie_packed(model)
-
-    def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
-        if issubclass(cls, HybriMoEExperts):
-            return cls(**contract, experts=self.experts)
-        if issubclass(cls, _PLACED):
-            place = self.placement.place_of(f"{contract['key']}.weight")
-            kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
-            return cls(**self._arithmetic(cls) | contract | {"generate_device": place} | kept)
-        return cls(**contract)
-
-    def _arithmetic(self, cls: type[nn.Module]) -> dict[str, str]:
-        """Who multiplies on an accelerator where no rule says it: whoever the options name for the experts there."""
-        named = {"triton": "triton", "torch": "torch", "torch_reference": "torch"}
-        chosen = named.get(str(self._overrides.get("gpu_backend")))
-        return {"gpu": chosen} if chosen and issubclass(cls, QuantizedLinear | AbsorbedMLA) else {}
-
-    def _placed(self, model: nn.Module, injections: Mapping[str, rule_engine.Injection]) -> Placement:
-        device = self._device
-        placement, lacking = place_modules(model, injections, device)
-        if self._overrides.get("accelerator", "auto") != "auto" and placement.is_split:
-            self.warnings.append(
-                f"{self._rules_file} divides the layers; with --accelerator they all stand on {device}"
-            )
-            placement = Placement(dict.fromkeys(placement.places, device), device)
-        if lacking is not None:
-            self.warnings.append(_lacking_device(lacking, device))
-        return placement
 
 
 @register_quantization_config(_METHOD)
@@ -241,13 +176,15 @@ def load_model(
     layers keep. `context_tokens` are what an accelerator's memory is planned for, see `core.memory_plan`. `assemble`
     makes the runtime.
     """
+    if context_tokens is not None and context_tokens < 1:
+        raise ConfigError(f"context_tokens is {context_tokens}, valid: 1 or more")
     context = Context(context_tokens, kv_cache_type or "auto", dtype)
     check_kv_cache_type(context.kv_cache_type)
     source = open_source(gguf_path, model_path, metadata)
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
     named = None if kv_cache_type == "auto" else kv_cache_type
-    inject = _Injector(rules_file, loader, device, option_overrides or {}, named)
+    inject = Injector(rules_file, loader, device, option_overrides or {}, named)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -299,7 +236,7 @@ def plan_of(
     source = open_source(gguf_path, None, metadata)
     rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
     given = {**options, "accelerator": card.name}
-    inject = _Injector(rules_file, source.loader, str(card.device), given, None)
+    inject = Injector(rules_file, source.loader, str(card.device), given, None, tries_kernels=False)
     inject(skeleton)
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     return plan_model(source, inject.experts, inject.placement, parameters, context, {card.name: card})[card.name]
@@ -366,12 +303,6 @@ def _mismatched(model: nn.Module, parameters: Mapping[str, tuple[int, ...]]) -> 
     return sorted((name, found[name], shape) for name, shape in parameters.items() if found.get(name, shape) != shape)
 
 
-def _lacking_device(injection: rule_engine.Injection, device: str) -> str:
-    rule, named = injection.rule, injection.kwargs["generate_device"]
-    assert rule is not None, "what no rule decides is on the default device"
-    return f"rule {rule.number} (line {rule.line}) names {named}, which this machine lacks; taken as {device}"
-
-
 def _skeleton(config: Any) -> PreTrainedModel:
     """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
     try:
@@ -388,15 +319,6 @@ def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers that a file must provide: tied ones only once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: value for name, value in model.state_dict().items() if name not in tied}
-
-
-def _untie_packed(model: nn.Module) -> None:
-    """Forget that a head without floats shares the embedding's, or that it could: both then read the same tensor."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, owner in list(tied.items()):
-        if name not in stored or owner not in stored:
-            del tied[name]
 
 
 @contextlib.contextmanager
