@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from .targets import Target
@@ -24,6 +25,7 @@ __all__ = [
     "prefill_config",
     "prefill_configs",
     "quantize_config",
+    "shares_weights",
     "sort_config",
 ]
 
@@ -87,6 +89,18 @@ def few_configs(target: Target) -> tuple[FewConfig, ...]:
         FewConfig(rows=8, units=lanes, tokens=1, num_warps=4, form=form),
         FewConfig(rows=8, units=lanes, tokens=2 if target.name == "sm_120" else 4, num_warps=4, form=form),
     )
+
+
+_ONE_TOKEN = frozenset((20, 23))
+"""IQ4_NL and IQ4_XS: with their tables in registers as well, 8 bytes would spill on sm_80 to sm_90."""
+
+
+def shares_weights(types: Collection[int]) -> bool:
+    """Whether matrices of these types, by GGML's numbers, are unpacked once for several tokens.
+
+    Three loops, one a type, would spill.
+    """
+    return len(types) < 3 and _ONE_TOKEN.isdisjoint(types)
 
 
 def few_config(target: Target, num_rows: int, num_units: int, num_tokens: int) -> FewConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .configs import FewConfig, few_config, many_config, quantize_config
+from .configs import FewConfig, few_config, many_config, quantize_config, shares_weights
 from .linear_few import linear_few
 from .linear_many import linear_many
 from .quantize_rows import quantize_rows
@@ -44,7 +44,7 @@ class LinearKernels:
         _check(self.memory, self.matrices, self.heads, self.bias)
         columns, rows = self.matrices[0].columns, sum(matrix.rows for matrix in self.matrices)
         units = max(columns // matrix.type.unit.values for matrix in self.matrices if matrix.type.unit)
-        several = len(self.matrices) < 3  # the loops of three types spill with several tokens a program
+        several = shares_weights([matrix.type.number for matrix in self.matrices])
         few = tuple(few_config(self.target, rows, units, 1 + more * several) for more in range(DECODE_TOKENS))
         for name, value in (("total_rows", rows), ("columns", columns), ("_few", few)):
             object.__setattr__(self, name, value)

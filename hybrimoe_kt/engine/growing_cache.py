@@ -82,9 +82,8 @@ class _QuantizedLayer(DynamicLayer):
             states.length += max(-states.length, min(0, tokens_to_remove))
 
     def reset(self) -> None:
-        """Forget all tokens."""
-        for states in self._held:
-            states.forget()
+        """Forget all tokens; the memory stays for the next conversation."""
+        self.crop(-self.get_seq_length())
 
 
 def growing_cache(

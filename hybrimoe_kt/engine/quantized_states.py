@@ -47,10 +47,6 @@ class QuantizedStates:
         out = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
         return torch.mul(numbers, scales, out=out).flatten(-2)
 
-    def forget(self) -> None:
-        """Hold nothing, and no memory: what comes next may be of another batch."""
-        self.length, self._numbers, self._scales = 0, None, None
-
     @property
     def num_bytes(self) -> int:
         """Memory taken."""

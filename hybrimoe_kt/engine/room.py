@@ -18,7 +18,8 @@ def with_room(room: torch.Tensor | None, length: int, new: torch.Tensor, most_to
     memory was planned, it is not for more than these.
     """
     wanted = length + new.shape[-2]
-    if room is not None and room.shape[-2] >= wanted and room.dtype == new.dtype and room.device == new.device:
+    fits = room is not None and room.shape[-2] >= wanted and room.shape[:-2] == new.shape[:-2]
+    if fits and room is not None and room.dtype == new.dtype and room.device == new.device:
         return room
     capacity = max(wanted + _LEAST_ROOM, int(wanted * _GROWTH))
     if most_tokens is not None and wanted <= most_tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrimoe_kt.kernels.configs import FewConfig, few_configs, many_configs
+from hybrimoe_kt.kernels.configs import FewConfig, few_configs, many_configs, shares_weights
 from hybrimoe_kt.kernels.targets import Target
 from hybrimoe_kt.quants import TYPES, QuantType, kernel_types
 
@@ -23,7 +23,8 @@ def linear_cases(target: Target) -> list[Case]:
 
 def _few(target: Target) -> Iterator[Case]:
     for config in few_configs(target):
-        for form in kernel_types():
+        forms = [form for form in kernel_types() if config.tokens == 1 or shares_weights([form.number])]
+        for form in forms:
             for x in ("fp32", "fp16", "bf16") if form.is_float else ("fp32",):
                 yield _few_case(target, config, (form,), x)
     for config in few_configs(target)[-2:]:
