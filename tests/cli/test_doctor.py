@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -21,42 +20,13 @@ from hybrimoe_kt.cli import doctor, tools
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.device.calibrate import machine_name, profile_path
 from hybrimoe_kt.errors import HostCompatibilityError, ModelError
-from hybrimoe_kt.host import last_runs
 from hybrimoe_kt.host.doctor import machine as machine_report
 from hybrimoe_kt.runtime.assembly import make_cpu_backend
-from hybrimoe_kt.runtime.health import AcceleratorHealth, Health
+from tests.cli.doctor_machine import GPU, devices, no_profile_no_gpu, report, with_gpu
+
+__all__ = ["no_profile_no_gpu", "with_gpu"]  # fixtures
 
 Type = GGMLQuantizationType
-GPU = {
-    "name": "cuda:0",
-    "model": "A [test] GPU",
-    "memory_free_bytes": 20 * 2**30,
-    "memory_total_bytes": 24 * 2**30,
-    "compute_capability": "8.6",
-    "architecture": None,
-    "problem": None,
-}
-
-
-@pytest.fixture(autouse=True)
-def _no_profile_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The machine under test has neither, whatever the tests run on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(last_runs, "state_path", lambda: tmp_path / "last-runs.json")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("hybrimoe_kt.device.choose.choose_accelerator", lambda name: None)
-    _devices(monkeypatch)
-
-
-def _devices(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, Any], driver: bool = False) -> None:
-    found = {"torch_built_for": "CPU", "nvidia_driver": driver, "devices": list(devices), "problem": None}
-    monkeypatch.setattr(machine_report, "inspect_accelerators", lambda: found)
-
-
-@pytest.fixture
-def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    _devices(monkeypatch, GPU)
-    monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
 
 
 @pytest.fixture
@@ -77,12 +47,6 @@ def without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """ggml is there anyhow; of kt-kernel nothing is called."""
     monkeypatch.setattr(kt_kernel_pool, "unusable", lambda: None)
-
-
-def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert doctor.main([*arguments, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def write_model(path: Path, *layers: tuple[Type, Type, Type], hidden: int = 256, inter: int = 512) -> str:
@@ -254,7 +218,7 @@ def test_a_missing_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     pytest.importorskip("kt_kernel")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert report(capsys)["verdict"]["findings"] == []  # nothing would use it
-    _devices(monkeypatch, GPU)
+    devices(monkeypatch, GPU)
     found = report(capsys)
     assert found["libraries"]["triton"] == {"version": None, "wanted": None, "problem": "not installed"}
     assert found["gpu_kernels"]["problem"] == "Triton is not installed (pip install triton)"
@@ -270,7 +234,7 @@ def test_how_dense_weights_are_kept(capsys: pytest.CaptureFixture[str], monkeypa
 
     monkeypatch.setenv("COLUMNS", "200")
     assert said() == "as in the file on the CPU"
-    _devices(monkeypatch, GPU)
+    devices(monkeypatch, GPU)
     assert said() == "as in the file on the CPU, floats on the GPU"
     monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
     assert said() == "as in the file on the CPU, as in the file on the GPU"
@@ -331,7 +295,7 @@ def test_a_driver_that_this_torch_cannot_use(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("kt_kernel")
-    _devices(monkeypatch, driver=True)
+    devices(monkeypatch, driver=True)
     verdict = report(capsys)["verdict"]
     assert verdict["ready"] and verdict["next"] == "pip install '.[cuda]'"
 
@@ -427,7 +391,7 @@ def test_tables_fit_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     if gpu:
-        _devices(monkeypatch, GPU)
+        devices(monkeypatch, GPU)
         monkeypatch.setattr(TritonGpu, "unusable", lambda device: None)
     assert doctor.main(["--model", str(embedded_model)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -450,7 +414,7 @@ def test_ggml_reads_experts_of_any_width_in_place(
     file = write_model(tmp_path / "m.gguf", (Type.Q8_0, Type.Q8_0, Type.Q8_0), inter=inter)
     model = report(capsys, "--model", file)["model"]
     assert model["host_bytes"] == model["expert_bytes"] + model["dense_bytes"]
-    _devices(monkeypatch, GPU)
+    devices(monkeypatch, GPU)
     model = report(capsys, "--model", file)["model"]
     assert model["host_bytes"] == model["expert_bytes"]
 
@@ -464,95 +428,6 @@ def test_host_memory_of_experts_without_ggml(
     file = write_model(tmp_path / "m.gguf", (Type.Q8_0, Type.Q8_0, Type.Q8_0), inter=inter)
     model = report(capsys, "--model", file)["model"]
     assert model["host_bytes"] == int(copies * model["expert_bytes"]) + model["dense_bytes"]
-    _devices(monkeypatch, GPU)
+    devices(monkeypatch, GPU)
     model = report(capsys, "--model", file)["model"]
     assert model["host_bytes"] == model["expert_bytes"] + (int(copies * model["expert_bytes"]) if copies > 1 else 0)
-
-
-def note(**counts: Any) -> None:
-    last_runs.RunNote("a model").at_end(Health({"cuda": AcceleratorHealth(**counts)}))
-
-
-@pytest.mark.usefixtures("with_gpu")
-def test_what_the_last_run_came_to(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("kt_kernel")
-    note(failed_steps=3, shrunk=1, given_up=True, last_failure="CUDA error: an illegal memory access")
-    found = report(capsys)
-    run = found["last_runs"]["cuda"]
-    assert run.pop("date").startswith("20")
-    assert run == {
-        "model": "a model", "failed_steps": 3, "shrunk": 1, "given_up": True,
-        "last_failure": "CUDA error: an illegal memory access",
-    }  # fmt: skip
-    verdict = found["verdict"]
-    assert verdict["ready"] and verdict["text"] == (
-        "ready, but cuda was given up after 3 layer steps in its last run, and the CPU answered: "
-        "CUDA error: an illegal memory access"
-    )
-    assert verdict["next"] == "ktransformers --accelerator cuda --gpu_backend torch --verbose"
-    note()  # a clean run
-    assert report(capsys)["last_runs"] == {}
-
-
-@pytest.mark.usefixtures("with_gpu")
-def test_a_last_run_short_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("kt_kernel")
-    note(shrunk=2, last_failure="CUDA out of memory. Tried to allocate 2.00 GiB")
-    verdict = report(capsys)["verdict"]
-    assert "cuda ran out of memory in its last run; give a smaller --cache_size" in verdict["text"]
-
-
-def test_the_last_run_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    note(failed_steps=1, given_up=True, last_failure="CUDA error: an illegal memory access \x1b[2J was encountered")
-    assert doctor.main([]) == 0
-    shown = capsys.readouterr().out
-    assert "\x1b" not in shown
-    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith("next: "))
-    table = " ".join(shown.replace("│", " ").split())
-    assert "last run on cuda 1 failed step (CUDA error: an illegal memory access [2J was encountered), given" in table
-    assert "up; a model, 20" in table
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"accelerators": 3}', '{"accelerators": {"cuda": {"model": 1}}}'])
-def test_a_damaged_note_is_no_error(content: str, capsys: pytest.CaptureFixture[str]) -> None:
-    last_runs.state_path().write_text(content)
-    assert report(capsys)["last_runs"] == {}
-    note(failed_steps=1)
-    assert report(capsys)["last_runs"]["cuda"]["failed_steps"] == 1
-
-
-def test_where_the_memory_of_a_card_that_is_not_here_would_go(
-    capsys: pytest.CaptureFixture[str], embedded_model: Path
-) -> None:
-    given = ["--model", str(embedded_model), "--card-bytes", "2GiB", "--context-tokens", "600"]
-    plan = report(capsys, *given)["model"]["plan"]
-    assert (plan["card_bytes"], plan["context_tokens"], plan["refusal"]) == (2**31, 600, None)
-    assert plan["slots_per_layer"] == 32 and plan["expert_share"] == 1.0
-    assert sum(plan["lines"].values()) + plan["left_bytes"] == 2**31
-    assert doctor.main(given) == 0
-    shown = capsys.readouterr().out
-    assert "emulated, 2.0 GiB" in shown and "keys and values of 600 tokens" in shown
-    assert "slots: 32 a layer, 100.0% of the experts" in shown
-    assert report(capsys, "--model", str(embedded_model))["model"]["plan"] is None
-    with pytest.raises(SystemExit):
-        doctor.main(["--card_bytes", "much"])
-    assert "'much' is no size" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("with_gpu")
-def test_a_card_that_is_too_small(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
-    free = report(capsys, "--model", str(embedded_model))["model"]["plan"]
-    assert (free["card"], free["card_bytes"], free["context_tokens"]) == ("cuda:0", 20 * 2**30, 1024)
-    found = report(capsys, "--model", str(embedded_model), "--card_bytes", "513MiB")
-    assert not found["model"]["fits_accelerator"] and not found["verdict"]["ready"]
-    said = r"the dense weights take \S+ MiB, cuda:0 has 513\.0 MiB, 512\.0 MiB of it for CUDA's context"
-    assert re.match(said, found["model"]["plan"]["refusal"]) and re.search(said, found["verdict"]["text"])
-    assert doctor.main(["--model", str(embedded_model), "--card_bytes", "513MiB"]) == 0
-    assert "take a larger card" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.usefixtures("with_gpu")
-def test_a_card_that_is_larger_than_the_one_here(capsys: pytest.CaptureFixture[str], embedded_model: Path) -> None:
-    plan = report(capsys, "--model", str(embedded_model), "--card_bytes", "80GiB")["model"]["plan"]
-    assert plan["card_bytes"] == 80 * 2**30
