@@ -124,7 +124,7 @@ def workspace_bytes(width: int, dtype: torch.dtype) -> int:
 
 
 class DenseSpaces:
-    """One workspace a device for all products there, which take turns: allocated when all are known."""
+    """One workspace a device for all products there, which take turns."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         """`dtype` of the activations."""
@@ -145,10 +145,10 @@ class DenseSpaces:
             made = self._made[device] = Workspace(self._wanted[device], device)
         return made
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all devices together."""
-        return sum(self._wanted.values())
+    def prepare(self) -> None:
+        """Allocate all of it, now that every product is known: no step has to."""
+        for device in self._wanted:
+            self.on(device)
 
 
 def product_of(

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from hybrimoe_kt.backends.gpu_dense import DenseSpaces, product_of
 from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
 from hybrimoe_kt.device.dense_matrices import DenseMatrices
-from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
+from hybrimoe_kt.device.packed import PackedWeight
 from hybrimoe_kt.host.hf.dense_upload import DenseOnAccelerators
 from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.quants import kernel_types
@@ -77,7 +77,7 @@ def test_a_group_of_more_types_than_a_launch_takes() -> None:
     for number, (_, values) in enumerate(made):
         exact = given @ values.t().to(DEVICE) + (number == 0)
         assert relative_error(matrices.features(number, out), exact) < DECODE
-    assert spaces.num_bytes == spaces.on(DEVICE).memory.numel() > 0
+    assert spaces.on(DEVICE).memory.numel() == max(spaces._wanted.values()) > 0
 
 
 def test_rows_in_another_order_and_many_tokens() -> None:
@@ -118,9 +118,12 @@ def test_a_layer_as_rules_place_it() -> None:
     loader = PackedLoader({"m.o_proj.weight": PackedWeight((weight,))})
     stock = nn.Linear(COLUMNS, 40, bias=False)
     module.o_proj = QuantizedLinear("m.o_proj", loader, None, stock, generate_device=PLACE, gpu="triton")
-    DenseOnAccelerators(module).load(torch.float32, progress=False)
+    there = DenseOnAccelerators(module)
+    there.load(torch.float32, progress=False)
+    room = next(iter(there._spaces._made.values()))
     given = torch.randn(1, 2, COLUMNS, device=DEVICE)
     assert relative_error(module.o_proj(given)[0], given[0] @ values.t().to(DEVICE)) < DECODE
+    assert there._spaces.on(DEVICE) is room, "no step allocates what kernels write between each other"
 
 
 @pytest.mark.gpu
@@ -142,4 +145,3 @@ def test_a_step_can_be_captured() -> None:
 def test_matrices_are_where_kernels_can_read_them() -> None:
     matrices, _ = group(Type.Q8_0, Type.F16)
     assert all(offset % 16 == 0 for layout in matrices.layouts for offset in layout.offsets)
-    assert isinstance(matrices.weights[0].parts[0], PackedMatrix)

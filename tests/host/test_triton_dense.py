@@ -21,8 +21,11 @@ __all__ = ["only_experts"]  # a fixture
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here")
 
-PROMPT, TOKENS, WITHIN = list(range(40, 51)), 4, 0.05
-"""A prompt for the kernels of many tokens, and steps for those of one; errors over the logits' spread, measured"""
+PROMPT, TOKENS, WITHIN = list(range(40, 51)), 4, 0.1
+"""A prompt for the kernels of many tokens, and steps for those of one; the largest error over the logits' spread.
+
+Measured up to 0.067, over all types and architectures; in 122 of 144 steps the margin was larger.
+"""
 
 
 def load(path: Path, **options: object) -> LoadedModel:
@@ -46,7 +49,7 @@ def check(path: Path, rules: Path) -> LoadedModel:
             logits[name] = answer.logits[0, -1].float()
         wanted, found = logits["floats"], logits["ours"]
         error = (found - wanted).abs().max() / wanted.std()
-        assert error < WITHIN * 4, error
+        assert error < WITHIN, error
         best, second = wanted.topk(2).values
         if best - second > 2 * (found - wanted).abs().max():
             assert found.argmax() == wanted.argmax()

@@ -56,14 +56,9 @@ class DenseOnAccelerators:
         return found.union(*(up.names() for up in map(_of, self._up) if up is not None))
 
     def device_bytes(self, dtype: torch.dtype) -> int:
-        """Of all devices together, the kernels' workspace too once loaded; what has to be floats is `dtype`."""
+        """Of all devices together, without the kernels' workspace; what has to be floats is `dtype`."""
         packed = sum(group.matrices.num_bytes for group in self._groups)
         return packed + sum(up.device_bytes(dtype) for up in map(_of, self._up) if up is not None)
-
-    @property
-    def workspace_bytes(self) -> int:
-        """What the kernels write between each other, known once loaded."""
-        return self._spaces.num_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -76,7 +71,6 @@ class DenseOnAccelerators:
         from tqdm.auto import tqdm
 
         self._spaces = DenseSpaces(dtype)
-
         bar = tqdm(
             total=self.file_bytes, desc="dense weights", unit="B", unit_scale=True, unit_divisor=1024,
             disable=not (progress and self.file_bytes and sys.stderr.isatty()),
@@ -89,6 +83,7 @@ class DenseOnAccelerators:
                     up = _of(module)
                     assert up is not None, "chosen so"
                     up.load(device_at(module.place), dtype, module.arithmetic, self._spaces, bar.update)
+                self._spaces.prepare()
             except torch.OutOfMemoryError:
                 raise CapacityError(
                     f"the dense weights take {self.device_bytes(dtype) / 1e9:.2f} GB, which the accelerator has not "
