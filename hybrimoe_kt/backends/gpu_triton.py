@@ -7,6 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1 before Python starts), slowly, for test
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 from hybrimoe_kt.device.backend import GpuBackend, KernelRow, Routed
 from hybrimoe_kt.device.experts import ROLES, LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.errors import KernelError, summary
 from hybrimoe_kt.kernels.configs import decode_config, prefill_configs
 from hybrimoe_kt.kernels.failures import launch_failures
@@ -52,6 +54,7 @@ class TritonGpu(GpuBackend):
     name = "triton"
     answers_pairs = False
     finds_routed = True
+    decides_on_device = True
 
     def __init__(self, target: Target | None = None) -> None:
         """`target` overrides what the slots' device says."""
@@ -172,7 +175,7 @@ class TritonGpu(GpuBackend):
         try:
             with _current(kernels.memory.device):
                 if routed.hidden.shape[0] <= CHUNK_TOKENS:
-                    kernels.add(self._space, len(slots), slot_of, *routed[:3], out)
+                    opaque(functools.partial(kernels.add, self._space, len(slots), slot_of, *routed[:3], out))
                     return
                 for part, rows in zip(routed.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
                     kernels.add(self._space, len(slots), slot_of, *part[:3], rows)

@@ -17,6 +17,7 @@ and writes, as contiguous tensors; hardware ignores that, the emulators check it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from hybrimoe_kt.core.profile import Profile
 
 if TYPE_CHECKING:
     from .backend import CpuBackend, GpuBackend
+    from .step_graph import StepCapture, StepGraph
 
 __all__ = ["Accelerator", "Event", "HostStamp", "Stamp", "Stream"]
 
@@ -121,6 +123,18 @@ class Accelerator(Protocol):
         site: str,
     ) -> None:
         """Enqueue what `work` launches: it is called once, and everything it launches belongs to `stream`."""
+
+    def capture(self) -> StepCapture | None:
+        """What captures work of this device, with memory of its own for what it captures; None where nothing can."""
+
+    def marked_event(self) -> Event:
+        """Return a new event, never recorded, that a `StepCapture` can mark."""
+
+    def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        """Enqueue a captured piece of the model's own work on `compute`."""
+
+    def model_stream(self) -> AbstractContextManager[object]:
+        """Have `compute` be a stream that can be captured, behind and before what is given to it outside."""
 
     def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
         """Declare that the host touches these now; checked by emulators only."""

@@ -170,6 +170,8 @@ class GpuBackend(Protocol):
     """Whether `out` is `[num_tokens, top_k, hidden]` (pairs) rather than `[num_tokens, hidden]` (sum)."""
     finds_routed: bool
     """Whether a launch costs what is routed and not what is in `slots`, so that all of a layer may be named."""
+    decides_on_device: bool = False
+    """Whether a launch of one token enqueues the same whatever is in `slots`, so that it can be captured once."""
 
     @classmethod
     def unusable(cls, device: torch.device) -> str | None:

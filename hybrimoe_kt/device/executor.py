@@ -17,6 +17,7 @@ from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
+from .accelerator import Event
 from .activity import ActivityLog
 from .backend import CpuBackend, Routed
 from .lane import Lane
@@ -161,8 +162,11 @@ class Executor:
                 except DEVICE_ERRORS as error:
                     raise AcceleratorFailed(lane, error) from error
 
-    def join(self, plan: Plan, step: Step) -> torch.Tensor:
-        """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place."""
+    def join(self, plan: Plan, step: Step, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Wait for the CPU share and enqueue the sum; `[num_tokens, hidden]` in the model's dtype and place.
+
+        `into` as of `Lane.finish`; what the CPU alone answers does not go there.
+        """
         self.feed_links()
         is_own = self._answered is not None
         answer = self._wait_cpu(self.feed_links, plan.makespan_s) if plan.cpu else None
@@ -171,9 +175,13 @@ class Executor:
             assert answer is not None, "a plan computes at least one expert"
             return _to_model(answer, step.routed.hidden, is_own=is_own)
         try:
-            return lane.finish(step, answer, has_gpu=bool(plan.gpu))
+            return lane.finish(step, answer, has_gpu=bool(plan.gpu), into=into)
         except DEVICE_ERRORS as error:
             raise AcceleratorFailed(lane, error) from error
+
+    def wait(self, event: Event, what: str) -> None:
+        """Wait for an accelerator to come to `event`."""
+        self._deadline.wait(event.is_done, what)
 
     def compute_on_cpu(self, layer: int, step: Step) -> torch.Tensor:
         """Compute a whole step on the CPU, with plain copies: what is left when an accelerator fails."""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from .host_store import HostStore
 from .readback import Readback, Step
 from .slot_tables import SlotTables
 from .slots import LayerSlots, SlotPool
+from .step_graph import CapturedWork
 from .transfers import TransferQueue
 from .waiting import Deadline
 from .whole import WholeLayers
@@ -92,6 +93,11 @@ class Lane:
         self._shaped: _Views | None = None
         self._tables = SlotTables(accelerator, self._num_experts)
         self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
+        self._capture = accelerator.capture()
+        self._residents: dict[int, CapturedWork] = {}
+        """Layer -> the launch of its first group in captured steps."""
+        self._joins: dict[tuple[bool, bool, int], CapturedWork] = {}
+        """Which shares there are, and where their sum goes -> how they are added in captured steps."""
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -138,6 +144,20 @@ class Lane:
         self.whole.count(layer, step.routed.ids)
         return self.finish(step, None, has_gpu=True)
 
+    def capture_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
+        """Do as `run_whole` within a step that is being captured; its table has been sent before.
+
+        `routed` has its tensors in one piece each, weights in float32.
+        """
+        slots, views = self.pool.layers[layer], self._views(Step(routed, _NOTHING))
+        pairs, table = self.whole.table(layer, slot_of)
+        result = torch.empty_like(routed.hidden)
+        views.out.zero_()
+        self.gpu.launch(slots.key, pairs, table, routed, views.out)
+        self.whole.capture_count(layer, routed.ids)
+        _combine(views.out, None, views.total, result)
+        return result
+
     def _compact(self, routed: Routed) -> Routed:
         """Its tensors in one piece each, weights in float32."""
         weights = routed.weights
@@ -168,14 +188,16 @@ class Lane:
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         tables = self._tables.send(list(map(_PAIRS, launches)))
         out = self._views(step).out
-        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
+        is_replayed = self._replays(step) and launches[0].slots is own
+        if not is_replayed:
+            self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         if queue.waiting and layer in queue.direct:
             self._hasten(plan)
         if plan.transfers:
-            self._feed(plan, launches, through_slots, step, out, tables)
+            self._feed(plan, launches, through_slots, step, out, tables, is_replayed=is_replayed)
             return
-        for launch, table in zip(launches, tables, strict=True):
-            self._launch(layer, launch, table, step, out)
+        for number, (launch, table) in enumerate(zip(launches, tables, strict=True)):
+            self._launch(layer, launch, table, step, out, is_replayed=is_replayed and number == 0)
 
     def _feed(
         self,
@@ -185,6 +207,8 @@ class Lane:
         step: Step,
         out: torch.Tensor,
         tables: Sequence[torch.Tensor],
+        *,
+        is_replayed: bool,
     ) -> None:
         """Launch group by group, and start the transfers between them.
 
@@ -198,15 +222,31 @@ class Lane:
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            self._launch(plan.layer, launch, table, step, out)
+            self._launch(plan.layer, launch, table, step, out, is_replayed=is_replayed and number == 0)
+
+    def _replays(self, step: Step) -> bool:
+        """Whether a step's first launch, and the clearing before it, is captured: its tensors stay where they are."""
+        return step.sent is not None and self._capture is not None and self.gpu.decides_on_device
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
         arriving = {transfer.slot for transfer in plan.transfers}
         self.queue.hasten(plan.layer, [slot for slot in plan.slots.values() if slot not in arriving])
 
-    def _launch(self, layer: int, launch: _Launch, table: torch.Tensor, step: Step, out: torch.Tensor) -> None:
-        """Enqueue experts of `layer` after what is under way into their slots; `table` says on the device which."""
+    def _launch(
+        self,
+        layer: int,
+        launch: _Launch,
+        table: torch.Tensor,
+        step: Step,
+        out: torch.Tensor,
+        *,
+        is_replayed: bool = False,
+    ) -> None:
+        """Enqueue experts of `layer` after what is under way into their slots; `table` says on the device which.
+
+        What `is_replayed` clears `out` as well.
+        """
         slots, pairs = launch.slots, launch.pairs
         if slots.unsettled:
             for _, place in pairs:
@@ -216,9 +256,14 @@ class Lane:
         reads = [slots.memory] if is_whole else list(map(slots.views.__getitem__, map(_PLACE, pairs)))
         reads += (table, *step.routed[:3])
 
-        def work() -> None:
+        def launched() -> None:
+            if is_replayed:
+                out.zero_()
             self.gpu.launch(slots.key, pairs, table, step.routed, out)
 
+        work: Callable[[], object] = launched
+        if is_replayed and self._capture is not None:
+            work = self._residents.setdefault(layer, CapturedWork(self._capture, launched))
         compute = self.accelerator.compute
         before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
@@ -226,29 +271,42 @@ class Lane:
             self.log.launched(self.number, layer, launch.experts, before, self.accelerator.stamp(compute))
         compute.record(slots.read_done, "readers")
 
-    def finish(self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool) -> torch.Tensor:
+    def finish(
+        self, step: Step, cpu_answer: torch.Tensor | None, *, has_gpu: bool, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Enqueue the sum of both shares; returns `[num_tokens, hidden]` in the model's dtype, on its device.
 
-        Waits only where the model does not run on this accelerator's stream (emulated devices).
+        Waits only where the model does not run on this accelerator's stream (emulated devices), and not for what goes
+        `into` memory of the caller's, who then runs on that stream or asks for `hand_over`.
         """
         accelerator, views = self.accelerator, self._views(step)
         self.queue.close_plan()
-        result = torch.empty_like(step.routed.hidden)
+        result = torch.empty_like(step.routed.hidden) if into is None else into
         out = views.out if has_gpu else None
         cpu = self._send(views, cpu_answer) if cpu_answer is not None else None
         reads = [] if out is None else [out]
         if cpu is not None:
             reads.append(cpu)
 
-        def work() -> None:
+        def combined() -> None:
             _combine(out, cpu, views.total, result)
 
+        work: Callable[[], object] = combined
+        if into is not None and self._capture is not None and self._replays(step):
+            key = has_gpu, cpu is not None, result.data_ptr()
+            work = self._joins.setdefault(key, CapturedWork(self._capture, combined))
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
+        if into is None:
+            self.hand_over(result)
+        self.note_success()
+        return result
+
+    def hand_over(self, result: torch.Tensor) -> None:
+        """Make what `finish` has enqueued visible to a model that does not run on this accelerator's stream."""
+        accelerator = self.accelerator
         accelerator.compute.record(self._result, "result")
         accelerator.hand_over(self._result, self._deadline.wait)
         accelerator.on_host("result", reads=(result,))
-        self.note_success()
-        return result
 
     def _send(self, views: _Views, answer: torch.Tensor) -> torch.Tensor:
         """Bring the CPU's answer to the device through the outbox."""
@@ -297,6 +355,7 @@ class Lane:
     def resize(self, layer: int, num_slots: int) -> None:
         """Replace a layer's slots by `num_slots` empty ones; everything on the lane has been drained."""
         self.queue.drop_layer(layer)
+        self._residents.pop(layer, None)
         fresh = self.pool.resize(layer, num_slots)
         if fresh is not None:
             self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)

@@ -17,6 +17,8 @@ import torch
 
 from .accelerator import Accelerator, Event
 from .backend import Routed
+from .sent_routing import SentRouting
+from .step_graph import CapturedWork, StepCapture
 from .waiting import Deadline
 
 __all__ = ["Guesses", "Predict", "Readback", "Step", "ask", "on_host"]
@@ -75,6 +77,8 @@ class Step:
     scores: list[float] | None = None
     guesses: Guesses | None = None
     guessed: Event | None = None
+    sent: SentRouting | None = None
+    """Of a captured step: all of this stays where it is from token to token."""
 
     @classmethod
     def on_host(cls, routed: Routed, scores: torch.Tensor | None = None) -> Step:
@@ -160,6 +164,7 @@ class Readback:
         deadline: Deadline,
     ) -> None:
         self._accelerator, self._deadline = accelerator, deadline
+        self._num_experts = num_experts
         routed, scored = max_tokens * top_k * 8, num_experts * 4
         guessed = (routed + scored) * MAX_GUESSES
         sizes = (max_tokens * hidden * 4, routed, max_tokens * top_k * 4, scored, guessed)
@@ -169,6 +174,7 @@ class Readback:
         self._rooms: dict[tuple[int, ...], _Room] = {}
         self.gates = accelerator.stream("gates")
         self._turn = 0
+        self._captures_gates = accelerator.capture()
         self._router = f"the router's choice on {accelerator.name}"
         self._gates = f"the gates' guesses on {accelerator.name}"
 
@@ -188,8 +194,44 @@ class Readback:
         listed = views[3].tolist() if scores is not None else None
         return Step(routed, Routed(views[0].float(), views[1], views[2]), listed)
 
+    def sending(self, routed: Routed, scores: torch.Tensor | None) -> SentRouting:
+        """Make what sends a layer's routing from within a captured step; as `routed` and `scores` are."""
+        guess_bytes = (routed.ids.numel() * 8 + self._num_experts * 4) * MAX_GUESSES
+        return SentRouting(self._accelerator, routed, scores, guess_bytes)
+
+    def take(self, sent: SentRouting) -> Step:
+        """Wait for what a replay has sent."""
+        if not sent.sent.is_done():
+            self._deadline.wait(sent.sent.is_done, self._router)
+        self._accelerator.on_host("planning", reads=(sent.memory,))
+        scores = sent.read()
+        return Step(sent.routed, sent.host, scores, sent=sent)
+
+    def _ask_again(self, step: Step, sent: SentRouting, predict: Predict, capture: StepCapture) -> None:
+        """Replay the gates, which are captured when they are first asked."""
+        accelerator, gates = self._accelerator, self.gates
+        source, target = sent.guess_memory
+        hidden = step.routed.hidden
+        if sent.gates is None:
+            num_tokens, top_k = step.routed.ids.shape
+            shape = len(predict.layers), num_tokens, top_k, predict.num_experts
+            room = _Room(source, [target], shape)
+            ids, scores = room.on_device
+
+            def work() -> None:
+                predict(hidden, ids, scores)
+                room.targets[0].copy_(room.source, non_blocking=True)
+
+            sent.gates, sent.guesses = CapturedWork(capture, work), Guesses(predict.layers, *room.on_host[0])
+        accelerator.launch(gates, sent.gates, reads=(hidden,), writes=(source, target), site="gates")
+        gates.record(sent.guessed, "guesses read")
+        step.guesses, step.guessed = sent.guesses, sent.guessed
+
     def ask(self, step: Step, predict: Predict) -> None:
         """Enqueue the gates and their guesses' way to the host, for the step read last."""
+        if step.sent is not None and self._captures_gates is not None:
+            self._ask_again(step, step.sent, predict, self._captures_gates)
+            return
         accelerator, buffers, gates = self._accelerator, self._sets[self._turn], self.gates
         room = self._room_for(predict, step.routed.ids)
         ids, scores = room.on_device

@@ -1,10 +1,99 @@
-"""What a step enqueues, captured once and replayed: device work without the Python that asked for it."""
+"""What a step enqueues, captured once and replayed: device work without the Python that asked for it.
+
+A captured piece does again exactly what it did, with what its tensors hold by then. Whatever Python decided while it
+was captured - a shape, an address, a number - is part of it.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Protocol
 
-__all__ = ["opaque"]
+from hybrimoe_kt.errors import HybriMoEError
+
+from .accelerator import Event
+
+__all__ = ["CaptureError", "CapturedWork", "StepCapture", "StepGraph", "opaque"]
+
+logger = logging.getLogger(__name__)
+
+
+class CaptureError(HybriMoEError):
+    """A step cannot be captured; the message says what stands in the way."""
+
+
+class StepGraph(Protocol):
+    """A captured piece."""
+
+    def replay(self) -> object:
+        """Enqueue all of it once more, on the current stream; never waits."""
+
+
+class StepCapture(Protocol):
+    """Captures one piece after the other on the current stream, which is not the device's default one.
+
+    What lives from one piece to the next stays where it is, so pieces are replayed in the order of their capture.
+    """
+
+    def begin(self) -> None:
+        """Capture what is enqueued from now on; CaptureError where that cannot be."""
+
+    def end(self) -> StepGraph:
+        """End the piece and return it; it has been enqueued once. CaptureError for what cannot be replayed."""
+
+    def mark(self, event: Event) -> bool:
+        """Record `event` here in every replay; False where that can only be done behind the whole piece."""
+
+    def abort(self) -> None:
+        """Forget the piece that was begun, if one was: something in it has failed."""
+
+
+class CapturedWork:
+    """Work that is captured when it is first called, and replayed from then on; done as it is where that cannot be."""
+
+    __slots__ = ("_capture", "_graph", "_work")
+
+    def __init__(self, capture: StepCapture, work: Callable[[], object]) -> None:
+        self._capture, self._work = capture, work
+        self._graph: StepGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._graph = self._captured()
+        else:
+            self._graph.replay()
+
+    def _captured(self) -> StepGraph:
+        try:
+            self._capture.begin()
+            try:
+                self._work()
+            except BaseException:
+                self._capture.abort()
+                raise
+            return self._capture.end()
+        except CaptureError as refused:
+            logger.info("enqueued kernel by kernel: %s", refused)
+            self._work()
+            return _Uncaptured(self._work)
+
+
+class _Uncaptured:
+    """Replays by doing the work anew."""
+
+    __slots__ = ("replay",)
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.replay: Callable[[], object] = work
+
+
+class _Listener(Protocol):
+    def note(self, work: Callable[[], object]) -> None: ...
+
+
+listeners: list[_Listener] = []
+"""Who records just now, the innermost last."""
 
 
 def opaque(work: Callable[[], object]) -> None:
@@ -13,4 +102,7 @@ def opaque(work: Callable[[], object]) -> None:
     It is one unit to whoever records a step: called again at every replay, with whatever the tensors it was made with
     hold by then. It returns nothing, keeps their shapes and places, and decides nothing else.
     """
-    work()
+    if listeners:
+        listeners[-1].note(work)
+    else:
+        work()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from hybrimoe_kt.errors import CapacityError, ConfigError
 
 from .accelerator import Event, HostStamp, Stamp, Stream
 from .backend import CpuBackend, GpuBackend
+from .cuda_graphs import CudaCapture, MarkedEvent
 from .page_locks import LOCKS, Lock, fresh_pages
+from .step_graph import StepCapture, StepGraph
 
 __all__ = ["CudaDriver", "TorchAccelerator"]
 
@@ -135,6 +137,7 @@ class TorchAccelerator:
         self.compute: Stream = _CurrentStream(self.device)
         self._clock: _DeviceClock | None = None
         self._has_clock = True
+        self._model_stream: torch.cuda.Stream | None = None
 
     @classmethod
     def named(cls, name: str) -> TorchAccelerator:
@@ -211,6 +214,28 @@ class TorchAccelerator:
     ) -> None:
         with self._on(stream):
             work()
+
+    def capture(self) -> StepCapture | None:
+        return CudaCapture(self.device) if self.device.type == "cuda" else None
+
+    def marked_event(self) -> Event:
+        return MarkedEvent() if self.device.type == "cuda" else self.event()
+
+    def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        graph.replay()
+
+    @contextlib.contextmanager
+    def model_stream(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        if self._model_stream is None:
+            self._model_stream = torch.cuda.Stream(self.device)
+        own, outer = self._model_stream, torch.cuda.current_stream(self.device)
+        own.wait_stream(outer)
+        with torch.cuda.stream(own):
+            yield
+        outer.wait_stream(own)
 
     def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
         pass

@@ -62,6 +62,12 @@ class WholeLayers:
             known = self._tables[layer] = (list(slot_of), pairs, self._sender.send_one(slot_of))
         return known[1], known[2]
 
+    def capture_count(self, layer: int, ids: torch.Tensor) -> None:
+        """Count the experts of one token, within a step that is being captured; others have been counted before."""
+        assert self._counts is not None, "the step before was not captured"
+        self._last[layer] = ids
+        self._rows[self._place[layer]].index_add_(0, ids[0], self._ones)
+
     def count(self, layer: int, ids: torch.Tensor) -> None:
         """Count every expert of the step once, as hits are."""
         accelerator = self._accelerator

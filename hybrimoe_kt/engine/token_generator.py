@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from hybrimoe_kt.device.step_graph import CaptureError
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
-from .growing_cache import growing_cache, layer_bytes
+from .captured_loop import CapturedLoop, captured_loop
+from .growing_cache import GrowingCache, growing_cache, layer_bytes
 from .layer_loop import LayerLoop
 from .profiler import TimeShares
 from .prompt_scores import PromptScores
@@ -28,6 +29,8 @@ from .sampling import Sampling
 from .vocabulary import num_token_ids
 
 __all__ = ["Run", "TokenGenerator"]
+
+logger = logging.getLogger(__name__)
 
 _LONG_CONTEXT_TOKENS = 4096
 """From which on attention's reading of the cache takes longer than what its threads cost others: some 16 MB a layer of
@@ -74,18 +77,25 @@ class TokenGenerator:
         *,
         context_tokens: int | None = None,
         shares: TimeShares | None = None,
+        captures: bool | None = None,
     ) -> None:
-        """`end_ids` end an answer; `context_tokens` limits prompt and answer together, by default as the model does."""
+        """`end_ids` end an answer; `context_tokens` limits prompt and answer together, by default as the model does.
+
+        `captures` as of `captured_loop`.
+        """
         self.loaded, self.end_ids, self.shares = loaded, end_ids, shares
         self.model = loaded.model
         limit = int(self.model.config.max_position_embeddings)
         self.context_tokens = min(context_tokens or limit, limit)
         self.model_name = str(loaded.loader.file.metadata.get("general.name") or loaded.loader.file.path.stem)
         self._cache = self.new_cache()
-        self.loop = None if loaded.dense is None else LayerLoop(loaded.dense)
+        self.loop: LayerLoop | CapturedLoop | None
         """What steps of few tokens are computed by; None: by Transformers' own modules, as all others."""
-        names = inspect.signature(self.model.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # from Transformers 5.24 on, up to 5.23
+        if loaded.dense is not None:
+            self.loop = LayerLoop(loaded.dense)
+        else:
+            self.loop = captured_loop(loaded, self._cache, captures=captures)
+        self._cache_name = loaded.cache_name
         self._cached_ids: list[int] = []
         self._run = Run()
         self._note = RunNote(self.model_name)
@@ -202,6 +212,10 @@ class TokenGenerator:
             try:
                 logits = self._append(left, stop, scores)
                 break
+            except CaptureError as refused:
+                self._capture_no_more(refused)
+                left = whole
+                continue
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -231,9 +245,9 @@ class TokenGenerator:
             # A failed chunk leaves an unknown number of layers updated: forget the cache unless this completes.
             cached, self._cached_ids = self._cached_ids, []
             length = len(cached) + len(piece)
-            by_graphs = self.loop is not None and scores is None and self.loop.takes(len(piece), length)
-            self._share_cores(len(piece), len(cached), by_graphs=by_graphs)
-            if self.loop is not None and by_graphs:
+            by_loop = self.loop is not None and scores is None and self.loop.takes(len(piece), length)
+            self._share_cores(len(piece), len(cached), by_graphs=by_loop and isinstance(self.loop, LayerLoop))
+            if self.loop is not None and by_loop:
                 logits = self.loop.step(piece, self._cache)
             else:
                 logits = self._by_modules(piece, scores)
@@ -263,12 +277,19 @@ class TokenGenerator:
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
+    def _capture_no_more(self, refused: CaptureError) -> None:
+        """Forget the conversation, of which a step was left half done, and ask the modules for every step to come."""
+        assert isinstance(self.loop, CapturedLoop), "nobody else captures"
+        logger.warning("steps are not captured any more: %s", refused)
+        self.loop.captures = False
+        self.start_anew()
+
     def _make_room(self, reason: str, num_tokens: int) -> None:
         """Forget the conversation and shrink the expert caches; CapacityError if there is nothing left to shrink.
 
         A recording would have steps twice, so it ends as well.
         """
-        self.reset()
+        self.start_anew()
         if self.loaded.crossings is not None:
             self.loaded.crossings.forget()
         has_shrunk = self.runtime.make_room(torch.OutOfMemoryError(reason))
@@ -320,10 +341,20 @@ class TokenGenerator:
         return sum(layer_bytes(layer) for layer in self._cache.layers)
 
     def reset(self) -> None:
-        """Forget the cached conversation."""
+        """Forget the cached conversation; captured steps go on in its memory."""
+        if isinstance(self.loop, CapturedLoop):
+            self._cache.forget()
+            self._cached_ids = []
+        else:
+            self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget the cached conversation, and let go of its memory."""
+        if isinstance(self.loop, CapturedLoop):
+            self.loop.forget()
         self._cache, self._cached_ids = self.new_cache(), []
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> GrowingCache:
         own, kept = self.loaded.cache_layers(), self.loaded.kv_cache_type
         planned = min([self.context_tokens, *(plan.context_tokens for plan in self.loaded.plans.values())])
         return growing_cache(self.model.config, own, kv_cache_type=kept, most_tokens=planned)

@@ -129,6 +129,11 @@ class AbsorbedMLA(nn.Module):
         return self._up
 
     @property
+    def asks_ggml(self) -> bool:
+        """Whether ggml multiplies by the up-projections."""
+        return isinstance(self._up, (SplitUpProjections, FusedUpProjections))
+
+    @property
     def keeps_pairs(self) -> bool:
         """Whether rotated dimensions stay where they were; else those of a pair are half a head apart afterwards."""
         return type(self._stock).__name__ == "DeepseekV2Attention"

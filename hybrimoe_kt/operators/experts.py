@@ -13,6 +13,7 @@ from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError, ModelError
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime
+from hybrimoe_kt.runtime.step_pieces import StepPieces
 
 __all__ = ["HybriMoEExperts"]
 
@@ -58,7 +59,7 @@ class HybriMoEExperts(nn.Module):
         if activation not in ("silu", "swish"):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
-        self.runtime: Runtime | None = None
+        self.runtime: Runtime | StepPieces | None = None
         self._logits: torch.Tensor | None = None
         options = experts.agree(ExpertOptions.from_kwargs(kwargs), key)
         experts.add(
@@ -72,8 +73,8 @@ class HybriMoEExperts(nn.Module):
             _accelerator(options.accelerator, generate_device),
         )
 
-    def attach(self, runtime: Runtime) -> None:
-        """Compute with `runtime` from now on."""
+    def attach(self, runtime: Runtime | StepPieces) -> None:
+        """Compute with `runtime`, or what stands in its place while a step is captured, from now on."""
         self.runtime = runtime
 
     def note_logits(self, logits: torch.Tensor) -> None:

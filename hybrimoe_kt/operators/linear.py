@@ -93,6 +93,11 @@ class QuantizedLinear(nn.Module):
         check_gpu(kwargs.get("gpu", "auto"))
 
     @property
+    def asks_ggml(self) -> bool:
+        """Whether ggml multiplies, of which torch sees nothing."""
+        return self._product is not None
+
+    @property
     def waits_for_accelerator(self) -> bool:
         """Whether its weight is to be loaded to an accelerator, and is not yet."""
         return self.packed is not None and self._product is None and self._by_accelerator is None

@@ -9,6 +9,7 @@ import torch
 from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.readback import Step
+from hybrimoe_kt.device.sent_routing import SentRouting
 
 __all__ = ["Job"]
 
@@ -33,3 +34,5 @@ class Job:
     routing: Routing | None = None
     logits: torch.Tensor | None = None
     read_s: float = 0.0
+    sent: SentRouting | None = None
+    """What a captured step has sent of the last chunk, which is then the only one."""

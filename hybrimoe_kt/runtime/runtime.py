@@ -22,6 +22,7 @@ from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
+from hybrimoe_kt.device.sent_routing import SentRouting
 from hybrimoe_kt.errors import ConfigError
 
 from .assembly import Assembly, build
@@ -163,20 +164,21 @@ class Runtime:
         """Compute one layer's experts: `begin` and `finish`."""
         return self.finish(self.begin(layer, routed))
 
-    def begin(self, layer: int, routed: Routed) -> Job:
+    def begin(self, layer: int, routed: Routed, sent: SentRouting | None = None) -> Job:
         """Start one layer's experts. What was begun before and never finished, after an error in between, is abandoned.
 
         Steps longer than `max_chunk_tokens` are computed in chunks, all but the last of them here. Reading the routing
         is the one synchronisation with the router's device. KernelError for hidden states that are not finite,
         ConfigError for a recorded step longer than a chunk, and for a layer that is not there. Where nothing is read,
-        because every expert is resident, nothing is looked at either.
+        because every expert is resident, nothing is looked at either. `sent` is what a captured step has sent to the
+        host of `routed`, which then stands where it is read.
         """
         if self._begun is not None:
             self._abandon(self._begun)
         if layer not in self.store.layers:
             known = ", ".join(map(str, sorted(self.store.layers)))
             raise ConfigError(f"layer {layer} has no experts in this runtime, which has those of {known}")
-        job, size = Job(layer), self.options.max_chunk_tokens
+        job, size = Job(layer, sent=sent), self.options.max_chunk_tokens
         lane = self.executor.lane_of.get(layer)
         if lane is not None and lane.accelerator.device != routed.hidden.device:
             job.home, routed = routed.hidden.device, routed.to(lane.accelerator.device)
@@ -195,11 +197,11 @@ class Runtime:
         self._begin(job, routed)
         return job
 
-    def finish(self, job: Job) -> torch.Tensor:
+    def finish(self, job: Job, into: torch.Tensor | None = None) -> torch.Tensor:
         """Wait for what `begin` started; returns `[num_tokens, hidden]` in the hidden states' dtype and place.
 
         Waits for the CPU's share, and feeds the links meanwhile; what is on the device is only enqueued. The answer
-        is in memory of its own.
+        is in memory of its own, or `into` where that is given: on an accelerator's stream, see `Lane.finish`.
         """
         began, plan, step, answer = time.perf_counter(), job.plan, job.step, job.answer
         if answer is None and job is not self._begun:
@@ -210,7 +212,7 @@ class Runtime:
             answer = self._on_cpu.finish(job.on_cpu, job.predicted_s)
         elif plan is not None and step is not None and job.routing is not None:
             if answer is None:
-                answer = self._join(job, plan, step)
+                answer = self._join(job, plan, step, into)
             if self.recorder is not None:
                 record(self.recorder, job.routing, step, job.logits, self._guesses(job.layer, step))
             ended = time.perf_counter()
@@ -220,12 +222,14 @@ class Runtime:
         assert answer is not None, "a step without a plan has an answer"
         if job.before:
             answer = torch.cat([*job.before, answer])
+        if into is not None:
+            return answer if answer is into else into.copy_(answer)
         return answer if job.home is None else answer.to(job.home)
 
-    def _join(self, job: Job, plan: Plan, step: Step) -> torch.Tensor:
+    def _join(self, job: Job, plan: Plan, step: Step, into: torch.Tensor | None) -> torch.Tensor:
         """Join the shares of a plan and close it."""
         try:
-            answer = self.executor.join(plan, step)
+            answer = self.executor.join(plan, step, into if job.home is None else None)
         except AcceleratorFailed as failure:
             return self._recover(failure, plan, step)
         except BaseException:
@@ -250,16 +254,11 @@ class Runtime:
         if routed.ids.dtype is torch.int32:
             routed = routed.with_long_ids()
         lane = self.executor.lane_of.get(layer)
-        if (
-            lane is not None
-            and lane.gpu.finds_routed
-            and self.coordinator.decides_nothing(layer, routed.hidden.shape[0])
-            and self._prefetches_nothing(layer, routed.hidden.shape[0])
-        ):
+        if lane is not None and self.is_whole(layer, routed.hidden.shape[0]):
             self._run_whole(job, lane, routed)
             seconds.submit_and_gpu += now() - began
             return
-        step = self._read(lane, layer, routed)
+        step = self._read(lane, layer, routed, job.sent)
         job.step, job.logits, job.read_s = step, routed.logits, now()
         job.routing = routing = routing_of(layer, step, routed.phase)
         job.plan = plan = self.coordinator.plan(routing)
@@ -286,22 +285,25 @@ class Runtime:
         seconds.submit_and_gpu += started - planned
         seconds.prefetch += now() - started
 
-    def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
-        scores = None
-        if routed.logits is not None and (self.executor.num_slots or self.recorder is not None):
-            scores = mean_probabilities(routed.logits)
-            if self.recorder is not None:
-                scores = halved(scores)
+    def _read(self, lane: Lane | None, layer: int, routed: Routed, sent: SentRouting | None) -> Step:
+        scores = self.scores(routed) if sent is None else None
         step: Step | None = None
         if lane is not None:
             try:
-                step = lane.read(routed, scores)
+                step = lane.read(routed, scores) if sent is None else lane.readback.take(sent)
             except DEVICE_ERRORS as error:
                 self._recovery.recover(AcceleratorFailed(lane, error))
         if step is None:
             step = Step.on_host(routed, scores)
         check_finite(layer, step.host.hidden)
         return step
+
+    def scores(self, routed: Routed) -> torch.Tensor | None:
+        """What is read of the router's logits, float32 `[num_experts]`; None where nobody uses them."""
+        if routed.logits is None or not (self.executor.num_slots or self.recorder is not None):
+            return None
+        scores = mean_probabilities(routed.logits)
+        return scores if self.recorder is None else halved(scores)
 
     def _prefetch(self, lane: Lane | None, plan: Plan, step: Step, phase: Phase | None) -> None:
         """Start transfers for later layers, by what the gates guess of their routing."""
@@ -350,6 +352,13 @@ class Runtime:
             return False
         predict = self._look_ahead.get(layer) if self.options.prefetch_size > 0 else None
         return predict is None or all(self.coordinator.decides_nothing(later, num_tokens) for later in predict.layers)
+
+    def is_whole(self, layer: int, num_tokens: int) -> bool:
+        """Whether a step of `layer` is its accelerator's whatever is routed, and nobody wants to know what is."""
+        lane = self.executor.lane_of.get(layer)
+        if lane is None or not lane.gpu.finds_routed or not self.coordinator.decides_nothing(layer, num_tokens):
+            return False
+        return self._prefetches_nothing(layer, num_tokens)
 
     def _run_whole(self, job: Job, lane: Lane, routed: Routed) -> None:
         """Enqueue a step of which nothing is read."""

@@ -16,6 +16,8 @@ class Seconds:
     prefetch: float = 0.0
     submit_and_gpu: float = 0.0
     wait: float = 0.0
+    replay: float = 0.0
+    """Enqueuing captured pieces, which are the model's own work."""
     steps: int = 0
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import HostStamp, Stamp
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
+from hybrimoe_kt.device.recorder import Recorder
+from hybrimoe_kt.device.step_graph import StepCapture, StepGraph
 from hybrimoe_kt.errors import CapacityError
 
 from .adversary import Adversary, Mark, Queue
@@ -157,6 +160,21 @@ class AdversarialAccelerator:
         self.adversary.detector.access(stream.queue.who, clock, site, reads, writes)
         if failure == "stall":
             stream.queue.is_stalled = True
+
+    def capture(self) -> StepCapture | None:
+        return Recorder()
+
+    def marked_event(self) -> Any:
+        return self.event()
+
+    def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        """Enqueue a piece, which no injected fault strikes."""
+        queue = self.compute.queue
+        clock = self.adversary.submit(queue, [graph.replay])
+        self.adversary.detector.access(queue.who, clock, "a captured piece", reads, writes)
+
+    def model_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def model_works(self, work: Callable[[], object], writes: Sequence[torch.Tensor]) -> None:
         """Enqueue the model's own work on `compute`, which no injected fault strikes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import psutil
 import torch
@@ -13,6 +14,8 @@ from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.device.accelerator import Event, HostStamp, Stamp, Stream
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
+from hybrimoe_kt.device.recorder import Recorder
+from hybrimoe_kt.device.step_graph import StepCapture, StepGraph
 from hybrimoe_kt.errors import CapacityError
 
 __all__ = ["ImmediateAccelerator"]
@@ -86,6 +89,18 @@ class ImmediateAccelerator:
         site: str,
     ) -> None:
         work()
+
+    def capture(self) -> StepCapture | None:
+        return Recorder()
+
+    def marked_event(self) -> Event:
+        return self.event()
+
+    def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        graph.replay()
+
+    def model_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
         pass

@@ -8,6 +8,7 @@ float32, progress bar and load report. Transformers' internals are touched here 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,12 @@ class LoadedModel:
         """What computes the experts."""
         assert self._runtime is not None, "load_model attached one"
         return self._runtime
+
+    @property
+    def cache_name(self) -> str:
+        """What the model calls the cache that it is given: it changed with Transformers 5.24."""
+        names = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
 
     def cache_layers(self) -> list[StoredLayer | StoredState | None]:
         """Make, for each layer of a new conversation's cache, what keeps its keys and values; None: Transformers' own.

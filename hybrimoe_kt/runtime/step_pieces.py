@@ -1,0 +1,198 @@
+"""One token's way through a model in captured pieces: each up to where a layer's experts have to be decided on.
+
+While the model's own code runs, this stands in the runtime's place: at a layer's experts a piece ends, the layer is
+computed for good, and the next piece begins with its answer. From then on the code is not needed any more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.backend import Routed
+from hybrimoe_kt.device.lane import Lane
+from hybrimoe_kt.device.sent_routing import SentRouting
+from hybrimoe_kt.device.step_graph import StepGraph
+
+from .job import Job
+from .runtime import Runtime
+
+__all__ = ["StepPieces"]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What is replayed, and the layer step behind it; none behind the last."""
+
+    graph: StepGraph | None = None
+    whole: list[int] = field(default_factory=list)
+    """Layers computed within it, whose experts are all resident."""
+    layer: int = -1
+    routed: Routed | None = None
+    sent: SentRouting | None = None
+
+
+class StepPieces:
+    """For a model that stands on one device, which `accelerator` is or stands for.
+
+    First `warm` steps, which are ordinary ones, then one between `begin_capture` and `end_capture`; then `replay`.
+    """
+
+    def __init__(self, runtime: Runtime, accelerator: Accelerator) -> None:
+        self._runtime, self._accelerator = runtime, accelerator
+        self._capture = accelerator.capture()
+        self._is_capturing = False
+        self._sent: dict[int, SentRouting] = {}
+        self._answer: torch.Tensor | None = None
+        self._pieces: list[_Piece] = []
+        self._done = accelerator.event()
+        self._listens = self._listening()
+
+    # In the runtime's place.
+
+    @property
+    def wants_scores(self) -> bool:
+        """See `Runtime`."""
+        return self._runtime.wants_scores
+
+    def run(self, layer: int, routed: Routed) -> torch.Tensor:
+        """See `Runtime`."""
+        return self.finish(self.begin(layer, routed))
+
+    def begin(self, layer: int, routed: Routed) -> Job:
+        """See `Runtime`. What follows, up to `finish`, is in the same piece."""
+        runtime, lane = self._runtime, self._lane(layer, routed)
+        if not self._is_capturing:
+            if lane is not None and layer not in self._sent:
+                plain, scores = _plain(routed), runtime.scores(routed)
+                self._sent[layer] = lane.readback.sending(plain, scores)
+            if self._answer is None:
+                self._answer = torch.empty_like(routed.hidden)
+            return runtime.begin(layer, routed)
+        assert self._capture is not None, "asked for"
+        piece, job = self._pieces[-1], Job(layer)
+        plain = _plain(routed)
+        if lane is not None and runtime.is_whole(layer, 1):
+            piece.whole.append(layer)
+            job.answer = lane.capture_whole(layer, runtime.coordinator.pass_over(layer, 1), plain)
+            return job
+        piece.layer, piece.routed = layer, plain
+        sent = self._sent.get(layer)
+        if sent is not None and lane is not None:
+            sent.send(plain, runtime.scores(routed), self._capture)
+            piece.sent = sent
+        return job
+
+    def finish(self, job: Job) -> torch.Tensor:
+        """See `Runtime`."""
+        if not self._is_capturing:
+            return self._runtime.finish(job)
+        if job.answer is not None:
+            return job.answer
+        assert self._capture is not None, "asked for"
+        piece = self._pieces[-1]
+        piece.graph = self._capture.end()
+        self._note_sent(piece)
+        answer = self._compute(piece)
+        lane = self._runtime.executor.lane_of.get(piece.layer)
+        if lane is not None and piece.sent is not None:
+            lane.hand_over(answer)
+        self._pieces.append(_Piece())
+        self._capture.begin()
+        return answer
+
+    def _lane(self, layer: int, routed: Routed) -> Lane | None:
+        """The accelerator that computes the layer, where that is the model's own."""
+        lane = self._runtime.executor.lane_of.get(layer)
+        return lane if lane is not None and lane.accelerator is self._accelerator else None
+
+    # From step to step.
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a step can be captured now: one has been computed before."""
+        return self._capture is not None and self._answer is not None
+
+    def begin_capture(self) -> None:
+        """Capture what the model enqueues from now on; CaptureError where that cannot be."""
+        assert not self._is_capturing, "one step at a time"
+        self._pieces.clear()
+        self._capture = self._accelerator.capture()  # the last one's memory goes with it
+        assert self._capture is not None, "asked for"
+        self._capture.begin()
+        self._pieces, self._is_capturing = [_Piece()], True
+
+    def end_capture(self) -> None:
+        """The last piece ends here."""
+        assert self._capture is not None and self._is_capturing, "begun before"
+        self._is_capturing = False
+        self._pieces[-1].graph = self._capture.end()
+
+    def abort(self) -> None:
+        """Forget the step that was being captured, after an error in it."""
+        self._is_capturing = False
+        self._pieces.clear()
+        if self._capture is not None:
+            self._capture.abort()
+
+    @property
+    def num_pieces(self) -> int:
+        """Of the step that was captured."""
+        return len(self._pieces)
+
+    def serves(self, runtime: Runtime) -> bool:
+        """Whether it was made for `runtime` as that is now: scores are wanted as before."""
+        return self._runtime is runtime and self._listens == self._listening()
+
+    def is_valid(self) -> bool:
+        """Whether what was captured is still how a step goes: whole layers stayed whole."""
+        return all(self._runtime.is_whole(layer, 1) for piece in self._pieces for layer in piece.whole)
+
+    def _listening(self) -> tuple[bool, bool]:
+        """What decides whether scores are sent, and how."""
+        return self._runtime.wants_scores, self._runtime.recorder is not None
+
+    def replay(self) -> None:
+        """Go through all pieces and layers once more; returns when the device has done so."""
+        runtime, accelerator, now = self._runtime, self._accelerator, time.perf_counter
+        answer = self._answer
+        assert answer is not None, "a step was captured"
+        for piece in self._pieces:
+            began = now()
+            assert piece.graph is not None, "captured"
+            for layer in piece.whole:
+                runtime.coordinator.pass_over(layer, 1)
+            writes = [] if piece.routed is None else list(piece.routed[:3])
+            if piece.sent is not None:
+                writes.append(piece.sent.memory)
+            accelerator.replay(piece.graph, reads=(answer,), writes=writes)
+            self._note_sent(piece)
+            runtime.seconds.replay += now() - began
+            if piece.layer >= 0:
+                self._compute(piece)
+        self._wait()
+
+    def _note_sent(self, piece: _Piece) -> None:
+        if piece.sent is not None and not piece.sent.is_marked:
+            self._accelerator.compute.record(piece.sent.sent, "routing read")
+
+    def _wait(self) -> None:
+        self._accelerator.compute.record(self._done, "step")
+        self._runtime.executor.wait(self._done, f"a captured step on {self._accelerator.name}")
+
+    def _compute(self, piece: _Piece) -> torch.Tensor:
+        assert piece.routed is not None and self._answer is not None, "of a layer with experts"
+        if piece.sent is None or piece.layer not in self._runtime.executor.lane_of:
+            self._wait()  # the host reads the device's own tensors
+        return self._runtime.finish(self._runtime.begin(piece.layer, piece.routed, piece.sent), self._answer)
+
+
+def _plain(routed: Routed) -> Routed:
+    """Its tensors in one piece each, ids int64, weights float32."""
+    hidden, ids, weights = routed[:3]
+    return Routed(
+        hidden.contiguous(), ids.long().contiguous(), weights.float().contiguous(), routed.logits, routed.phase
+    )
