@@ -9,6 +9,7 @@ import torch
 from hybrimoe_kt.device.backend import GpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.layout import SlotLayout
+from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.errors import KernelError
 
 from .torch_reference import add_pairs, dequantized, expert_ffn
@@ -43,8 +44,11 @@ class TorchGpu(GpuBackend):
         self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         """Enqueue the experts of `slots`; see `GpuBackend.launch`."""
+        self._check(layer, slots, slot_of, self._layers[layer][2].shape[0])
+        self._compute(layer, slots, routed, out)
+
+    def _compute(self, layer: int, slots: Iterable[tuple[int, int]], routed: Routed, out: torch.Tensor) -> None:
         experts, layout, memory = self._layers[layer]
-        self._check(layer, slots, slot_of, memory.shape[0])
         routed = routed._replace(hidden=routed.hidden.float())
         for expert, slot in slots:
             parts = (matrix.read(memory[slot]) for matrix in layout.matrices)
@@ -64,11 +68,26 @@ class TorchGpu(GpuBackend):
 
 
 class TorchReferenceGpu(TorchGpu):
-    """Writes pairs; whoever computes a pair computes the same bits. Counts tokens on the host, which waits for them."""
+    """Writes pairs; whoever computes a pair computes the same bits. Counts tokens on the host, which waits for them.
+
+    It looks at the table when it runs, as a kernel does, so that a captured launch of it is proof.
+    """
 
     name = "torch_reference"
     answers_pairs = True
     finds_routed = True
+    decides_on_device = True
+
+    def launch(
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
+    ) -> None:
+        self._check(layer, slots, slot_of, self._layers[layer][2].shape[0])
+
+        def by_table() -> None:
+            held = [(expert, slot) for expert, slot in enumerate(slot_of.tolist()) if slot >= 0]
+            self._compute(layer, held, routed, out)
+
+        opaque(by_table)
 
     def _check(self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, num_slots: int) -> None:
         super()._check(layer, slots, slot_of, num_slots)
