@@ -94,10 +94,6 @@ class Lane:
         self._tables = SlotTables(accelerator, self._num_experts)
         self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
         self._capture = accelerator.capture()
-        self._residents: dict[int, CapturedWork] = {}
-        """Layer -> the launch of its first group in captured steps."""
-        self._joins: dict[tuple[bool, bool, int], CapturedWork] = {}
-        """Which shares there are, and where their sum goes -> how they are added in captured steps."""
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -262,8 +258,10 @@ class Lane:
             self.gpu.launch(slots.key, pairs, table, step.routed, out)
 
         work: Callable[[], object] = launched
-        if is_replayed and self._capture is not None:
-            work = self._residents.setdefault(layer, CapturedWork(self._capture, launched))
+        if is_replayed and step.sent is not None and self._capture is not None:
+            if step.sent.resident is None or step.sent.resident[0] is not slots:
+                step.sent.resident = slots, CapturedWork(self._capture, launched)
+            work = step.sent.resident[1]
         compute = self.accelerator.compute
         before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")
@@ -292,9 +290,8 @@ class Lane:
             _combine(out, cpu, views.total, result)
 
         work: Callable[[], object] = combined
-        if into is not None and self._capture is not None and self._replays(step):
-            key = has_gpu, cpu is not None, result.data_ptr()
-            work = self._joins.setdefault(key, CapturedWork(self._capture, combined))
+        if into is not None and step.sent is not None and self._capture is not None:
+            work = step.sent.joins.setdefault((has_gpu, cpu is not None), CapturedWork(self._capture, combined))
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         if into is None:
             self.hand_over(result)
@@ -355,7 +352,6 @@ class Lane:
     def resize(self, layer: int, num_slots: int) -> None:
         """Replace a layer's slots by `num_slots` empty ones; everything on the lane has been drained."""
         self.queue.drop_layer(layer)
-        self._residents.pop(layer, None)
         fresh = self.pool.resize(layer, num_slots)
         if fresh is not None:
             self.gpu.add_layer(self._store.layers[layer], fresh.layout, fresh.memory)

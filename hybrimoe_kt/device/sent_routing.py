@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,23 +15,31 @@ __all__ = ["SentRouting"]
 
 
 class SentRouting:
-    """One layer's, of one token. Memory is taken when it is made; `send` is captured; `read` is for every replay."""
+    """One layer's, of one token. Memory is taken when it is made; `send` is captured; `read` is for every replay.
+
+    What is captured of the layer's own launches is kept here, as it is worth as long as this memory.
+    """
 
     def __init__(self, accelerator: Accelerator, routed: Routed, scores: torch.Tensor | None, guess_bytes: int) -> None:
         """As `routed` is, with int64 ids and float32 weights and `scores [num_experts]`, if these are wanted."""
-        self._made_of = [(tensor.shape, tensor.dtype) for tensor in _in_order(routed, scores)]
-        num_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in self._made_of)
+        given = _in_order(routed, scores)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in given)
         self._packed, self.memory = accelerator.allocate(num_bytes), accelerator.page_locked(num_bytes)
-        ids, weights, *scored, self._hidden = self._views()
+        hidden, ids, weights = _views(self._packed, given)[:3]
+        self.routed = Routed(hidden, ids, weights)
+        """On the device: what a replay writes again."""
+        self._hidden, ids, weights, *scored = _views(self.memory, given)
         self._scores = scored[0] if scored else None
         is_wide = self._hidden.dtype == torch.float32
         self.host = Routed(self._hidden if is_wide else torch.empty(self._hidden.shape), ids, weights)
         """float32, int64, float32, on the host, once they have been `read`."""
-        self.routed = routed
-        """On the device: what a replay writes again."""
         self.sent: Event = accelerator.marked_event()
         self.is_marked = False
         """Whether a replay records `sent` by itself."""
+        self.resident: tuple[object, CapturedWork] | None = None
+        """The launch of a plan's first group, and the slots that it reads."""
+        self.joins: dict[tuple[bool, bool], CapturedWork] = {}
+        """Which shares there are -> how they are added."""
         self.guess_memory = accelerator.allocate(guess_bytes), accelerator.page_locked(guess_bytes)
         """Where the gates write, and what that is copied to."""
         self.guessed: Event = accelerator.event()
@@ -38,21 +47,12 @@ class SentRouting:
         self.guesses: Any = None
         """A view of them on the host, see `readback.Guesses`."""
 
-    def _views(self) -> list[torch.Tensor]:
-        views, at = [], 0
-        for shape, dtype in self._made_of:
-            end = at + shape.numel() * dtype.itemsize
-            views.append(self.memory[at:end].view(dtype).view(shape))
-            at = end
-        return views
-
     def send(self, routed: Routed, scores: torch.Tensor | None, capture: StepCapture) -> None:
         """Enqueue the copy to the host, of tensors that are in one piece each."""
         given = _in_order(routed, scores)
-        assert [(tensor.shape, tensor.dtype) for tensor in given] == self._made_of, "made for these"
         torch.cat([tensor.view(-1).view(torch.uint8) for tensor in given], out=self._packed)
         self.memory.copy_(self._packed, non_blocking=True)
-        self.routed, self.is_marked = routed, capture.mark(self.sent)
+        self.is_marked = capture.mark(self.sent)
 
     def read(self) -> list[float] | None:
         """Have `host` be what was sent; return the scores as plain numbers."""
@@ -62,5 +62,15 @@ class SentRouting:
 
 
 def _in_order(routed: Routed, scores: torch.Tensor | None) -> list[torch.Tensor]:
-    """The widest numbers first, so that each begins where its type may."""
-    return [routed.ids, routed.weights, *([] if scores is None else [scores]), routed.hidden]
+    """Each begins where its type may; kernels want hidden states, whose rows are whole 16 bytes, at such a place."""
+    return [routed.hidden, routed.ids, routed.weights, *([] if scores is None else [scores])]
+
+
+def _views(memory: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of these shapes and types, one behind the other."""
+    views, at = [], 0
+    for tensor in like:
+        end = at + tensor.numel() * tensor.element_size()
+        views.append(memory[at:end].view(tensor.dtype).view(tensor.shape))
+        at = end
+    return views

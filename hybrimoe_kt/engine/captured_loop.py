@@ -158,13 +158,16 @@ class CapturedLoop:
 
     def _ask(self, cache: GrowingCache) -> None:
         """Have the modules enqueue the step."""
-        mask = (self._places[: cache.room] <= self._position)[None, None, None]
         output = self._model(
             **self._given,
             **{self._loaded.cache_name: cache},
-            attention_mask=mask,
+            attention_mask=self._mask(cache),
             position_ids=self._position[None],
             use_cache=True,
             logits_to_keep=1,
         )
         self._logits = output.logits
+
+    def _mask(self, cache: GrowingCache) -> torch.Tensor:
+        """What of the room is seen, bool `[1, 1, 1, room]`, for attention that is given all of it."""
+        return (self._places[: cache.room] <= self._position)[None, None, None]

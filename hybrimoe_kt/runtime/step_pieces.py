@@ -83,7 +83,7 @@ class StepPieces:
         sent = self._sent.get(layer)
         if sent is not None and lane is not None:
             sent.send(plain, runtime.scores(routed), self._capture)
-            piece.sent = sent
+            piece.sent, piece.routed = sent, sent.routed._replace(logits=routed.logits)
         return job
 
     def finish(self, job: Job) -> torch.Tensor:
