@@ -55,6 +55,7 @@ def load(
     context_tokens: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     kv_cache_type: str | None = None,
+    eager: bool = False,
     progress: bool = False,
 ) -> Engine:
     """Load a model and return an engine that answers; takes seconds to minutes.
@@ -67,8 +68,9 @@ def load(
     that of the dense weights: float32, bfloat16, float16, or auto, which is float32 on a CPU and bfloat16 on a GPU.
     `context_tokens` limits prompt and answer together, by default the model's own limit. `metadata` takes
     the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `kv_cache_type` is how keys and values are
-    kept: f16, f32 or q8_0, on a GPU bf16 as well; by default f16 on a CPU and the model's dtype on a GPU. `progress`
-    shows bars on standard error.
+    kept: f16, f32 or q8_0, on a GPU bf16 as well; by default f16 on a CPU and the model's dtype on a GPU. `eager`
+    runs the model's own code for every token, where a GPU would replay what it captured. `progress` shows bars on
+    standard error.
 
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
@@ -92,5 +94,6 @@ def load(
         option_overrides=options.changed() if options is not None else {},
         metadata=metadata,
         kv_cache_type=kv_cache_type,
+        eager=eager,
         progress=progress,
     )

@@ -42,7 +42,7 @@ def restart(engine: Engine, changes: dict[str, Any], *, poison: bool) -> None:
     old = engine.runtime
     for accelerator in old.accelerators:  # prefetches may be on their way into slots that are given back here
         synchronize(accelerator.device)
-    engine.reset()
+    engine.start_anew()  # what was captured holds the old runtime's memory
     experts, cpu = old.experts.replace(changes), old.executor.cpu
     same_cpu = experts.options.cpu_backend == old.options.cpu_backend
     engine.loaded.detach()

@@ -56,6 +56,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         kv_cache_type=options.kv_cache_type,
         progress=sys.stderr.isatty(),
         time_shares=options.verbose,
+        eager=options.eager,
     )
 
 

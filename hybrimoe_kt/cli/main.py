@@ -185,5 +185,6 @@ def _print_failures(run: dict[str, Any], console: Console) -> None:
 
 def shares_line(shares: dict[str, float]) -> str:
     """Where a decoded token's time went."""
-    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in ("experts", "attention", "overhead", "other"))
+    names = ("experts", "attention", "replay", "overhead", "other")
+    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in names if name != "replay" or shares[name])
     return f"a token took {shares['total']:.2f} ms: {parts}"

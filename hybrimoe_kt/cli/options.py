@@ -122,6 +122,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="how keys and values are kept; default: f16 on a CPU, or as the rules say, the model's dtype on a GPU",
     )
     model.add_argument(
+        "--eager",
+        action="store_true",
+        help="on a GPU, run the model's own code for every token; by default a token's step is captured and replayed",
+    )
+    model.add_argument(
         "--cache_lens", "--context_tokens", type=_whole(1), metavar="TOKENS", dest="cache_lens",
         help="context limit, and what a GPU's memory is planned for; default: the model's own, planned up to 8192",
     )  # fmt: skip

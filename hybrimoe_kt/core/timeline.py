@@ -17,8 +17,8 @@ MAX_SPANS = 100_000
 class Span(NamedTuple):
     """One piece of work on one lane.
 
-    `lane` is the accelerator's number (0 for what there is one of). `work` is "plan" or "choose prefetches" on the
-    scheduler's lane, "experts", "shared", "dense" or "head" where something is computed, "on_demand" or "prefetch" on
+    `lane` is the accelerator's number (0 for what there is one of). `work` is "replay", "wait for routing", "plan" or
+    "choose prefetches" on the scheduler's lane, "experts", "shared", "dense" or "head" where something is computed, "on_demand" or "prefetch" on
     a link, "prefill" or "decode" for a whole step. `experts` are the routed experts it is about, of `layer`.
     """
 

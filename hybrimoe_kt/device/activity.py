@@ -71,6 +71,27 @@ class ActivityLog:
         details = plan_details(self._num_plans, plan)
         self._add("scheduler", 0, began_s, ended_s, f"L{plan.layer} plan", "plan", plan.layer, (), details)
 
+    def replayed(self, layer: int, began_s: float, ended_s: float) -> None:
+        """The host has enqueued a captured piece; `layer` is the one whose experts follow, -1 for none."""
+        if self.is_open:
+            label = f"L{layer} replay" if layer >= 0 else "replay"
+            self._add("scheduler", 0, began_s, ended_s, label, "replay", layer, (), {"plan": self._num_plans + 1})
+
+    def waited(self, layer: int, began_s: float, ended_s: float) -> None:
+        """The host has read what the layer's router chose, for most of that time waiting for it."""
+        if self.is_open:
+            self._add(
+                "scheduler",
+                0,
+                began_s,
+                ended_s,
+                f"L{layer} read",
+                "wait for routing",
+                layer,
+                (),
+                {"plan": self._num_plans + 1},
+            )
+
     def chose(self, layer: int, transfers: Sequence[Transfer], began_s: float, ended_s: float) -> None:
         """Prefetches were decided while the plan's experts ran."""
         if not self.is_open:

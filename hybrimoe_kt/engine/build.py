@@ -36,6 +36,7 @@ def build_engine(
     kv_cache_type: str | None = None,
     progress: bool = True,
     time_shares: bool = False,
+    eager: bool = False,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> Engine:
     """Load model and tokenizer and share the machine's cores between torch and the experts.
@@ -66,7 +67,8 @@ def build_engine(
     file = loaded.loader.file
     tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
     shares = TimeShares(loaded.model, loaded.runtime, loaded.dense_seconds) if time_shares else None
-    return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares)
+    captures = False if eager else None
+    return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares, captures=captures)
 
 
 def _switch_cudnn_attention_off() -> None:

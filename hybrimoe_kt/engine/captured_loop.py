@@ -32,13 +32,13 @@ def captured_loop(loaded: LoadedModel, cache: GrowingCache, *, captures: bool | 
     model: Any = loaded.model
     accelerator = _accelerator_of(loaded, model.device)
     is_real = accelerator is not None and accelerator.device.type != "cpu"
-    if accelerator is None or not (is_real or captures):
+    if accelerator is None or not (is_real or captures) or accelerator.capture() is None:
         return None
     reason = _refusal(loaded, cache)
     if reason is not None:
         logger.log(logging.WARNING if captures else logging.INFO, "steps are not captured: %s", reason)
         return None
-    return CapturedLoop(loaded, accelerator, captures=captures is not False and accelerator.capture() is not None)
+    return CapturedLoop(loaded, accelerator, captures=captures is not False)
 
 
 def _accelerator_of(loaded: LoadedModel, device: torch.device) -> Accelerator | None:

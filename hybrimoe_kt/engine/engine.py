@@ -39,12 +39,16 @@ class Engine(TokenGenerator):
         *,
         context_tokens: int | None = None,
         shares: TimeShares | None = None,
+        captures: bool | None = None,
     ) -> None:
-        """`context_tokens` limits prompt and answer together; by default the model's own limit."""
+        """`context_tokens` limits prompt and answer together; by default the model's own limit.
+
+        `captures` as of `captured_loop`.
+        """
         ends = loaded.model.config.eos_token_id
         known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         known |= end_ids(loaded.loader.file.metadata, tokenizer.added_tokens_encoder)
-        super().__init__(loaded, known - {None}, context_tokens=context_tokens, shares=shares)
+        super().__init__(loaded, known - {None}, context_tokens=context_tokens, shares=shares, captures=captures)
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, loaded.model)
 

@@ -19,14 +19,15 @@ class TimeShares:
 
     `experts` is the time computing or waiting for experts; `overhead` is ours: reading the routing, planning,
     bookkeeping, prefetch decisions. On an accelerator, attention is what its launches took, not its kernels; where all
-    of a layer but its experts is one graph, it is that graph.
+    of a layer but its experts is one graph, it is that graph. `replay` is what enqueuing captured pieces took, the
+    model's own work, attention included.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, dense_seconds: Callable[[], float] = lambda: 0.0) -> None:
         """`dense_seconds`: spent in graphs so far."""
         self._runtime, self._dense_seconds = runtime, dense_seconds
         self._attention_s = self._began = self._dense_before_s = 0.0
-        self._totals = dict.fromkeys(("experts", "attention", "overhead", "other"), 0.0)
+        self._totals = dict.fromkeys(("experts", "attention", "replay", "overhead", "other"), 0.0)
         self.num_tokens = 0
         for name, module in model.named_modules():
             if name.endswith("self_attn"):
@@ -49,6 +50,7 @@ class TimeShares:
             shares = {
                 "experts": ours.submit_and_gpu + ours.wait,
                 "attention": self._attention_s,
+                "replay": ours.replay,
                 "overhead": ours.read + ours.plan + ours.prefetch,
             }
             shares["other"] = seconds - sum(shares.values())

@@ -267,6 +267,7 @@ class Runtime:
         if self._on_plan is not None:
             self._on_plan(plan, routing)
         if self._log is not None:
+            self._log.waited(layer, began, job.read_s)
             self._log.planned(plan, routing, job.read_s, planned)
         try:
             if plan.dropped or plan.closed:
@@ -297,6 +298,13 @@ class Runtime:
             step = Step.on_host(routed, scores)
         check_finite(layer, step.host.hidden)
         return step
+
+    def note_replay(self, layer: int, began_s: float) -> None:
+        """A captured piece has been enqueued since `began_s`, in front of the experts of `layer`; -1: behind all."""
+        ended_s = time.perf_counter()
+        self.seconds.replay += ended_s - began_s
+        if self._log is not None:
+            self._log.replayed(layer, began_s, ended_s)
 
     def scores(self, routed: Routed) -> torch.Tensor | None:
         """What is read of the router's logits, float32 `[num_experts]`; None where nobody uses them."""

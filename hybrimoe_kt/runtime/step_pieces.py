@@ -170,7 +170,7 @@ class StepPieces:
                 writes.append(piece.sent.memory)
             accelerator.replay(piece.graph, reads=(answer,), writes=writes)
             self._note_sent(piece)
-            runtime.seconds.replay += now() - began
+            runtime.note_replay(piece.layer, began)
             if piece.layer >= 0:
                 self._compute(piece)
         self._wait()

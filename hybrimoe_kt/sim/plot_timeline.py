@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _ROWS = {"scheduler": 0, "gpu": 1, "cpu": 2, "link": 3}
 _LOOKS = {
+    ("scheduler", "replay"): ("replaying", "#c9ced6"),
+    ("scheduler", "wait for routing"): ("waiting for the routing", "#e8eaed"),
     ("scheduler", "plan"): ("planning", COLORS[7]),
     ("scheduler", "choose prefetches"): ("choosing prefetches", COLORS[6]),
     ("gpu", "dense"): ("attention, dense", "#c9ced6"),
