@@ -18,8 +18,9 @@ class Span(NamedTuple):
     """One piece of work on one lane.
 
     `lane` is the accelerator's number (0 for what there is one of). `work` is "replay", "wait for routing", "plan" or
-    "choose prefetches" on the scheduler's lane, "experts", "shared", "dense" or "head" where something is computed, "on_demand" or "prefetch" on
-    a link, "prefill" or "decode" for a whole step. `experts` are the routed experts it is about, of `layer`.
+    "choose prefetches" on the scheduler's lane, "experts", "shared", "dense" or "head" where something is computed,
+    "on_demand" or "prefetch" on a link, "prefill" or "decode" for a whole step. `experts` are the routed experts it is
+    about, of `layer`.
     """
 
     kind: Kind
