@@ -77,8 +77,23 @@ def test_every_bit_is_the_models_own(generated: Make, tmp_path: Path, shape: str
     assert torch.equal(logits_of(ours.model, PROMPT), logits_of(plain.model, PROMPT))
     (wanted, wanted_rows), (tokens, rows) = (greedy(loaded.model, PROMPT, 12) for loaded in (plain, ours))
     assert tokens == wanted and torch.equal(rows, wanted_rows)
-    # the routers' logits reach the cache policy as before
     assert ours.runtime.coordinator.stats.snapshot() == plain.runtime.coordinator.stats.snapshot()
+
+
+@pytest.mark.parametrize("shape", ["deepseek3", "qwen2moe", "ernie4_5-moe"])
+def test_the_cache_hears_of_the_routers_logits(
+    generated: Make, tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(generated(SHAPES[shape]), tmp_path, **PLACES["emulated-half"])
+    begin, noted = loaded.runtime.begin, []
+
+    def note(layer: int, routed: Routed) -> Any:
+        noted.append((layer, None if routed.logits is None else tuple(routed.logits.shape)))
+        return begin(layer, routed)
+
+    monkeypatch.setattr(loaded.runtime, "begin", note)
+    logits_of(loaded.model, PROMPT)
+    assert noted == [(layer, (len(PROMPT), SHAPES[shape].experts)) for layer in loaded.runtime.store.layers]
 
 
 @pytest.mark.parametrize("shape", ["deepseek2", "qwen2moe", "ernie4_5-moe"])
