@@ -154,7 +154,7 @@ def calibrated(layers: list[LayerExperts], options: ExpertOptions, folder: Path)
     """Measure this machine's CPU beside the emulated GPU; return the profile file and the time between layers."""
     store = HostStore()
     store.add(layers[0])
-    cpu = make_cpu_backend(options)
+    cpu = make_cpu_backend(options, beside_accelerator=True)
     cpu.add_layer(layers[0])
     accelerator = choose_accelerator(options.accelerator)
     assert accelerator is not None, "the benchmark compares with an accelerator"

@@ -15,9 +15,10 @@ from hybrimoe_kt.core.types import Plan, Routing
 from hybrimoe_kt.device.backend import CpuBackend
 from hybrimoe_kt.device.calibrate import Calibration, calibrate
 from hybrimoe_kt.device.choose import choose_accelerator
+from hybrimoe_kt.device.sent_routing import SentRouting
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine
-from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
+from hybrimoe_kt.runtime import Job, ModelExperts, Routed, Runtime, assemble
 from hybrimoe_kt.runtime.assembly import make_gpu_backend
 
 from .timing import synchronize
@@ -110,27 +111,37 @@ def poison_workspace(runtime: Runtime) -> None:
 
 @contextlib.contextmanager
 def watched_plans(runtime: Runtime) -> Iterator[list[tuple[float, float]]]:
-    """Collect (predicted, measured) seconds of every layer step that is planned; waits for the device around each."""
-    decide, run = runtime.coordinator.plan, runtime.run
+    """Collect (predicted, measured) seconds of every layer step that is planned; waits for the device around each.
+
+    What a block computes between the two doors is measured with it.
+    """
+    decide, begin, finish = runtime.coordinator.plan, runtime.begin, runtime.finish
     found: list[tuple[float, float]] = []
     plans: list[Plan] = []
+    began, is_open = 0.0, False
 
     def plan(routing: Routing) -> Plan:
         plans.append(decide(routing))
         return plans[-1]
 
-    def timed(layer: int, routed: Routed) -> torch.Tensor:
+    def timed_begin(layer: int, routed: Routed, sent: SentRouting | None = None) -> Job:
+        nonlocal began, is_open
         plans.clear()
         synchronize(routed.hidden.device)
-        began = time.perf_counter()
-        answer = run(layer, routed)
-        synchronize(routed.hidden.device)
-        if len(plans) == 1:
+        began, is_open = time.perf_counter(), False  # a long prompt's first chunks are finished in here
+        job = begin(layer, routed, sent)
+        is_open = True
+        return job
+
+    def timed_finish(job: Job, into: torch.Tensor | None = None) -> torch.Tensor:
+        answer = finish(job, into)
+        synchronize(answer.device)
+        if is_open and len(plans) == 1:
             found.append((plans[0].makespan_s, time.perf_counter() - began))
         return answer
 
-    runtime.coordinator.plan, runtime.run = plan, timed  # type: ignore[method-assign]
+    runtime.coordinator.plan, runtime.begin, runtime.finish = plan, timed_begin, timed_finish  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del runtime.coordinator.plan, runtime.run
+        del runtime.coordinator.plan, runtime.begin, runtime.finish

@@ -12,7 +12,7 @@ from torch import nn
 from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError, ModelError
-from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime
+from hybrimoe_kt.runtime import Job, ModelExperts, Routed, Runtime
 from hybrimoe_kt.runtime.step_pieces import StepPieces
 
 __all__ = ["HybriMoEExperts"]
@@ -91,9 +91,18 @@ class HybriMoEExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
+        return self.finish(self.begin(hidden_states, top_k_index, top_k_weights))
+
+    def begin(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Job:
+        """Start what `forward` does; what is computed until `finish` runs beside the CPU's share."""
         assert self.runtime is not None, "the host attaches a runtime before the first step"
         logits, self._logits = self._logits, None
-        return self.runtime.run(self.layer, Routed(hidden_states, top_k_index, top_k_weights, logits))
+        return self.runtime.begin(self.layer, Routed(hidden_states, top_k_index, top_k_weights, logits))
+
+    def finish(self, job: Job) -> torch.Tensor:
+        """Wait for what `begin` started, and return its answer."""
+        assert self.runtime is not None, "it has begun the step"
+        return self.runtime.finish(job)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"

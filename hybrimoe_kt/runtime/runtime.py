@@ -153,10 +153,12 @@ class Runtime:
         self._look_ahead[layer] = predict
 
     def make_room(self, cause: Exception) -> bool:
-        """Shrink the expert caches because the model's own work ran out of device memory, between two layer steps.
+        """Shrink the expert caches because the model's own work ran out of device memory; abandons a step under way.
 
         False if there was nothing left to shrink. Emulated accelerators share the host's memory, and shrink as well.
         """
+        if self._begun is not None:
+            self._abandon(self._begun)
         shrunk = [self._recovery.make_room(lane, cause) for lane in self.lanes]
         return any(shrunk)
 

@@ -14,7 +14,7 @@ from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError, RuleError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
-from hybrimoe_kt.runtime import Routed
+from hybrimoe_kt.runtime import Job, Routed
 from tests.support.generated_model import GeneratedModel, Shape
 
 Make = Callable[[Shape], GeneratedModel]
@@ -96,16 +96,16 @@ def test_a_prompt_is_given_up_between_two_chunks(
     chunks.end_ids = set()
     stop = threading.Event()
     chunk_sizes: list[int] = []
-    run = chunks.runtime.run
+    begin = chunks.runtime.begin
 
-    def and_stop(layer: int, routed: Routed) -> torch.Tensor:
+    def and_stop(layer: int, routed: Routed) -> Job:
         chunk_sizes.append(len(routed.hidden))
         stop.set()
-        return run(layer, routed)
+        return begin(layer, routed)
 
     prompt = [(7 * at) % 250 for at in range(30)]
     with monkeypatch.context() as patch:
-        patch.setattr(chunks.runtime, "run", and_stop)
+        patch.setattr(chunks.runtime, "begin", and_stop)
         assert list(chunks.tokens(prompt, GREEDY, stop)) == []
     assert chunks.last_run()["finish"] == "cancelled"
     assert chunk_sizes == [4] * len(chunks.runtime.store.layers)
@@ -117,7 +117,7 @@ def test_a_failure_in_the_middle_of_a_prompt_forgets_the_cache(engine: Engine, m
     prompt = [4, 5, 6, 7, 8]
     wanted = fresh(engine, prompt)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runtime, "run", _fail)
+        patch.setattr(engine.runtime, "begin", _fail)
         with pytest.raises(RuntimeError, match="injected"):
             list(engine.tokens([*prompt, 9], GREEDY))
     assert list(engine.tokens(prompt, GREEDY)) == wanted

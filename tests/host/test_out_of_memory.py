@@ -14,12 +14,14 @@ from hybrimoe_kt.engine import token_generator
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.operators.moe_block import MoEBlock
 from tests.support.by_modules import by_modules
 from tests.support.generated_model import GeneratedModel, Shape, Type
 
 Make = Callable[[Shape], GeneratedModel]
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 PROMPT = [(13 * at + 2) % 250 for at in range(11)]
+LATENT = Shape(architecture="deepseek2", layers=3)
 HYBRID = Shape(architecture="qwen3next", head_dim=64, layers=4, dense_type=Type.Q8_0)
 
 
@@ -70,6 +72,22 @@ def test_the_answer_is_the_same_and_the_cache_smaller(generated: Make, shape: Sh
     assert engine.last_run()["reused_tokens"] >= len(PROMPT)  # what was computed again is the conversation
     engine.reset()
     assert list(engine.tokens(longer, GREEDY)) == found
+
+
+@pytest.mark.parametrize("call", [1, 3, 5], ids=["first", "last chunk", "later"])
+@pytest.mark.parametrize("shape", [LATENT, HYBRID], ids=["after", "before"])
+def test_shared_experts_find_no_memory(generated: Make, shape: Shape, call: int) -> None:
+    """They run while the routed ones are under way, whatever the order in the model's own block."""
+    wanted = list(build(generated, shape).tokens(PROMPT, GREEDY))
+    engine = build(generated, shape)
+    block = engine.model.model.layers[-1].mlp
+    assert isinstance(block, MoEBlock)
+    full = Full(block.get_submodule("shared_experts" if shape is LATENT else "shared_expert"), call)
+    assert list(engine.tokens(PROMPT, GREEDY)) == wanted
+    assert full.count > call
+    (health,) = engine.runtime.health().accelerators.values()
+    assert (health.shrunk, health.failed_steps, health.given_up) == (1, 0, False)
+    engine.runtime.coordinator.check_integrity()
 
 
 @pytest.mark.parametrize("call", [1, 3], ids=["first", "last chunk"])

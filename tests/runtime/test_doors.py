@@ -84,6 +84,22 @@ def test_a_step_that_is_never_finished_is_abandoned_by_the_next() -> None:
     assert len(plans) == 8
 
 
+def test_room_is_made_with_a_step_under_way() -> None:
+    """The model ran out of memory between the doors: the step ends before its slots are replaced."""
+    runtime, accelerator, plans = made(cache_size=4)
+    before = runtime.num_slots
+    job = runtime.begin(1, step(1))
+    assert plans[-1][0].cpu and plans[-1][0].gpu, "this step is no hybrid one"
+    assert runtime.make_room(torch.OutOfMemoryError("injected"))
+    assert [entry.kind for entry in accelerator.entries if entry.site == "CPU experts"] == ["submit", "done"]
+    assert 0 < runtime.num_slots < before
+    with pytest.raises(ConfigError, match="this step is over"):
+        runtime.finish(job)
+    routed = step(3, 1)
+    assert torch.equal(runtime.run(1, routed), wanted(1, (routed.hidden, routed.ids, routed.weights)))
+    runtime.coordinator.check_integrity()
+
+
 def test_an_accelerator_that_fails_in_begin_is_answered_for_in_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, _, _ = made()
     monkeypatch.setattr(Lane, "note_failure", lambda lane: False)

@@ -17,6 +17,7 @@ from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 from hybrimoe_kt.operators.linear import QuantizedLinear
+from hybrimoe_kt.operators.moe_block import MoEBlock
 from hybrimoe_kt.runtime import ModelExperts
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -69,11 +70,21 @@ class Injector:
     def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
         if issubclass(cls, HybriMoEExperts):
             return cls(**contract, experts=self.experts)
+        stock: nn.Module = contract["orig_module"]
+        if issubclass(cls, MoEBlock) and not cls.takes(stock):
+            return self._left_alone(stock)
         if issubclass(cls, _PLACED):
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
             return cls(**self._arithmetic(cls, place) | contract | {"generate_device": place} | kept)
         return cls(**contract)
+
+    def _left_alone(self, block: nn.Module) -> nn.Module:
+        """What a rule gives to MoEBlock and stays itself: dense layers, and with a warning what should be a block."""
+        if hasattr(block, "experts"):
+            told = f"{type(block).__name__} stays as it is: MoEBlock knows no shared experts in it"
+            self.warnings += [told] if told not in self.warnings else []
+        return block
 
     def _arithmetic(self, cls: type[nn.Module], place: str) -> dict[str, str]:
         """Who multiplies on an accelerator where no rule says it: as the options say of the experts there.

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.runtime import Job
 
 from .experts import HybriMoEExperts
 from .framework import BaseInjectedModule, refuse_capture
@@ -23,7 +24,7 @@ __all__ = ["HybriMoEDeepseekV2Block", "HybriMoEDeepseekV3Block", "HybriMoEMixtra
 
 
 class _Block(BaseInjectedModule):  # type: ignore[misc]
-    """A MoE block: route, compute the routed experts, add the shared ones.
+    """A MoE block: route, begin the routed experts, compute the shared ones beside them, add both.
 
     The blocks of a model know each other through its loader, so that one can ask the routers of the next what they
     will want, and the prefetcher can fetch it.
@@ -54,10 +55,10 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
         """This layer's routing of `hidden [tokens, hidden]`: logits `[tokens, experts]`, ids `[tokens, top_k]`."""
         raise NotImplementedError
 
-    def _routed(
+    def _begin(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`hidden`, `ids`, `weights` `[tokens, ...]`; `logits [tokens, experts]` or None -> `[tokens, hidden]`."""
+    ) -> Job:
+        """Start the routed experts: `hidden`, `ids`, `weights` `[tokens, ...]`; `logits [tokens, experts]` or None."""
         refuse_capture(type(self).__name__)
         object.__setattr__(self, "dtype", hidden.dtype)
         experts = self._hybrid_experts()
@@ -65,8 +66,12 @@ class _Block(BaseInjectedModule):  # type: ignore[misc]
             self._ask_ahead(experts)
         if logits is not None:
             experts.note_logits(logits)
-        out: torch.Tensor = experts(hidden, ids, weights)
-        return out.to(hidden.device)
+        return experts.begin(hidden, ids, weights)
+
+    def _finish(self, job: Job, hidden: torch.Tensor) -> torch.Tensor:
+        """Their answer `[tokens, hidden]`, where `hidden` is."""
+        answer: torch.Tensor = self.experts.finish(job)
+        return answer.to(hidden.device)
 
     def _hybrid_experts(self) -> HybriMoEExperts:
         if not isinstance(self.experts, HybriMoEExperts):
@@ -117,11 +122,11 @@ class _DeepseekBlock(_Block):
         ids, weights = self.gate(hidden_states)[:2]
         flat = hidden_states.view(-1, shape[-1])
         wanted = self._hybrid_experts().runtime.wants_scores  # computed again only where something learns from them
-        routed = self._routed(flat, ids, weights, self._logits(flat) if wanted else None).view(shape)
+        job = self._begin(flat, ids, weights, self._logits(flat) if wanted else None)
         if self.config.n_shared_experts is None:
-            return routed
+            return self._finish(job, flat).view(shape)
         shared: torch.Tensor = self.shared_experts(hidden_states)
-        return routed + shared
+        return self._finish(job, flat).view(shape) + shared
 
 
 class HybriMoEDeepseekV2Block(_DeepseekBlock):
@@ -148,8 +153,9 @@ class _SoftmaxBlock(_Block):
         weights, ids = torch.topk(functional.softmax(logits, dim=1, dtype=torch.float), self.top_k, dim=-1)
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        routed = self._routed(flat, ids, weights.to(flat.dtype), logits)
-        return (routed + self._shared(flat)).view(shape), logits
+        job = self._begin(flat, ids, weights.to(flat.dtype), logits)
+        shared = self._shared(flat)
+        return (self._finish(job, flat) + shared).view(shape), logits
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor | float:
         return 0.0

@@ -17,7 +17,7 @@ from torch import nn
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, ModelError
-from hybrimoe_kt.runtime import Routed, Runtime
+from hybrimoe_kt.runtime import Job, Routed, Runtime
 
 from .framework import BaseInjectedModule, KExpertsBase, expert_threads, float32_default, refuse_capture
 from .shared import Shared
@@ -107,9 +107,18 @@ class HybriMoEExperts(BaseInjectedModule, KExpertsBase):  # type: ignore[misc]
         self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         """`input_tensor [tokens, hidden]`, ids and weights `[tokens, top_k]` -> `[tokens, hidden]`, its type kept."""
+        return self.finish(self.begin(input_tensor, expert_ids, weights))
+
+    def begin(self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> Job:
+        """Start what `forward` does; what is computed until `finish` runs beside the CPU's share."""
         refuse_capture("HybriMoEExperts")
         routed = Routed(input_tensor, expert_ids.long(), weights, self.logits)
         self._keep("logits", None)
         with float32_default():
-            result = self.runtime.run(self.layer, routed)
+            return self.runtime.begin(self.layer, routed)
+
+    def finish(self, job: Job) -> torch.Tensor:
+        """Wait for what `begin` started, and return its answer."""
+        with float32_default():
+            result = self.runtime.finish(job)
         return result if self.out_device is None else result.to(self.out_device)

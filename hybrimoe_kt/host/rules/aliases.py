@@ -5,9 +5,9 @@ of names differ:
 
 - `match.class`: `ktransformers.models.modeling_X.Y` is a class of Transformers now, sometimes spelled differently.
 - `match.name`: Mixtral's MoE block was `block_sparse_moe` and is `mlp` in Transformers 5.
-- `replace.class`: the experts, linear and MLA operators have successors here, and so have our own operators for that
-  framework; RoPE, norm, MLP, gate, block and model operators only made the stock module faster, so the stock module
-  stays ("default").
+- `replace.class`: the experts, linear and MLA operators and blocks with shared experts have successors here, and so
+  have our own operators for that framework; RoPE, norm, MLP, gate, model and other block operators only made the stock
+  module faster, so the stock module stays ("default").
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = ["legacy_hint", "legacy_spelling", "match_class", "operator_class", "o
 EXPERTS = "hybrimoe_kt.operators.experts.HybriMoEExperts"
 MLA = "hybrimoe_kt.operators.attention_mla.AbsorbedMLA"
 LINEAR = "hybrimoe_kt.operators.linear.QuantizedLinear"
+BLOCK = "hybrimoe_kt.operators.moe_block.MoEBlock"
 STOCK = "default"
 # Legacy options that keep their meaning; the others choose among legacy kernels.
 DEVICE_KWARGS = ("generate_device", "prefill_device")
@@ -71,11 +72,11 @@ SHARED_CLASSES: dict[str, tuple[str, ...]] = {
 OPERATORS: dict[str, dict[str, str]] = {
     "experts": {
         EXPERTS: "KTransformersExperts KTransformersExpertsV2 KGlm4Experts KSmallthinkerExperts",
-        STOCK: (
-            "KQwen2MoeSparseMoeBlock KQwen2MoeSparseMoeBlockV2 KQwen3MoeSparseMoeBlock KQwen3MoeSparseMoeBlockV2 "
-            "KQwen3NextSparseMoeBlockV2 KDeepseekV2MoE KDeepseekV3MoE KDeepseekV3MoEV2 KMistralSparseMoEBlock "
-            "KGlm4MoeMoE KSmallthinkerMoeBlock"
+        BLOCK: (
+            "KQwen2MoeSparseMoeBlock KQwen2MoeSparseMoeBlockV2 KQwen3NextSparseMoeBlockV2 KDeepseekV2MoE "
+            "KDeepseekV3MoE KDeepseekV3MoEV2 KGlm4MoeMoE"
         ),
+        STOCK: "KQwen3MoeSparseMoeBlock KQwen3MoeSparseMoeBlockV2 KMistralSparseMoEBlock KSmallthinkerMoeBlock",
     },
     "attention": {MLA: "KDeepseekV2Attention", STOCK: "KLlamaAttention KQwen3MoeAttention KQwen3MoeAttentionIPEXLLM"},
     "balance_serve_attention": {
@@ -126,7 +127,7 @@ def match_class(name: str) -> tuple[str, ...]:
 def operator_class(name: str) -> str:
     """Return the class that a `replace.class` stands for: itself unless it is a known legacy operator."""
     if name.startswith(LEGACY_BLOCKS):
-        return STOCK
+        return STOCK if name.endswith("MixtralBlock") else BLOCK
     return EXPERTS if name == LEGACY_EXPERTS else OPERATOR_CLASSES.get(name, name)
 
 

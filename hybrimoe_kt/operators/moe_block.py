@@ -1,0 +1,71 @@
+"""`MoEBlock`: a MoE block whose shared experts run while the CPU computes its share of the routed ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hybrimoe_kt.errors import ConfigError
+
+__all__ = ["MoEBlock"]
+
+_TAKEN = {
+    "DeepseekV2Moe": "shared_experts",
+    "DeepseekV3MoE": "shared_experts",
+    "Glm4MoeMoE": "shared_experts",
+    "Ernie4_5_MoeSparseMoeBlock": "shared_experts",
+    "Qwen2MoeSparseMoeBlock": "shared_expert",
+    "Qwen3NextSparseMoeBlock": "shared_expert",
+    "Qwen3_5MoeSparseMoeBlock": "shared_expert",
+}
+"""Classes of blocks that are the sum of routed and shared experts, in this order -> what they call the shared ones."""
+
+
+class MoEBlock(nn.Module):
+    """In place of a model's own MoE block, where that has shared experts: adopts its modules and their names.
+
+    `takes` says which; a host leaves all others as they are, dense layers among them.
+    """
+
+    gate: Any
+    experts: Any
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str | None = None,
+        generate_device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not self.takes(orig_module):
+            raise ConfigError(
+                f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
+            )
+        self._shared_name = _TAKEN[type(orig_module).__name__]
+        for name, child in orig_module.named_children():
+            self.register_module(name, child)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether it computes what `module` does: its class is known, and it has shared experts."""
+        return getattr(module, _TAKEN.get(type(module).__name__, ""), None) is not None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, ids = self.gate(flat)  # called, as a hook notes the logits
+        job = self.experts.begin(flat, ids, weights)
+        shared = self._shared(flat)
+        routed: torch.Tensor = self.experts.finish(job)
+        return (routed + shared).view(hidden_states.shape)
+
+    def _shared(self, flat: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = getattr(self, self._shared_name)(flat)
+        gate = self._modules.get("shared_expert_gate")
+        return answer if gate is None else functional.sigmoid(gate(flat)) * answer
