@@ -94,9 +94,13 @@ def _unusable(name: str, device: torch.device, kernel: str) -> str | None:
     return None if unusable is None else unusable(device)
 
 
-@functools.cache
 def attention_on(device: torch.device, kernel: str = "auto") -> DeviceAttention:
     """The one attention of a device that layers share; ConfigError where a kernel that is named cannot run there."""
+    return _attention_on(device, kernel)
+
+
+@functools.cache
+def _attention_on(device: torch.device, kernel: str) -> DeviceAttention:
     check_kernel(kernel)
     reasons = survey(device, kernel)
     if kernel != "auto" and reasons[kernel] is not None:

@@ -63,7 +63,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 @pytest.fixture(autouse=True)
 def _no_device_is_remembered() -> Iterator[None]:
     yield
-    attention_on.cache_clear()
+    decode_attention._attention_on.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
