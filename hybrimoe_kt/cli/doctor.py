@@ -35,7 +35,7 @@ Nothing is computed, installed or written; of a model only the header is read.
 The exit code is 0 whatever is found (the JSON says ready: true or false) and 2
 when the file is no model that could be run.
 """
-_USES = {"flashinfer-python": "nothing uses it yet"}
+_USES = {"flashinfer-python": "for attention of captured steps, on CUDA"}
 _OPTIONAL = "kt-kernel"
 
 
@@ -136,6 +136,7 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     there = "" if report["accelerators"]["devices"] else "no GPU here; "
     types = f"{there}Triton kernels run on {gpu['device']}: {', '.join(gpu['types'])}"
     yield "GPU experts", types if gpu["runs"] else f"{there}no Triton kernels: {gpu['problem']}"
+    yield "attention", _attention_row(report["attention"])
     yield "calibration", _profile_row(report)
     for name, run in report["last_runs"].items():
         yield f"last run on {name}", _last_run_row(run)
@@ -211,6 +212,17 @@ def _no_device_row(found: Mapping[str, Any]) -> str:
     driver = "; an NVIDIA driver is here" if found["nvidia_driver"] else ""
     problem = f": {found['problem']}" if found["problem"] else ""
     return f"none that torch (built for {found['torch_built_for']}) sees{problem}{driver}"
+
+
+def _attention_row(attention: Mapping[str, Any]) -> str:
+    """Of captured steps, on each device, with the reasons against what comes before it."""
+    if attention["problem"]:
+        return f"not known: {attention['problem']}"
+    parts = []
+    for found in attention["devices"]:
+        reasons = "; ".join(dict.fromkeys(filter(None, found["better"].values())))
+        parts.append(f"{found['takes']} on {found['device']}" + (f" ({reasons})" if reasons else ""))
+    return ", ".join(parts)
 
 
 def _profile_row(report: Mapping[str, Any]) -> str:

@@ -15,12 +15,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.backends.gpu_dense import check_gpu
 from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
+from hybrimoe_kt.backends.sdpa_attention import read_latents
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, score_bytes
+from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
+from .attention import fixed_length
 from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
 
 __all__ = ["AbsorbedMLA"]
@@ -67,11 +71,13 @@ class AbsorbedMLA(nn.Module):
         absorb_for_prefill: bool = True,
         cpu: str = "ggml",
         gpu: str = "auto",
+        kernel: str = "auto",
     ) -> None:
         """`absorb_for_prefill=False` leaves prompts to the stock expansion, cheaper while the context is short.
 
         `cpu` and `gpu`: who multiplies by the up-projections, as of QuantizedLinear. They stay as the file has them
-        where it has them as two tensors; where it has one, the half that turns latents into values does.
+        where it has them as two tensors; where it has one, the half that turns latents into values does. `kernel`:
+        who attends in a step whose length stands on the device, as of DecodeAttention.
         """
         super().__init__()
         if not hasattr(orig_module, "kv_b_proj"):
@@ -94,7 +100,10 @@ class AbsorbedMLA(nn.Module):
             self.register_module(name, getattr(orig_module, name, None))
         self._rotate = _rotation_of(orig_module)
         self._up: UpProjections | None = None
-        self.check_kwargs({"cpu": cpu, "gpu": gpu})
+        self.check_kwargs({"cpu": cpu, "gpu": gpu, "kernel": kernel})
+        self.kernel = kernel
+        if kernel != "auto":
+            attention_on(device_at(generate_device), kernel)  # refuses what cannot run there
         self.place, self.arithmetic = generate_device, accelerator_arithmetic(gpu, generate_device)
         if absorb_for_prefill and hasattr(gguf_loader, "packed_tensor"):
             if is_computed_by_ggml(cpu, generate_device):
@@ -143,6 +152,7 @@ class AbsorbedMLA(nn.Module):
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_cpu(kwargs.get("cpu", "ggml"))
         check_gpu(kwargs.get("gpu", "auto"))
+        check_kernel(kwargs.get("kernel", "auto"))
 
     @property
     def scaling(self) -> float:
@@ -186,12 +196,17 @@ class AbsorbedMLA(nn.Module):
         key_rope = key_rope.view(batch, 1, tokens, self.rope)
         query_rope, key_rope = self._rotate(query_rope, key_rope, position_embeddings)
         past = past_key_values if cache is None else cache
+        length = None if past is None else fixed_length(past, self.layer_idx)
         if past is not None:
             latent, key_rope = past.update(latent, key_rope, self.layer_idx)
 
         up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
         query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
-        read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
+        if length is not None:
+            reader = attention_on(length.device, self.kernel)
+            read = reader.attend_latents(query_latent, query_rope, latent, key_rope, length, self.scaling)
+        else:
+            read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
         context = up.to_values(read)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
 
@@ -214,34 +229,14 @@ class AbsorbedMLA(nn.Module):
             mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
         step = max(1, SCORE_BYTES // (batch * heads * length * score_bytes(query.element_size())))
         if tokens <= step:
-            return self._read_at_once(query, query_rope, latent, key_rope, mask)
+            return read_latents(query, query_rope, latent, key_rope, mask, self.scaling)
         read = torch.empty_like(query)
         for first in range(0, tokens, step):
             piece = slice(first, first + step)
             seen = mask[..., piece, :] if mask is not None and mask.shape[-2] > 1 else mask
-            read[:, :, piece] = self._read_at_once(query[:, :, piece], query_rope[:, :, piece], latent, key_rope, seen)
+            queries = query[:, :, piece], query_rope[:, :, piece]
+            read[:, :, piece] = read_latents(*queries, latent, key_rope, seen, self.scaling)
         return read
-
-    def _read_at_once(
-        self,
-        query: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        key_rope: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Latents are alike for all heads: as rows of one product they are read once, never copied for each head."""
-        batch, heads, tokens, _ = query.shape
-        together = (batch, heads * tokens, -1)
-        scores = query.reshape(together) @ latent.mT + query_rope.reshape(together) @ key_rope.mT
-        probabilities = self._softmax(scores.view(batch, heads, tokens, -1) * self.scaling, mask, query.dtype)
-        return (probabilities.view(together) @ latent).view(batch, heads, tokens, -1)
-
-    def _softmax(self, scores: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        if mask is not None:
-            mask = mask[..., : scores.shape[-1]]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
 
 
 class _FloatUpProjections:

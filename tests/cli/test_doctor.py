@@ -77,7 +77,7 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys)
     assert found.keys() == {
         "hybrimoe_kt", "python", "cpu", "memory", "accelerators", "libraries", "cpu_kernels", "gpu_kernels",
-        "profile", "last_runs", "model", "verdict",
+        "attention", "profile", "last_runs", "model", "verdict",
     }  # fmt: skip
     assert found["cpu"]["model"] and found["cpu"]["physical_cores"] >= 1
     assert set(machine_report._CPU) | {"problem"} == found["cpu"].keys()

@@ -45,8 +45,8 @@ def test_every_kernel_has_a_reference_that_needs_no_triton(op: Path) -> None:
 
 
 def test_there_are_as_many_operations_as_layers_launch() -> None:
-    """The rules above hold for something: seven of experts, two of linear layers."""
-    assert len(OPS) == 9
+    """The rules above hold for something: seven of experts, two of linear layers, three of attention."""
+    assert len(OPS) == 12
 
 
 def test_no_autotuning_and_addresses_of_64_bits() -> None:
@@ -56,13 +56,15 @@ def test_no_autotuning_and_addresses_of_64_bits() -> None:
     for op in ("decode_gate_up", "decode_down", "prefill_gate_up", "prefill_down"):
         source = (KERNELS / op / "kernel.py").read_text(encoding="utf-8")
         assert "slot.to(tl.int64) * slot_bytes" in source
+    for op in ("decode_attention", "latent_attention"):
+        assert "token.to(tl.int64)" in (KERNELS / op / "kernel.py").read_text(encoding="utf-8")
     assert "* TOKENS).to(tl.int64)" in (KERNELS / "linear_many" / "kernel.py").read_text(encoding="utf-8")
 
 
 def test_choosing_and_describing_need_no_triton() -> None:
     """In a fresh interpreter without Triton, everything but operations and device functions imports."""
     names = [".".join(file.relative_to(KERNELS).with_suffix("").parts) for file in FILES]
-    without = [n for n in names if "." not in n and n not in ("__init__", "layer", "linear")]
+    without = [n for n in names if "." not in n and n not in ("__init__", "layer", "linear", "attention")]
     code = "import importlib, sys\nsys.modules['triton'] = None\n"
     code += f"for name in {without}: importlib.import_module('hybrimoe_kt.kernels.' + name)\nprint('fine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_few_queries_at_a_time_read_the_same(monkeypatch: pytest.MonkeyPatch, ma
     hidden, rotary = torch.randn(1, 8, 96), DeepseekV2RotaryEmbedding(settings)
     angles = [rotary(hidden[:, piece], torch.arange(8)[None, piece]) for piece in (slice(0, 3), slice(3, 8))]
     mask = torch.ones(5, 8, dtype=torch.bool).tril(3)[None, None] if masked else None
-    found, softmax = [], ours._softmax
+    found, read = [], attention_mla.read_latents
     for limit, wanted in ((2**28, [5]), (2 * 6 * 8 * 12, [2, 2, 1]), (1, [1] * 5)):
         monkeypatch.setattr(attention_mla, "SCORE_BYTES", limit)
         cache = DynamicCache(config=settings)
@@ -105,11 +106,11 @@ def test_few_queries_at_a_time_read_the_same(monkeypatch: pytest.MonkeyPatch, ma
         with monkeypatch.context() as patch:
             sizes: list[int] = []
 
-            def noted(scores: torch.Tensor, *rest: object, sizes: list[int] = sizes) -> torch.Tensor:
-                sizes.append(scores.shape[2])
-                return softmax(scores, *rest)
+            def noted(query: torch.Tensor, *rest: Any, sizes: list[int] = sizes) -> torch.Tensor:
+                sizes.append(query.shape[2])
+                return read(query, *rest)
 
-            patch.setattr(ours, "_softmax", noted)
+            patch.setattr(attention_mla, "read_latents", noted)
             found.append(ours(hidden[:, 3:], mask, position_embeddings=angles[1], past_key_values=cache)[0])
         assert sizes == wanted
     for other in found[1:]:

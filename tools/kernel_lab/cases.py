@@ -89,11 +89,12 @@ class Case:
 
 
 def cases_for(target: Target) -> list[Case]:
-    """Return every case of a target, in the order of a layer's launches; linear layers come last."""
-    from .linear_cases import linear_cases  # made of what stands here
+    """Return every case of a target, in the order of a layer's launches; linear layers come next, attention last."""
+    from .attention_cases import attention_cases  # made of what stands here
+    from .linear_cases import linear_cases
 
     experts = [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
-    return [*experts, *linear_cases(target)]
+    return [*experts, *linear_cases(target), *attention_cases(target)]
 
 
 def mixtures_for(target: Target) -> list[Case]:

@@ -44,7 +44,7 @@ def issue_clocks(found: Measurement, target: Target, more_clocks: float = 0.0) -
 
 def headroom(case: Case, found: Measurement) -> float | None:
     """Return DRAM time over issue time of a decode kernel's main loop; None for a kernel that reads no weights."""
-    if not case.work.weight_bytes or case.claims.tensor:
+    if not case.work.weight_bytes or case.work.tensor_macs:
         return None
     target = TARGETS[found.target]
     steps = found.loop.wide_loads / case.claims.wide_loads  # the compiler may have unrolled

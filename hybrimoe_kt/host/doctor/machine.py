@@ -49,6 +49,7 @@ def report_machine() -> dict[str, Any]:
         "libraries": {distribution: inspect_library(distribution, module) for distribution, module in _LIBRARIES},
         "cpu_kernels": _cpu_kernels(profile),
         "gpu_kernels": attempt(lambda: _gpu_kernels(accelerators["devices"]), runs=False, types=[], device=None),
+        "attention": attempt(lambda: _attention(accelerators["devices"]), devices=[]),
         "profile": profile,
         "last_runs": _last_runs(),
     }
@@ -125,6 +126,21 @@ def _gpu_kernels(devices: list[dict[str, Any]]) -> dict[str, Any]:
     reason = backend.unusable(torch.device(device))
     types = [kind.name for kind in backend.types()]
     return {"runs": reason is None, "types": types, "device": device, "problem": reason}
+
+
+def _attention(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Who would attend in a captured step, on each device, and why nobody better; nothing is tried."""
+    import torch
+
+    from hybrimoe_kt.backends.decode_attention import survey
+
+    found = []
+    for name in [device["name"] for device in devices] or ["cpu"]:
+        reasons = survey(torch.device(name))
+        takes = next(kind for kind, reason in reasons.items() if reason is None)
+        better = list(reasons)[: list(reasons).index(takes)]
+        found.append({"device": name, "takes": takes, "better": {kind: reasons[kind] for kind in better}})
+    return {"devices": found}
 
 
 def _last_runs() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hybrimoe_kt.backends.ggml.library import choose_library
 from hybrimoe_kt.backends.gpu_dense import can_multiply
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.host.rules import injection as rule_engine
+from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.embedding import QuantizedEmbedding
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -26,7 +27,7 @@ from .placement import Placement, place_modules
 
 __all__ = ["Injector"]
 
-_PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, GgmlLayer
+_PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, DecodeAttention, GgmlLayer
 """What asks where it will stand: weights stay as the file has them, and ggml or the accelerator's kernels compute."""
 
 

@@ -26,6 +26,7 @@ from hybrimoe_kt.backends.ggml.parts import (
     Swiglu,
 )
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections
+from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.stored_layer import KeyLayout
@@ -120,6 +121,8 @@ class _Reader:
         if getattr(self._config, "hidden_act", "silu") not in _SILU:
             raise NotDescribed(f"its activation is {self._config.hidden_act}")
         attention: Any = getattr(layer, "self_attn", None)
+        if isinstance(attention, DecodeAttention):
+            attention = attention.stock
         parts: GroupedQuery | Latent | GatedLinear
         layout: KeyLayout | StateLayout
         if attention is None:

@@ -1,0 +1,222 @@
+"""Who attends for one token to a room of keys and values, as many of which hold tokens as a tensor on the device says.
+
+FlashInfer, then this package's Triton kernels, then torch: for each shape the first that runs there, takes it and, when
+it is first asked, answers a small case as torch does on a CPU. What it does in a step can be captured and replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from hybrimoe_kt.errors import ConfigError, summary, unknown_name
+
+from .flashinfer_attention import FlashInferAttention
+from .sdpa_attention import Asked, SdpaAttention
+from .triton_attention import TritonAttention
+
+__all__ = ["ATTENTION", "Attention", "DeviceAttention", "attention_on", "check_kernel", "survey"]
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = ("auto", "flashinfer", "triton", "sdpa")
+_ORDER: dict[str, Any] = {"flashinfer": FlashInferAttention, "triton": TritonAttention, "sdpa": SdpaAttention}
+_TRIED_TOKENS, _TRIED_ROOM = 83, 96
+_WITHIN = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of the answer's norm; GPUs may multiply float32 with fewer bits."""
+_ALIGNED = 8
+"""Numbers; kernels may want rows to begin at a multiple."""
+
+
+class Attention(Protocol):
+    """One way of attending, made with the device it is for. Queries are `[1, heads, 1, width]`, and so are answers.
+
+    Rooms are `[1, kv_heads, capacity, width]`, of which the first `length` int64 `[1]` tokens are held, at least 1.
+    """
+
+    name: str
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
+        """Why it does not attend with such a query to two such rooms, None if it does."""
+
+    def plan(self, length: int) -> None:
+        """Prepare on the host for the step that follows, or its replay, in which so many tokens are held."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: torch.Tensor,
+        scaling: float,
+        *,
+        window: int = 0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Grouped queries; the last `window` tokens are seen, 0: all; `sinks [heads]` are scores of nothing."""
+
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        rotated_query: torch.Tensor,
+        latents: torch.Tensor,
+        rotated: torch.Tensor,
+        length: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Latents, which are values, too: `query [1, heads, 1, rank]`, `rotated_query [1, heads, 1, rope]`, a room
+        each `[1, 1, capacity, ...]`."""
+
+
+def check_kernel(name: str) -> None:
+    """ConfigError for what no attention is called."""
+    if name not in ATTENTION:
+        raise ConfigError(unknown_name("kernel", name, ATTENTION))
+
+
+def survey(device: torch.device, kernel: str = "auto") -> dict[str, str | None]:
+    """Say for each attention, best first, why it cannot run on `device`, None where it can; nothing is tried."""
+    names = [name for name in _ORDER if kernel in ("auto", name)]
+    return {name: _unusable(name, device, kernel) for name in names}
+
+
+def _unusable(name: str, device: torch.device, kernel: str) -> str | None:
+    if device.type == "cpu" and kernel == "auto" and name != "sdpa":
+        return "on the CPU torch attends"  # where the interpreter would run, too
+    unusable: Callable[[torch.device], str | None] | None = getattr(_ORDER[name], "unusable", None)
+    return None if unusable is None else unusable(device)
+
+
+def attention_on(device: torch.device, kernel: str = "auto") -> DeviceAttention:
+    """The one attention of a device that layers share; ConfigError where a kernel that is named cannot run there."""
+    return _attention_on(device, kernel)
+
+
+@functools.cache
+def _attention_on(device: torch.device, kernel: str) -> DeviceAttention:
+    check_kernel(kernel)
+    reasons = survey(device, kernel)
+    if kernel != "auto" and reasons[kernel] is not None:
+        raise ConfigError(f"kernel is {kernel!r}, but {reasons[kernel]}; or give auto")
+    usable = [name for name, reason in reasons.items() if reason is None]
+    return DeviceAttention(device, [_ORDER[name](device) for name in dict.fromkeys((*usable, "sdpa"))])
+
+
+class DeviceAttention:
+    """Asks for each shape who takes it, once, and gives it to them from then on; the first step is not captured."""
+
+    def __init__(self, device: torch.device, candidates: list[Attention]) -> None:
+        """The last of `candidates` takes everything."""
+        self._device, self._candidates = device, candidates
+        self._chosen: dict[tuple[object, ...], Attention] = {}
+        self._failed: set[str] = set()
+
+    def plan(self, length: int) -> None:
+        """Before every step, captured or not, in which `length` tokens are held, this step's one among them."""
+        for attention in self._candidates:
+            attention.plan(length)
+
+    def chosen(self) -> list[str]:
+        """Whom the shapes so far were given to."""
+        return sorted({attention.name for attention in self._chosen.values()})
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: torch.Tensor,
+        scaling: float,
+        *,
+        window: int = 0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As of `Attention`."""
+        attention = self._attention(query, keys, values, Asked(window=window, has_sinks=sinks is not None))
+        return attention.attend(query, keys, values, length, scaling, window=window, sinks=sinks)
+
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        rotated_query: torch.Tensor,
+        latents: torch.Tensor,
+        rotated: torch.Tensor,
+        length: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As of `Attention`."""
+        attention = self._attention(query, latents, rotated, Asked(is_latent=True))
+        return attention.attend_latents(query, rotated_query, latents, rotated, length, scaling)
+
+    def _attention(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> Attention:
+        key = asked, *map(_form, (query, first, second))
+        found = self._chosen.get(key)
+        if found is None:
+            found = self._chosen[key] = self._choose(query, first, second, asked)
+            logger.debug("%s attends on %s to %s %s", found.name, self._device, tuple(first.shape), first.dtype)
+        return found
+
+    def _choose(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> Attention:
+        *better, last = self._candidates
+        for attention in better:
+            if attention.name in self._failed:
+                continue
+            if reason := attention.refuses(query, first, second, asked):
+                logger.info("%s does not attend on %s: %s", attention.name, self._device, reason)
+                continue
+            if (problem := _tried(attention, query, first, second, asked)) is None:
+                return attention
+            self._failed.add(attention.name)
+            logger.warning("%s does not attend on %s from now on: %s", attention.name, self._device, problem)
+        return last
+
+
+def _form(part: torch.Tensor) -> tuple[object, ...]:
+    """All that kernels may ask of a query or a room; a room that grows is of the same form."""
+    return part.dtype, part.shape[1], part.shape[-1], *(stride % _ALIGNED for stride in part.stride()[1:-1])
+
+
+def _tried(
+    attention: Attention, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked
+) -> str | None:
+    """What is wrong with its answer for a few tokens of the same heads, None if nothing is."""
+    generator = torch.Generator(device="cpu").manual_seed(20250614)
+
+    def like(part: torch.Tensor, tokens: int) -> torch.Tensor:
+        shape = 1, part.shape[1], tokens, part.shape[-1]
+        return torch.randn(shape, generator=generator, device="cpu").to(part.dtype)
+
+    queries, rooms = [like(query, 1)], [like(first, _TRIED_ROOM), like(second, _TRIED_ROOM)]
+    if asked.is_latent:
+        queries.append(torch.randn(1, query.shape[1], 1, second.shape[-1], generator=generator, device="cpu"))
+        queries[1] = queries[1].to(query.dtype)
+    scaling = sum(part.shape[-1] for part in queries) ** -0.5
+    sinks = torch.randn(query.shape[1], generator=generator, device="cpu") if asked.has_sinks else None
+
+    def answer(by: Attention, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        query, *more = (part.to(device, dtype) for part in (*queries, *rooms))
+        first, second = more[-2:]
+        length = torch.tensor([_TRIED_TOKENS], dtype=torch.int64, device=device)
+        if asked.is_latent:
+            return by.attend_latents(query, more[0], first, second, length, scaling).cpu().float()
+        held = None if sinks is None else sinks.to(device)
+        return by.attend(query, first, second, length, scaling, window=asked.window, sinks=held).cpu().float()
+
+    device, host = query.device, torch.device("cpu")
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            fresh = type(attention)(device)  # which a step has planned nothing with
+            fresh.plan(_TRIED_TOKENS)
+            found = answer(fresh, device)
+    except Exception as error:  # whatever a compiler or driver may raise
+        return summary(error)
+    wanted = answer(SdpaAttention(host), host, torch.float32)
+    off = float((found - wanted).norm() / wanted.norm())
+    return None if off <= _WITHIN[query.dtype] else f"its answer for a few tokens is {off:.0%} off"

@@ -1,0 +1,214 @@
+"""Who attends on a device: torch's answer bit for bit on a CPU, kernels close to it, and never a wrong one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from hybrimoe_kt.backends import decode_attention
+from hybrimoe_kt.backends.decode_attention import Attention, DeviceAttention, attention_on, check_kernel, survey
+from hybrimoe_kt.backends.flashinfer_attention import FlashInferAttention
+from hybrimoe_kt.backends.sdpa_attention import Asked, SdpaAttention
+from hybrimoe_kt.device import step_graph
+from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.kernels.decode_attention.naive import naive_decode_attention
+from hybrimoe_kt.kernels.latent_attention.naive import naive_latent_attention
+from tests.kernels.layers import relative_error
+
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("xpu")
+HELD, ROOM, SCALING = 37, 48, 0.11
+
+
+def randoms(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def grouped(
+    heads: int = 8, kv_heads: int = 2, width: int = 64, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    """Query, keys, values and length, as a cache's room has them."""
+    rooms = [randoms(1, kv_heads, ROOM, width, dtype=dtype, seed=seed) for seed in (1, 2)]
+    query = randoms(1, 1, heads, width, dtype=dtype, seed=3).transpose(1, 2)
+    return query, *rooms, torch.tensor([HELD])
+
+
+def latent(
+    heads: int = 6, rank: int = 64, rope: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    queries = [randoms(1, heads, 1, width, dtype=dtype, seed=width) for width in (rank, rope)]
+    rooms = [randoms(1, 1, ROOM, width, dtype=dtype, seed=width + 1) for width in (rank, rope)]
+    return *queries, *rooms, torch.tensor([HELD])
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What a recorder of steps would call again."""
+    works: list[Callable[[], object]] = []
+
+    def opaque(work: Callable[[], object]) -> None:
+        works.append(work)
+        work()
+
+    monkeypatch.setattr(step_graph, "opaque", opaque)
+    return works
+
+
+@pytest.fixture(autouse=True)
+def _no_device_is_remembered() -> Iterator[None]:
+    yield
+    decode_attention._attention_on.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (4, 4, 128), (6, 2, 288)], ids=str)
+def test_torch_on_a_cpu_answers_as_transformers_does(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+    """Bit for bit, for a cache that has grown to as many tokens in a larger room."""
+    query, keys, values, length = grouped(heads, kv_heads, width, dtype)
+    module: Any = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
+    held = keys[:, :, :HELD], values[:, :, :HELD]
+    wanted, _ = AttentionInterface()["sdpa"](module, query, *held, None, scaling=SCALING)
+    found = SdpaAttention(CPU).attend(query, keys, values, length, SCALING)
+    assert torch.equal(found.transpose(1, 2), wanted)
+    elsewhere = SdpaAttention(ELSEWHERE).attend(query, keys, values, length, SCALING)
+    assert relative_error(elsewhere, found) < {torch.float32: 1e-6}.get(dtype, 1e-2)
+
+
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+@pytest.mark.parametrize("window", [0, 1, 20, 90])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+def test_torch_knows_windows_and_sinks(device: torch.device, window: int, has_sinks: bool) -> None:
+    query, keys, values, length = grouped()
+    sinks = randoms(8, seed=9) if has_sinks else None
+    found = SdpaAttention(device).attend(query, keys, values, length, SCALING, window=window, sinks=sinks)
+    wanted = naive_decode_attention(query[0, :, 0], keys[0], values[0], HELD, SCALING, window, sinks)
+    assert relative_error(found[0, :, 0], wanted) < 1e-6
+
+
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_torch_reads_latents(device: torch.device) -> None:
+    query, rotated_query, latents, rotated, length = latent()
+    found = SdpaAttention(device).attend_latents(query, rotated_query, latents, rotated, length, SCALING)
+    parts = query[0, :, 0], rotated_query[0, :, 0], latents[0, 0], rotated[0, 0]
+    assert relative_error(found[0, :, 0], naive_latent_attention(*parts, HELD, SCALING)) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_a_replay_reads_lengths_and_queries_anew(recorded: list[Callable[[], object]], kernel: str) -> None:
+    """Nothing but what was noted is called again, and the answer stands where it stood."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    by = attention_on(CPU, kernel)
+    (query, keys, values, length), rotated = grouped(4, 2, 64), latent()
+    for _ in range(2):
+        recorded.clear()  # of a first step, which tries
+        found = by.attend(query, keys, values, length, SCALING)
+        read = by.attend_latents(*rotated, SCALING)
+    assert len(recorded) == 2
+    for held in (5, 48, 37):
+        rotated[-1].fill_(held)
+        length.fill_(held)
+        query.mul_(-0.7)
+        rotated[0].add_(0.1)
+        for work in recorded:
+            work()
+        wanted = naive_decode_attention(query[0, :, 0], keys[0], values[0], held, SCALING)
+        assert relative_error(found[0, :, 0], wanted) < 1e-5
+        parts = rotated[0][0, :, 0], rotated[1][0, :, 0], rotated[2][0, 0], rotated[3][0, 0]
+        assert relative_error(read[0, :, 0], naive_latent_attention(*parts, held, SCALING)) < 1e-5
+
+
+@pytest.mark.kernels
+def test_triton_takes_rooms_of_another_dtype_than_the_query() -> None:
+    pytest.importorskip("triton")
+    by = attention_on(CPU, "triton")
+    query, keys, values, length = grouped(4, 2, 64)
+    found = by.attend(query, keys.half(), values.half(), length, SCALING)
+    assert by.chosen() == ["triton"] and found.dtype == torch.float32
+    wanted = naive_decode_attention(query[0, :, 0], keys[0].half(), values[0].half(), HELD, SCALING)
+    assert relative_error(found[0, :, 0], wanted) < 2e-3
+
+
+def test_on_a_cpu_torch_attends() -> None:
+    assert survey(CPU) == {
+        "flashinfer": "on the CPU torch attends",
+        "triton": "on the CPU torch attends",
+        "sdpa": None,
+    }
+    by = attention_on(CPU)
+    by.attend(*grouped(), SCALING)
+    assert by.chosen() == ["sdpa"]
+    assert attention_on(CPU) is by
+
+
+def test_a_kernel_that_cannot_run_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="unknown kernel 'flash', did you mean 'flashinfer'"):
+        check_kernel("flash")
+    with pytest.raises(ConfigError, match="kernel is 'flashinfer', but FlashInfer has kernels for CUDA, not for cpu"):
+        attention_on(CPU, "flashinfer")
+    assert survey(torch.device("xpu"))["triton"] == "no kernel was built for xpu devices"
+
+
+class Wrong(SdpaAttention):
+    """Sees one token too few."""
+
+    name = "wrong"
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor, *rest: Any,
+               **given: Any) -> torch.Tensor:  # fmt: skip
+        return super().attend(query, keys, values, length - 1, *rest, **given)
+
+
+class Failing(SdpaAttention):
+    name = "failing"
+
+    def attend(self, *given: Any, **more: Any) -> torch.Tensor:
+        raise OSError("no compiler")
+
+
+class Choosy(SdpaAttention):
+    name = "choosy"
+
+    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
+        return "heads are wide" if query.shape[-1] > 64 else None
+
+
+@pytest.mark.parametrize(
+    ("candidate", "problem"),
+    [(Wrong, r"its answer for a few tokens is \d+% off"), (Failing, "OSError: no compiler")],
+    ids=["wrong", "failing"],
+)
+def test_one_that_answers_wrongly_is_never_asked_again(
+    candidate: type[Attention], problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    by = DeviceAttention(CPU, [candidate(CPU), SdpaAttention(CPU)])
+    with caplog.at_level(logging.WARNING, decode_attention.__name__):
+        for width in (64, 128, 64):
+            query, keys, values, length = grouped(width=width)
+            found = by.attend(query, keys, values, length, SCALING)
+            assert torch.equal(found, SdpaAttention(CPU).attend(query, keys, values, length, SCALING))
+    assert by.chosen() == ["sdpa"]
+    assert len(caplog.messages) == 1
+    assert re.fullmatch(rf"{candidate.name} does not attend on cpu from now on: {problem}", caplog.messages[0])
+
+
+def test_each_shape_goes_to_the_first_that_takes_it(caplog: pytest.LogCaptureFixture) -> None:
+    by = DeviceAttention(CPU, [Choosy(CPU), SdpaAttention(CPU)])
+    with caplog.at_level(logging.INFO, decode_attention.__name__):
+        by.attend(*grouped(width=64), SCALING)
+        assert by.chosen() == ["choosy"] and not caplog.messages
+        by.attend(*grouped(width=128), SCALING)
+        by.attend(*grouped(width=128), SCALING)
+    assert by.chosen() == ["choosy", "sdpa"]
+    assert caplog.messages == ["choosy does not attend on cpu: heads are wide"]
+
+
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_flashinfer_runs_on_cuda_alone(device: torch.device) -> None:
+    assert FlashInferAttention.unusable(device) == f"FlashInfer has kernels for CUDA, not for {device.type}"
