@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.backends.decode_attention import attention_on
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.host.hf.loading import LoadedModel
+from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.linear import QuantizedLinear
@@ -55,6 +57,8 @@ def _refusal(loaded: LoadedModel, cache: GrowingCache) -> str | None:
     for name, module in loaded.model.named_modules():
         if isinstance(module, (QuantizedLinear, AbsorbedMLA)) and module.asks_ggml:
             return f"ggml computes {name}"
+        if isinstance(module, DecodeAttention) and module.refusal is not None:
+            return f"{name}: {module.refusal}"
     return cache.refuses_fixed_steps()
 
 
@@ -71,6 +75,8 @@ class CapturedLoop:
         self._model, self._embedding = model, model.get_input_embeddings()
         self._experts = [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
         device = model.device
+        kernels = {each.kernel for each in model.modules() if isinstance(each, (DecodeAttention, AbsorbedMLA))}
+        self._attention = [attention_on(device, kernel) for kernel in sorted(kernels)]
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._length = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = torch.empty(0, dtype=torch.int64, device=device)
@@ -113,6 +119,8 @@ class CapturedLoop:
         position = cache.get_seq_length()
         self._position.fill_(position)
         self._length.fill_(position + 1)
+        for attention in self._attention:
+            attention.plan(position + 1)
         room = cache.room
         if len(self._places) < room:
             self._places = torch.arange(room, device=self._position.device)
