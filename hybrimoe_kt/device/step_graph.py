@@ -14,13 +14,17 @@ from hybrimoe_kt.errors import HybriMoEError
 
 from .accelerator import Event
 
-__all__ = ["CaptureError", "CapturedWork", "StepCapture", "StepGraph", "opaque"]
+__all__ = ["CaptureError", "CapturedWork", "StepCapture", "StepGraph", "StepLost", "opaque"]
 
 logger = logging.getLogger(__name__)
 
 
 class CaptureError(HybriMoEError):
     """A step cannot be captured; the message says what stands in the way."""
+
+
+class StepLost(HybriMoEError):
+    """Something that a captured step enqueued has failed after the host had gone on: all of the step is in doubt."""
 
 
 class StepGraph(Protocol):

@@ -83,6 +83,7 @@ class CapturedLoop:
         """0, 1, 2, ... as far as there has been room."""
         self._given: dict[str, torch.Tensor] = {}
         self._logits = torch.empty(0)
+        self._serves_experts = accelerator in loaded.runtime.accelerators
         self._pieces: StepPieces | None = None
         self._captured_for: tuple[int, int] | None = None
         """The cache, and how often it had moved."""
@@ -132,10 +133,10 @@ class CapturedLoop:
             ids.fill_(token)
 
     def _compute(self, cache: GrowingCache) -> None:
-        if not self.captures:
-            self._ask(cache)
-            return
         runtime, now = self._loaded.runtime, (id(cache), cache.num_moves)
+        if not self.captures or (self._serves_experts and self._accelerator not in runtime.accelerators):
+            self._ask(cache)  # as well where it has been given up: what was enqueued may never end
+            return
         pieces = self._pieces
         if pieces is None or not pieces.serves(runtime):
             pieces = self._pieces = StepPieces(runtime, self._accelerator)

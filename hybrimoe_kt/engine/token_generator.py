@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.device.step_graph import CaptureError
+from hybrimoe_kt.device.step_graph import CaptureError, StepLost
 from hybrimoe_kt.device.unused_memory import give_back_unused
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _LONG_CONTEXT_TOKENS = 4096
 """From which on attention's reading of the cache takes longer than what its threads cost others: some 16 MB a layer of
 Qwen3-30B-A3B. Estimated; at 512 tokens a second thread of torch's cost 40 % of the tokens a second on two cores."""
+_MOST_LOST = 4
+"""Captured steps in a row that may be lost; by then the accelerator has been given up."""
 _OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory"
 
 
@@ -204,16 +206,24 @@ class TokenGenerator:
         """Append `ids` to the cache, in chunks; return the last token's logits `[vocab]`, float32 on the CPU.
 
         None when `stop` is set between two chunks. Where an accelerator's memory runs out, expert caches shrink and
-        everything that was cached is computed again: some layers have the failed chunk, others have not.
+        everything that was cached is computed again: some layers have the failed chunk, others have not. So it is
+        where a captured step is lost.
         """
         began = time.perf_counter()
-        whole, left = self._cached_ids + ids, ids
+        whole, left, num_lost = self._cached_ids + ids, ids, 0
         while True:
             try:
                 logits = self._append(left, stop, scores)
                 break
             except CaptureError as refused:
                 self._capture_no_more(refused)
+                left = whole
+                continue
+            except StepLost as lost:
+                num_lost += 1
+                if num_lost > _MOST_LOST:
+                    raise KernelError(str(lost)) from lost
+                self.start_anew()
                 left = whole
                 continue
             except RuntimeError as error:

@@ -14,7 +14,7 @@ from hybrimoe_kt.backends.call_checks import check_finite
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
-from hybrimoe_kt.device.accelerator import Accelerator
+from hybrimoe_kt.device.accelerator import Accelerator, Event
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
 from hybrimoe_kt.device.cores import dense_threads
@@ -23,7 +23,8 @@ from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
 from hybrimoe_kt.device.sent_routing import SentRouting
-from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.device.step_graph import StepLost
+from hybrimoe_kt.errors import ConfigError, first_line
 
 from .assembly import Assembly, build
 from .cpu_steps import CpuSteps
@@ -296,10 +297,22 @@ class Runtime:
                 step = lane.read(routed, scores) if sent is None else lane.readback.take(sent)
             except DEVICE_ERRORS as error:
                 self._recovery.recover(AcceleratorFailed(lane, error))
+                if sent is not None:
+                    raise StepLost(f"{lane.accelerator.name} failed: {first_line(error)}") from error
         if step is None:
             step = Step.on_host(routed, scores)
         check_finite(layer, step.host.hidden)
         return step
+
+    def end_replay(self, accelerator: Accelerator, done: Event) -> None:
+        """Wait for what captured steps have enqueued before `done`; StepLost where that has failed."""
+        try:
+            self.executor.wait(done, f"a captured step on {accelerator.name}")
+        except DEVICE_ERRORS as error:
+            for lane in self.lanes:
+                if lane.accelerator is accelerator:
+                    self._recovery.recover(AcceleratorFailed(lane, error))
+            raise StepLost(f"{accelerator.name} failed: {first_line(error)}") from error
 
     def note_replay(self, layer: int, began_s: float) -> None:
         """A captured piece has been enqueued since `began_s`, in front of the experts of `layer`; -1: behind all."""

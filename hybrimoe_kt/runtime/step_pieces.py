@@ -181,7 +181,7 @@ class StepPieces:
 
     def _wait(self) -> None:
         self._accelerator.compute.record(self._done, "step")
-        self._runtime.executor.wait(self._done, f"a captured step on {self._accelerator.name}")
+        self._runtime.end_replay(self._accelerator, self._done)
 
     def _compute(self, piece: _Piece) -> torch.Tensor:
         assert piece.routed is not None and self._answer is not None, "of a layer with experts"

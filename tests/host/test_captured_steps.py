@@ -119,6 +119,7 @@ def test_a_token_is_one_replay_where_all_experts_are_resident(generated: Make, n
 
 
 def test_a_layer_is_one_replay(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_LEAST_ROOM", 64)
     loaded = load(generated(SHAPES["qwen3moe"]))
     made = generator(loaded, captures=True)
     decode(made, 3)
@@ -133,7 +134,10 @@ def test_a_layer_is_one_replay(generated: Make, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "deepseek3"])
-def test_a_prefix_is_reused_and_a_conversation_follows_another(generated: Make, name: str) -> None:
+def test_a_prefix_is_reused_and_a_conversation_follows_another(
+    generated: Make, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_LEAST_ROOM", 64)
     texts = [PROMPT, [*PROMPT[:7], 3, 4], [9, 8, 7]]
     model, answers = generated(SHAPES[name]), []
     for captures in (False, True):
@@ -175,8 +179,12 @@ def test_faults_change_nothing(generated: Make, kind: str, at: int, failure: Any
     faults = Faults(kind, at, failure, times=2)
     loaded = load(model, deadline_s=0.3, assemble=on_adversary(1, faults))
     made = generator(loaded, captures=True)
-    assert torch.equal(decode(made, 16), wanted)
+    found = decode(made, 16)
     assert faults.site is not None, "it struck"
+    if failure in ("late", "stall"):  # the host had gone on: everything was computed anew, as one prompt
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    else:
+        assert torch.equal(found, wanted)
 
 
 def test_slots_that_are_taken_away_between_two_tokens(generated: Make) -> None:
@@ -227,7 +235,7 @@ def test_a_step_that_reads_a_value_is_not_captured(generated: Make, caplog: pyte
     norm: Any = loaded.model.model.layers[1].input_layernorm
     norm.register_forward_hook(lambda module, args, output: output * float((output[0, 0, 0] * 0 + 1).item()))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(decode(made, 8), wanted)
+        torch.testing.assert_close(decode(made, 8), wanted, rtol=0, atol=1e-4)  # part of it as one prompt
     assert [record for record in caplog.records if "reads a value on the host" in record.message]
     assert not loop_of(made).captures and loop_of(made).num_captures == 0
 
@@ -263,4 +271,4 @@ def test_what_cannot_be_captured_says_why(generated: Make, caplog: pytest.LogCap
     on_cpu.dense = None
     with caplog.at_level(logging.WARNING):
         assert captured_loop(on_cpu, made._cache, captures=True) is None
-    assert "ggml computes model.layers.0" in caplog.text
+    assert "layer 0 keeps keys and values in a StoredLayer" in caplog.text
