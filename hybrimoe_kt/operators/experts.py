@@ -59,7 +59,7 @@ class HybriMoEExperts(nn.Module):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
         self.runtime: Runtime | None = None
-        self._logits: torch.Tensor | None = None
+        self._logits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         options = experts.agree(ExpertOptions.from_kwargs(kwargs), key)
         experts.add(
             gguf_loader.layer_experts(
@@ -76,9 +76,12 @@ class HybriMoEExperts(nn.Module):
         """Compute with `runtime` from now on."""
         self.runtime = runtime
 
-    def note_logits(self, logits: torch.Tensor) -> None:
-        """Take the router's logits `[num_tokens, num_experts]` of the step about to come."""
-        self._logits = logits
+    def note_logits(self, logits: torch.Tensor, probabilities: torch.Tensor | None = None) -> None:
+        """Take the router's logits `[num_tokens, num_experts]` of the step about to come, and their softmax if known.
+
+        That is float32.
+        """
+        self._logits = logits, probabilities
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
@@ -91,8 +94,9 @@ class HybriMoEExperts(nn.Module):
     ) -> torch.Tensor:
         """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
         assert self.runtime is not None, "the host attaches a runtime before the first step"
-        logits, self._logits = self._logits, None
-        return self.runtime.run(self.layer, Routed(hidden_states, top_k_index, top_k_weights, logits))
+        (logits, probabilities), self._logits = self._logits, (None, None)
+        routed = Routed(hidden_states, top_k_index, top_k_weights, logits, probabilities=probabilities)
+        return self.runtime.run(self.layer, routed)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"

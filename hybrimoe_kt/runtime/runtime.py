@@ -289,7 +289,7 @@ class Runtime:
     def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
         scores = None
         if routed.logits is not None and (self.executor.num_slots or self.recorder is not None):
-            scores = mean_probabilities(routed.logits)
+            scores = mean_probabilities(routed.logits, routed.probabilities)
             if self.recorder is not None:
                 scores = halved(scores)
         step: Step | None = None

@@ -89,11 +89,12 @@ class Case:
 
 
 def cases_for(target: Target) -> list[Case]:
-    """Return every case of a target, in the order of a layer's launches; linear layers come last."""
+    """Return every case of a target, in the order of a layer's launches; linear layers and rows of floats come last."""
     from .linear_cases import linear_cases  # made of what stands here
+    from .row_cases import row_cases
 
     experts = [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
-    return [*experts, *linear_cases(target)]
+    return [*experts, *linear_cases(target), *row_cases(target)]
 
 
 def mixtures_for(target: Target) -> list[Case]:
