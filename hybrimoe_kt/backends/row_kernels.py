@@ -118,8 +118,8 @@ def takes_heads(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor) -> bo
     width = query.shape[-1]
     if key.shape[-1] != width or 2 * cos.shape[-1] > width or query.stride(-1) != 1 or key.stride(-1) != 1:
         return False
-    steps: tuple[int, ...] = (*query.stride()[1:3], *key.stride()[1:3], width)
-    return all(step % _STEP == 0 for step in steps)
+    steps = (*query.stride()[1:3], *key.stride()[1:3], width)
+    return not any(int(step) % _STEP for step in steps)
 
 
 def rotate(
@@ -137,7 +137,7 @@ def rotate(
 
 def takes_ranking(ranking: Ranking, num_experts: int) -> bool:
     """Whether `choose` does it for so many experts."""
-    return num_experts <= MOST_EXPERTS and ranking.top_k <= MOST_CHOSEN
+    return bool(num_experts <= MOST_EXPERTS and ranking.top_k <= MOST_CHOSEN)
 
 
 def choose(

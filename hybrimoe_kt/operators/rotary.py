@@ -6,6 +6,7 @@ its own module has as a global: each attention is given a copy of its `forward` 
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +42,7 @@ class FusedRotary(Adopted):
     ) -> None:
         """`kernel`: "triton", "torch", or "auto", which is Triton's on a GPU and torch's anywhere else."""
         self.check_kwargs({"kernel": kernel})
-        if not hasattr(orig_module, "inv_freq"):
+        if not type(orig_module).__name__.endswith("RotaryEmbedding"):
             raise ConfigError(f"{key}: FusedRotary replaces a rotary embedding, found {type(orig_module).__name__}")
         super().__init__(orig_module)
         self.kernel = kernel
@@ -64,7 +65,7 @@ class FusedRotary(Adopted):
         own = forward.__globals__ | {_NAME: Rotate(forward.__globals__[_NAME], self.kernel)}
         copied = types.FunctionType(code, own, forward.__name__, forward.__defaults__, forward.__closure__)
         copied.__kwdefaults__ = forward.__kwdefaults__
-        stock.forward = types.MethodType(copied, stock)
+        stock.forward = types.MethodType(functools.update_wrapper(copied, forward), stock)
         return True
 
 
