@@ -21,14 +21,10 @@ from .stock import greedy, logits_of, stock_model
 from .test_equality import PROMPT, SHAPES
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here")
-NAMED_OTHERWISE = {
+OTHER_RULES = {
     "deepseek2-old-kv_b-q_lora-yarn": "deepseek2",
     "deepseek3": "deepseek2",
     "mixtral-old-experts": "mixtral",
-}
-    "deepseek2-old-kv_b-q_lora-yarn": "deepseek2",
-    "mixtral-old-experts": "mixtral",
-    "deepseek3": "deepseek2",
 }
 QUICK = ("qwen3moe", "deepseek3")
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SHAPES]
@@ -42,7 +38,7 @@ def test_logits_and_tokens_are_the_stock_models(
     stock = stock_model(model)
     options = {"accelerator": "emulated", "cache_size": "50%", "prefetch_size": 2}
     options |= {"gpu_backend": "torch_reference", "cpu_backend": "torch_reference"}
-    rules = rules_with(NAMED_OTHERWISE.get(name, name), "triton", tmp_path)
+    rules = rules_with(OTHER_RULES.get(name, name), "triton", tmp_path)
     ours = load_model(model.path, rules_path=rules, option_overrides=options, progress=False)
     launches, prompt = Launches(), PROMPT[:5]
     with launches.of("all"), launches.counting():
