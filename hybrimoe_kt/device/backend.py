@@ -30,8 +30,9 @@ class Routed(NamedTuple):
     """What a model hands over for one layer step, on the model's device.
 
     `hidden [num_tokens, hidden]` in the model's dtype, `ids` int64 or int32 and `weights` `[num_tokens, top_k]`; the
-    router's `logits [num_tokens, num_experts]` where it has any, and the step's `phase` where one token a step says
-    too little. Backends are given int64 ids, but for those that take int32 as well.
+    router's `logits [num_tokens, num_experts]` where it has any, with their softmax in float32 as `probabilities` where
+    that is known, and the step's `phase` where one token a step says too little. Backends are given int64 ids, but for
+    those that take int32 as well.
     """
 
     hidden: torch.Tensor
@@ -39,6 +40,7 @@ class Routed(NamedTuple):
     weights: torch.Tensor
     logits: torch.Tensor | None = None
     phase: Phase | None = None
+    probabilities: torch.Tensor | None = None
 
     def with_long_ids(self) -> Routed:
         """The same with ids as int64 where they are int32."""

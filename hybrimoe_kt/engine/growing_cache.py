@@ -195,7 +195,8 @@ class GrowingCache(DynamicCache):
         """Return why no step can be fixed, None when some can."""
         for number, layer in enumerate(self.layers):
             if not isinstance(layer, (_GrowingLayer, _QuantizedLayer)) and type(layer) is not LinearAttentionLayer:
-                return f"layer {number} keeps keys and values in a {type(layer).__name__}, which captured steps do not read"
+                kind = type(layer).__name__
+                return f"layer {number} keeps keys and values in a {kind}, which captured steps do not read"
         return None
 
     def forget(self) -> None:

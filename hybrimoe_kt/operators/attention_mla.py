@@ -26,6 +26,7 @@ from hybrimoe_kt.errors import HostCompatibilityError
 
 from .attention import fixed_length
 from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
+from .rotary import Rotate, RotatePairs
 
 __all__ = ["AbsorbedMLA"]
 
@@ -163,6 +164,10 @@ class AbsorbedMLA(nn.Module):
     def scaling(self, factor: float) -> None:
         self._stock.scaling = factor
 
+    def rotate_by(self, kernel: str) -> None:
+        """Turn queries and keys in one launch from now on, where `kernel` is one's name; see `FusedRotary`."""
+        self._rotate = _rotation_of(self._stock, kernel)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -253,14 +258,18 @@ class _FloatUpProjections:
         return latent @ self._values
 
 
-def _rotation_of(module: nn.Module) -> Any:
-    """Return `rotate(query, key, position_embeddings)` of the module's own family: they pair dimensions differently."""
+def _rotation_of(module: nn.Module, kernel: str = "torch") -> Any:
+    """Return `rotate(query, key, position_embeddings)` of the module's own family: they pair dimensions differently.
+
+    `kernel` as of `FusedRotary`.
+    """
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
     if isinstance(module, v2.DeepseekV2Attention):
-        return v2.apply_rotary_emb
+        return RotatePairs(v2.apply_rotary_emb, kernel)
     if isinstance(module, v3.DeepseekV3Attention):
         rotate = v3.apply_rotary_pos_emb_interleave if module.config.rope_interleave else v3.apply_rotary_pos_emb
-        return lambda query, key, angles: rotate(query, key, *angles)
+        turn = Rotate(rotate, kernel)
+        return lambda query, key, angles: turn(query, key, *angles)
     raise HostCompatibilityError(f"AbsorbedMLA knows DeepSeek-V2's and V3's attention, not {type(module).__name__}")

@@ -60,7 +60,7 @@ class HybriMoEExperts(nn.Module):
             raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
         self.runtime: Runtime | StepPieces | None = None
-        self._logits: torch.Tensor | None = None
+        self._logits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         options = experts.agree(ExpertOptions.from_kwargs(kwargs), key)
         experts.add(
             gguf_loader.layer_experts(
@@ -77,9 +77,12 @@ class HybriMoEExperts(nn.Module):
         """Compute with `runtime`, or what stands in its place while a step is captured, from now on."""
         self.runtime = runtime
 
-    def note_logits(self, logits: torch.Tensor) -> None:
-        """Take the router's logits `[num_tokens, num_experts]` of the step about to come."""
-        self._logits = logits
+    def note_logits(self, logits: torch.Tensor, probabilities: torch.Tensor | None = None) -> None:
+        """Take the router's logits `[num_tokens, num_experts]` of the step about to come, and their softmax if known.
+
+        That is float32.
+        """
+        self._logits = logits, probabilities
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
@@ -96,8 +99,9 @@ class HybriMoEExperts(nn.Module):
     def begin(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Job:
         """Start what `forward` does; what is computed until `finish` runs beside the CPU's share."""
         assert self.runtime is not None, "the host attaches a runtime before the first step"
-        logits, self._logits = self._logits, None
-        return self.runtime.begin(self.layer, Routed(hidden_states, top_k_index, top_k_weights, logits))
+        (logits, probabilities), self._logits = self._logits, (None, None)
+        routed = Routed(hidden_states, top_k_index, top_k_weights, logits, probabilities=probabilities)
+        return self.runtime.begin(self.layer, routed)
 
     def finish(self, job: Job) -> torch.Tensor:
         """Wait for what `begin` started, and return its answer."""

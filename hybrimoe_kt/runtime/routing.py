@@ -53,8 +53,10 @@ def predicted_routing(guesses: Guesses, scores: torch.Tensor, phase: Phase | Non
     return routings
 
 
-def mean_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """The router's probabilities averaged over the tokens, float32 `[num_experts]`."""
+def mean_probabilities(logits: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+    """The router's probabilities averaged over the tokens, float32 `[num_experts]`; computed where not known."""
+    if probabilities is not None:
+        return probabilities[0] if len(probabilities) == 1 else probabilities.mean(dim=0)
     if logits.shape[0] == 1:
         return torch.softmax(logits[0], dim=-1, dtype=torch.float32)
     return torch.softmax(logits.float(), dim=-1).mean(dim=0)

@@ -325,7 +325,7 @@ class Runtime:
         """What is read of the router's logits, float32 `[num_experts]`; None where nobody uses them."""
         if routed.logits is None or not (self.executor.num_slots or self.recorder is not None):
             return None
-        scores = mean_probabilities(routed.logits)
+        scores = mean_probabilities(routed.logits, routed.probabilities)
         return scores if self.recorder is None else halved(scores)
 
     def _prefetch(self, lane: Lane | None, plan: Plan, step: Step, phase: Phase | None) -> None:

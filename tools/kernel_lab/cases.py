@@ -89,12 +89,13 @@ class Case:
 
 
 def cases_for(target: Target) -> list[Case]:
-    """Return every case of a target, in the order of a layer's launches; linear layers come next, attention last."""
+    """Return every case of a target: of experts in the order of a layer's launches, linear layers, attention, rows."""
     from .attention_cases import attention_cases  # made of what stands here
     from .linear_cases import linear_cases
+    from .row_cases import row_cases
 
     experts = [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
-    return [*experts, *linear_cases(target), *attention_cases(target)]
+    return [*experts, *linear_cases(target), *attention_cases(target), *row_cases(target)]
 
 
 def mixtures_for(target: Target) -> list[Case]:

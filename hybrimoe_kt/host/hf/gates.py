@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.row_kernels import Ranking, choose_into, is_used, takes_ranking
+
 __all__ = ["Gate", "GateRow", "logits_and_ids"]
 
 _TRIED = 64
@@ -80,7 +82,8 @@ class GateRow:
         choices = self._choices[ahead]
         if self._weights is None or len(set(choices)) > 1:
             return _OneByOne(numbers, gates, ratios)
-        return _Together(numbers, self._weights[ahead], ratios, choices[0], [gate.bias for gate in gates])
+        kernel = getattr(gates[0].module, "kernel", "torch")
+        return _Together(numbers, self._weights[ahead], ratios, choices[0], [gate.bias for gate in gates], kernel)
 
 
 class _OneByOne:
@@ -112,8 +115,9 @@ class _Together:
         ratios: Sequence[torch.Tensor | None],
         choice: _Choice | None,
         biases: Sequence[torch.Tensor | None],
+        kernel: str = "torch",
     ) -> None:
-        """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type."""
+        """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type; `kernel` as of FusedRouter."""
         assert choice is not None, "gates that choose otherwise are asked one by one"
         self.layers: Sequence[int] = layers
         self.num_experts = weights.shape[1]
@@ -123,6 +127,7 @@ class _Together:
         self._ratios = torch.stack(ones)[:, None] if ones else None
         present = [bias for bias in biases if bias is not None]
         self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
+        self._kernel = kernel
         self._values = torch.empty(0)
         """Of the chosen scores, which nobody wants."""
 
@@ -130,12 +135,28 @@ class _Together:
         hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
         corrected = hidden.expand(len(self.layers), -1, -1) if self._ratios is None else hidden * self._ratios
         logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
+        ranking = Ranking(ids.shape[2], is_sigmoid=self._choice is _by_biased_sigmoid)
+        if takes_ranking(ranking, self.num_experts) and is_used(self._kernel, hidden.device):
+            self._choose_at_once(logits, ranking, ids, scores)
+            return
         _write_scores(logits, scores)
         ranked = self._choice(logits, self._biases)
         values = self._values
         if values.shape != ids.shape or values.dtype != ranked.dtype:
             values = self._values = torch.empty_like(ids, dtype=ranked.dtype)
         torch.topk(ranked, ids.shape[2], dim=-1, out=(values, ids))
+
+    def _choose_at_once(self, logits: torch.Tensor, ranking: Ranking, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """The same in one launch, for one token."""
+        is_one = logits.shape[1] == 1
+        probabilities = scores if is_one else torch.empty(logits.shape, device=logits.device)
+        flat_logits, flat_ids, flat_probabilities = (
+            tensor.view(-1, tensor.shape[-1]) for tensor in (logits, ids, probabilities)
+        )
+        biases = None if self._choice is _by_logit else self._biases
+        choose_into(flat_logits, ranking, biases, None, flat_ids, flat_probabilities)
+        if not is_one:
+            torch.mean(probabilities, dim=1, out=scores)
 
 
 _Choice = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]

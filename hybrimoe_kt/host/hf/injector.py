@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.operators.moe_block import MoEBlock
+from hybrimoe_kt.operators.norm import FusedRMSNorm
+from hybrimoe_kt.operators.rotary import FusedRotary
+from hybrimoe_kt.operators.router import FusedRouter
 from hybrimoe_kt.runtime import ModelExperts
 from hybrimoe_kt.weights.checkpoint import CheckpointLoader
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -27,8 +31,13 @@ from .placement import Placement, place_modules
 
 __all__ = ["Injector"]
 
+logger = logging.getLogger(__name__)
+
 _PLACED = QuantizedLinear, QuantizedEmbedding, AbsorbedMLA, DecodeAttention, GgmlLayer
 """What asks where it will stand: weights stay as the file has them, and ggml or the accelerator's kernels compute."""
+
+_OF_ROWS = FusedRMSNorm, FusedRouter, FusedRotary
+_TORCHS = "torch", "torch_reference"
 
 
 class Injector:
@@ -67,6 +76,7 @@ class Injector:
         self.experts = ModelExperts(overrides=self._overrides)
         rule_engine.inject(model, injections, gguf_loader=self._loader, config=model.config, construct=self._construct)
         _untie_packed(model)
+        _serve_rotary(model)
 
     def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
         if issubclass(cls, HybriMoEExperts):
@@ -78,6 +88,8 @@ class Injector:
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
             return cls(**self._arithmetic(cls, place) | contract | {"generate_device": place} | kept)
+        if issubclass(cls, _OF_ROWS) and self._overrides.get("gpu_backend") in _TORCHS:
+            return cls(**{"kernel": "torch"} | contract)
         return cls(**contract)
 
     def _left_alone(self, block: nn.Module) -> nn.Module:
@@ -99,7 +111,7 @@ class Injector:
             return {"gpu": named}
         if device.type == "cpu":
             return {}
-        if named in ("torch", "torch_reference"):
+        if named in _TORCHS:
             return {"gpu": "float"}
         return {"gpu": "float"} if self._tries_kernels and not can_multiply(device) else {}
 
@@ -123,6 +135,16 @@ def _untie_packed(model: nn.Module) -> None:
     for name, owner in list(tied.items()):
         if name not in stored or owner not in stored:
             del tied[name]
+
+
+def _serve_rotary(model: nn.Module) -> None:
+    """Let every attention turn its heads as the model's rotary operator does, where rules name one."""
+    rotary = next((module for module in model.modules() if isinstance(module, FusedRotary)), None)
+    body: Any = model
+    for layer in body.model.layers if rotary is not None else ():
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None and rotary is not None and not rotary.serve(attention):
+            logger.info("%s turns its heads in a way of its own", type(attention).__name__)
 
 
 def _lacking_device(injection: rule_engine.Injection, device: str) -> str:

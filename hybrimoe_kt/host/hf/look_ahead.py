@@ -43,7 +43,7 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
 def _noting(experts: HybriMoEExperts) -> Any:
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if experts.runtime is not None and experts.runtime.wants_scores:
-            experts.note_logits(logits_and_ids(output)[0])
+            experts.note_logits(logits_and_ids(output)[0], getattr(module, "probabilities", None))
 
     return note
 

@@ -1,0 +1,102 @@
+"""`FusedRotary`: rotary positions whose queries and keys are turned in one launch.
+
+The module named by rules makes angles, as the stock one does. Who turns by them is the attention, by a function that
+its own module has as a global: each attention is given a copy of its `forward` to which that name means `Rotate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_kt.backends.row_asking import rotation_of
+from hybrimoe_kt.backends.row_kernels import Rotation, check_kernel, is_used, rotate, takes_heads
+from hybrimoe_kt.errors import ConfigError
+
+from .adopted import Adopted
+
+__all__ = ["FusedRotary", "Rotate", "RotatePairs"]
+
+Turn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""`turn(query, key, cos, sin, unsqueeze_dim=1)`, heads `[1, heads, T, W]`, as Transformers' families have it."""
+_NAME = "apply_rotary_pos_emb"
+
+
+class FusedRotary(Adopted):
+    """In place of a model's rotary embedding: the same angles, and one launch a layer to turn by them."""
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str | None = None,
+        generate_device: str | None = None,
+        kernel: str = "auto",
+    ) -> None:
+        """`kernel`: "triton", "torch", or "auto", which is Triton's on a GPU and torch's anywhere else."""
+        self.check_kwargs({"kernel": kernel})
+        if not type(orig_module).__name__.endswith("RotaryEmbedding"):
+            raise ConfigError(f"{key}: FusedRotary replaces a rotary embedding, found {type(orig_module).__name__}")
+        super().__init__(orig_module)
+        self.kernel = kernel
+
+    @classmethod
+    def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for kwargs this operator would refuse, without building it."""
+        check_kernel(kwargs.get("kernel", "auto"))
+
+    def serve(self, attention: Any) -> bool:
+        """Have an attention turn by `Rotate` from now on; False where it does it in some way not known here."""
+        if hasattr(attention, "rotate_by"):
+            attention.rotate_by(self.kernel)
+            return True
+        stock = getattr(attention, "stock", attention)
+        forward = getattr(stock.forward, "__func__", None)
+        code = getattr(forward, "__code__", None)
+        if forward is None or code is None or _NAME not in code.co_names:
+            return False
+        own = forward.__globals__ | {_NAME: Rotate(forward.__globals__[_NAME], self.kernel)}
+        copied = types.FunctionType(code, own, forward.__name__, forward.__defaults__, forward.__closure__)
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        stock.forward = types.MethodType(functools.update_wrapper(copied, forward), stock)
+        return True
+
+
+class Rotate:
+    """Turns queries and keys as `stock` does, whose way is found out by asking it; in one launch where a GPU is."""
+
+    def __init__(self, stock: Turn, kernel: str = "auto") -> None:
+        self.stock, self.kernel = stock, kernel
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Heads `[1, heads, T, W]` by `cos` and `sin [1, T, 2P]`, the angles twice; new tensors of the same shapes."""
+        if unsqueeze_dim == 1 and is_used(self.kernel, q.device):
+            rotation, half = rotation_of(self.stock), cos.shape[-1] // 2
+            cos_once, sin_once = cos[..., :half], sin[..., :half]
+            if rotation is not None and (rotation.is_wide or cos.dtype is q.dtype) and takes_heads(q, k, cos_once):
+                return rotate(q, k, cos_once, sin_once, rotation)
+        return self.stock(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+
+class RotatePairs:
+    """DeepSeek-V2's: angles are complex numbers, float32, and neighbours are turned where they stand."""
+
+    def __init__(self, stock: Turn, kernel: str) -> None:
+        self.stock, self.kernel = stock, kernel
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Heads `[1, heads, T, 2P]` by complex `angles [1, T, P]`; new tensors of the same shapes."""
+        if is_used(self.kernel, q.device):
+            cos, sin = torch.view_as_real(angles).unbind(-1)
+            if takes_heads(q, k, cos):
+                return rotate(q, k, cos, sin, Rotation(from_pairs=True, to_pairs=True, is_wide=True))
+        return self.stock(q, k, angles)
