@@ -11,6 +11,7 @@ import torch
 
 from hybrimoe_kt.device.dense_matrices import DenseMatrices
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
+from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.errors import ConfigError, KernelError, summary, unknown_name
 from hybrimoe_kt.kernels.failures import launch_failures
 from hybrimoe_kt.quants import TYPES
@@ -221,11 +222,11 @@ def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor
         try:
             with _current(device):
                 if len(groups) == 1:
-                    groups[0][0].multiply(space, given, out)
+                    opaque(functools.partial(groups[0][0].multiply, space, given, out))
                     return out
                 for kernels, begin, rows in groups:
                     part = given.new_empty(given.shape[0], rows)
-                    kernels.multiply(space, given, part)
+                    opaque(functools.partial(kernels.multiply, space, given, part))
                     out[:, begin : begin + rows] = part
         except launch_failures() as error:
             raise KernelError(

@@ -275,7 +275,7 @@ class Lane:
         """Enqueue the sum of both shares; returns `[num_tokens, hidden]` in the model's dtype, on its device.
 
         Waits only where the model does not run on this accelerator's stream (emulated devices), and not for what goes
-        `into` memory of the caller's, who then runs on that stream or asks for `hand_over`.
+        `into` memory of the caller's, who then runs on that stream or waits.
         """
         accelerator, views = self.accelerator, self._views(step)
         self.queue.close_plan()
@@ -294,11 +294,11 @@ class Lane:
             work = step.sent.joins.setdefault((has_gpu, cpu is not None), CapturedWork(self._capture, combined))
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         if into is None:
-            self.hand_over(result)
+            self._hand_over(result)
         self.note_success()
         return result
 
-    def hand_over(self, result: torch.Tensor) -> None:
+    def _hand_over(self, result: torch.Tensor) -> None:
         """Make what `finish` has enqueued visible to a model that does not run on this accelerator's stream."""
         accelerator = self.accelerator
         accelerator.compute.record(self._result, "result")

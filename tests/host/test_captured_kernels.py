@@ -1,0 +1,62 @@
+"""Captured steps with every kernel of this package in them, in Triton's interpreter: the same bits as eager steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks.launches import rules_with
+from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.host.hf.loading import load_model
+
+from .test_equality import PROMPT
+from .test_packed_weights import Make, packed_file, without_choice
+from .test_row_kernels import OTHER_RULES
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here")
+QUICK = ("qwen3moe",)
+NAMES = ("qwen3moe", "deepseek3", "qwen3next", "glm4moe")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def decode(path: Path, rules: Path, *, captures: bool, cache_size: Any) -> tuple[torch.Tensor, CapturedLoop]:
+    options = {"accelerator": "emulated", "gpu_backend": "triton", "cpu_backend": "torch_reference"}
+    options |= {"cache_size": cache_size, "prefetch_size": 2}
+    if cache_size == "all":
+        options["scheduler"] = "gpu_only"  # whose plans do not depend on what a profile says of experts this small
+    loaded = load_model(path, rules_path=rules, device="emulated:0", option_overrides=options, progress=False)
+    made = TokenGenerator(loaded, set(), captures=True)
+    assert isinstance(made.loop, CapturedLoop)
+    made.loop.captures = captures
+    rows = [made.append(PROMPT[:5]).clone()]
+    for _ in range(4):
+        rows.append(made.append([int(rows[-1].argmax())]).clone())
+    assert made.runtime.health().is_clean, "the CPU answered in the kernels' place"
+    return torch.stack(rows), made.loop
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("cache_size", [0.5, "all"])
+def test_all_kernels_are_captured(generated: Make, name: str, cache_size: Any, tmp_path: Path) -> None:
+    path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
+    rules = rules_with(OTHER_RULES.get(name, name), "triton", tmp_path)
+    wanted, _ = decode(path, rules, captures=False, cache_size=cache_size)
+    found, loop = decode(path, rules, captures=True, cache_size=cache_size)
+    assert torch.equal(found, wanted) and loop.num_captures == 1
+    assert loop._pieces is not None and (loop._pieces.num_pieces == 1) == (cache_size == "all")
