@@ -37,6 +37,8 @@ class _Open(NamedTuple):
     plan: Plan
     routing: Routing
     task: Task
+    assignment: Assignment
+    scheduler: Scheduler
 
 
 class Coordinator:
@@ -76,6 +78,7 @@ class Coordinator:
         self._streaming = Streaming(self._layers, self.stats, self._ledger)
         self._uses_link = self._may_prefetch()
         self._open: _Open | None = None
+        self._has_learnt = True
         self.now_s = 0.0
 
     def use(self, scheduler: str | None) -> None:
@@ -87,6 +90,11 @@ class Coordinator:
         paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether any decision looks at the scores of a layer's own routing; guesses come with theirs in any case."""
+        return self.predictor.reads_scores or any(state.policy.reads_scores for state in self._layers.values())
 
     def between_layers_s(self, layer: int) -> float:
         """Predicted seconds from the end of `layer`'s decode step to the next layer's routing."""
@@ -131,15 +139,31 @@ class Coordinator:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-            if state.prefetched or state.displaced or state.proven:
-                self._ledger.credit(state, task, assignment, self.scheduler)
-            state.policy.touch(routing)
+            if assignment.transfers:  # whose slots the policy chooses
+                self._learn(state, routing, task, assignment, self.scheduler)
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
-        self._count(state, task, assignment, is_decode=is_decode)
+        self._open = _Open(plan, routing, task, assignment, self.scheduler)
+        self._has_learnt = bool(assignment.transfers)
+        return plan
+
+    def _learn(
+        self, state: LayerState, routing: Routing, task: Task, assignment: Assignment, scheduler: Scheduler
+    ) -> None:
+        """Count a step and let policy, predictor and ledger hear of it: nothing that its plan had to wait for."""
+        if state.uses_gpu:
+            if state.prefetched or state.displaced or state.proven:
+                self._ledger.credit(state, task, assignment, scheduler)
+            state.policy.touch(routing)
+        self._count(state, task, assignment, is_decode=routing.is_decode)
         if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
-        self._open = _Open(plan, routing, task)
-        return plan
+
+    def _learn_late(self) -> None:
+        """Learn from the open plan, if that has been left for when its work is under way."""
+        if not self._has_learnt and self._open is not None:
+            self._has_learnt = True
+            plan, *step = self._open
+            self._learn(self._layers[plan.layer], *step)
 
     def decides_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether a step of `layer` is its accelerator's whatever is routed: nothing need be read to plan it.
@@ -194,11 +218,12 @@ class Coordinator:
         self.stats.experts_on_gpu += sum(counts)
 
     def prefetch(self, plan: Plan, predictions: Sequence[Routing] = ()) -> Orders:
-        """Return what to start for later layers now; call it while `plan` is open.
+        """Return what to start for later layers now; call it while `plan` is open, with its work under way.
 
         `predictions` are the host's guesses for the next layers in order, if it has any; predictors that
         learn on their own ignore them.
         """
+        self._learn_late()
         if not self._uses_link:
             return _NOTHING
         if isinstance(self.scheduler, CpuOnlyScheduler) and self.scheduler is not self._usual:
@@ -225,11 +250,14 @@ class Coordinator:
         A prompt's layer gives its lent slots back: the answer says so, and starts nothing.
         """
         assert self._open is not None and self._open.plan is plan, "a plan is finished once, before the next is made"
+        self._learn_late()
         state, routing = self._layers[plan.layer], self._open.routing
-        if plan.slots:
+        if plan.transfers:
             state.cache.unpin(set(plan.slots.values()))
             for transfer in plan.transfers:
                 state.cache.complete(transfer.expert.index)
+        elif plan.slots:
+            state.cache.unpin(plan.slots.values())
         step_s = plan.makespan_s + state.cost.between_layers_s[routing.num_tokens]
         orders = _NOTHING
         if state.is_streaming:
@@ -317,9 +345,11 @@ class Coordinator:
                 for transfer in made:
                     if transfer.evicted is not None:
                         self._ledger.lost(state, transfer.evicted.index)
+                state.cache.pin(set(slots.values()))
             else:
-                slots = dict(zip(gpu, map(state.cache.slot_of.__getitem__, gpu), strict=True))
-            state.cache.pin(set(slots.values()))
+                slot_of = state.cache.slot_of
+                slots = {expert: slot_of[expert] for expert in gpu}
+                state.cache.pin(slots.values())
         return Plan(
             state.spec.layer,
             tuple(assignment.cpu),

@@ -149,25 +149,23 @@ class LayerState:
         """Look residency up at virtual `now_s` and describe a step that starts at `start_s`."""
         cache = self.cache
         slot_of, arrival_s, cost, link = cache.slot_of, cache.arrival_s, self.cost, self.link
-        pending = None
+        pending: Mapping[int, float] = {}
         num_loading = 0
         if arrival_s:
             cache.settle(now_s)
             pending = {e: at_s - start_s for e, at_s in arrival_s.items() if e in loads and at_s > start_s}
             num_loading = sum([e not in loads for e in arrival_s])
-        held: list[int] = []
-        missing: list[int] = []
-        for expert in loads:
-            (held if slot_of[expert] >= 0 else missing).append(expert)
-        num_pinned = cache.num_pinned(loads) if cache.num_pins else 0
+        held = [e for e in loads if slot_of[e] >= 0]
+        num_held = len(held)
         return Task(
             cost,
             loads,
             held,
-            missing,
-            layer=self.spec.layer,
-            arrival_s=pending or {},
-            link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
-            shared_s=cost.shared_s[num_tokens],
-            num_free=cache.num_slots - len(held) - num_loading - num_pinned,
+            [e for e in loads if slot_of[e] < 0] if num_held < len(loads) else [],
+            self.spec.layer,
+            pending,
+            link.free_s - start_s if link.free_s > start_s else 0.0,
+            cost.shared_s[num_tokens],
+            cache.num_slots - num_held - num_loading - (cache.num_pinned(loads) if cache.num_pins else 0),
+            1 if num_tokens == 1 else 0,
         )

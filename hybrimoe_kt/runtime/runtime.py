@@ -55,6 +55,7 @@ class Runtime:
         self._assembly, self._on_plan = assembly, on_plan
         self.executor = assembly.executor
         self.coordinator: Coordinator = assembly.make_coordinator(self.options)
+        self._reads_scores = self.coordinator.reads_scores
         self.seconds = Seconds()
         self.recorder: RoutingRecorder | None = None
         self._log: ActivityLog | None = None
@@ -119,7 +120,7 @@ class Runtime:
     @property
     def wants_scores(self) -> bool:
         """Whether anything uses the router's logits: without slots there is nothing to retain."""
-        return self.recorder is not None or self.executor.num_slots > 0
+        return self.recorder is not None or (self._reads_scores and self.executor.num_slots > 0)
 
     # How it fares.
 
@@ -288,7 +289,7 @@ class Runtime:
 
     def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
         scores = None
-        if routed.logits is not None and (self.executor.num_slots or self.recorder is not None):
+        if routed.logits is not None and self.wants_scores:
             scores = mean_probabilities(routed.logits)
             if self.recorder is not None:
                 scores = halved(scores)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.schedule.base import Assignment, Scheduler, Task
+from hybrimoe_kt.core.schedule.base import Assignment, Task
+from hybrimoe_kt.core.schedule.scheduler import Scheduler
 from hybrimoe_kt.core.stats import Stats
 
 __all__ = ["Benefit", "Ledger"]

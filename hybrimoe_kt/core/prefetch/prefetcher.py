@@ -7,7 +7,8 @@ from operator import itemgetter
 
 from hybrimoe_kt.core.cache import FREE
 from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.schedule.base import Scheduler, Task
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.core.schedule.scheduler import Scheduler
 from hybrimoe_kt.core.types import Plan, Routing, Transfer
 
 from .benefit import Ledger
