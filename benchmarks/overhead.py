@@ -8,7 +8,8 @@ nothing. What is left is what a layer costs beside its experts, but for the driv
 layer steps, so that what else a machine does counts for little.
 
 The gates of the next layers are asked as a model asks them, three Qwen3 routers ahead, and on a device they are its
-work. Here torch computes them in the call, so the time inside is told apart: "ours" is everything else of a layer.
+work. Here torch computes them in the call, so the time inside is told apart: "ours" is everything else of a layer. Of
+that, learning from the plan and choosing prefetches come while the experts compute: what is left is the path.
 Hidden states are 128 wide, so that what is told apart is calls of torch, hardly arithmetic.
 """
 
@@ -38,6 +39,18 @@ from hybrimoe_kt.sim.models import find_model
 
 EXPERTS, TOP_K, HIDDEN, LAYERS, DEPTH = 128, 8, 128, 8, 3
 PARTS = ("read", "plan", "submit_and_gpu", "prefetch", "wait")
+ROWS = {
+    "read": "read",
+    "plan": "plan",
+    "submit_and_gpu": "submit_and_gpu",
+    "wait": "wait",
+    "path": "**ours, on the path**",
+    "prefetch": "learn and prefetch",
+    "ours": "**ours, all of it**",
+    "gates": "gates, here on the CPU",
+    "whole": "whole layer",
+}
+"""Part of a step -> its name in the table."""
 _F16 = 1
 
 
@@ -163,7 +176,9 @@ class Walk:
                 gates = self._gates.get(layer) if self.runtime.options.prefetch_size else None
                 asked_s, computed_s = (gates.asked_s, gates.computed_s) if gates is not None else (0.0, 0.0)
                 parts["prefetch"] -= asked_s
-                self.steps.append(parts | {"gates": computed_s, "ours": whole_s - asked_s, "whole": whole_s})
+                ours_s = whole_s - asked_s
+                sums = {"path": ours_s - parts["prefetch"], "ours": ours_s, "gates": computed_s, "whole": whole_s}
+                self.steps.append(parts | sums)
 
 
 def _parts(runtime: Runtime) -> dict[str, float]:
@@ -191,12 +206,11 @@ def main() -> None:
     refuse_unless_clean(runtime)
     print(f"{EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, {len(walk.steps)} layer steps, {arguments.policy} policy")
     print("| us a layer | median | 10 % below | 10 % above |\n|---|--:|--:|--:|")
-    names = {"prefetch": "prefetch, without the gates", "gates": "gates, here on the CPU", "ours": "**ours**"}
-    for part in (*PARTS, "ours", "gates", "whole"):
+    for part, name in ROWS.items():
         ordered = sorted([step[part] for step in walk.steps])
         tenth = len(ordered) // 10
         figures = statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
-        print(f"| {names.get(part, part)} | {' | '.join(f'{value * 1e6:.0f}' for value in figures)} |")
+        print(f"| {name} | {' | '.join(f'{value * 1e6:.0f}' for value in figures)} |")
     print(f"hit rate {runtime.coordinator.stats.hit_rate:.1%}, {runtime.coordinator.stats.num_transfers} transfers")
 
 

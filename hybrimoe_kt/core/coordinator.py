@@ -37,6 +37,15 @@ class _Open(NamedTuple):
     plan: Plan
     routing: Routing
     task: Task
+
+
+class _Unlearnt(NamedTuple):
+    """A layer step that has been planned and not been learnt from."""
+
+    state: LayerState
+    routing: Routing
+    is_decode: bool
+    task: Task
     assignment: Assignment
     scheduler: Scheduler
 
@@ -78,7 +87,7 @@ class Coordinator:
         self._streaming = Streaming(self._layers, self.stats, self._ledger)
         self._uses_link = self._may_prefetch()
         self._open: _Open | None = None
-        self._has_learnt = True
+        self._unlearnt: _Unlearnt | None = None
         self.now_s = 0.0
 
     def use(self, scheduler: str | None) -> None:
@@ -139,31 +148,29 @@ class Coordinator:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-            if assignment.transfers:  # whose slots the policy chooses
-                self._learn(state, routing, task, assignment, self.scheduler)
+        self._unlearnt = _Unlearnt(state, routing, is_decode, task, assignment, self.scheduler)
+        if assignment.transfers:  # the policy chooses their slots
+            self.learn()
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
-        self._open = _Open(plan, routing, task, assignment, self.scheduler)
-        self._has_learnt = bool(assignment.transfers)
+        self._open = _Open(plan, routing, task)
         return plan
 
-    def _learn(
-        self, state: LayerState, routing: Routing, task: Task, assignment: Assignment, scheduler: Scheduler
-    ) -> None:
-        """Count a step and let policy, predictor and ledger hear of it: nothing that its plan had to wait for."""
+    def learn(self) -> None:
+        """Count the open plan and let ledger, policy and predictor hear of it, once; best with its work under way.
+
+        `prefetch` and `finish` do it where nobody has.
+        """
+        if self._unlearnt is None:
+            return
+        state, routing, is_decode, task, assignment, scheduler = self._unlearnt
+        self._unlearnt = None
         if state.uses_gpu:
             if state.prefetched or state.displaced or state.proven:
                 self._ledger.credit(state, task, assignment, scheduler)
             state.policy.touch(routing)
-        self._count(state, task, assignment, is_decode=routing.is_decode)
+        self._count(state, task, assignment, is_decode=is_decode)
         if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
-
-    def _learn_late(self) -> None:
-        """Learn from the open plan, if that has been left for when its work is under way."""
-        if not self._has_learnt and self._open is not None:
-            self._has_learnt = True
-            plan, *step = self._open
-            self._learn(self._layers[plan.layer], *step)
 
     def decides_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether a step of `layer` is its accelerator's whatever is routed: nothing need be read to plan it.
@@ -223,7 +230,8 @@ class Coordinator:
         `predictions` are the host's guesses for the next layers in order, if it has any; predictors that
         learn on their own ignore them.
         """
-        self._learn_late()
+        if self._unlearnt is not None:
+            self.learn()
         if not self._uses_link:
             return _NOTHING
         if isinstance(self.scheduler, CpuOnlyScheduler) and self.scheduler is not self._usual:
@@ -250,7 +258,8 @@ class Coordinator:
         A prompt's layer gives its lent slots back: the answer says so, and starts nothing.
         """
         assert self._open is not None and self._open.plan is plan, "a plan is finished once, before the next is made"
-        self._learn_late()
+        if self._unlearnt is not None:
+            self.learn()
         state, routing = self._layers[plan.layer], self._open.routing
         if plan.transfers:
             state.cache.unpin(set(plan.slots.values()))
@@ -347,8 +356,7 @@ class Coordinator:
                         self._ledger.lost(state, transfer.evicted.index)
                 state.cache.pin(set(slots.values()))
             else:
-                slot_of = state.cache.slot_of
-                slots = {expert: slot_of[expert] for expert in gpu}
+                slots = dict(zip(gpu, map(state.cache.slot_of.__getitem__, gpu), strict=True))
                 state.cache.pin(slots.values())
         return Plan(
             state.spec.layer,
@@ -364,15 +372,14 @@ class Coordinator:
         )
 
     def _count(self, state: LayerState, task: Task, assignment: Assignment, *, is_decode: bool) -> None:
-        stats = self.stats
+        stats, ready, absent = self.stats, task.held, task.missing
         stats.num_plans += 1
-        stats.hits += len(task.held) - len(task.arrival_s)
-        stats.pending += len(task.arrival_s)
-        stats.misses += len(task.missing)
-        ready, absent = task.held, task.missing
+        stats.misses += len(absent)
         if task.arrival_s:  # by expert, one still on its way is a miss
+            stats.pending += len(task.arrival_s)
             ready = [e for e in ready if e not in task.arrival_s]
             absent = [*absent, *task.arrival_s]
+        stats.hits += len(ready)
         state.count(ready, absent, is_decode=is_decode)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)

@@ -155,17 +155,19 @@ class LayerState:
             cache.settle(now_s)
             pending = {e: at_s - start_s for e, at_s in arrival_s.items() if e in loads and at_s > start_s}
             num_loading = sum([e not in loads for e in arrival_s])
-        held = [e for e in loads if slot_of[e] >= 0]
-        num_held = len(held)
+        held: list[int] = []
+        missing: list[int] = []
+        for expert in loads:
+            (held if slot_of[expert] >= 0 else missing).append(expert)
         return Task(
             cost,
             loads,
             held,
-            [e for e in loads if slot_of[e] < 0] if num_held < len(loads) else [],
+            missing,
             self.spec.layer,
             pending,
             link.free_s - start_s if link.free_s > start_s else 0.0,
             cost.shared_s[num_tokens],
-            cache.num_slots - num_held - num_loading - (cache.num_pinned(loads) if cache.num_pins else 0),
+            cache.num_slots - len(held) - num_loading - (cache.num_pinned(loads) if cache.num_pins else 0),
             1 if num_tokens == 1 else 0,
         )

@@ -289,7 +289,8 @@ class Runtime:
 
     def _read(self, lane: Lane | None, layer: int, routed: Routed) -> Step:
         scores = None
-        if routed.logits is not None and self.wants_scores:
+        wanted = self.recorder is not None or (self._reads_scores and self.executor.num_slots)
+        if wanted and routed.logits is not None:
             scores = mean_probabilities(routed.logits)
             if self.recorder is not None:
                 scores = halved(scores)
@@ -308,12 +309,14 @@ class Runtime:
         """Start transfers for later layers, by what the gates guess of their routing."""
         prefetches = self.options.prefetch_size > 0 and self.executor.num_slots > 0
         if not prefetches and self.recorder is None:
+            self.coordinator.learn()
             return
         predictions: Sequence[Routing] = ()
         predict = self._look_ahead.get(plan.layer)
         if lane is not None and predict is not None:
             try:
                 lane.readback.ask(step, predict)
+                self.coordinator.learn()  # while the gates compute
                 guesses = lane.readback.wait_guesses(step) if prefetches else None
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
