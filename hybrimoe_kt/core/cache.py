@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import compress
+from operator import not_
 
 FREE = -1
 """In both tables: no slot, no expert."""
@@ -59,18 +61,20 @@ class ExpertCache:
 
     def pin(self, slots: Iterable[int]) -> None:
         """Forbid eviction from these slots until the matching `unpin`."""
-        pins = self.pins
+        pins, num = self.pins, 0
         for slot in slots:
             pins[slot] += 1
-            self.num_pins += 1
+            num += 1
+        self.num_pins += num
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Undo one pin of each of these slots."""
-        pins = self.pins
+        pins, num = self.pins, 0
         for slot in slots:
             assert pins[slot] > 0, f"slot {slot} is not pinned; was its plan finished before?"
             pins[slot] -= 1
-            self.num_pins -= 1
+            num += 1
+        self.num_pins -= num
 
     def release(self, expert: int) -> None:
         """Free the slot of `expert` whatever its state; no effect if it holds none."""
@@ -99,14 +103,13 @@ class ExpertCache:
 
     def evictable(self, protected: Collection[int]) -> list[int]:
         """Return the READY, unpinned experts outside `protected`, in slot order."""
-        arrival_s, pins = self.arrival_s, self.pins
+        occupant, arrival_s = self.occupant, self.arrival_s
+        found = list(compress(occupant, map(not_, self.pins))) if self.num_pins else occupant.copy()
+        if FREE in found:
+            found = [e for e in found if e != FREE]
         if arrival_s:
-            return [
-                e
-                for slot, e in enumerate(self.occupant)
-                if e != FREE and not pins[slot] and e not in protected and e not in arrival_s
-            ]
-        return [e for slot, e in enumerate(self.occupant) if e != FREE and not pins[slot] and e not in protected]
+            found = [e for e in found if e not in arrival_s]
+        return [e for e in found if e not in protected] if protected else found
 
     def free_slots(self) -> list[int]:
         """Return the slots that hold nothing and are not pinned, lowest first."""
@@ -115,7 +118,7 @@ class ExpertCache:
 
     def num_pinned(self, outside: Collection[int]) -> int:
         """Return how many pinned slots hold none of the experts in `outside` and nothing that is LOADING."""
-        pinned = [e for e, count in zip(self.occupant, self.pins, strict=True) if count]
+        pinned = compress(self.occupant, self.pins)
         return sum([e not in outside and e not in self.arrival_s for e in pinned])
 
     def check_integrity(self) -> None:

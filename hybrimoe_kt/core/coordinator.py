@@ -39,6 +39,17 @@ class _Open(NamedTuple):
     task: Task
 
 
+class _Unlearnt(NamedTuple):
+    """A layer step that has been planned and not been learnt from."""
+
+    state: LayerState
+    routing: Routing
+    is_decode: bool
+    task: Task
+    assignment: Assignment
+    scheduler: Scheduler
+
+
 class Coordinator:
     """Decides, per layer and step, what runs where, which experts stand in slots, and what to prefetch.
 
@@ -76,6 +87,7 @@ class Coordinator:
         self._streaming = Streaming(self._layers, self.stats, self._ledger)
         self._uses_link = self._may_prefetch()
         self._open: _Open | None = None
+        self._unlearnt: _Unlearnt | None = None
         self.now_s = 0.0
 
     def use(self, scheduler: str | None) -> None:
@@ -87,6 +99,11 @@ class Coordinator:
         paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether any decision looks at the scores of a layer's own routing; guesses come with theirs in any case."""
+        return self.predictor.reads_scores or any(state.policy.reads_scores for state in self._layers.values())
 
     def between_layers_s(self, layer: int) -> float:
         """Predicted seconds from the end of `layer`'s decode step to the next layer's routing."""
@@ -131,15 +148,29 @@ class Coordinator:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-            if state.prefetched or state.displaced or state.proven:
-                self._ledger.credit(state, task, assignment, self.scheduler)
-            state.policy.touch(routing)
+        self._unlearnt = _Unlearnt(state, routing, is_decode, task, assignment, self.scheduler)
+        if assignment.transfers:  # the policy chooses their slots
+            self.learn()
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
+        self._open = _Open(plan, routing, task)
+        return plan
+
+    def learn(self) -> None:
+        """Count the open plan and let ledger, policy and predictor hear of it, once; best with its work under way.
+
+        `prefetch` and `finish` do it where nobody has.
+        """
+        if self._unlearnt is None:
+            return
+        state, routing, is_decode, task, assignment, scheduler = self._unlearnt
+        self._unlearnt = None
+        if state.uses_gpu:
+            if state.prefetched or state.displaced or state.proven:
+                self._ledger.credit(state, task, assignment, scheduler)
+            state.policy.touch(routing)
         self._count(state, task, assignment, is_decode=is_decode)
         if self._uses_link and self.predictor.learns:
             self.predictor.observe(routing)
-        self._open = _Open(plan, routing, task)
-        return plan
 
     def decides_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether a step of `layer` is its accelerator's whatever is routed: nothing need be read to plan it.
@@ -194,11 +225,13 @@ class Coordinator:
         self.stats.experts_on_gpu += sum(counts)
 
     def prefetch(self, plan: Plan, predictions: Sequence[Routing] = ()) -> Orders:
-        """Return what to start for later layers now; call it while `plan` is open.
+        """Return what to start for later layers now; call it while `plan` is open, with its work under way.
 
         `predictions` are the host's guesses for the next layers in order, if it has any; predictors that
         learn on their own ignore them.
         """
+        if self._unlearnt is not None:
+            self.learn()
         if not self._uses_link:
             return _NOTHING
         if isinstance(self.scheduler, CpuOnlyScheduler) and self.scheduler is not self._usual:
@@ -225,11 +258,15 @@ class Coordinator:
         A prompt's layer gives its lent slots back: the answer says so, and starts nothing.
         """
         assert self._open is not None and self._open.plan is plan, "a plan is finished once, before the next is made"
+        if self._unlearnt is not None:
+            self.learn()
         state, routing = self._layers[plan.layer], self._open.routing
-        if plan.slots:
+        if plan.transfers:
             state.cache.unpin(set(plan.slots.values()))
             for transfer in plan.transfers:
                 state.cache.complete(transfer.expert.index)
+        elif plan.slots:
+            state.cache.unpin(plan.slots.values())
         step_s = plan.makespan_s + state.cost.between_layers_s[routing.num_tokens]
         orders = _NOTHING
         if state.is_streaming:
@@ -317,9 +354,10 @@ class Coordinator:
                 for transfer in made:
                     if transfer.evicted is not None:
                         self._ledger.lost(state, transfer.evicted.index)
+                state.cache.pin(set(slots.values()))
             else:
                 slots = dict(zip(gpu, map(state.cache.slot_of.__getitem__, gpu), strict=True))
-            state.cache.pin(set(slots.values()))
+                state.cache.pin(slots.values())
         return Plan(
             state.spec.layer,
             tuple(assignment.cpu),
@@ -334,15 +372,14 @@ class Coordinator:
         )
 
     def _count(self, state: LayerState, task: Task, assignment: Assignment, *, is_decode: bool) -> None:
-        stats = self.stats
+        stats, ready, absent = self.stats, task.held, task.missing
         stats.num_plans += 1
-        stats.hits += len(task.held) - len(task.arrival_s)
-        stats.pending += len(task.arrival_s)
-        stats.misses += len(task.missing)
-        ready, absent = task.held, task.missing
+        stats.misses += len(absent)
         if task.arrival_s:  # by expert, one still on its way is a miss
+            stats.pending += len(task.arrival_s)
             ready = [e for e in ready if e not in task.arrival_s]
             absent = [*absent, *task.arrival_s]
+        stats.hits += len(ready)
         state.count(ready, absent, is_decode=is_decode)
         stats.experts_on_cpu += len(assignment.cpu)
         stats.experts_on_gpu += len(assignment.gpu)

@@ -149,7 +149,7 @@ class LayerState:
         """Look residency up at virtual `now_s` and describe a step that starts at `start_s`."""
         cache = self.cache
         slot_of, arrival_s, cost, link = cache.slot_of, cache.arrival_s, self.cost, self.link
-        pending = None
+        pending: Mapping[int, float] = {}
         num_loading = 0
         if arrival_s:
             cache.settle(now_s)
@@ -159,15 +159,15 @@ class LayerState:
         missing: list[int] = []
         for expert in loads:
             (held if slot_of[expert] >= 0 else missing).append(expert)
-        num_pinned = cache.num_pinned(loads) if cache.num_pins else 0
         return Task(
             cost,
             loads,
             held,
             missing,
-            layer=self.spec.layer,
-            arrival_s=pending or {},
-            link_busy_s=link.free_s - start_s if link.free_s > start_s else 0.0,
-            shared_s=cost.shared_s[num_tokens],
-            num_free=cache.num_slots - len(held) - num_loading - num_pinned,
+            self.spec.layer,
+            pending,
+            link.free_s - start_s if link.free_s > start_s else 0.0,
+            cost.shared_s[num_tokens],
+            cache.num_slots - len(held) - num_loading - (cache.num_pinned(loads) if cache.num_pins else 0),
+            1 if num_tokens == 1 else 0,
         )

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+_COUNTERS = (
+    "cpu_busy_s",
+    "elapsed_s",
+    "experts_on_cpu",
+    "experts_on_gpu",
+    "gpu_busy_s",
+    "hits",
+    "link_busy_s",
+    "makespan_s",
+    "misses",
+    "num_aborted",
+    "num_failed",
+    "num_plans",
+    "num_prefetches",
+    "num_streamed",
+    "num_transfers",
+    "pending",
+    "predicted",
+    "predicted_right",
+    "predicted_routed",
+    "prefetched_bytes",
+    "transferred_bytes",
+    "useful_prefetches",
+    "wasted_bytes",
+    "wasted_prefetches",
+)
+
 
 class Stats:
     """Plain counters the coordinator adds to. `*_busy_s` are predicted seconds of each resource."""
 
-    __slots__ = (
-        "cpu_busy_s",
-        "elapsed_s",
-        "experts_on_cpu",
-        "experts_on_gpu",
-        "gpu_busy_s",
-        "hits",
-        "link_busy_s",
-        "makespan_s",
-        "misses",
-        "num_aborted",
-        "num_failed",
-        "num_plans",
-        "num_prefetches",
-        "num_streamed",
-        "num_transfers",
-        "pending",
-        "predicted",
-        "predicted_right",
-        "predicted_routed",
-        "prefetched_bytes",
-        "transferred_bytes",
-        "useful_prefetches",
-        "wasted_bytes",
-        "wasted_prefetches",
-    )
+    __slots__ = _COUNTERS
 
     def __init__(self) -> None:
-        for name in self.__slots__:
+        for name in _COUNTERS:
             setattr(self, name, 0.0 if name.endswith("_s") else 0)
 
     num_plans: int
@@ -80,5 +82,5 @@ class Stats:
 
     def snapshot(self) -> dict[str, float]:
         """Return every counter, the hit rate, and the predictions' precision and recall, by name."""
-        counters = {name: getattr(self, name) for name in self.__slots__}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
         return {**counters, "hit_rate": self.hit_rate, "precision": self.precision, "recall": self.recall}

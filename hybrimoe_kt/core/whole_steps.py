@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from .cost import CostModel
 from .layer_state import LayerState
-from .schedule.base import Assignment, Scheduler, Task, all_on_cpu, cpu_task
+from .schedule.base import Assignment, Task, all_on_cpu, cpu_task
+from .schedule.scheduler import Scheduler
 
 _MOST_KNOWN = 64
 """Prompts end in steps of any length."""

@@ -22,7 +22,7 @@ def loads_of(ids: torch.Tensor) -> dict[int, int]:
 def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:
     """Turn a step's tensors into plain numbers."""
     ids, weights = step.host.ids, step.host.weights
-    if len(ids) == 1:  # one token names an expert once
+    if ids.shape[0] == 1:  # one token names an expert once
         chosen = ids.tolist()[0]
         shares = dict(zip(chosen, weights.tolist()[0], strict=True))
         return Routing(layer, dict.fromkeys(chosen, 1), 1, step.scores, shares, phase)

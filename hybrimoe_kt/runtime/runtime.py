@@ -57,6 +57,7 @@ class Runtime:
         self._assembly, self._on_plan = assembly, on_plan
         self.executor = assembly.executor
         self.coordinator: Coordinator = assembly.make_coordinator(self.options)
+        self._reads_scores = self.coordinator.reads_scores
         self.seconds = Seconds()
         self.recorder: RoutingRecorder | None = None
         self._log: ActivityLog | None = None
@@ -121,7 +122,7 @@ class Runtime:
     @property
     def wants_scores(self) -> bool:
         """Whether anything uses the router's logits: without slots there is nothing to retain."""
-        return self.recorder is not None or self.executor.num_slots > 0
+        return self.recorder is not None or (self._reads_scores and self.executor.num_slots > 0)
 
     # How it fares.
 
@@ -323,7 +324,8 @@ class Runtime:
 
     def scores(self, routed: Routed) -> torch.Tensor | None:
         """What is read of the router's logits, float32 `[num_experts]`; None where nobody uses them."""
-        if routed.logits is None or not (self.executor.num_slots or self.recorder is not None):
+        wanted = self.recorder is not None or (self._reads_scores and self.executor.num_slots)
+        if routed.logits is None or not wanted:
             return None
         scores = mean_probabilities(routed.logits, routed.probabilities)
         return scores if self.recorder is None else halved(scores)
@@ -332,12 +334,14 @@ class Runtime:
         """Start transfers for later layers, by what the gates guess of their routing."""
         prefetches = self.options.prefetch_size > 0 and self.executor.num_slots > 0
         if not prefetches and self.recorder is None:
+            self.coordinator.learn()
             return
         predictions: Sequence[Routing] = ()
         predict = self._look_ahead.get(plan.layer)
         if lane is not None and predict is not None:
             try:
                 lane.readback.ask(step, predict)
+                self.coordinator.learn()  # while the gates compute
                 guesses = lane.readback.wait_guesses(step) if prefetches else None
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error

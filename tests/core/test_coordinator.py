@@ -182,3 +182,42 @@ def test_the_core_never_reads_a_clock() -> None:
     finally:
         sys.setprofile(None)
     assert not {name for name in names if name.startswith(("time.", "random.", "_random.", "_thread."))}
+
+
+@pytest.mark.parametrize("scheduler", ["balanced", "gpu_only", "cpu_only"])
+@pytest.mark.parametrize("prefetch_size", [0, 2])
+def test_when_a_plan_is_learnt_from_changes_nothing(scheduler: str, prefetch_size: int) -> None:
+    options = {"scheduler": scheduler, "prefetch_size": prefetch_size, "prefetch_depth": 2}
+    early, late = make_coordinator(5, **options), make_coordinator(5, **options)
+    assert early.initial_transfers() == late.initial_transfers()
+    routings = walk(5, 40)
+    for position, routing in enumerate(routings):
+        ahead = routings[position + 1 : position + 3]
+        plan, same = early.plan(routing), late.plan(routing)
+        early.learn()
+        early.learn()  # once is enough
+        assert plan == same
+        assert early.prefetch(plan, ahead) == late.prefetch(same, ahead)
+        assert early.finish(plan) == late.finish(same)
+        assert early.stats.snapshot() == late.stats.snapshot()
+    assert early.heat() == late.heat()
+    assert early.stats.num_plans == len(routings)
+
+
+def test_a_plan_without_transfers_waits_for_no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = make_coordinator(16, scheduler="static")
+    coordinator.initial_transfers()
+    touched: list[Routing] = []
+    for state in coordinator._layers.values():
+        monkeypatch.setattr(state.policy, "touch", touched.append)
+    routing = walk(5, 1)[0]
+    plan = coordinator.plan(routing)
+    assert not touched and not plan.transfers
+    coordinator.finish(plan)
+    assert touched == [routing]
+
+
+def test_scores_are_wanted_where_policy_or_predictor_reads_them() -> None:
+    assert not make_coordinator(4).reads_scores
+    assert make_coordinator(4, policy="mrs").reads_scores
+    assert make_coordinator(4, predictor="corrected_gate").reads_scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,10 @@ def random_routings(seed: int, steps: int, layers: int = 2, num_experts: int = 1
             scores = [weights.get(e, 0.0) + rng.random() * 0.01 for e in range(num_experts)]
             result.append(Routing(layer, dict.fromkeys(chosen, 1), 1, scores, weights))
     return result
+
+
+def without_scores(routing: Routing) -> Routing:
+    return dataclasses.replace(routing, scores=None)
 
 
 def specs(num_slots: int, layers: int = 2, num_experts: int = 16) -> list[LayerSpec]:
@@ -175,3 +180,18 @@ def test_similar_tokens_are_those_of_the_last_refresh_whenever_they_are_asked_fo
         ranked = often[routing.layer].rank(range(16))
         if number % 7 == 0:
             assert seldom[routing.layer].rank(range(16)) == ranked
+
+
+@pytest.mark.parametrize("name", sorted(name for name, policy in POLICIES.items() if not policy.reads_scores))
+def test_a_policy_that_reads_no_scores_decides_the_same_without(name: str) -> None:
+    routings = random_routings(11, 60)
+    options = belady_options(routings) if name == "belady" else {}
+    seeing, blind = make_policies(name, specs(4), options), make_policies(name, specs(4), options)
+    for routing in routings:
+        seeing[routing.layer].touch(routing)
+        blind[routing.layer].touch(without_scores(routing))
+        assert seeing[routing.layer].rank(range(16)) == blind[routing.layer].rank(range(16))
+
+
+def test_only_mrs_reads_scores() -> None:
+    assert [name for name, policy in POLICIES.items() if policy.reads_scores] == ["mrs"]

@@ -11,7 +11,7 @@ from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.link import Link
 from hybrimoe_kt.core.prefetch.benefit import Benefit
-from hybrimoe_kt.core.prefetch.predictors import make_predictor
+from hybrimoe_kt.core.prefetch.predictors import PREDICTORS, make_predictor
 from hybrimoe_kt.core.strategy import Strategy
 from hybrimoe_kt.core.types import ExpertId, LayerSpec, Routing, Transfer
 from hybrimoe_kt.errors import ConfigError
@@ -171,3 +171,17 @@ def test_predictor_names_and_options() -> None:
         make_predictor("transitions", specs(), {})
     with pytest.raises(ConfigError, match="did you mean 'rate'"):
         make_predictor("history", specs(), {"rat": 0.5})
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in PREDICTORS.items() if not kind.reads_scores))
+def test_a_predictor_that_reads_no_scores_predicts_the_same_without(name: str) -> None:
+    seeing, blind = make_predictor(name, specs(), {}), make_predictor(name, specs(), {})
+    rng = random.Random(3)
+    for step in range(40):
+        loads = dict.fromkeys(rng.sample(range(6), 2), 1)
+        scored = Routing(step % 2, loads, 1, [rng.random() for _ in range(6)])
+        bare = Routing(step % 2, loads)
+        seeing.observe(scored)
+        blind.observe(bare)
+        given = [Routing(1 - step % 2, loads, 1, [rng.random() for _ in range(6)])]
+        assert seeing.predict(scored, given, 1) == blind.predict(bare, given, 1)

@@ -135,3 +135,13 @@ def test_routing_in_plain_numbers() -> None:
     assert routing.weights == {3: 0.75, 1: 0.75, 0: 0.5}
     assert routing.scores == [0.25] * 4
     assert (routing.layer, routing.num_tokens) == (4, 2)
+
+
+@pytest.mark.parametrize(("policy", "reads"), [("adaptive", False), ("mrs", True)])
+def test_scores_come_to_the_host_only_where_they_are_read(generated: Make, policy: str, reads: bool) -> None:
+    ours = runtime(generated, cpu_backend="torch_reference", accelerator="emulated", cache_size=3, policy=policy)
+    inputs = step(1)
+    job = ours.begin(0, Routed(*inputs, torch.randn(1, 8)))
+    assert ours.wants_scores is reads
+    assert job.routing is not None and (job.routing.scores is not None) is reads
+    assert ours.finish(job).isfinite().all()

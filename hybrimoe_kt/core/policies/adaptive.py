@@ -25,6 +25,7 @@ class AdaptivePolicy(Policy):
     """
 
     name = "adaptive"
+    reads_scores = False
     options = {  # noqa: RUF012
         "rate": 0.02,
         "weight_share": 0.3,

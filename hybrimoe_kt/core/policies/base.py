@@ -20,6 +20,8 @@ class Policy(ABC):
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Any]] = {}
     """Option name -> default."""
+    reads_scores: ClassVar[bool] = True
+    """Whether `touch` looks at a routing's scores; where nothing does, no host need bring them."""
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
         self.spec = spec

@@ -16,6 +16,7 @@ class LruPolicy(Policy):
     """Value = the step of the last use; experts of one step rank in the order the router listed them."""
 
     name = "lru"
+    reads_scores = False
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
@@ -43,6 +44,7 @@ class LfuPolicy(Policy):
     """Value = the number of tokens ever routed to the expert; ties go to the more recent."""
 
     name = "lfu"
+    reads_scores = False
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
@@ -96,6 +98,7 @@ class StaticFrequencyPolicy(Policy):
     """
 
     name = "static_frequency"
+    reads_scores = False
     options = {"frequencies": None}  # noqa: RUF012
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:
@@ -115,6 +118,7 @@ class BeladyPolicy(Policy):
     """Value = minus the step of the next use. `future` maps layer -> the experts of each step, from the first on."""
 
     name = "belady"
+    reads_scores = False
     options = {"future": None}  # noqa: RUF012
 
     def __init__(self, spec: LayerSpec, **options: Any) -> None:

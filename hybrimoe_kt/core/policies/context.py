@@ -58,12 +58,10 @@ class TokenContext:
             uses[expert] -= unit
         alike = self._alike
         alike -= (alike >> 2) & self._fade_mask
-        used = 0
+        self._alike = alike = sum(map(uses.__getitem__, experts), alike)
         for expert in experts:
-            alike += uses[expert]
             uses[expert] += unit
-            used += expert_unit[expert]
-        self._alike = alike
+        used = sum(map(expert_unit.__getitem__, experts))
         self._routed[layer][token] = experts
         after, window = self._after[layer], self._window
         after[token] = 0

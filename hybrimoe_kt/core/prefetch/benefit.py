@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.schedule.base import Assignment, Scheduler, Task
+from hybrimoe_kt.core.schedule.base import Assignment, Task
+from hybrimoe_kt.core.schedule.scheduler import Scheduler
 from hybrimoe_kt.core.stats import Stats
 
 __all__ = ["Benefit", "Ledger"]
@@ -76,20 +77,28 @@ class Ledger:
 
         An expert keeps earning as long as it keeps its slot; what it displaced costs once, as it may come back.
         """
-        num_first, gained = state.note_used(task.held)
-        self._stats.useful_prefetches += num_first
-        lost = state.note_missed(task.missing) if state.displaced and task.missing else {}
+        gained: dict[int, str] = {}
+        lost: dict[int, str] = {}
+        if state.prefetched or state.proven:
+            num_first, gained = state.note_used(task.held)
+            self._stats.useful_prefetches += num_first
+        if state.displaced and task.missing:
+            lost = state.note_missed(task.missing)
+        if not gained and not lost:
+            return
         kinds = {*gained.values(), *lost.values()}
         if len(kinds) != 1:
             return
-        arrival_s = {e: at_s for e, at_s in task.arrival_s.items() if e not in gained} if task.arrival_s else {}
         without = Task(
             task.cost,
             task.loads,
             ([e for e in task.held if e not in gained] if gained else task.held) + list(lost),
             ([e for e in task.missing if e not in lost] if lost else task.missing) + list(gained),
-            arrival_s=arrival_s,
-            shared_s=task.shared_s,
-            num_free=max(0, task.num_free + len(gained) - len(lost)),
+            0,
+            {e: at_s for e, at_s in task.arrival_s.items() if e not in gained} if task.arrival_s else {},
+            0.0,
+            task.shared_s,
+            max(0, task.num_free + len(gained) - len(lost)),
+            task.load,
         )
         self.benefit[kinds.pop()].add(scheduler.makespan_s(without) - assignment.makespan_s)

@@ -23,6 +23,8 @@ class Predictor(ABC):
     """Whether `observe` does anything."""
     passes_on: ClassVar[bool] = False
     """Whether `predict` returns what it is given, so that nobody need ask."""
+    reads_scores: ClassVar[bool] = True
+    """Whether `observe` or `predict` look at the scores of a layer's own routing."""
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:
         self.option = check_options(f"predictor {self.name or type(self).__name__}", options, self.options)
@@ -48,7 +50,7 @@ class StaleGatePredictor(Predictor):
     """The next layers' gates applied to this layer's hidden state, as the host computed them (the paper)."""
 
     name = "stale_gate"
-    learns = False
+    learns = reads_scores = False
     passes_on = True
 
     def predict(self, routing: Routing, given: Sequence[Routing], depth: int) -> Sequence[Routing]:
@@ -104,6 +106,7 @@ class HistoryPredictor(Predictor):
     """The experts used most lately, whatever this token does: what the paper's released code prefetches."""
 
     name = "history"
+    reads_scores = False
     options = {"rate": 0.1}  # noqa: RUF012
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:
@@ -136,6 +139,7 @@ class TransitionPredictor(Predictor):
     """
 
     name = "transition"
+    reads_scores = False
     options = {"max_count": 1023}  # noqa: RUF012
 
     def __init__(self, specs: Sequence[LayerSpec], **options: Any) -> None:

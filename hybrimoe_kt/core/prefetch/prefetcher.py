@@ -7,7 +7,8 @@ from operator import itemgetter
 
 from hybrimoe_kt.core.cache import FREE
 from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.schedule.base import Scheduler, Task
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.core.schedule.scheduler import Scheduler
 from hybrimoe_kt.core.types import Plan, Routing, Transfer
 
 from .benefit import Ledger
@@ -71,8 +72,7 @@ class Prefetcher:
         """How many predictions there are up to the last of which an expert is missing."""
         for number in range(len(predictions), 0, -1):
             routing = predictions[number - 1]
-            slot_of = self._layers[routing.layer].cache.slot_of
-            if min(map(slot_of.__getitem__, routing.loads), default=0) < 0:
+            if FREE in map(self._layers[routing.layer].cache.slot_of.__getitem__, routing.loads):
                 return number
         return 0
 
@@ -116,8 +116,11 @@ class Prefetcher:
         if not state.uses_gpu or state.is_streaming or max(now_s, state.link.free_s) + transfer_s > by_s:
             return
         slot_of, value = state.cache.slot_of, state.policy.value
-        absent = sorted([(-value(e), e) for e in plan.cpu if slot_of[e] == FREE])
-        for _, expert in absent[: self._size - len(result)]:
+        absent = [e for e in plan.cpu if slot_of[e] == FREE]
+        if len(absent) > 1:
+            absent.sort()
+            absent.sort(key=value, reverse=True)  # of equal values the lowest number
+        for expert in absent[: self._size - len(result)]:
             end_s = max(now_s, state.link.free_s) + transfer_s
             if end_s > by_s or not self._start(state, expert, (), now_s, "admission", result):
                 return
@@ -154,6 +157,8 @@ class Prefetcher:
 def by_load(routing: Routing, missing: Sequence[int]) -> list[int]:
     """Return `missing`, the highest load first, of equal loads the most probable."""
     loads, scores = routing.loads, routing.scores
+    if len(missing) < 2:
+        return list(missing)
     if scores is None:
         return sorted(missing, key=loads.__getitem__, reverse=True)
     ranked = sorted([(-loads[e], -scores[e], e) for e in missing])
@@ -179,9 +184,10 @@ def _with(task: Task, expert: int, arrival_s: float) -> Task:
         task.loads,
         [*task.held, expert],
         missing,
-        layer=task.layer,
-        arrival_s={**task.arrival_s, expert: arrival_s} if arrival_s > 0 else task.arrival_s,
-        link_busy_s=max(task.link_busy_s, arrival_s),
-        shared_s=task.shared_s,
-        num_free=max(0, task.num_free - 1),
+        task.layer,
+        {**task.arrival_s, expert: arrival_s} if arrival_s > 0 else task.arrival_s,
+        max(task.link_busy_s, arrival_s),
+        task.shared_s,
+        max(0, task.num_free - 1),
+        task.load,
     )

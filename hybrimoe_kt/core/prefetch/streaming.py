@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hybrimoe_kt.core.layer_state import LayerState
-from hybrimoe_kt.core.schedule.base import Scheduler, Task
+from hybrimoe_kt.core.schedule.base import Task
+from hybrimoe_kt.core.schedule.scheduler import Scheduler
 from hybrimoe_kt.core.stats import Stats
 from hybrimoe_kt.core.types import Routing, Transfer
 

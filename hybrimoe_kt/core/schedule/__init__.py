@@ -8,9 +8,9 @@ from typing import Any
 from hybrimoe_kt.core.registry import find
 
 from .balanced import BalancedScheduler
-from .base import Scheduler
 from .baselines import CpuOnlyScheduler, FiddlerScheduler, GpuOnlyScheduler, LayerSplitScheduler, StaticScheduler
 from .paper import PaperScheduler
+from .scheduler import Scheduler
 
 __all__ = ["SCHEDULERS", "Scheduler", "make_scheduler"]
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import accumulate, combinations
 from math import fsum
 
-from .base import Assignment, Scheduler, Task, evaluate, gpu_order, num_open_slots
+from .base import Assignment, Task, equal_load, evaluate, gpu_order, num_open_slots
 from .branch_bound import improve
 from .paper import PaperScheduler
+from .scheduler import Scheduler
 
 _NEVER = float("inf")
 _MAX_REMEMBERED = 4096
@@ -74,9 +75,11 @@ class BalancedScheduler(Scheduler):
         Only numbers matter with all loads equal, nothing pending and slots to spare.
         """
         held, missing = task.held, task.missing
-        if task.arrival_s or task.num_free < len(missing) or len(set(task.loads.values())) != 1:
+        if task.arrival_s or task.num_free < len(missing):
             return None
-        load = task.loads[held[0] if held else missing[0]]
+        load = task.load or equal_load(task)
+        if not load:
+            return None
         key = (task.cost, load, len(held), len(missing), task.link_busy_s, task.shared_s)
         choice = self._remembered.get(key)
         if choice is None:

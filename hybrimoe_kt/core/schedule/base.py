@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from hybrimoe_kt.core.cost import CostModel
-from hybrimoe_kt.core.policies.base import check_options
 
 
 @dataclass(slots=True)
@@ -29,6 +26,8 @@ class Task:
     link_busy_s: float = 0.0
     shared_s: float = 0.0
     num_free: int = 1 << 30
+    load: int = 0
+    """Of every expert, where it is known that all have the same; 0: not looked at."""
 
 
 @dataclass(slots=True)
@@ -48,23 +47,12 @@ class Assignment:
     link_s: float
 
 
-class Scheduler(ABC):
-    """Assigns each routed expert to the CPU, to the GPU, or to a transfer followed by the GPU. Stateless."""
-
-    name: ClassVar[str] = ""
-    options: ClassVar[Mapping[str, Any]] = {}
-    """Option name -> default."""
-
-    def __init__(self, **options: Any) -> None:
-        self.option = check_options(f"scheduler {self.name or type(self).__name__}", options, self.options)
-
-    @abstractmethod
-    def assign(self, task: Task) -> Assignment:
-        """Return the assignment of `task`; the same task gives the same answer."""
-
-    def makespan_s(self, task: Task) -> float:
-        """Return the makespan of `assign`, for those who want nothing else of it."""
-        return self.assign(task).makespan_s
+def equal_load(task: Task) -> int:
+    """Return the load that all experts have, 0 if they differ."""
+    if task.load:
+        return task.load
+    found = set(task.loads.values())
+    return found.pop() if len(found) == 1 else 0
 
 
 def by_load(task: Task, experts: Sequence[int]) -> list[int]:

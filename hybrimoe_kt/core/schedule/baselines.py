@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Assignment, Scheduler, Task, all_on_cpu, by_load, evaluate, gpu_order
+from .base import Assignment, Task, all_on_cpu, by_load, evaluate, gpu_order
+from .scheduler import Scheduler
 
 
 class CpuOnlyScheduler(Scheduler):

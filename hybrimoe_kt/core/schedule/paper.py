@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Assignment, Scheduler, Task, by_load, evaluate
+from .base import Assignment, Task, by_load, evaluate
+from .scheduler import Scheduler
 
 _NEVER = float("inf")
 
