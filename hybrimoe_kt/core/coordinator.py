@@ -89,13 +89,17 @@ class Coordinator:
         self._open: _Open | None = None
         self._unlearnt: _Unlearnt | None = None
         self.now_s = 0.0
+        self.revision = 0
+        """Counts what may change whether a layer's steps decide anything: sizes, failures, another scheduler or pace."""
 
     def use(self, scheduler: str | None) -> None:
         """Plan with another scheduler from now on, None for the one it was made with."""
+        self.revision += 1
         self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
 
     def set_pace(self, cpu: float, dense: float = 1.0) -> None:
         """Predict with the CPU's experts, and what lies between layers, taking so many times what the profile says."""
+        self.revision += 1
         paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
@@ -278,6 +282,7 @@ class Coordinator:
 
     def fail(self, transfer: Transfer) -> None:
         """Take back a transfer that did not happen: its slot is FREE, nothing is half resident."""
+        self.revision += 1
         state = self._layers[transfer.expert.layer]
         if state.cache.slot_of[transfer.expert.index] == transfer.slot:
             state.cache.release(transfer.expert.index)
@@ -295,6 +300,7 @@ class Coordinator:
         """Give `layer` that many slots, all FREE, from the next plan on; 0 leaves its experts to the CPU."""
         state = self._layers[layer]
         assert not state.cache.num_pins, f"layer {layer} has a plan open"
+        self.revision += 1
         for slot in range(state.cache.num_slots):
             self.drop(layer, slot)
         state.resize(num_slots)

@@ -124,6 +124,11 @@ class Runtime:
         """Whether anything uses the router's logits: without slots there is nothing to retain."""
         return self.recorder is not None or (self._reads_scores and self.executor.num_slots > 0)
 
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether every step is written down, so that none is passed over."""
+        return self.recorder is not None or self._log is not None
+
     # How it fares.
 
     def health(self) -> Health:
@@ -375,7 +380,7 @@ class Runtime:
 
     def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
         """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""
-        if self.recorder is not None or self._log is not None:
+        if self.is_listened_to:
             return False
         predict = self._look_ahead.get(layer) if self.options.prefetch_size > 0 else None
         return predict is None or all(self.coordinator.decides_nothing(later, num_tokens) for later in predict.layers)

@@ -50,6 +50,7 @@ class StepPieces:
         self._pieces: list[_Piece] = []
         self._done = accelerator.event()
         self._listens = self._listening()
+        self._revision = -1
 
     # In the runtime's place.
 
@@ -119,6 +120,7 @@ class StepPieces:
         """Capture what the model enqueues from now on; CaptureError where that cannot be."""
         assert not self._is_capturing, "one step at a time"
         self._pieces.clear()
+        self._revision = -1
         self._capture = self._accelerator.capture()  # the last one's memory goes with it
         assert self._capture is not None, "asked for"
         self._capture.begin()
@@ -148,11 +150,16 @@ class StepPieces:
 
     def is_valid(self) -> bool:
         """Whether what was captured is still how a step goes: whole layers stayed whole."""
-        return all(self._runtime.is_whole(layer, 1) for piece in self._pieces for layer in piece.whole)
+        revision = self._runtime.coordinator.revision
+        if revision != self._revision:
+            if not all(self._runtime.is_whole(layer, 1) for piece in self._pieces for layer in piece.whole):
+                return False
+            self._revision = revision
+        return True
 
     def _listening(self) -> tuple[bool, bool]:
-        """What decides whether scores are sent, and how."""
-        return self._runtime.wants_scores, self._runtime.recorder is not None
+        """What decides whether scores are sent, and how, and whether a layer can be passed over."""
+        return self._runtime.wants_scores, self._runtime.is_listened_to
 
     def replay(self) -> None:
         """Go through all pieces and layers once more; returns when the device has done so."""
