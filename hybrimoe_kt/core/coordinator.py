@@ -90,7 +90,7 @@ class Coordinator:
         self._unlearnt: _Unlearnt | None = None
         self.now_s = 0.0
         self.revision = 0
-        """Counts what may change whether a layer's steps decide anything: sizes, failures, another scheduler or pace."""
+        """Counts what may change whether a layer decides anything: sizes, failures, another scheduler or pace."""
 
     def use(self, scheduler: str | None) -> None:
         """Plan with another scheduler from now on, None for the one it was made with."""
