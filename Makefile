@@ -63,7 +63,7 @@ test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "(gpu or kernels) and not slow" --continue-on-collection-errors $$($(GPU_PYTHON) -c \
 	  'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")') \
-	  tests/device tests/backends tests/kernels tests/host/test_timeline.py $(ARGS)
+	  tests/device tests/backends tests/kernels tests/host/test_timeline.py tests/host/test_captured_steps.py $(ARGS)
 
 # Minutes: each Python gets an environment of 5 GB and loses it again. ARGS="--versions 3.12 --keep" names others and keeps them.
 test-pythons: $(VENV)/.ready-dev

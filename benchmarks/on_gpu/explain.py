@@ -92,8 +92,8 @@ routing is spread evenly, while real models come back to the same experts: **hit
 which is the rounding of activations to 8 bits; more is wrong, whatever the times say.
 
 *Methods*: who computes which expert, with that share of the experts on the card. `hybrid` plans every layer anew
-and moves experts when that pays; `hybrid, no prefetch` moves none ahead of need; `static` leaves the experts where
-they are, the CPU computing what is not on the card; `gpu_only` moves everything to the card; `cpu_only` leaves
+and moves experts when that pays; `hybrid, eager` the same without captured steps; `hybrid, no prefetch` moves none
+ahead of need; `static` leaves the experts where they are, the CPU computing what is not on the card; `gpu_only` moves everything to the card; `cpu_only` leaves
 experts to the CPU and is the same at every cache size. **Good is** that `hybrid` is the fastest of its cache size,
 and that `all` is several times faster than 50 %.
 
@@ -102,7 +102,8 @@ and that `all` is several times faster than 50 %.
   *sent, ahead* are transfers a token, of experts needed at once, and prefetched.
 - *prompt* columns are tokens a second of a prompt, from nothing to the first answer.
 
-*Where a layer's time goes*: our five parts of a layer's time on the host, microseconds: reading the routing (it
+*Where a layer's time goes*: the parts of a layer's time on the host, microseconds: replaying what was captured of the
+model (0 in an eager step, in which its code runs instead, and is not in any part), reading the routing (it
 waits for the card's attention), planning, submitting the work, deciding prefetches, waiting for the CPU's share. A
 card that is fast and a model that is small make `plan`, `submit` and `prefetch` the limit. Where all experts are on the
 card nothing is read or planned, so these are near 0.

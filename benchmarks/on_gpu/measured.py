@@ -15,6 +15,7 @@ from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.engine.captured_loop import CapturedLoop
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.runtime.health import Health
 
@@ -25,7 +26,7 @@ from .timing import synchronize
 
 __all__ = ["Measured", "Sizes"]
 
-PARTS = ("read", "plan", "submit_and_gpu", "prefetch", "wait")
+PARTS = ("replay", "read", "plan", "submit_and_gpu", "prefetch", "wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,11 @@ class Measured:
         layers = sorted(self.runtime.store.layers)
         return sorted({layers[0], layers[len(layers) // 2], layers[-1]})
 
-    def restart(self, changes: dict[str, Any], *, poison: bool = False) -> None:
-        """Start the runtime anew, its options those of the beginning with `changes`."""
+    def restart(self, changes: dict[str, Any], *, poison: bool = False, eager: bool = False) -> None:
+        """Start the runtime anew, its options those of the beginning with `changes`; `eager`: no step is captured."""
         inside.restart(self.engine, self.options | changes, poison=poison)
+        if isinstance(self.engine.loop, CapturedLoop):
+            self.engine.loop.captures = not eager
 
     def calibrate(self, folder: Path) -> str:
         """Measure the profile that plans are predicted with, from now on; returns its verdict."""

@@ -20,7 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gpu_only": {"scheduler": "gpu_only", "prefetch_size": 0},
     "cpu_only": {"scheduler": "cpu_only", "prefetch_size": 0},
 }
-ALL_RESIDENT = "hybrid", "gpu_only"
+EAGER = "hybrid, eager"
+ALL_RESIDENT = "hybrid", EAGER, "gpu_only"
 """Methods worth measuring where all experts are in slots; the others are the same then, or leave them unused."""
 CHECKED_TOKENS = 1, 8, 64
 RIGHT = 0.03
@@ -33,7 +34,8 @@ def configurations() -> list[tuple[str, str]]:
     """Cache size and method, most telling first: what time runs out for is at the end."""
     first = [("all", name) for name in ALL_RESIDENT]
     middle = [("50%", name) for name in METHODS]
-    return [first[0], *middle, first[1], *((cache, name) for cache in ("25%", "75%") for name in METHODS)]
+    middle.insert(1, ("50%", EAGER))
+    return [first[0], *middle, *first[1:], *((cache, name) for cache in ("25%", "75%") for name in METHODS)]
 
 
 def run(plan: Plan, results: Results, ends_s: float, model: str) -> None:
@@ -122,7 +124,8 @@ def _calibrate(results: Results, step: str, machine: Any) -> None:
 def _row(results: Results, step: str, machine: Any, cache: str, method: str, left_s: float) -> None:
     name, notes = f"{cache}, {method}", []
     try:
-        machine.restart({"cache_size": cache} | METHODS[method])
+        is_eager = method == EAGER
+        machine.restart({"cache_size": cache} | METHODS["hybrid" if is_eager else method], eager=is_eager)
         values: dict[str, Any] = machine.decode() | machine.overlap() | machine.prediction()
         short, long = machine.sizes.prompts
         machine.prefill_s(short)  # compiles, and fills caches of every kind

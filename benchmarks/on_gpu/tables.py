@@ -47,7 +47,7 @@ def _times(value: Any) -> str:
 
 
 _VALUE = Column("value", "value", lambda value: value if isinstance(value, str) else _significant(value))
-_US = ("read", "plan", "submit_and_gpu", "prefetch", "wait")
+_US = ("replay", "read", "plan", "submit_and_gpu", "prefetch", "wait")
 
 
 def _methods() -> tuple[Table, ...]:

@@ -171,6 +171,7 @@ class StepPieces:
             assert piece.graph is not None, "captured"
             for layer in piece.whole:
                 runtime.coordinator.pass_over(layer, 1)
+            runtime.seconds.steps += len(piece.whole)
             writes = [] if piece.routed is None else list(piece.routed[:3])
             if piece.sent is not None:
                 writes.append(piece.sent.memory)

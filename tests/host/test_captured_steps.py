@@ -272,3 +272,27 @@ def test_what_cannot_be_captured_says_why(generated: Make, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert captured_loop(on_cpu, made._cache, captures=True) is None
     assert "layer 0 keeps keys and values in a StoredLayer" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
+@pytest.mark.parametrize("gpu_backend", ["triton", "torch"])
+@pytest.mark.parametrize("cache_size", [1, 0.5, "all"])
+@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3", "qwen3next"])
+def test_graphs_of_a_device(generated: Make, name: str, cache_size: Any, gpu_backend: str) -> None:
+    """Tokens and logits of replayed graphs beside those of the same steps asked of the modules, growths included."""
+    options = {"accelerator": "cuda", "gpu_backend": gpu_backend, "cache_size": cache_size}
+    answers = []
+    for captures in (False, True):
+        loaded = load_model(
+            generated(SHAPES[name]).path, device="cuda:0", dtype=torch.bfloat16, option_overrides=EXACT | options,
+            progress=False,
+        )  # fmt: skip
+        made = TokenGenerator(loaded, set(), captures=captures)
+        assert isinstance(made.loop, CapturedLoop)
+        answers.append(decode(made, 40))
+        assert made.runtime.health().is_clean, "the CPU answered in the accelerator's place"
+        if captures:
+            assert made.loop.captures and made.loop.num_captures == 3, "it did not give up"
+    spread = answers[0].std()
+    assert (answers[1] - answers[0]).abs().max() <= 0.05 * spread
