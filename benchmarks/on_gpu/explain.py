@@ -94,8 +94,8 @@ which is the rounding of activations to 8 bits; more is wrong, whatever the time
 *Methods*: who computes which expert, with that share of the experts on the card. `hybrid` plans every layer anew
 and moves experts when that pays; `hybrid, eager` the same without captured steps; `hybrid, no prefetch` moves none
 ahead of need; `static` leaves the experts where they are, the CPU computing what is not on the card; `gpu_only` moves
-everything to the card; `cpu_only` leaves experts to the CPU and is the same at every cache size. **Good is** that `hybrid` is
-the fastest of its cache size, and that `all` is several times faster than 50 %.
+everything to the card; `cpu_only` leaves experts to the CPU and is the same at every cache size.
+**Good is** that `hybrid` is the fastest of its cache size, and that `all` is several times faster than 50 %.
 
 - *ms* is one token, the median, and *p90* what nine in ten tokens stay below. 1000 / ms is tokens a second.
 - *hits* is the share of routed experts that were on the card; *on CPU* is experts a layer that the CPU computed;

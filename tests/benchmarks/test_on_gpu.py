@@ -306,8 +306,8 @@ class BrokenMachine:
     health = BROKEN
     sizes = type("Sizes", (), {"prompts": (512, 4096)})
 
-    def restart(self, changes: dict[str, Any]) -> None:
-        assert changes["cache_size"] == "50%"
+    def restart(self, changes: dict[str, Any], *, eager: bool) -> None:
+        assert changes["cache_size"] == "50%" and not eager
 
     def decode(self) -> dict[str, Any]:
         return {"ms": 1.0}
