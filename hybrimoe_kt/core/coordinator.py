@@ -187,6 +187,10 @@ class Coordinator:
             return False
         return state.is_whole and not self._whole.of(self.scheduler, state, num_tokens).cpu
 
+    def slots_of(self, layer: int) -> Sequence[int]:
+        """The slot of every expert of a layer."""
+        return self._layers[layer].cache.slot_of
+
     def pass_over(self, layer: int, num_tokens: int) -> Sequence[int]:
         """Advance past a step that decided nothing; return the slot of every expert."""
         state = self._layers[layer]

@@ -127,9 +127,6 @@ class Accelerator(Protocol):
     def capture(self) -> StepCapture | None:
         """What captures work of this device, with memory of its own for what it captures; None where nothing can."""
 
-    def marked_event(self) -> Event:
-        """Return a new event, never recorded, that a `StepCapture` can mark."""
-
     def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """Enqueue a captured piece of the model's own work on `compute`."""
 

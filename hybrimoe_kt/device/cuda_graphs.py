@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .accelerator import Event
 from .step_graph import CaptureError, StepGraph
 
-__all__ = ["CudaCapture", "MarkedEvent"]
-
-
-class MarkedEvent:
-    """An event that a graph can record in its middle; see `accelerator.Event`."""
-
-    __slots__ = ("event",)
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(external=True)
-
-    def is_done(self) -> bool:
-        return bool(self.event.query())
+__all__ = ["CudaCapture"]
 
 
 class CudaCapture:
     """See `step_graph.StepCapture`. All of its pieces share one pool of memory."""
+
+    host_sees_writes = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -48,12 +37,6 @@ class CudaCapture:
             raise CaptureError(f"{self._device} cannot replay this step: {error}") from error
         graph.replay()
         return graph
-
-    def mark(self, event: Event) -> bool:
-        if not isinstance(event, MarkedEvent):
-            return False
-        event.event.record(torch.cuda.current_stream(self._device))
-        return True
 
     def abort(self) -> None:
         graph, self._graph = self._graph, None

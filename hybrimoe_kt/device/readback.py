@@ -194,15 +194,15 @@ class Readback:
         listed = views[3].tolist() if scores is not None else None
         return Step(routed, Routed(views[0].float(), views[1], views[2]), listed)
 
-    def sending(self, routed: Routed, scores: torch.Tensor | None) -> SentRouting:
-        """Make what sends a layer's routing from within a captured step; as `routed` and `scores` are."""
+    def sending(self, routed: Routed, scores: torch.Tensor | None, number: torch.Tensor) -> SentRouting:
+        """Make what sends a layer's routing from within a captured step; see `SentRouting`."""
         guess_bytes = (routed.ids.numel() * 8 + self._num_experts * 4) * MAX_GUESSES
-        return SentRouting(self._accelerator, routed, scores, guess_bytes)
+        return SentRouting(self._accelerator, routed, scores, number, guess_bytes)
 
     def take(self, sent: SentRouting) -> Step:
         """Wait for what a replay has sent."""
-        if not sent.sent.is_done():
-            self._deadline.wait(sent.sent.is_done, self._router)
+        if not sent.is_sent():
+            self._deadline.wait(sent.is_sent, self._router)
         self._accelerator.on_host("planning", reads=(sent.memory,))
         scores = sent.read()
         return Step(sent.routed, sent.host, scores, sent=sent)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .accelerator import Event
 from .step_graph import CaptureError, StepGraph, listeners
 
 __all__ = ["Recorder"]
@@ -59,6 +58,8 @@ class _Piece:
 class Recorder(TorchDispatchMode):
     """See `step_graph.StepCapture`. What it records has been done, as on a stream that is not being captured."""
 
+    host_sees_writes = False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[Callable[[], object]] | None = None
@@ -74,9 +75,6 @@ class Recorder(TorchDispatchMode):
         assert calls is not None, "nothing was begun"
         self.abort()
         return _Piece(calls)
-
-    def mark(self, event: Event) -> bool:
-        return False
 
     def abort(self) -> None:
         if self._calls is not None:

@@ -20,8 +20,18 @@ class SentRouting:
     What is captured of the layer's own launches is kept here, as it is worth as long as this memory.
     """
 
-    def __init__(self, accelerator: Accelerator, routed: Routed, scores: torch.Tensor | None, guess_bytes: int) -> None:
-        """As `routed` is, with int64 ids and float32 weights and `scores [num_experts]`, if these are wanted."""
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        routed: Routed,
+        scores: torch.Tensor | None,
+        number: torch.Tensor,
+        guess_bytes: int,
+    ) -> None:
+        """As `routed` is, with int64 ids and float32 weights and `scores [num_experts]`, if these are wanted.
+
+        `number` int64 `[1]`, on the device, tells one replay from the next: it follows what is sent.
+        """
         given = _in_order(routed, scores)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in given)
         self._packed, self.memory = accelerator.allocate(num_bytes), accelerator.page_locked(num_bytes)
@@ -33,9 +43,16 @@ class SentRouting:
         is_wide = self._hidden.dtype == torch.float32
         self.host = Routed(self._hidden if is_wide else torch.empty(self._hidden.shape), ids, weights)
         """float32, int64, float32, on the host, once they have been `read`."""
-        self.sent: Event = accelerator.marked_event()
-        self.is_marked = False
-        """Whether a replay records `sent` by itself."""
+        self._number = number
+        word = accelerator.page_locked(8).view(torch.int64)
+        word.fill_(-1)
+        plain: Any = word.numpy()  # numpy's stubs know no buffers before Python 3.12
+        self._word, self._seen = word, memoryview(plain)
+        self.expected = 0
+        """The replay whose routing is waited for."""
+        self.piece_done: Event = accelerator.event()
+        """Recorded behind the piece that sends."""
+        self._sees_writes = False
         self.resident: tuple[object, CapturedWork] | None = None
         """The launch of a plan's first group, and the slots that it reads."""
         self.joins: dict[tuple[bool, bool], CapturedWork] = {}
@@ -52,7 +69,18 @@ class SentRouting:
         given = _in_order(routed, scores)
         torch.cat([tensor.view(-1).view(torch.uint8) for tensor in given], out=self._packed)
         self.memory.copy_(self._packed, non_blocking=True)
-        self.is_marked = capture.mark(self.sent)
+        self._word.copy_(self._number, non_blocking=True)
+        self._sees_writes = capture.host_sees_writes
+
+    def is_sent(self) -> bool:
+        """Whether the routing of the replay `expected` is on the host; raises what the piece failed with, if it has.
+
+        A device copies the number behind all else, so that the rest is there when it is. An event that a graph records
+        in its middle would not do: until a replay comes there, it is done from the replay before.
+        """
+        if self._sees_writes and self._seen[0] == self.expected:
+            return True
+        return self.piece_done.is_done()
 
     def read(self) -> list[float] | None:
         """Have `host` be what was sent; return the scores as plain numbers."""

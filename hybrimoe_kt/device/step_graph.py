@@ -12,8 +12,6 @@ from typing import Protocol
 
 from hybrimoe_kt.errors import HybriMoEError
 
-from .accelerator import Event
-
 __all__ = ["CaptureError", "CapturedWork", "StepCapture", "StepGraph", "StepLost", "opaque"]
 
 logger = logging.getLogger(__name__)
@@ -40,14 +38,14 @@ class StepCapture(Protocol):
     What lives from one piece to the next stays where it is, so pieces are replayed in the order of their capture.
     """
 
+    host_sees_writes: bool
+    """Whether the host sees in page-locked memory what a replay has written there, while the piece still runs."""
+
     def begin(self) -> None:
         """Capture what is enqueued from now on; CaptureError where that cannot be."""
 
     def end(self) -> StepGraph:
         """End the piece and return it; it has been enqueued once. CaptureError for what cannot be replayed."""
-
-    def mark(self, event: Event) -> bool:
-        """Record `event` here in every replay; False where that can only be done behind the whole piece."""
 
     def abort(self) -> None:
         """Forget the piece that was begun, if one was: something in it has failed."""

@@ -15,7 +15,7 @@ from hybrimoe_kt.errors import CapacityError, ConfigError
 
 from .accelerator import Event, HostStamp, Stamp, Stream
 from .backend import CpuBackend, GpuBackend
-from .cuda_graphs import CudaCapture, MarkedEvent
+from .cuda_graphs import CudaCapture
 from .page_locks import LOCKS, Lock, fresh_pages
 from .step_graph import StepCapture, StepGraph
 
@@ -217,9 +217,6 @@ class TorchAccelerator:
 
     def capture(self) -> StepCapture | None:
         return CudaCapture(self.device) if self.device.type == "cuda" else None
-
-    def marked_event(self) -> Event:
-        return MarkedEvent() if self.device.type == "cuda" else self.event()
 
     def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         graph.replay()

@@ -62,6 +62,11 @@ class WholeLayers:
             known = self._tables[layer] = (list(slot_of), pairs, self._sender.send_one(slot_of))
         return known[1], known[2]
 
+    def is_ready(self, layer: int, slot_of: Sequence[int]) -> bool:
+        """Whether the layer's table is on the device, and counts are, so that nothing is made or sent for a step."""
+        known = self._tables.get(layer)
+        return known is not None and known[0] == slot_of and self._counts is not None
+
     def capture_count(self, layer: int, ids: torch.Tensor) -> None:
         """Count the experts of one token, within a step that is being captured; others have been counted before."""
         assert self._counts is not None, "the step before was not captured"

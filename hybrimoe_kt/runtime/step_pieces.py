@@ -49,6 +49,9 @@ class StepPieces:
         self._answer: torch.Tensor | None = None
         self._pieces: list[_Piece] = []
         self._done = accelerator.event()
+        self._number = torch.empty(0)
+        """Of the step, int64 `[1]` on the device."""
+        self._num_steps = 0
         self._listens = self._listening()
         self._revision = -1
 
@@ -68,8 +71,9 @@ class StepPieces:
         runtime, lane = self._runtime, self._lane(layer, routed)
         if not self._is_capturing:
             if lane is not None and layer not in self._sent:
-                plain, scores = _plain(routed), runtime.scores(routed)
-                self._sent[layer] = lane.readback.sending(plain, scores)
+                if not len(self._number):
+                    self._number = torch.zeros(1, dtype=torch.int64, device=routed.hidden.device)
+                self._sent[layer] = lane.readback.sending(_plain(routed), runtime.scores(routed), self._number)
             if self._answer is None:
                 self._answer = torch.empty_like(routed.hidden)
             return runtime.begin(layer, routed)
@@ -77,9 +81,12 @@ class StepPieces:
         piece, job = self._pieces[-1], Job(layer)
         plain = _plain(routed)
         if lane is not None and runtime.is_whole(layer, 1):
-            piece.whole.append(layer)
-            job.answer = lane.capture_whole(layer, runtime.coordinator.pass_over(layer, 1), plain)
-            return job
+            slot_of = runtime.coordinator.slots_of(layer)
+            if lane.whole.is_ready(layer, slot_of):
+                runtime.coordinator.pass_over(layer, 1)
+                piece.whole.append(layer)
+                job.answer = lane.capture_whole(layer, slot_of, plain)
+                return job
         piece.layer, piece.routed = layer, plain
         sent = self._sent.get(layer)
         if sent is not None and lane is not None:
@@ -123,6 +130,7 @@ class StepPieces:
         self._revision = -1
         self._capture = self._accelerator.capture()  # the last one's memory goes with it
         assert self._capture is not None, "asked for"
+        self._count_step()
         self._capture.begin()
         self._pieces, self._is_capturing = [_Piece()], True
 
@@ -166,6 +174,7 @@ class StepPieces:
         runtime, accelerator, now = self._runtime, self._accelerator, time.perf_counter
         answer = self._answer
         assert answer is not None, "a step was captured"
+        self._count_step()
         for piece in self._pieces:
             began = now()
             assert piece.graph is not None, "captured"
@@ -183,8 +192,14 @@ class StepPieces:
         self._wait()
 
     def _note_sent(self, piece: _Piece) -> None:
-        if piece.sent is not None and not piece.sent.is_marked:
-            self._accelerator.compute.record(piece.sent.sent, "routing read")
+        if piece.sent is not None:
+            piece.sent.expected = self._num_steps
+            self._accelerator.compute.record(piece.sent.piece_done, "routing read")
+
+    def _count_step(self) -> None:
+        self._num_steps += 1
+        if len(self._number):
+            self._number.fill_(self._num_steps)
 
     def _wait(self) -> None:
         self._accelerator.compute.record(self._done, "step")

@@ -13,6 +13,7 @@ import torch
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
+from hybrimoe_kt.device.recorder import Recorder
 from hybrimoe_kt.engine import growing_cache as cache_module
 from hybrimoe_kt.engine import room
 from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
@@ -99,6 +100,12 @@ def test_replayed_steps_are_the_eager_ones(generated: Make, name: str) -> None:
 def test_replayed_steps_are_the_eager_ones_for_long(generated: Make, name: str) -> None:
     loop = loop_of(check(generated(SHAPES[name]), 300))
     assert 5 <= loop.num_captures <= 8
+
+
+def test_routing_that_is_seen_by_its_number(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on hardware, where a piece goes on after it has sent."""
+    monkeypatch.setattr(Recorder, "host_sees_writes", True)
+    check(generated(SHAPES["qwen3moe"]), 24)
 
 
 @pytest.mark.parametrize("kept", ["f16", "q8_0"])

@@ -164,9 +164,6 @@ class AdversarialAccelerator:
     def capture(self) -> StepCapture | None:
         return Recorder()
 
-    def marked_event(self) -> Any:
-        return self.event()
-
     def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """Enqueue a piece, which no injected fault strikes."""
         queue = self.compute.queue

@@ -93,9 +93,6 @@ class ImmediateAccelerator:
     def capture(self) -> StepCapture | None:
         return Recorder()
 
-    def marked_event(self) -> Event:
-        return self.event()
-
     def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         graph.replay()
 
