@@ -10,7 +10,8 @@ layer steps, so that what else a machine does counts for little.
 The gates of the next layers are asked as a model asks them, three Qwen3 routers ahead, and on a device they are its
 work. Here torch computes them in the call, so the time inside is told apart: "ours" is everything else of a layer. Of
 that, learning from the plan and choosing prefetches come while the experts compute: what is left is the path.
-Hidden states are 128 wide, so that what is told apart is calls of torch, hardly arithmetic.
+Hidden states are 128 wide, so that what is told apart is calls of torch and little arithmetic; their weights still pass
+through the caches that everything else of a layer lives in, which `--guesses-given` spares it.
 """
 
 from __future__ import annotations
@@ -117,11 +118,14 @@ def random_gate(layer: int) -> Gate:
 
 
 class Gates:
-    """Asks the real gates, always `DEPTH` of them, and guesses what the trace says; see `device.readback.Predict`."""
+    """Asks the real gates, always `DEPTH` of them, and guesses what the trace says; see `device.readback.Predict`.
+
+    Without `asked` nothing is computed.
+    """
 
     num_experts = EXPERTS
 
-    def __init__(self, asked: Predict, layer: int, guesses: torch.Tensor, scores: torch.Tensor) -> None:
+    def __init__(self, asked: Predict | None, layer: int, guesses: torch.Tensor, scores: torch.Tensor) -> None:
         self.layers = range(layer + 1, layer + 1 + guesses.shape[1])
         self._asked, self._guesses, self._scores, self._step = asked, list(guesses), list(scores), 0
         self._ids, self._probabilities = torch.empty(DEPTH, 1, TOP_K, dtype=torch.int64), torch.empty(DEPTH, EXPERTS)
@@ -131,7 +135,8 @@ class Gates:
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         began = time.perf_counter()
-        self._asked(hidden, self._ids, self._probabilities)
+        if self._asked is not None:
+            self._asked(hidden, self._ids, self._probabilities)
         computed = time.perf_counter()
         ids.copy_(self._guesses[self._step])
         scores.copy_(self._scores[self._step])
@@ -142,7 +147,7 @@ class Gates:
 class Walk:
     """Replays a trace of Qwen3-30B-A3B's shape through a runtime."""
 
-    def __init__(self, runtime: Runtime, tokens: int) -> None:
+    def __init__(self, runtime: Runtime, tokens: int, *, asks_gates: bool = True) -> None:
         self.runtime, self.trace = runtime, generate(find_model("qwen3-30b-a3b"), prompt_tokens=0, tokens=tokens)
         self.steps: list[dict[str, float]] = []
         """Seconds of every layer step by part."""
@@ -156,7 +161,8 @@ class Walk:
         guesses, scores = torch.from_numpy(trace.predicted.astype(np.int64)), torch.from_numpy(trace.predicted_scores)
         row = GateRow([random_gate(layer) for layer in range(LAYERS + DEPTH)], torch.device("cpu"))
         for layer in range(LAYERS):
-            asked = row.predictor(layer, range(LAYERS + DEPTH), slice(layer + 1, layer + 1 + DEPTH))
+            ahead = slice(layer + 1, layer + 1 + DEPTH)
+            asked = row.predictor(layer, range(LAYERS + DEPTH), ahead) if asks_gates else None
             num = min(DEPTH, LAYERS - 1 - layer)
             if num:
                 gates = Gates(asked, layer, guesses[:, layer, :num, None], scores[:, layer, :num])
@@ -190,12 +196,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--policy", default="adaptive")
     parser.add_argument("--prefetch-size", type=int, default=2)
+    parser.add_argument("--guesses-given", action="store_true", help="compute no gates, as if a device did")
     parser.add_argument("--profile", action="store_true", help="by function; slower by what measuring costs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
         runtime = machine(policy=arguments.policy, prefetch_size=arguments.prefetch_size)
-        walk = Walk(runtime, arguments.tokens)
+        walk = Walk(runtime, arguments.tokens, asks_gates=not arguments.guesses_given)
         profiler = cProfile.Profile() if arguments.profile else None
         if profiler is not None:
             profiler.runcall(walk.run)

@@ -159,6 +159,7 @@ class LayerState:
         missing: list[int] = []
         for expert in loads:
             (held if slot_of[expert] >= 0 else missing).append(expert)
+        found = set(loads.values())
         return Task(
             cost,
             loads,
@@ -169,5 +170,5 @@ class LayerState:
             link.free_s - start_s if link.free_s > start_s else 0.0,
             cost.shared_s[num_tokens],
             cache.num_slots - len(held) - num_loading - (cache.num_pinned(loads) if cache.num_pins else 0),
-            1 if num_tokens == 1 else 0,
+            found.pop() if len(found) == 1 else 0,
         )

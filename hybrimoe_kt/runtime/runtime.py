@@ -346,7 +346,10 @@ class Runtime:
         if lane is not None and predict is not None:
             try:
                 lane.readback.ask(step, predict)
-                self.coordinator.learn()  # while the gates compute
+            except DEVICE_ERRORS as error:
+                raise AcceleratorFailed(lane, error) from error
+            self.coordinator.learn()  # while the gates compute
+            try:
                 guesses = lane.readback.wait_guesses(step) if prefetches else None
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error

@@ -221,3 +221,13 @@ def test_scores_are_wanted_where_policy_or_predictor_reads_them() -> None:
     assert not make_coordinator(4).reads_scores
     assert make_coordinator(4, policy="mrs").reads_scores
     assert make_coordinator(4, predictor="corrected_gate").reads_scores
+
+
+def test_loads_are_believed_before_the_number_of_tokens() -> None:
+    """A routing that says one token and names loads beyond one is planned by its loads."""
+    after_light, at_once = make_coordinator(8, layers=2), make_coordinator(8, layers=2)
+    for coordinator in (after_light, at_once):
+        coordinator.initial_transfers()
+    after_light.finish(after_light.plan(Routing(0, dict.fromkeys(range(4, 12), 1))))
+    heavy = Routing(1, dict.fromkeys(range(4, 12), 64))
+    assert after_light.plan(heavy) == at_once.plan(heavy)

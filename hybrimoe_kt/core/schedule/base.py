@@ -27,7 +27,7 @@ class Task:
     shared_s: float = 0.0
     num_free: int = 1 << 30
     load: int = 0
-    """Of every expert, where it is known that all have the same; 0: not looked at."""
+    """Of every expert, where all have the same; 0: they differ, or nobody has looked."""
 
 
 @dataclass(slots=True)
