@@ -139,7 +139,7 @@ def test_unknown_kernels_and_those_that_cannot_run_are_refused() -> None:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_a_fixed_step_of_a_long_conversation_takes_as_long_as_an_ordinary_one() -> None:
-    """At 32,768 tokens in a room of 40,960: neither copies the room. Least of alternating steps; measured 0.9 to 1.1."""
+    """At 32,768 tokens in a room of 40,960: neither copies the room. Least of alternating steps, measured alike."""
     settings, held = config(), 32768
     talks = [Conversation(built(settings)[1], settings) for _ in range(2)]
     for talk in talks:
