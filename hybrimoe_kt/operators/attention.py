@@ -74,6 +74,13 @@ class DecodeAttention(nn.Module):
                 raise
             return getattr(self.stock, name)  # its widths and options
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        stock = self.__dict__.get("_stock")
+        if stock is not None and name in stock.__dict__ and name not in self.__dict__:
+            setattr(stock, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def stock(self) -> nn.Module:
         """The module as Transformers built it, with operators in place of some of its parts."""

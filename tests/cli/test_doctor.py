@@ -98,6 +98,22 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["verdict"].keys() == {"ready", "text", "next", "findings"}
 
 
+def test_who_attends_in_captured_steps_is_told_with_the_reasons_against_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = report(capsys)["attention"]
+    better = dict.fromkeys(("flashinfer", "triton"), "on the CPU torch attends")
+    assert found == {"devices": [{"device": "cpu", "takes": "sdpa", "better": better}], "problem": None}
+    assert doctor._attention_row(found) == "sdpa on cpu (on the CPU torch attends)"
+    cards = [
+        {"device": "cuda:0", "takes": "triton", "better": {"flashinfer": "FlashInfer is not installed"}},
+        {"device": "cuda:1", "takes": "flashinfer", "better": {}},
+    ]
+    told = doctor._attention_row({"devices": cards, "problem": None})
+    assert told == "triton on cuda:0 (FlashInfer is not installed), flashinfer on cuda:1"
+    assert doctor._attention_row({"devices": [], "problem": "no torch"}) == "not known: no torch"
+
+
 def test_a_machine_without_a_gpu_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("kt_kernel")
     verdict = report(capsys)["verdict"]

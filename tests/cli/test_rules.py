@@ -120,7 +120,7 @@ def test_mistakes_are_one_sentence(file, tmp_path):
 
 def test_list(capsys):
     assert main(["list"]) == 0
-    assert re.search(r"qwen3moe +7 rules +qwen3moe\.yaml", capsys.readouterr().out)
+    assert re.search(r"qwen3moe +8 rules +qwen3moe\.yaml", capsys.readouterr().out)
     assert main(["list", "--json"]) == 0
     assert {row["architecture"] for row in json.loads(capsys.readouterr().out)} >= {"qwen3moe", "deepseek2"}
 

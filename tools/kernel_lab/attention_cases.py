@@ -57,7 +57,10 @@ def _latent(target: Target, kind: str) -> Iterator[Case]:
     kinds = ("query", "rotated_query", "latents", "rotated")
     pointers = (*((name, f"*{kind}") for name in kinds), ("length", "*i64"), ("factor", "fp32"))
     claims, work = _claims(target, config, kind, config.columns + _ROPE, _RANK + _ROPE)
-    yield Case("latent_attention", kind, constants + shape, pointers, config.num_warps, config.num_stages, claims, work)
+    variant = f"{_RANK} {kind}"
+    yield Case(
+        "latent_attention", variant, constants + shape, pointers, config.num_warps, config.num_stages, claims, work
+    )
 
 
 def _merge(target: Target) -> Iterator[Case]:
