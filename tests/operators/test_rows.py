@@ -121,6 +121,23 @@ def test_a_router_by_the_kernel(family: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.probabilities, logits.float().softmax(-1))
 
 
+def test_a_router_that_answers_in_another_order_stays_the_stock_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite's did up to Transformers 5.20; and one that weights in no way known here."""
+    stock: Any = of_kind("granitemoe", "topkrouter")
+    hidden, kind = torch.randn(3, stock.weight.shape[1], generator=torch.Generator().manual_seed(3)), type(stock)
+    own = kind.forward
+    changes = {
+        "another order": lambda self, given: own(self, given)[::-1],
+        "other weights": lambda self, given: (*own(self, given)[:1], own(self, given)[1] ** 2, own(self, given)[2]),
+    }
+    for name, forward in changes.items():
+        monkeypatch.setattr(kind, "forward", forward)
+        copied = copy.deepcopy(stock)
+        copied.name = name  # what is known of a router is known by its attributes
+        ours = FusedRouter(*CONTRACT, copied, kernel="triton")
+        assert all(map(torch.equal, ours(hidden), stock(hidden)))
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek2"])
 def test_heads_are_turned_as_the_family_turns_them(family: str) -> None:
     """In one launch, where it is asked for; attention finds it under the name it always called."""
