@@ -11,9 +11,11 @@ __all__ = [
     "MOST_COLUMNS",
     "MOST_EXPERTS",
     "ChooseConfig",
+    "LogitsConfig",
     "NormConfig",
     "RotateConfig",
     "choose_config",
+    "logits_config",
     "norm_config",
     "power_of_two",
     "rotate_config",
@@ -70,3 +72,19 @@ class ChooseConfig:
 def choose_config(target: Target) -> ChooseConfig:
     """One warp: its reductions need no shared memory, and there are three for each expert chosen."""
     return ChooseConfig(num_warps=1)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsConfig:
+    """A program multiplies `rows` experts' weights by one token's states, `columns` at a time."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def logits_config(target: Target) -> LogitsConfig:
+    """Two rows share the loads of states; 64 experts or more are 32 programs at least."""
+    if target.interpreted:
+        return LogitsConfig(rows=128, columns=256, num_warps=1)
+    return LogitsConfig(rows=2, columns=32 * target.warp_size, num_warps=4)

@@ -19,6 +19,7 @@ from hybrimoe_kt.kernels.row_configs import (
     MOST_COLUMNS,
     MOST_EXPERTS,
     choose_config,
+    logits_config,
     norm_config,
     rotate_config,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "choose",
     "choose_into",
     "is_used",
+    "logits_of",
     "norm",
     "rotate",
     "takes_heads",
@@ -44,6 +46,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ROW_KERNELS = ("auto", "triton", "torch")
+_FEW = 8
+"""Rows up to which a product is bound by its weights."""
 _STEP = 8
 """Values by whose multiples rows begin and end, so that they are read 16 bytes at a time."""
 
@@ -73,7 +77,7 @@ def _can_launch(device: torch.device, kernel: str) -> bool:
         row = torch.ones(1, 32, device=device)
         norm(row, row[0], 1e-6, offset=0.0, rounds_first=True)
         rotate(row.view(1, 1, 1, 32), row.view(1, 1, 1, 32), row[:, :16], row[:, :16], Rotation())
-        choose(row, Ranking(2), None)[0].cpu()
+        choose(logits_of(row, row.view(2, 16).repeat(1, 2)), Ranking(2), None)[0].cpu()
     except Exception as error:  # whatever a compiler or driver may raise
         logger.warning(
             "norms, rotations and routers stay torch's on %s, as kernels cannot be built: %s", device, summary(error)
@@ -133,6 +137,18 @@ def rotate(
     given, config = (query[0], key[0], cos, sin, query_out[0], key_out[0]), rotate_config(target_of(query.device))
     _launch(query, lambda: rotate_heads(*given, rotation, config))
     return query_out, key_out
+
+
+def logits_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[T, E]` float32 for `rows [T, W]` and `weight [E, W]`; few rows widen neither, see `kernels.router_logits`."""
+    if len(rows) > _FEW or rows.shape[1] % _STEP or not (rows.is_contiguous() and weight.is_contiguous()):
+        return torch.nn.functional.linear(rows.float(), weight.float())
+    from hybrimoe_kt.kernels.router_logits import router_logits
+
+    out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=rows.device)
+    config = logits_config(target_of(rows.device))
+    _launch(rows, lambda: router_logits(rows, weight, out, config))
+    return out
 
 
 def takes_ranking(ranking: Ranking, num_experts: int) -> bool:

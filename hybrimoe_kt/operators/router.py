@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from hybrimoe_kt.backends.ggml.choice import choice_of
-from hybrimoe_kt.backends.row_kernels import Ranking, check_kernel, choose, is_used, takes_ranking
+from hybrimoe_kt.backends.row_kernels import Ranking, check_kernel, choose, is_used, logits_of, takes_ranking
 from hybrimoe_kt.errors import ConfigError
 
 from .adopted import Adopted
@@ -79,8 +79,7 @@ class FusedRouter(Adopted):
             answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states, *inputs)
             return answer
         rows, weight = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
-        kind = torch.float32 if form.is_wide else weight.dtype
-        logits = functional.linear(rows.to(kind), weight.to(kind))
+        logits = logits_of(rows, weight) if form.is_wide else functional.linear(rows.to(weight.dtype), weight)
         ranking = replace(form.ranking, rounded_to=hidden_states.dtype) if form.rounds else form.ranking
         weights, ids, self.probabilities = choose(logits, ranking, _bias_of(self, inputs))
         return logits, weights, ids
@@ -120,6 +119,8 @@ class FusedRouter(Adopted):
             return answer
 
         logits, weights, ids = stock(torch.float32)
+        if not logits.is_floating_point():  # Granite's, which gave ids first up to Transformers 5.20
+            return None
         if not torch.allclose(logits, functional.linear(hidden, weight), rtol=1e-5, atol=1e-5):
             return None
         found = choice_of(

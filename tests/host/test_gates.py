@@ -103,6 +103,22 @@ def test_they_say_what_each_says(kind: Any, norms: bool, num_tokens: int) -> Non
             torch.testing.assert_close(scores[number], torch.softmax(logits.float(), -1).mean(0))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("kind", [softmax, biased_sigmoid, biased_from_outside], ids=lambda kind: kind.__name__)
+def test_one_launch_chooses_alike(kind: Any, num_tokens: int) -> None:
+    """By the kernel that the routers' rule asks for, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    gates, row = row_of(kind)
+    hidden = torch.randn(num_tokens, HIDDEN)
+    _, wanted_ids, wanted_scores = asked(row, 0, 3, hidden)
+    for gate in gates:
+        gate.module.kernel = "triton"
+    predict, ids, scores = asked(row, 0, 3, hidden)
+    assert predict._is_one_launch
+    assert torch.equal(ids.sort(-1).values, wanted_ids.sort(-1).values)
+    torch.testing.assert_close(scores, wanted_scores)
+
+
 def test_in_bfloat16_most_agree() -> None:
     """Rounding differs with the order of a product's sums."""
     gates, row = row_of(softmax, torch.bfloat16)

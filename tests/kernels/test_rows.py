@@ -13,7 +13,8 @@ from hybrimoe_kt.backends.gpu_triton import target_of
 from hybrimoe_kt.kernels.choose_experts import choose_experts, naive_choose_experts
 from hybrimoe_kt.kernels.rms_norm import naive_rms_norm, rms_norm
 from hybrimoe_kt.kernels.rotate_heads import naive_rotate_heads, rotate_heads
-from hybrimoe_kt.kernels.row_configs import choose_config, norm_config, rotate_config
+from hybrimoe_kt.kernels.router_logits import naive_router_logits, router_logits
+from hybrimoe_kt.kernels.row_configs import choose_config, logits_config, norm_config, rotate_config
 from hybrimoe_kt.kernels.row_forms import Ranking, Rotation
 from hybrimoe_kt.kernels.targets import TARGETS
 from tests.kernels.layers import DEVICE
@@ -92,6 +93,15 @@ def test_rotate_heads(rotation: Rotation, half: int, dtype: torch.dtype) -> None
         wanted = naive_rotate_heads(x, cos, sin, rotation)
         assert torch.equal(out.cpu()[..., 2 * half :], x[..., 2 * half :])
         assert_close(out, wanted)
+
+
+@each_dtype
+@pytest.mark.parametrize("weights", FLOATS, ids=["fp32 weights", "fp16 weights", "bf16 weights"])
+def test_router_logits(dtype: torch.dtype, weights: torch.dtype) -> None:
+    x, weight = random(3, 360, dtype=dtype), random(130, 360, dtype=weights, seed=2)
+    out = torch.full((3, 130), NAN, device=DEVICE)
+    router_logits(x.to(DEVICE), weight.to(DEVICE), out, logits_config(TARGET))
+    torch.testing.assert_close(out.cpu(), naive_router_logits(x, weight), rtol=1e-5, atol=1e-4)
 
 
 RANKINGS: dict[str, tuple[int, Ranking, bool]] = {

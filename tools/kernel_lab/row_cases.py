@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrimoe_kt.kernels.row_configs import choose_config, norm_config, power_of_two, rotate_config
+from hybrimoe_kt.kernels.row_configs import choose_config, logits_config, norm_config, power_of_two, rotate_config
 from hybrimoe_kt.kernels.targets import Target
 
 from .cases import Case, Claims, Work
@@ -41,7 +41,7 @@ _CHOICES = (
 
 def row_cases(target: Target) -> list[Case]:
     """Return every case of a target, in the order of a layer's launches."""
-    return [*_norms(target), *_rotations(target), *_choices(target)]
+    return [*_norms(target), *_rotations(target), *_logits(target), *_choices(target)]
 
 
 def _norms(target: Target) -> Iterator[Case]:
@@ -67,6 +67,14 @@ def _rotations(target: Target) -> Iterator[Case]:
         constants = (*shape, *form, ("HEADS", config.heads))
         variant = f"{kind} {name} {2 * half} of {width}"
         yield Case("rotate_heads", variant, constants, tuple(pointers), config.num_warps, 3, Claims(), Work())
+
+
+def _logits(target: Target) -> Iterator[Case]:
+    config = logits_config(target)
+    for kind in ("bf16", "fp32"):
+        pointers = (("x", "*bf16"), ("weight", f"*{kind}"))
+        constants, claims = (("ROWS", config.rows), ("COLUMNS", config.columns)), Claims(wide_loads=3)
+        yield Case("router_logits", f"bf16 by {kind}", constants, pointers, config.num_warps, 3, claims, Work())
 
 
 def _choices(target: Target) -> Iterator[Case]:

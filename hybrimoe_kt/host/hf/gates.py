@@ -127,7 +127,7 @@ class _Together:
         self._ratios = torch.stack(ones)[:, None] if ones else None
         present = [bias for bias in biases if bias is not None]
         self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
-        self._kernel = kernel
+        self._is_one_launch = is_used(kernel, weights.device) and takes_ranking(Ranking(1), self.num_experts)
         self._values = torch.empty(0)
         """Of the chosen scores, which nobody wants."""
 
@@ -135,9 +135,8 @@ class _Together:
         hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
         corrected = hidden.expand(len(self.layers), -1, -1) if self._ratios is None else hidden * self._ratios
         logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
-        ranking = Ranking(ids.shape[2], is_sigmoid=self._choice is _by_biased_sigmoid)
-        if takes_ranking(ranking, self.num_experts) and is_used(self._kernel, hidden.device):
-            self._choose_at_once(logits, ranking, ids, scores)
+        if self._is_one_launch:
+            self._choose_at_once(logits, ids, scores)
             return
         _write_scores(logits, scores)
         ranked = self._choice(logits, self._biases)
@@ -146,8 +145,9 @@ class _Together:
             values = self._values = torch.empty_like(ids, dtype=ranked.dtype)
         torch.topk(ranked, ids.shape[2], dim=-1, out=(values, ids))
 
-    def _choose_at_once(self, logits: torch.Tensor, ranking: Ranking, ids: torch.Tensor, scores: torch.Tensor) -> None:
+    def _choose_at_once(self, logits: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         """The same in one launch, for one token."""
+        ranking = Ranking(ids.shape[2], is_sigmoid=self._choice is _by_biased_sigmoid)
         is_one = logits.shape[1] == 1
         probabilities = scores if is_one else torch.empty(logits.shape, device=logits.device)
         flat_logits, flat_ids, flat_probabilities = (
