@@ -52,42 +52,44 @@ class StepCapture(Protocol):
 
 
 class CapturedWork:
-    """Work that is captured when it is first called, and replayed from then on; done as it is where that cannot be."""
+    """Work that is captured when it is called for the second time, and replayed from then on.
 
-    __slots__ = ("_capture", "_graph", "_work")
+    The first time kernels may have to be built and loaded, which no capture allows. Where it is refused, the work is
+    done anew each time.
+    """
+
+    __slots__ = ("_capture", "_graph", "_is_warm", "work")
 
     def __init__(self, capture: StepCapture, work: Callable[[], object]) -> None:
-        self._capture, self._work = capture, work
+        self._capture: StepCapture | None = capture
+        self.work = work
+        """Until it is captured it may be replaced by another that enqueues the same."""
+        self._is_warm = False
         self._graph: StepGraph | None = None
 
     def __call__(self) -> None:
-        if self._graph is None:
-            self._graph = self._captured()
-        else:
+        if self._graph is not None:
             self._graph.replay()
+        elif self._is_warm and self._capture is not None:
+            self._graph = self._captured(self._capture)
+        else:
+            self.work()
+            self._is_warm = True
 
-    def _captured(self) -> StepGraph:
+    def _captured(self, capture: StepCapture) -> StepGraph | None:
         try:
-            self._capture.begin()
+            capture.begin()
             try:
-                self._work()
+                self.work()
             except BaseException:
-                self._capture.abort()
+                capture.abort()
                 raise
-            return self._capture.end()
+            return capture.end()
         except CaptureError as refused:
             logger.info("enqueued kernel by kernel: %s", refused)
-            self._work()
-            return _Uncaptured(self._work)
-
-
-class _Uncaptured:
-    """Replays by doing the work anew."""
-
-    __slots__ = ("replay",)
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self.replay: Callable[[], object] = work
+            self._capture = None
+            self.work()
+            return None
 
 
 class _Listener(Protocol):

@@ -12,6 +12,9 @@ from hybrimoe_kt.backends.decode_attention import attention_on
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
+from hybrimoe_kt.device.step_graph import CaptureError
+from hybrimoe_kt.device.unused_memory import is_out_of_memory
+from hybrimoe_kt.errors import first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
@@ -154,8 +157,10 @@ class CapturedLoop:
             try:
                 self._ask(cache)
                 pieces.end_capture()
-            except BaseException:
+            except BaseException as error:
                 pieces.abort()
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):  # as a driver refuses it
+                    raise CaptureError(first_line(error)) from error
                 raise
         finally:
             self._stand_in(None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.device.step_graph import CaptureError, StepLost
-from hybrimoe_kt.device.unused_memory import give_back_unused
+from hybrimoe_kt.device.unused_memory import give_back_unused, is_out_of_memory
 from hybrimoe_kt.errors import CapacityError, KernelError, ModelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.host.last_runs import RunNote
@@ -37,7 +37,6 @@ _LONG_CONTEXT_TOKENS = 4096
 Qwen3-30B-A3B. Estimated; at 512 tokens a second thread of torch's cost 40 % of the tokens a second on two cores."""
 _MOST_LOST = 4
 """Captured steps in a row that may be lost; by then the accelerator has been given up."""
-_OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory"
 
 
 @dataclass(slots=True)
@@ -227,7 +226,7 @@ class TokenGenerator:
                 left = whole
                 continue
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = first_line(error).split(". GPU ")[0]  # which goes on about the allocator
             self._make_room(reason, len(whole))  # not above: the error's frames hold what the failed step allocated
@@ -379,9 +378,3 @@ class TokenGenerator:
     def last_run(self) -> dict[str, Any]:
         """The last answer's counts, times and rates; `health` is of everything since the model was loaded."""
         return self._run.as_dict() | {"health": self.runtime.health().as_dict()}
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's allocator, or a library that takes memory of its own when it is first used, found none."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OUT_OF_MEMORY)

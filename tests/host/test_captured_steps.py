@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
@@ -245,6 +247,49 @@ def test_a_step_that_reads_a_value_is_not_captured(generated: Make, caplog: pyte
         torch.testing.assert_close(decode(made, 8), wanted, rtol=0, atol=1e-4)  # part of it as one prompt
     assert [record for record in caplog.records if "reads a value on the host" in record.message]
     assert not loop_of(made).captures and loop_of(made).num_captures == 0
+
+
+def test_a_driver_that_refuses_to_capture(
+    generated: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(generated(SHAPES["qwen3moe"]))
+    wanted = decode(generator(loaded, captures=False), 8)
+    made, begin, calls = generator(loaded, captures=True), Recorder.begin, []
+
+    def refuse(self: Recorder) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        begin(self)
+
+    monkeypatch.setattr(Recorder, "begin", refuse)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(decode(made, 8), wanted, rtol=0, atol=1e-4)
+    (warning,) = [record.message for record in caplog.records if "captured" in record.message]
+    assert "operation not permitted" in warning and len(calls) == 2 and not loop_of(made).captures
+
+
+def test_a_timeline_shows_replays_and_waits(generated: Make) -> None:
+    loaded = load(generated(SHAPES["qwen3moe"]), cache_size="all")
+    made = generator(loaded, captures=True)
+    rows = decode(made, 3)
+    pieces = loop_of(made)._pieces
+    assert pieces is not None and pieces.num_pieces == 1
+    loaded.runtime.record_timeline(Timeline())
+    decode(made, 4, [int(rows[-1].argmax())])
+    timeline = loaded.runtime.finish_timeline()
+    assert timeline is not None
+    found = Counter((span.work, span.layer) for span in timeline.spans if span.kind == "scheduler")
+    layers = list(loaded.runtime.store.layers)
+    replays = found["replay", -1]
+    assert replays >= 2 and {layer: found["replay", layer] for layer in layers} == dict.fromkeys(layers, replays)
+    assert all(found["wait for routing", layer] >= replays for layer in layers), (
+        "whole layers are read while it records"
+    )
+    decode(made, 3, [5])
+    pieces = loop_of(made)._pieces
+    assert pieces is not None and pieces.num_pieces == 1, "and are passed over again"
+    assert loaded.runtime.seconds.replay > 0
 
 
 def test_an_error_in_a_captured_step_leaves_the_next_one_right(generated: Make) -> None:
