@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import pstats
 import statistics
 import time
@@ -33,6 +34,9 @@ from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.backend import CpuBackend
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.readback import Predict
+from hybrimoe_kt.device.recorder import Recorder
+from hybrimoe_kt.device.sent_routing import SentRouting
+from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 from hybrimoe_kt.sim.generate import generate
@@ -82,7 +86,7 @@ class FreeCpu(CpuBackend):
 class FreeGpu:
     """A GPU backend that adds nothing."""
 
-    name, answers_pairs, finds_routed = "free", False, True
+    name, answers_pairs, finds_routed, decides_on_device = "free", False, True, True
 
     def refuses(self, experts: LayerExperts) -> None:
         return None
@@ -134,6 +138,9 @@ class Gates:
         self.computed_s = 0.0
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        opaque(functools.partial(self._answer, hidden, ids, scores))
+
+    def _answer(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         began = time.perf_counter()
         if self._asked is not None:
             self._asked(hidden, self._ids, self._probabilities)
@@ -147,7 +154,12 @@ class Gates:
 class Walk:
     """Replays a trace of Qwen3-30B-A3B's shape through a runtime."""
 
-    def __init__(self, runtime: Runtime, tokens: int, *, asks_gates: bool = True) -> None:
+    def __init__(self, runtime: Runtime, tokens: int, *, asks_gates: bool = True, captured: bool = False) -> None:
+        """`captured`: every step's routing has been sent by a captured piece, which is not timed."""
+        self._captured = captured
+        self._sent: dict[int, SentRouting] = {}
+        self._number = torch.zeros(1, dtype=torch.int64)
+        self._answer = torch.empty(1, HIDDEN)
         self.runtime, self.trace = runtime, generate(find_model("qwen3-30b-a3b"), prompt_tokens=0, tokens=tokens)
         self.steps: list[dict[str, float]] = []
         """Seconds of every layer step by part."""
@@ -175,8 +187,12 @@ class Walk:
             for layer in range(LAYERS):
                 ids, weights = self._ids[step : step + 1, layer], self._weights[step, layer][None]
                 routed = Routed(hidden, ids, weights, self._logits[step, layer][None])
+                sent = self._send(layer, routed) if self._captured else None
                 before, began = _parts(self.runtime), time.perf_counter()
-                self.runtime.run(layer, routed)
+                if sent is None:
+                    self.runtime.run(layer, routed)
+                else:
+                    self.runtime.finish(self.runtime.begin(layer, sent.routed, sent), self._answer)
                 whole_s, after = time.perf_counter() - began, _parts(self.runtime)
                 parts = {name: after[name] - before[name] for name in PARTS}
                 gates = self._gates.get(layer) if self.runtime.options.prefetch_size else None
@@ -185,6 +201,17 @@ class Walk:
                 ours_s = whole_s - asked_s
                 sums = {"path": ours_s - parts["prefetch"], "ours": ours_s, "gates": computed_s, "whole": whole_s}
                 self.steps.append(parts | sums)
+
+    def _send(self, layer: int, routed: Routed) -> SentRouting:
+        """Do what a piece does at its end."""
+        sent = self._sent.get(layer)
+        if sent is None:
+            made = self.runtime.lanes[0].readback.sending(routed, None, self._number)
+            sent = self._sent[layer] = made
+        self._number += 1
+        sent.send(routed, None, Recorder())
+        sent.expected = int(self._number)
+        return sent
 
 
 def _parts(runtime: Runtime) -> dict[str, float]:
@@ -197,12 +224,13 @@ def main() -> None:
     parser.add_argument("--policy", default="adaptive")
     parser.add_argument("--prefetch-size", type=int, default=2)
     parser.add_argument("--guesses-given", action="store_true", help="compute no gates, as if a device did")
+    parser.add_argument("--captured", action="store_true", help="as in captured steps, whose routing a replay sends")
     parser.add_argument("--profile", action="store_true", help="by function; slower by what measuring costs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
         runtime = machine(policy=arguments.policy, prefetch_size=arguments.prefetch_size)
-        walk = Walk(runtime, arguments.tokens, asks_gates=not arguments.guesses_given)
+        walk = Walk(runtime, arguments.tokens, asks_gates=not arguments.guesses_given, captured=arguments.captured)
         profiler = cProfile.Profile() if arguments.profile else None
         if profiler is not None:
             profiler.runcall(walk.run)

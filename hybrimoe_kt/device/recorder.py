@@ -7,6 +7,7 @@ worked out while the step was captured is a constant afterwards, and the tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ class _Piece:
     def __init__(self, calls: list[Callable[[], object]]) -> None:
         self.calls = calls
 
-    @torch.inference_mode()
     def replay(self) -> None:
-        for call in self.calls:
-            call()
+        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
+            for call in self.calls:
+                call()
 
 
 class Recorder(TorchDispatchMode):
