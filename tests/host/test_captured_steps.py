@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_kt.backends.sdpa_attention import SdpaAttention
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.recorder import Recorder
+from hybrimoe_kt.device.step_graph import listeners
 from hybrimoe_kt.engine import growing_cache as cache_module
 from hybrimoe_kt.engine import room
 from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
@@ -142,7 +144,7 @@ def test_a_layer_is_one_replay(generated: Make, monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 3 * (len(loaded.model.model.layers) + 1) and not asked
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3"])
+@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3", "qwen3next"])
 def test_a_prefix_is_reused_and_a_conversation_follows_another(
     generated: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +161,36 @@ def test_a_prefix_is_reused_and_a_conversation_follows_another(
             assert loop_of(made).num_captures == 1, "the same memory serves them all"
     for wanted, found in zip(*answers, strict=True):
         assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("qwen3moe", "f32"), ("qwen3moe", "q8_0"), ("deepseek3", "f32")])
+def test_a_prompt_that_moves_the_cache(generated: Make, name: str, kept: str) -> None:
+    """Chat's second message needs more room than there was: what was captured reads memory that is gone."""
+    model, answers, later = generated(SHAPES[name]), [], random.Random(1).choices(range(250), k=40)
+    for captures in (False, True):
+        made = generator(load(model, kv_cache_type=kept), captures=captures)
+        answers.append(torch.cat([decode(made, 6), decode(made, 6, later)]))
+        if captures:
+            assert loop_of(made).num_captures >= 2, "before the second prompt and after it"
+    assert torch.equal(*answers)
+
+
+def test_rooms_of_a_new_size_are_first_asked_for_in_a_step_that_is_not_captured(
+    generated: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention may have to plan for them, or to build and load a kernel, which no capture allows."""
+    warm: set[int] = set()
+    captured: list[int] = []
+
+    def attend(self: SdpaAttention, query: torch.Tensor, keys: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        (captured.append if listeners else warm.add)(keys.shape[2])
+        assert warm.issuperset(captured)
+        return attend_(self, query, keys, *args, **kwargs)
+
+    attend_ = SdpaAttention.attend
+    monkeypatch.setattr(SdpaAttention, "attend", attend)
+    decode(generator(load(generated(SHAPES["qwen3moe"])), captures=True), 40)
+    assert len(set(captured)) == 3
 
 
 def on_adversary(seed: int, faults: Faults | None = None) -> Callable[[ModelExperts], Runtime]:
