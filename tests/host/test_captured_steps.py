@@ -240,6 +240,29 @@ def test_slots_that_are_taken_away_between_two_tokens(generated: Make) -> None:
         assert torch.equal(torch.cat([rows, more]), wanted)
 
 
+@pytest.mark.parametrize("through", ["prompt", "nothing"])
+def test_experts_that_change_places_between_two_tokens(generated: Make, through: str) -> None:
+    """As after a failure in a prompt: the layer is whole again, and the table of slots that was captured is not."""
+    model = generated(SHAPES["qwen3moe"])
+    later = PROMPT if through == "prompt" else [7]
+    wanted = generator(load(model), captures=False)
+    rows = torch.cat([decode(wanted, 8), decode(wanted, 8, later)])
+    made = generator(load(model, cache_size="all"), captures=True)
+    found = decode(made, 8)
+    runtime = made.runtime
+    lane, coordinator = runtime.lanes[0], runtime.coordinator
+    layer = min(runtime.store.layers)
+    a, b = coordinator.slots_of(layer)[0], coordinator.slots_of(layer)[1]
+    for slot in (a, b):
+        coordinator.drop(layer, slot)
+    cache, memory = coordinator._layers[layer].cache, lane.pool.layers[layer].memory
+    for expert, slot in ((0, b), (1, a)):
+        cache.prepare(expert, slot, 0.0)
+        cache.complete(expert)
+    memory[[a, b]] = memory[[b, a]]
+    assert torch.equal(torch.cat([found, decode(made, 8, later)]), rows)
+
+
 @pytest.mark.parametrize("baked", ["position", "length"])
 def test_a_number_that_python_worked_out_is_found(generated: Make, baked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the recorder is for: with such a mistake in the cache, tokens come out wrong, as they would on a GPU."""
