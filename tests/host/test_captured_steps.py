@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,10 @@ from hybrimoe_kt.engine import growing_cache as cache_module
 from hybrimoe_kt.engine import room
 from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from hybrimoe_kt.host.rules.injection import packaged_rules
+from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from tests.support.generated_model import GeneratedModel, Shape
 
@@ -52,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def load(model: GeneratedModel, **options: Any) -> LoadedModel:
-    own = {name: options.pop(name) for name in ("kv_cache_type", "assemble") if name in options}
+    own = {name: options.pop(name) for name in ("kv_cache_type", "assemble", "rules_path") if name in options}
     given = EXACT | options
     return load_model(model.path, device="emulated:0", option_overrides=given, progress=False, **own)
 
@@ -357,6 +363,29 @@ def test_an_error_in_a_captured_step_leaves_the_next_one_right(generated: Make) 
     handle.remove()
     made.reset()
     assert torch.equal(decode(made, 8), wanted)
+
+
+@pytest.mark.parametrize("where", ["layers.0.self_attn", "layers.1.self_attn.v_proj"])
+def test_a_prompt_that_breaks_leaves_nothing_in_memory(generated: Make, tmp_path: Path, where: str) -> None:
+    """Nor layers of unequal room: Transformers' own attention is given all of it, behind a mask."""
+    packaged = Path(packaged_rules("qwen3moe.yaml")).read_text()
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(re.sub(r"- match:\n    name: \^model.*self_attn\$\n.*\n.*DecodeAttention\n", "", packaged))
+    loaded = load(generated(SHAPES["qwen3moe"]), rules_path=rules)
+    assert not any(isinstance(module, DecodeAttention) for module in loaded.model.modules())
+    made = generator(loaded, captures=True)
+    wanted = decode(made, 4)
+    body: Any = loaded.model
+    hook = body.model.get_submodule(where).register_forward_hook(lambda _, args, answer: _without_numbers(answer))
+    with pytest.raises(KernelError, match="NaN"):
+        made.append([3, *PROMPT, *PROMPT, 4])
+    hook.remove()
+    made.reset()
+    assert torch.equal(decode(made, 4), wanted)
+
+
+def _without_numbers(answer: Any) -> Any:
+    return (answer[0] * math.nan, *answer[1:]) if isinstance(answer, tuple) else answer * math.nan
 
 
 def _fail_second() -> Callable[..., None]:
