@@ -140,6 +140,10 @@ class Lane:
         self.whole.count(layer, step.routed.ids)
         return self.finish(step, None, has_gpu=True)
 
+    def has_whole(self, layer: int, slot_of: Sequence[int]) -> bool:
+        """Whether all that a captured step of a whole layer reads is there: its table, and every expert."""
+        return not self.pool.layers[layer].unsettled and self.whole.is_ready(layer, slot_of)
+
     def capture_whole(self, layer: int, slot_of: Sequence[int], routed: Routed) -> torch.Tensor:
         """Do as `run_whole` within a step that is being captured; its table has been sent before.
 

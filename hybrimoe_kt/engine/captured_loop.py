@@ -68,7 +68,8 @@ def _refusal(loaded: LoadedModel, cache: GrowingCache) -> str | None:
 class CapturedLoop:
     """Asks Transformers' modules for one token's step, once; what they enqueued is replayed for every later token.
 
-    It is captured anew when the cache has moved, to have room, or when what a layer's experts do has changed.
+    It is captured anew when the cache has moved, to have room, after one step that is not, or when what a layer's
+    experts do has changed.
     """
 
     def __init__(self, loaded: LoadedModel, accelerator: Accelerator, *, captures: bool) -> None:
@@ -88,8 +89,9 @@ class CapturedLoop:
         self._logits = torch.empty(0)
         self._serves_experts = accelerator in loaded.runtime.accelerators
         self._pieces: StepPieces | None = None
+        self._warm_for: tuple[int, int] | None = None
         self._captured_for: tuple[int, int] | None = None
-        """The cache, and how often it had moved."""
+        """The cache, and how often it had moved, when a step was last asked of the modules, and captured."""
         self.num_captures = 0
 
     def takes(self, tokens: int, length: int) -> bool:
@@ -103,9 +105,9 @@ class CapturedLoop:
         CaptureError where the step cannot be captured after all; what the cache holds is in doubt then.
         """
         with self._accelerator.model_stream():
-            cache.fix(self._position, self._length)
             num_added = 0
             try:
+                cache.fix(self._position, self._length)
                 self._place(ids[0], cache)
                 self._compute(cache)
                 num_added = 1
@@ -115,7 +117,7 @@ class CapturedLoop:
 
     def forget(self) -> None:
         """Let go of what was captured, and its memory."""
-        self._pieces, self._captured_for = None, None
+        self._pieces, self._warm_for, self._captured_for = None, None, None
         self._logits = torch.empty(0)
 
     def _place(self, token: int, cache: GrowingCache) -> None:
@@ -150,8 +152,9 @@ class CapturedLoop:
         self._captured_for = None
         self._stand_in(pieces)
         try:
-            if not pieces.can_capture:
+            if self._warm_for != now or not pieces.can_capture:  # rooms of a new size may want kernels, or plans
                 self._ask(cache)
+                self._warm_for = now
                 return
             pieces.begin_capture()
             try:

@@ -31,6 +31,8 @@ class _GrowingLayer(DynamicLayer):
         self._rooms: list[torch.Tensor | None] = [None, None]
         self.length = 0
         """Tokens held; fewer may be set, which forgets the others."""
+        self.num_moves = 0
+        """How often what is held has moved, in fixed steps or others."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept, self._most_tokens = dtype, most_tokens
         self.position: torch.Tensor | None = None
@@ -60,6 +62,7 @@ class _GrowingLayer(DynamicLayer):
         """What Transformers does to a cache in one piece: beams, offloading."""
         held = states is not None and states.numel() > 0
         self._rooms[place] = states if held else None
+        self.num_moves += 1
         self.length = states.shape[-2] if held and states is not None else 0
 
     def update(
@@ -76,7 +79,9 @@ class _GrowingLayer(DynamicLayer):
             end = self.length + key_states.shape[-2]
             for place, new in enumerate(given):
                 kept = new.to(self._kept or new.dtype)
-                self._rooms[place] = room = with_room(self._rooms[place], self.length, kept, self._most_tokens)
+                room = with_room(self._rooms[place], self.length, kept, self._most_tokens)
+                self.num_moves += room is not self._rooms[place]
+                self._rooms[place] = room
                 room[..., self.length : end, :] = kept
             self.length = end
         keys, values = self._rooms if self.fixed_length is not None else (self._held(0), self._held(1))
@@ -88,14 +93,14 @@ class _GrowingLayer(DynamicLayer):
         """Tokens that there is memory for."""
         return 0 if self._rooms[0] is None else self._rooms[0].shape[-2]
 
-    def reserve(self, length: int) -> bool:
-        """Have room for `length` tokens; True if what is held has moved for it."""
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens."""
         if all(room is not None and room.shape[-2] >= length for room in self._rooms):
-            return False
+            return
         for place, room in enumerate(self._rooms):
             assert room is not None, "a token was held before"
             self._rooms[place] = with_fixed_room(room, self.length, length, self._most_tokens)
-        return True
+        self.num_moves += 1
 
     def get_seq_length(self) -> int:
         return self.length
@@ -139,10 +144,15 @@ class _QuantizedLayer(DynamicLayer):
         """See `_GrowingLayer`."""
         return self._held[0].room
 
-    def reserve(self, length: int) -> bool:
+    @property
+    def num_moves(self) -> int:
         """See `_GrowingLayer`."""
-        moved = [held.reserve(length) for held in self._held]
-        return any(moved)
+        return sum(held.num_moves for held in self._held)
+
+    def reserve(self, length: int) -> None:
+        """See `_GrowingLayer`."""
+        for held in self._held:
+            held.reserve(length)
 
     @property
     def num_bytes(self) -> int:
@@ -178,8 +188,13 @@ class GrowingCache(DynamicCache):
     that is read on the device, and attention is given all the room there is and the length, on the device as well.
     """
 
-    num_moves = 0
-    """How often what layers hold has moved, which is when what was captured of a step is worth nothing."""
+    @property
+    def num_moves(self) -> int:
+        """How often what layers hold has moved, which is when what was captured of a step is worth nothing.
+
+        A prompt moves it as well, where it needs room.
+        """
+        return sum(layer.num_moves for layer in self.growing)
 
     @property
     def growing(self) -> list[_GrowingLayer | _QuantizedLayer]:
@@ -199,6 +214,7 @@ class GrowingCache(DynamicCache):
                 return f"layer {number} keeps keys and values in a {kind}, which captured steps do not read"
         return None
 
+    @torch.inference_mode()  # in which states of linear attention were made, and so may be cleared
     def forget(self) -> None:
         """Forget all tokens; the memory stays for the next conversation."""
         self.reset()  # type: ignore[no-untyped-call]
@@ -209,7 +225,7 @@ class GrowingCache(DynamicCache):
         Has room for it first; the layers have held a token before.
         """
         for layer in self.growing:
-            self.num_moves += layer.reserve(layer.length + 1)
+            layer.reserve(layer.length + 1)
             layer.position, layer.fixed_length = position, length
 
     def unfix(self, num_tokens: int) -> None:

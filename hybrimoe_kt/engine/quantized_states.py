@@ -23,13 +23,17 @@ class QuantizedStates:
         self.length = 0
         """Tokens held; fewer may be set, which forgets the others."""
         self._most_tokens = most_tokens
+        self.num_moves = 0
+        """How often what is held has moved."""
         self._numbers: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
 
     def append(self, states: torch.Tensor) -> None:
         """Take `[batch, heads, tokens, width]`, floats."""
         numbers, scales = _blocks_of(states)
-        self._numbers = with_room(self._numbers, self.length, numbers, self._most_tokens)
+        before = self._numbers
+        self._numbers = with_room(before, self.length, numbers, self._most_tokens)
+        self.num_moves += self._numbers is not before
         self._scales = with_room(self._scales, self.length, scales, self._most_tokens)
         end = self.length + states.shape[-2]
         self._numbers[..., self.length : end, :] = numbers
@@ -43,14 +47,14 @@ class QuantizedStates:
         self._numbers.index_copy_(2, position, numbers)
         self._scales.index_copy_(2, position, scales)
 
-    def reserve(self, length: int) -> bool:
-        """Have room for `length` tokens; True if what is held has moved for it."""
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens."""
         assert self._numbers is not None and self._scales is not None, "nothing was appended"
         if self._numbers.shape[-2] >= length:
-            return False
+            return
         self._numbers = with_fixed_room(self._numbers, self.length, length, self._most_tokens)
         self._scales = with_fixed_room(self._scales, self.length, length, self._most_tokens)
-        return True
+        self.num_moves += 1
 
     def read(self, dtype: torch.dtype, *, all_room: bool = False) -> torch.Tensor:
         """All that is held, `[batch, heads, tokens, width]`, in memory of its own; or all there is room for."""

@@ -237,6 +237,7 @@ class TokenGenerator:
         if logits is None:
             return None
         if not logits.sum().isfinite():
+            self.start_anew()
             raise KernelError("the model produced NaN or infinite logits; the weights or a backend are broken")
         if self.shares is not None:
             self.shares.step(len(ids), time.perf_counter() - began)
@@ -350,8 +351,12 @@ class TokenGenerator:
         return sum(layer_bytes(layer) for layer in self._cache.layers)
 
     def reset(self) -> None:
-        """Forget the cached conversation; captured steps go on in its memory."""
-        if isinstance(self.loop, CapturedLoop):
+        """Forget the cached conversation; captured steps go on in its memory, unless a step has failed in it.
+
+        Layers may then differ in room, and hold numbers that are not finite.
+        """
+        has_failed = not self._cached_ids and self._cache.get_seq_length() > 0
+        if isinstance(self.loop, CapturedLoop) and not has_failed:
             self._cache.forget()
             self._cached_ids = []
         else:

@@ -28,8 +28,8 @@ class _Piece:
     """What is replayed, and the layer step behind it; none behind the last."""
 
     graph: StepGraph | None = None
-    whole: list[int] = field(default_factory=list)
-    """Layers computed within it, whose experts are all resident."""
+    whole: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layers computed within it, whose experts are all resident -> the table of their slots that it reads."""
     layer: int = -1
     routed: Routed | None = None
     sent: SentRouting | None = None
@@ -82,9 +82,9 @@ class StepPieces:
         plain = _plain(routed)
         if lane is not None and runtime.is_whole(layer, 1):
             slot_of = runtime.coordinator.slots_of(layer)
-            if lane.whole.is_ready(layer, slot_of):
+            if lane.has_whole(layer, slot_of):
                 runtime.coordinator.pass_over(layer, 1)
-                piece.whole.append(layer)
+                piece.whole[layer] = lane.whole.table(layer, slot_of)[1]
                 job.answer = lane.capture_whole(layer, slot_of, plain)
                 return job
         piece.layer, piece.routed = layer, plain
@@ -157,13 +157,20 @@ class StepPieces:
         return self._runtime is runtime and self._listens == self._listening()
 
     def is_valid(self) -> bool:
-        """Whether what was captured is still how a step goes: whole layers stayed whole."""
+        """Whether what was captured is still how a step goes: whole layers are whole, each expert in its slot."""
         revision = self._runtime.coordinator.revision
         if revision != self._revision:
-            if not all(self._runtime.is_whole(layer, 1) for piece in self._pieces for layer in piece.whole):
+            if not all(self._reads(*whole) for piece in self._pieces for whole in piece.whole.items()):
                 return False
             self._revision = revision
         return True
+
+    def _reads(self, layer: int, table: torch.Tensor) -> bool:
+        """Whether a whole layer is one now, whose slots are those in `table`."""
+        if not self._runtime.is_whole(layer, 1):
+            return False
+        lane, slot_of = self._runtime.executor.lane_of[layer], self._runtime.coordinator.slots_of(layer)
+        return lane.has_whole(layer, slot_of) and lane.whole.table(layer, slot_of)[1] is table
 
     def _listening(self) -> tuple[bool, bool]:
         """What decides whether scores are sent, and how, and whether a layer can be passed over."""

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hybrimoe_kt.backends.sdpa_attention import SdpaAttention
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.recorder import Recorder
+from hybrimoe_kt.device.step_graph import listeners
 from hybrimoe_kt.engine import growing_cache as cache_module
 from hybrimoe_kt.engine import room
 from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
+from hybrimoe_kt.host.rules.injection import packaged_rules
+from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from tests.support.generated_model import GeneratedModel, Shape
 
@@ -50,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def load(model: GeneratedModel, **options: Any) -> LoadedModel:
-    own = {name: options.pop(name) for name in ("kv_cache_type", "assemble") if name in options}
+    own = {name: options.pop(name) for name in ("kv_cache_type", "assemble", "rules_path") if name in options}
     given = EXACT | options
     return load_model(model.path, device="emulated:0", option_overrides=given, progress=False, **own)
 
@@ -142,7 +150,7 @@ def test_a_layer_is_one_replay(generated: Make, monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 3 * (len(loaded.model.model.layers) + 1) and not asked
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3"])
+@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3", "qwen3next"])
 def test_a_prefix_is_reused_and_a_conversation_follows_another(
     generated: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +167,36 @@ def test_a_prefix_is_reused_and_a_conversation_follows_another(
             assert loop_of(made).num_captures == 1, "the same memory serves them all"
     for wanted, found in zip(*answers, strict=True):
         assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("qwen3moe", "f32"), ("qwen3moe", "q8_0"), ("deepseek3", "f32")])
+def test_a_prompt_that_moves_the_cache(generated: Make, name: str, kept: str) -> None:
+    """Chat's second message needs more room than there was: what was captured reads memory that is gone."""
+    model, answers, later = generated(SHAPES[name]), [], random.Random(1).choices(range(250), k=40)
+    for captures in (False, True):
+        made = generator(load(model, kv_cache_type=kept), captures=captures)
+        answers.append(torch.cat([decode(made, 6), decode(made, 6, later)]))
+        if captures:
+            assert loop_of(made).num_captures >= 2, "before the second prompt and after it"
+    assert torch.equal(*answers)
+
+
+def test_rooms_of_a_new_size_are_first_asked_for_in_a_step_that_is_not_captured(
+    generated: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention may have to plan for them, or to build and load a kernel, which no capture allows."""
+    warm: set[int] = set()
+    captured: list[int] = []
+
+    def attend(self: SdpaAttention, query: torch.Tensor, keys: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        (captured.append if listeners else warm.add)(keys.shape[2])
+        assert warm.issuperset(captured)
+        return attend_(self, query, keys, *args, **kwargs)
+
+    attend_ = SdpaAttention.attend
+    monkeypatch.setattr(SdpaAttention, "attend", attend)
+    decode(generator(load(generated(SHAPES["qwen3moe"])), captures=True), 40)
+    assert len(set(captured)) == 3
 
 
 def on_adversary(seed: int, faults: Faults | None = None) -> Callable[[ModelExperts], Runtime]:
@@ -206,6 +244,29 @@ def test_slots_that_are_taken_away_between_two_tokens(generated: Make) -> None:
         assert made.runtime.make_room(torch.OutOfMemoryError("asked for"))
         more = decode(made, 7, [int(rows[-1].argmax())])
         assert torch.equal(torch.cat([rows, more]), wanted)
+
+
+@pytest.mark.parametrize("through", ["prompt", "nothing"])
+def test_experts_that_change_places_between_two_tokens(generated: Make, through: str) -> None:
+    """As after a failure in a prompt: the layer is whole again, and the table of slots that was captured is not."""
+    model = generated(SHAPES["qwen3moe"])
+    later = PROMPT if through == "prompt" else [7]
+    wanted = generator(load(model), captures=False)
+    rows = torch.cat([decode(wanted, 8), decode(wanted, 8, later)])
+    made = generator(load(model, cache_size="all"), captures=True)
+    found = decode(made, 8)
+    runtime = made.runtime
+    lane, coordinator = runtime.lanes[0], runtime.coordinator
+    layer = min(runtime.store.layers)
+    a, b = coordinator.slots_of(layer)[0], coordinator.slots_of(layer)[1]
+    for slot in (a, b):
+        coordinator.drop(layer, slot)
+    cache, memory = coordinator._layers[layer].cache, lane.pool.layers[layer].memory
+    for expert, slot in ((0, b), (1, a)):
+        cache.prepare(expert, slot, 0.0)
+        cache.complete(expert)
+    memory[[a, b]] = memory[[b, a]]
+    assert torch.equal(torch.cat([found, decode(made, 8, later)]), rows)
 
 
 @pytest.mark.parametrize("baked", ["position", "length"])
@@ -302,6 +363,29 @@ def test_an_error_in_a_captured_step_leaves_the_next_one_right(generated: Make) 
     handle.remove()
     made.reset()
     assert torch.equal(decode(made, 8), wanted)
+
+
+@pytest.mark.parametrize("where", ["layers.0.self_attn", "layers.1.self_attn.v_proj"])
+def test_a_prompt_that_breaks_leaves_nothing_in_memory(generated: Make, tmp_path: Path, where: str) -> None:
+    """Nor layers of unequal room: Transformers' own attention is given all of it, behind a mask."""
+    packaged = Path(packaged_rules("qwen3moe.yaml")).read_text()
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(re.sub(r"- match:\n    name: \^model.*self_attn\$\n.*\n.*DecodeAttention\n", "", packaged))
+    loaded = load(generated(SHAPES["qwen3moe"]), rules_path=rules)
+    assert not any(isinstance(module, DecodeAttention) for module in loaded.model.modules())
+    made = generator(loaded, captures=True)
+    wanted = decode(made, 4)
+    body: Any = loaded.model
+    hook = body.model.get_submodule(where).register_forward_hook(lambda _, args, answer: _without_numbers(answer))
+    with pytest.raises(KernelError, match="NaN"):
+        made.append([3, *PROMPT, *PROMPT, 4])
+    hook.remove()
+    made.reset()
+    assert torch.equal(decode(made, 4), wanted)
+
+
+def _without_numbers(answer: Any) -> Any:
+    return (answer[0] * math.nan, *answer[1:]) if isinstance(answer, tuple) else answer * math.nan
 
 
 def _fail_second() -> Callable[..., None]:

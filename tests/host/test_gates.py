@@ -165,3 +165,14 @@ def test_three_gates_take_a_handful_of_operations() -> None:
     with torch.inference_mode(), _Count() as count:
         predict(torch.randn(1, HIDDEN), ids, scores)
     assert count.num - 1 <= 5, "product, ratio, softmax, choice, and one to spare"
+
+
+def test_asking_leaves_nothing_that_the_next_question_would_give_back() -> None:
+    """A captured question goes on writing where it did, whatever shape was asked for since."""
+    predict = row_of(softmax)[1].predictor(0, range(LAYERS), slice(1, 3))
+    before = dict(vars(predict))
+    for num_tokens in (1, 7):
+        ids = torch.empty(2, num_tokens, TOP_K, dtype=torch.int64)
+        predict(torch.randn(num_tokens, HIDDEN), ids, torch.empty(2, EXPERTS))
+    assert vars(predict).keys() == before.keys()
+    assert all(vars(predict)[name] is value for name, value in before.items())

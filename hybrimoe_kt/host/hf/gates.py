@@ -128,8 +128,6 @@ class _Together:
         present = [bias for bias in biases if bias is not None]
         self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
         self._is_one_launch = is_used(kernel, weights.device) and takes_ranking(Ranking(1), self.num_experts)
-        self._values = torch.empty(0)
-        """Of the chosen scores, which nobody wants."""
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
@@ -140,10 +138,8 @@ class _Together:
             return
         _write_scores(logits, scores)
         ranked = self._choice(logits, self._biases)
-        values = self._values
-        if values.shape != ids.shape or values.dtype != ranked.dtype:
-            values = self._values = torch.empty_like(ids, dtype=ranked.dtype)
-        torch.topk(ranked, ids.shape[2], dim=-1, out=(values, ids))
+        unwanted = torch.empty_like(ids, dtype=ranked.dtype)  # not kept: a capture goes on writing where it was
+        torch.topk(ranked, ids.shape[2], dim=-1, out=(unwanted, ids))
 
     def _choose_at_once(self, logits: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         """The same in one launch, for one token."""
