@@ -116,7 +116,7 @@ measured time; off by is their median ratio less one: within 20 % plans can be t
         "{model}, llama.cpp on the same file",
         """\
 `llama-bench` on the same file. *All on the card* is beside our `all`, a share of the layers' experts on the CPU
-beside our `static` with the rest cached. llama.cpp captures a token in CUDA graphs, and will be faster where
+beside our `static` with the rest cached. llama.cpp captures a token in CUDA graphs; we do by layers, as a whole where
 everything fits.""",
     ),
     "clock": (

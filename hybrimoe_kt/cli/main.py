@@ -186,5 +186,5 @@ def _print_failures(run: dict[str, Any], console: Console) -> None:
 def shares_line(shares: dict[str, float]) -> str:
     """Where a decoded token's time went."""
     names = ("experts", "attention", "replay", "overhead", "other")
-    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in names if name != "replay" or shares[name])
+    parts = ", ".join(f"{name} {shares[name]:.2f}" for name in names if name != "replay" or shares.get(name))
     return f"a token took {shares['total']:.2f} ms: {parts}"

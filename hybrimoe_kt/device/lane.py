@@ -94,6 +94,8 @@ class Lane:
         self._tables = SlotTables(accelerator, self._num_experts)
         self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
         self._capture = accelerator.capture()
+        self._captures_launches = self._capture is not None and gpu.decides_on_device
+        """Whether a captured step's first launch, and the clearing before it, is captured, too."""
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -188,7 +190,7 @@ class Lane:
         # All tables in one copy, before the transfers: behind them it would hold up the resident experts.
         tables = self._tables.send(list(map(_PAIRS, launches)))
         out = self._views(step).out
-        is_replayed = self._replays(step) and launches[0].slots is own
+        is_replayed = step.sent is not None and self._captures_launches and launches[0].slots is own
         if not is_replayed:
             self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         if queue.waiting and layer in queue.direct:
@@ -223,10 +225,6 @@ class Lane:
                     break
                 self.queue.start(waiting.popleft())
             self._launch(plan.layer, launch, table, step, out, is_replayed=is_replayed and number == 0)
-
-    def _replays(self, step: Step) -> bool:
-        """Whether a step's first launch, and the clearing before it, is captured: its tensors stay where they are."""
-        return step.sent is not None and self._capture is not None and self.gpu.decides_on_device
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -299,16 +297,11 @@ class Lane:
             work = step.sent.joins.setdefault((has_gpu, cpu is not None), CapturedWork(self._capture, combined))
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         if into is None:
-            self._hand_over(result)
+            accelerator.compute.record(self._result, "result")
+            accelerator.hand_over(self._result, self._deadline.wait)
+            accelerator.on_host("result", reads=(result,))
         self.note_success()
         return result
-
-    def _hand_over(self, result: torch.Tensor) -> None:
-        """Make what `finish` has enqueued visible to a model that does not run on this accelerator's stream."""
-        accelerator = self.accelerator
-        accelerator.compute.record(self._result, "result")
-        accelerator.hand_over(self._result, self._deadline.wait)
-        accelerator.on_host("result", reads=(result,))
 
     def _send(self, views: _Views, answer: torch.Tensor) -> torch.Tensor:
         """Bring the CPU's answer to the device through the outbox."""

@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.backends.decode_attention import attention_on
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.step_graph import CaptureError
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
 from hybrimoe_kt.errors import first_line
+from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, refusal
 from hybrimoe_kt.host.hf.loading import LoadedModel
-from hybrimoe_kt.operators.attention import DecodeAttention
-from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
-from hybrimoe_kt.operators.experts import HybriMoEExperts
-from hybrimoe_kt.operators.linear import QuantizedLinear
 from hybrimoe_kt.runtime.step_pieces import StepPieces
 
 from .growing_cache import GrowingCache
@@ -39,7 +35,7 @@ def captured_loop(loaded: LoadedModel, cache: GrowingCache, *, captures: bool | 
     is_real = accelerator is not None and accelerator.device.type != "cpu"
     if accelerator is None or not (is_real or captures) or accelerator.capture() is None:
         return None
-    reason = _refusal(loaded, cache)
+    reason = refusal(loaded) or cache.refuses_fixed_steps()
     if reason is not None:
         logger.log(logging.WARNING if captures else logging.INFO, "steps are not captured: %s", reason)
         return None
@@ -54,17 +50,6 @@ def _accelerator_of(loaded: LoadedModel, device: torch.device) -> Accelerator | 
     return ImmediateAccelerator() if device.type == "cpu" else choose_accelerator(str(device))
 
 
-def _refusal(loaded: LoadedModel, cache: GrowingCache) -> str | None:
-    if loaded.crossings is not None:
-        return "the layers are divided over several devices"
-    for name, module in loaded.model.named_modules():
-        if isinstance(module, (QuantizedLinear, AbsorbedMLA)) and module.asks_ggml:
-            return f"ggml computes {name}"
-        if isinstance(module, DecodeAttention) and module.refusal is not None:
-            return f"{name}: {module.refusal}"
-    return cache.refuses_fixed_steps()
-
-
 class CapturedLoop:
     """Asks Transformers' modules for one token's step, once; what they enqueued is replayed for every later token.
 
@@ -77,10 +62,8 @@ class CapturedLoop:
         self._loaded, self._accelerator, self.captures = loaded, accelerator, captures
         model: Any = loaded.model
         self._model, self._embedding = model, model.get_input_embeddings()
-        self._experts = [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
+        self._experts, self._attention = experts_of(model), attention_of(model)
         device = model.device
-        kernels = {each.kernel for each in model.modules() if isinstance(each, (DecodeAttention, AbsorbedMLA))}
-        self._attention = [attention_on(device, kernel) for kernel in sorted(kernels)]
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._length = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = torch.empty(0, dtype=torch.int64, device=device)

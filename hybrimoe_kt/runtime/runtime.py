@@ -263,7 +263,12 @@ class Runtime:
         if routed.ids.dtype is torch.int32:
             routed = routed.with_long_ids()
         lane = self.executor.lane_of.get(layer)
-        if lane is not None and self.is_whole(layer, routed.hidden.shape[0]):
+        num_tokens = routed.hidden.shape[0]
+        if (
+            lane is not None
+            and self.coordinator.decides_nothing(layer, num_tokens)
+            and self.is_whole(layer, num_tokens)
+        ):
             self._run_whole(job, lane, routed)
             seconds.submit_and_gpu += now() - began
             return
@@ -296,7 +301,8 @@ class Runtime:
         seconds.prefetch += now() - started
 
     def _read(self, lane: Lane | None, layer: int, routed: Routed, sent: SentRouting | None) -> Step:
-        scores = self.scores(routed) if sent is None else None
+        is_wanted = sent is None and (self._reads_scores or self.recorder is not None)
+        scores = self.scores(routed) if is_wanted else None
         step: Step | None = None
         if lane is not None:
             try:

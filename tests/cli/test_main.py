@@ -89,7 +89,7 @@ def test_the_emulated_accelerator_takes_the_same_path(ask: Ask) -> None:
     report = emulated.report
     assert report["experts_on_gpu"] > 0
     assert 0 < report["hit_rate"] < 1
-    assert report["per_token_ms"].keys() == {"experts", "attention", "overhead", "other", "total"}
+    assert report["per_token_ms"].keys() == {"experts", "attention", "replay", "overhead", "other", "total"}
 
 
 def test_a_prompt_may_come_from_a_pipe_or_a_file_and_flags_may_have_hyphens(tmp_path: Path, ask: Ask) -> None:

@@ -58,7 +58,7 @@ def test_every_layer_keeps_what_was_planned(generated: Make, name: str) -> None:
     with torch.inference_mode():
         for piece in ([[1, 2, 3] * 6], [[4]]):
             loaded.model(input_ids=torch.tensor(piece), use_cache=True, **{kept: cache})
-    assert type(cache) is DynamicCache
+    assert isinstance(cache, DynamicCache)
     for layer, planned in zip(cache.layers, kept_of(config, 4), strict=True):
         assert layer_bytes(layer) == 20 * 4 * (planned.keys + planned.values) + planned.state_bytes
 

@@ -84,7 +84,7 @@ def test_every_bit_is_the_models_own(generated: Make, tmp_path: Path, shape: str
 def test_the_cache_hears_of_the_routers_logits(
     generated: Make, tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load(generated(SHAPES[shape]), tmp_path, **PLACES["emulated-half"])
+    loaded = load(generated(SHAPES[shape]), tmp_path, **PLACES["emulated-half"], policy="mrs")  # which reads them
     begin, noted = loaded.runtime.begin, []
 
     def note(layer: int, routed: Routed) -> Any:

@@ -1,0 +1,39 @@
+"""What a model has to do with fixed steps: tokens whose step reads and writes the same memory every time."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hybrimoe_kt.backends.decode_attention import DeviceAttention, attention_on
+from hybrimoe_kt.operators.attention import DecodeAttention
+from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
+from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.operators.linear import QuantizedLinear
+
+from .loading import LoadedModel
+
+__all__ = ["attention_of", "experts_of", "refusal"]
+
+
+def refusal(loaded: LoadedModel) -> str | None:
+    """Why no step of the model can be fixed, whatever its cache; None if one can."""
+    if loaded.crossings is not None:
+        return "the layers are divided over several devices"
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, QuantizedLinear | AbsorbedMLA) and module.asks_ggml:
+            return f"ggml computes {name}"
+        if isinstance(module, DecodeAttention) and module.refusal is not None:
+            return f"{name}: {module.refusal}"
+    return None
+
+
+def experts_of(model: nn.Module) -> list[HybriMoEExperts]:
+    """Every layer's experts."""
+    return [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
+
+
+def attention_of(model: nn.Module) -> list[DeviceAttention]:
+    """Who attends in fixed steps, each once; they are told of every step."""
+    device = next(model.parameters()).device
+    kernels = {each.kernel for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA)}
+    return [attention_on(device, kernel) for kernel in sorted(kernels)]
