@@ -264,7 +264,7 @@ class Lane:
             if step.sent.resident is None or step.sent.resident[0] is not slots:
                 step.sent.resident = slots, CapturedWork(self._capture, launched)
             captured = work = step.sent.resident[1]
-            captured.work = launched
+            captured.renew(launched)
         compute = self.accelerator.compute
         before = self.accelerator.stamp(compute) if self.log is not None and self.log.is_open else None
         self.accelerator.launch(compute, work, reads=reads, writes=(out,), site="experts")

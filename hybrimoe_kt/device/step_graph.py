@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from hybrimoe_kt.errors import HybriMoEError
+from hybrimoe_kt.errors import HybriMoEError, first_line
 
 __all__ = ["CaptureError", "CapturedWork", "StepCapture", "StepGraph", "StepLost", "opaque"]
 
@@ -63,15 +63,21 @@ class CapturedWork:
     def __init__(self, capture: StepCapture, work: Callable[[], object]) -> None:
         self._capture: StepCapture | None = capture
         self.work = work
-        """Until it is captured it may be replaced by another that enqueues the same."""
         self._is_warm = False
         self._graph: StepGraph | None = None
+
+    def renew(self, work: Callable[[], object]) -> None:
+        """Take another work that enqueues the same, while it is asked for; what it holds is let go of afterwards."""
+        if self._graph is None:
+            self.work = work
 
     def __call__(self) -> None:
         if self._graph is not None:
             self._graph.replay()
         elif self._is_warm and self._capture is not None:
             self._graph = self._captured(self._capture)
+            if self._graph is not None:
+                self.work = _nothing
         else:
             self.work()
             self._is_warm = True
@@ -85,11 +91,15 @@ class CapturedWork:
                 capture.abort()
                 raise
             return capture.end()
-        except CaptureError as refused:
-            logger.info("enqueued kernel by kernel: %s", refused)
+        except (CaptureError, RuntimeError) as refused:  # the latter as a driver does; what is broken fails again
+            logger.info("enqueued kernel by kernel: %s", first_line(refused))
             self._capture = None
             self.work()
             return None
+
+
+def _nothing() -> None:
+    """In place of work that a graph does now."""
 
 
 class _Listener(Protocol):

@@ -230,9 +230,11 @@ class TorchAccelerator:
             self._model_stream = torch.cuda.Stream(self.device)
         own, outer = self._model_stream, torch.cuda.current_stream(self.device)
         own.wait_stream(outer)
-        with torch.cuda.stream(own):
-            yield
-        outer.wait_stream(own)
+        try:
+            with torch.cuda.stream(own):
+                yield
+        finally:  # after an error, too: slots are given back, and the cache is made anew, behind what still runs
+            outer.wait_stream(own)
 
     def on_host(self, site: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
         pass

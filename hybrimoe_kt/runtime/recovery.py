@@ -71,6 +71,17 @@ class Recovery:
         else:
             self._tell(failure, "this step is computed on the CPU")
 
+    def recover_lost(self, failure: AcceleratorFailed) -> None:
+        """As `recover`, where the host had gone on: plans have been finished since, whatever became of their copies.
+
+        So every slot is in doubt, and is filled again. Call it with no plan open.
+        """
+        self.recover(failure)
+        for layer, slots in failure.lane.pool.layers.items():
+            for slot in range(len(slots.views)):
+                self._coordinator.drop(layer, slot)
+        self.fill_slots()
+
     def make_room(self, lane: Lane, cause: Exception) -> bool:
         """Shrink an accelerator's cache because something else on its device lacks memory; False if nothing is left."""
         if lane not in self._executor.lanes or not lane.pool.num_slots:

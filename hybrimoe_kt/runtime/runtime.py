@@ -308,9 +308,10 @@ class Runtime:
             try:
                 step = lane.read(routed, scores) if sent is None else lane.readback.take(sent)
             except DEVICE_ERRORS as error:
-                self._recovery.recover(AcceleratorFailed(lane, error))
                 if sent is not None:
+                    self._recovery.recover_lost(AcceleratorFailed(lane, error))
                     raise StepLost(f"{lane.accelerator.name} failed: {first_line(error)}") from error
+                self._recovery.recover(AcceleratorFailed(lane, error))
         if step is None:
             step = Step.on_host(routed, scores)
         check_finite(layer, step.host.hidden)
@@ -323,7 +324,7 @@ class Runtime:
         except DEVICE_ERRORS as error:
             for lane in self.lanes:
                 if lane.accelerator is accelerator:
-                    self._recovery.recover(AcceleratorFailed(lane, error))
+                    self._recovery.recover_lost(AcceleratorFailed(lane, error))
             raise StepLost(f"{accelerator.name} failed: {first_line(error)}") from error
 
     def note_replay(self, layer: int, began_s: float) -> None:
