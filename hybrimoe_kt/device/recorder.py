@@ -2,6 +2,7 @@
 
 No faster than the step itself, on the contrary. What it is for is proof: a length, a position or a mask that Python
 worked out while the step was captured is a constant afterwards, and the tokens come out wrong, as they would on a GPU.
+It does not see `tolist` and `numpy`, which a CPU answers without an operation, nor memory given back that it holds itself.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ __all__ = ["Recorder"]
 _MAKE_MEMORY = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
                           "aten::new_empty_strided"})  # fmt: skip
 """What these return holds nothing yet, so that a replay has nothing to do."""
-_READ_BY_HOST = frozenset({"aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero",
-                           "aten::nonzero", "aten::masked_select"})  # fmt: skip
-"""What makes the host wait for a device, which ends the capture of a graph there."""
+_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Of what makes the host wait for a device, for a value or their number: that ends the capture of a graph there."""
 
 
 class _Call:
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         given = kwargs or {}
         name = func._schema.name
-        if name in _READ_BY_HOST:
+        if _is_read_by_host(func, args):
             raise CaptureError(f"the step reads a value on the host ({name}), which no captured step can")
         answer = func(*args, **given)
         if name in _MAKE_MEMORY or self._calls is None:
@@ -109,6 +109,13 @@ class Recorder(TorchDispatchMode):
             return answer  # a view; or nothing
         self._calls.append(_Call(func, args, given, outputs))
         return answer
+
+
+def _is_read_by_host(func: Any, args: tuple[Any, ...]) -> bool:
+    if not _READS.intersection(func.tags):
+        return False
+    is_lookup = func._schema.name == "aten::index"  # by places it has as many answers as these, by a mask who knows
+    return not is_lookup or any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1]))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -54,6 +54,8 @@ class StepPieces:
         self._num_steps = 0
         self._listens = self._listening()
         self._revision = -1
+        self._is_cut_too_often = False
+        """Whether a layer behind a piece has become whole, which could be within it."""
 
     # In the runtime's place.
 
@@ -127,7 +129,7 @@ class StepPieces:
         """Capture what the model enqueues from now on; CaptureError where that cannot be."""
         assert not self._is_capturing, "one step at a time"
         self._pieces.clear()
-        self._revision = -1
+        self._revision, self._is_cut_too_often = -1, False
         self._capture = self._accelerator.capture()  # the last one's memory goes with it
         assert self._capture is not None, "asked for"
         self._count_step()
@@ -157,7 +159,9 @@ class StepPieces:
         return self._runtime is runtime and self._listens == self._listening()
 
     def is_valid(self) -> bool:
-        """Whether what was captured is still how a step goes: whole layers are whole, each expert in its slot."""
+        """Whether what was captured is still how a step goes: whole layers are those, each expert in its slot."""
+        if self._is_cut_too_often:
+            return False
         revision = self._runtime.coordinator.revision
         if revision != self._revision:
             if not all(self._reads(*whole) for piece in self._pieces for whole in piece.whole.items()):
@@ -216,7 +220,10 @@ class StepPieces:
         assert piece.routed is not None and self._answer is not None, "of a layer with experts"
         if piece.sent is None or piece.layer not in self._runtime.executor.lane_of:
             self._wait()  # the host reads the device's own tensors
-        return self._runtime.finish(self._runtime.begin(piece.layer, piece.routed, piece.sent), self._answer)
+        job = self._runtime.begin(piece.layer, piece.routed, piece.sent)
+        if job.plan is None and job.answer is not None and piece.sent is not None:
+            self._is_cut_too_often = True
+        return self._runtime.finish(job, self._answer)
 
 
 def _plain(routed: Routed) -> Routed:

@@ -87,3 +87,22 @@ def test_after_an_error_the_models_usual_stream_waits_for_the_captured_steps(mon
     with pytest.raises(ZeroDivisionError), accelerator.model_stream():
         raise ZeroDivisionError
     assert entered == ["own"] and told == [("own", "usual"), ("usual", "own")]
+
+
+READ: dict[str, Any] = {
+    "value": lambda x: x[0].item(), "truth": lambda x: bool(x[0] > 0), "equal": lambda x: torch.equal(x, x + 1),
+    "places": lambda x: x.nonzero(), "mask": lambda x: x[x > 0], "unique": lambda x: x.unique(),
+    "counts": lambda x: x.repeat_interleave(torch.tensor([1, 2, 1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", READ)
+def test_what_a_host_would_wait_for_ends_a_capture(read: str) -> None:
+    capture, given = Recorder(), torch.ones(3)
+    capture.begin()
+    try:
+        with pytest.raises(CaptureError, match="reads a value on the host"):
+            READ[read](given)
+        assert given[torch.tensor([2, 0])].shape == (2,), "places have a number"
+    finally:
+        capture.abort()

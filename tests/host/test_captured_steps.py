@@ -137,6 +137,21 @@ def test_a_token_is_one_replay_where_all_experts_are_resident(generated: Make, n
     assert counted["hits"] >= 25 * layers * top_k and counted["misses"] == 0
 
 
+def test_layers_that_are_whole_again_end_no_piece(generated: Make) -> None:
+    """After the fallback has tried the CPU alone, say."""
+    model, answers = generated(SHAPES["qwen3moe"]), []
+    for captures in (False, True):
+        made = generator(load(model, cache_size="all"), captures=captures)
+        answers.append([decode(made, 4)])
+        for scheduler in ("cpu_only", None):
+            made.runtime.coordinator.use(scheduler)
+            answers[-1].append(decode(made, 4, [7]))
+            if captures:
+                pieces = loop_of(made)._pieces
+                assert pieces is not None and pieces.num_pieces == (1 if scheduler is None else 3)
+    assert torch.equal(*map(torch.cat, answers))
+
+
 def test_a_layer_is_one_replay(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_LEAST_ROOM", 64)
     loaded = load(generated(SHAPES["qwen3moe"]))
