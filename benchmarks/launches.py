@@ -27,7 +27,6 @@ import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -155,7 +154,7 @@ def _watching(loaded: LoadedModel, launches: Launches) -> Iterator[None]:
     for path, module in layer.named_modules():
         part = _part_of(path, module)
         if part is not None:
-            begin, end = _hooks(launches, None if part == "experts" else part)
+            begin, end = _hooks(launches, part)
             hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     with contextlib.ExitStack() as stack:
         _watch_runtime(loaded, launches, stack)
@@ -175,8 +174,6 @@ def _part_of(path: str, module: nn.Module) -> str | None:
     name = path.rpartition(".")[2]
     if not path:
         return "residuals"
-    if isinstance(module, HybriMoEExperts):
-        return "experts"
     named = {"self_attn": "attention", "gate": "router", "shared_experts": "shared experts"}
     return "norms" if path.endswith("_layernorm") and "." not in path else named.get(name)
 
@@ -184,7 +181,7 @@ def _part_of(path: str, module: nn.Module) -> str | None:
 def _watch_runtime(loaded: LoadedModel, launches: Launches, stack: contextlib.ExitStack) -> None:
     """Within the experts only what their accelerator is given counts, and the router's scores."""
     (lane,) = loaded.runtime.lanes
-    accelerator, own = lane.accelerator, _of_layer(loaded, lane)
+    accelerator, own = lane.accelerator, _of_layer(loaded, launches)
     launch, copy, averaged = accelerator.launch, accelerator.copy, runtime_module.mean_probabilities
 
     def launched(stream: Any, work: Any, *, site: str, **kwargs: Any) -> None:
@@ -208,21 +205,24 @@ def _watch_runtime(loaded: LoadedModel, launches: Launches, stack: contextlib.Ex
     stack.callback(lambda: vars(accelerator).update(launch=launch, copy=copy))
 
 
-def _of_layer(loaded: LoadedModel, lane: Lane) -> Any:
-    """Whether the layer that is counted is under way."""
+def _of_layer(loaded: LoadedModel, launches: Launches) -> Any:
+    """Whether the experts of the layer that is counted are under way; what they call counts as nobody's."""
     body: Any = loaded.model
     under_way = [False]
     experts = next(m for m in body.model.layers[LAYER].modules() if isinstance(m, HybriMoEExperts))
-    run = experts.forward
 
-    def forward(*args: Any) -> Any:
-        under_way[0] = True
-        try:
-            return run(*args)
-        finally:
-            under_way[0] = False
+    def watched(door: Any) -> Any:
+        def through(*args: Any) -> Any:
+            under_way[0] = True
+            try:
+                with launches.of(None):
+                    return door(*args)
+            finally:
+                under_way[0] = False
 
-    experts.forward = forward
+        return through
+
+    experts.begin, experts.finish = watched(experts.begin), watched(experts.finish)
     return lambda: under_way[0]
 
 
