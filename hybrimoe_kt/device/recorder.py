@@ -2,7 +2,7 @@
 
 No faster than the step itself, on the contrary. What it is for is proof: a length, a position or a mask that Python
 worked out while the step was captured is a constant afterwards, and the tokens come out wrong, as they would on a GPU.
-It does not see `tolist` and `numpy`, which a CPU answers without an operation, nor memory given back that it holds itself.
+It does not see `tolist` and `numpy`, which a CPU answers without an operation, nor memory given back, as it holds it.
 """
 
 from __future__ import annotations
