@@ -2,13 +2,12 @@
 
 No faster than the step itself, on the contrary. What it is for is proof: a length, a position or a mask that Python
 worked out while the step was captured is a constant afterwards, and the tokens come out wrong, as they would on a GPU.
-It does not see `tolist` and `numpy`, which a CPU answers without an operation, nor memory given back that it holds.
+It does not see `tolist` and `numpy`, which a CPU answers without an operation, nor memory given back, as it holds it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,10 +49,10 @@ class _Piece:
     def __init__(self, calls: list[Callable[[], object]]) -> None:
         self.calls = calls
 
+    @torch.inference_mode()
     def replay(self) -> None:
-        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
-            for call in self.calls:
-                call()
+        for call in self.calls:
+            call()
 
 
 class Recorder(TorchDispatchMode):

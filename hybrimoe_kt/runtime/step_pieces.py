@@ -75,7 +75,10 @@ class StepPieces:
             if lane is not None and layer not in self._sent:
                 if not len(self._number):
                     self._number = torch.zeros(1, dtype=torch.int64, device=routed.hidden.device)
-                self._sent[layer] = lane.readback.sending(_plain(routed), runtime.scores(routed), self._number)
+                plain, scores = _plain(routed), runtime.scores(routed)
+                sent = self._sent[layer] = lane.readback.sending(plain, scores, self._number)
+                if self._capture is not None:
+                    sent.send(plain, scores, self._capture)  # once, so that its kernels are there for the capture
             if self._answer is None:
                 self._answer = torch.empty_like(routed.hidden)
             return runtime.begin(layer, routed)
