@@ -76,9 +76,9 @@ class StepPieces:
                 if not len(self._number):
                     self._number = torch.zeros(1, dtype=torch.int64, device=routed.hidden.device)
                 plain, scores = _plain(routed), runtime.scores(routed)
-                sent = self._sent[layer] = lane.readback.sending(plain, scores, self._number)
+                first = self._sent[layer] = lane.readback.sending(plain, scores, self._number)
                 if self._capture is not None:
-                    sent.send(plain, scores, self._capture)  # once, so that its kernels are there for the capture
+                    first.send(plain, scores, self._capture)  # once, so that its kernels are there for the capture
             if self._answer is None:
                 self._answer = torch.empty_like(routed.hidden)
             return runtime.begin(layer, routed)
