@@ -97,10 +97,13 @@ class Coordinator:
         self.revision += 1
         self.scheduler = self._usual if scheduler is None else make_scheduler(scheduler, {})
 
-    def set_pace(self, cpu: float, dense: float = 1.0) -> None:
-        """Predict with the CPU's experts, and what lies between layers, taking so many times what the profile says."""
+    def set_pace(self, cpu: float, dense: float = 1.0, more_overhead_s: float = 0.0) -> None:
+        """Predict with the CPU's experts, and what lies between layers, taking so many times what the profile says.
+
+        Every step takes `more_overhead_s` on top of that.
+        """
         self.revision += 1
-        paced = {id(cost): cost.at_pace(cpu, dense) for cost in self._costs.values()}
+        paced = {id(cost): cost.at_pace(cpu, dense, more_overhead_s) for cost in self._costs.values()}
         for layer, state in self._layers.items():
             state.cost = paced[id(self._costs[layer])]
 

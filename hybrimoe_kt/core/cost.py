@@ -127,9 +127,13 @@ class CostModel:
             step_overhead_s=profile.step_overhead_s,
         )
 
-    def at_pace(self, cpu: float, dense: float = 1.0) -> CostModel:
-        """Return this model with the CPU's experts taking `cpu` times as long, and one token between layers `dense`."""
+    def at_pace(self, cpu: float, dense: float = 1.0, more_overhead_s: float = 0.0) -> CostModel:
+        """Return this model with the CPU's experts taking `cpu` times as long, and one token between layers `dense`.
+
+        `more_overhead_s` comes on top of what every step takes; with less than none it takes nothing.
+        """
         paced = copy.copy(self)
+        paced.step_overhead_s = max(0.0, self.step_overhead_s + more_overhead_s)
         paced._set_dense(dense * self.dense_s)
         formula = self.cpu_expert_s
         paced.cpu_expert_s = _PerLoad(lambda load: cpu * formula[load])

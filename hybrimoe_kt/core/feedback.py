@@ -6,7 +6,7 @@ import math
 from collections import deque
 from statistics import median
 
-__all__ = ["Fallback", "Pace"]
+__all__ = ["Fallback", "Overhead", "Pace"]
 
 
 _GRID = 1.05
@@ -41,6 +41,37 @@ class Pace:
             return False
         before, self.factor = self.factor, _GRID ** round(math.log(found, _GRID))
         return self.factor != before
+
+
+_WORTH_CORRECTING = 0.03
+"""Of what a step is predicted to take; a window's own scatter is about as much."""
+
+
+class Overhead:
+    """Hears how much later steps end than predicted, whatever they compute; `more_s` is that, to be added.
+
+    Calibration measures a step's overhead once, as what is left of other measurements: 0.3 ms more or less from run to
+    run on two cores, for all methods alike.
+    """
+
+    def __init__(self, *, window: int = 64) -> None:
+        """Changes at most once in `window` observations."""
+        self.more_s = 0.0
+        self._window = window
+        self._steps: list[tuple[float, float]] = []
+
+    def observe(self, predicted_s: float, measured_s: float) -> bool:
+        """Take one step, predicted with the current `more_s`; True if that changed `more_s`."""
+        self._steps.append((predicted_s, measured_s))
+        if len(self._steps) < self._window:
+            return False
+        found_s = median(measured_s - predicted_s for predicted_s, measured_s in self._steps)
+        typical_s = median(predicted_s for predicted_s, _ in self._steps)
+        self._steps.clear()
+        if abs(found_s) < _WORTH_CORRECTING * typical_s:
+            return False
+        self.more_s += found_s
+        return True
 
 
 class Fallback:

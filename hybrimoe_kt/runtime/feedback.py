@@ -7,7 +7,7 @@ import time
 
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.coordinator import Coordinator
-from hybrimoe_kt.core.feedback import Fallback, Pace
+from hybrimoe_kt.core.feedback import Fallback, Overhead, Pace
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.executor import Executor
 
@@ -27,6 +27,7 @@ class Feedback:
         self._fallback = Fallback() if options.fallback else None
         self._pace = Pace() if options.follow_pace else None
         self._dense_pace = Pace(limit=_DENSE_LIMIT) if options.follow_pace else None
+        self._overhead = Overhead() if options.follow_pace else None
         self._last_read_s = self._last_ended_s = 0.0
 
     @property
@@ -47,6 +48,8 @@ class Feedback:
             predicted_s = self._coordinator.between_layers_s(plan.layer)
             if self._dense_pace.observe(predicted_s, read_s - ended_s):
                 self._predict_anew()
+        if self._overhead is not None and self._overhead.observe(plan.makespan_s, self._last_ended_s - read_s):
+            self._predict_anew()
         if self._fallback is not None and not self._fallback.has_fallen:
             self._compare(self._fallback, plan, since_s)
         if self._pace is not None and plan.cpu:
@@ -61,9 +64,13 @@ class Feedback:
 
     def _predict_anew(self) -> None:
         assert self._pace is not None and self._dense_pace is not None, "options.follow_pace"
-        cpu, dense = self._pace.factor, self._dense_pace.factor
-        self._coordinator.set_pace(cpu, dense)
-        logger.debug("CPU experts take %.2f, what lies between layers %.2f times what the profile says", cpu, dense)
+        assert self._overhead is not None, "so"
+        cpu, dense, more_s = self._pace.factor, self._dense_pace.factor, self._overhead.more_s
+        self._coordinator.set_pace(cpu, dense, more_s)
+        logger.debug(
+            "CPU experts take %.2f, what lies between layers %.2f times what the profile says, every step %.0f us more",
+            cpu, dense, more_s * 1e6,
+        )  # fmt: skip
 
     def _compare(self, fallback: Fallback, plan: Plan, seconds: float) -> None:
         """Tell the fallback what a step took, from one routing read to the next; obey it."""
