@@ -59,14 +59,34 @@ class FusedRotary(Adopted):
             return True
         stock = getattr(attention, "stock", attention)
         forward = getattr(stock.forward, "__func__", None)
-        code = getattr(forward, "__code__", None)
-        if forward is None or code is None or _NAME not in code.co_names:
+        copied = None if forward is None else _turning_by(forward, self.kernel)
+        if copied is None:
             return False
-        own = forward.__globals__ | {_NAME: Rotate(forward.__globals__[_NAME], self.kernel)}
-        copied = types.FunctionType(code, own, forward.__name__, forward.__defaults__, forward.__closure__)
-        copied.__kwdefaults__ = forward.__kwdefaults__
-        stock.forward = types.MethodType(functools.update_wrapper(copied, forward), stock)
+        stock.forward = types.MethodType(copied, stock)
         return True
+
+
+def _turning_by(forward: Any, kernel: str) -> Any | None:
+    """A copy of `forward`, and of what decorates it, that calls `Rotate`; None where it calls no rotation."""
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return None
+    names, closure, own = forward.__globals__, forward.__closure__, None
+    if _NAME in code.co_names:
+        names = names | {_NAME: Rotate(names[_NAME], kernel)}
+    else:  # from Transformers 5.24 on a decorator renames what it is given
+        inner = getattr(forward, "__wrapped__", None)
+        own = None if inner is None else _turning_by(inner, kernel)
+        if own is None or all(cell.cell_contents is not inner for cell in closure or ()):
+            return None
+        closure = tuple(types.CellType(own) if cell.cell_contents is inner else cell for cell in closure)
+    copied: Any = types.FunctionType(code, names, forward.__name__, forward.__defaults__, closure)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    functools.update_wrapper(copied, forward)
+    del copied.__wrapped__
+    if own is not None:
+        copied.__wrapped__ = own
+    return copied
 
 
 class Rotate:

@@ -123,7 +123,7 @@ def test_one_token_of_one_conversation_is_a_fixed_step() -> None:
     ours = Conversation(built(settings)[1], settings)
     ours.step(3)
     fix_lengths(ours.cache, 16).fill_(5)
-    ours.cache.layers[0].update = lambda keys, values, *rest: (keys, values)  # type: ignore[method-assign]
+    ours.cache.layers[0].update = lambda keys, values, *rest, **more: (keys, values)  # type: ignore[method-assign]
     with pytest.raises(HostCompatibilityError, match="one token of one conversation"):
         ours.step(2)
 

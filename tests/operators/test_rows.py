@@ -167,9 +167,9 @@ def test_an_attentions_own_forward_calls_the_launch_and_no_others_does() -> None
     first, second = (model.model.layers[number].self_attn for number in (0, 1))
     rotary = FusedRotary(*CONTRACT, model.model.rotary_emb)
     assert rotary.serve(first) and not rotary.serve(nn.Linear(2, 2))
-    called = first.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    called = inspect.unwrap(first.forward.__func__).__globals__["apply_rotary_pos_emb"]
     assert isinstance(called, Rotate)
-    untouched = second.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    untouched = inspect.unwrap(second.forward.__func__).__globals__["apply_rotary_pos_emb"]
     assert untouched is called.stock
     assert inspect.signature(first.forward) == inspect.signature(second.forward)
 
