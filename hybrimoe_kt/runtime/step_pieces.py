@@ -33,12 +33,15 @@ class _Piece:
     layer: int = -1
     routed: Routed | None = None
     sent: SentRouting | None = None
+    writes: tuple[torch.Tensor, ...] = ()
+    """What of it others read."""
 
 
 class StepPieces:
     """For a model that stands on one device, which `accelerator` is or stands for.
 
-    First `warm` steps, which are ordinary ones, then one between `begin_capture` and `end_capture`; then `replay`.
+    First an ordinary step, with this in the runtime's place, then one between `begin_capture` and `end_capture`; then
+    `replay`.
     """
 
     def __init__(self, runtime: Runtime, accelerator: Accelerator) -> None:
@@ -64,10 +67,6 @@ class StepPieces:
         """See `Runtime`."""
         return self._runtime.wants_scores
 
-    def run(self, layer: int, routed: Routed) -> torch.Tensor:
-        """See `Runtime`."""
-        return self.finish(self.begin(layer, routed))
-
     def begin(self, layer: int, routed: Routed) -> Job:
         """See `Runtime`. What follows, up to `finish`, is in the same piece."""
         runtime, lane = self._runtime, self._lane(layer, routed)
@@ -92,11 +91,12 @@ class StepPieces:
                 piece.whole[layer] = lane.whole.table(layer, slot_of)[1]
                 job.answer = lane.capture_whole(layer, slot_of, plain)
                 return job
-        piece.layer, piece.routed = layer, plain
+        piece.layer, piece.routed, piece.writes = layer, plain, plain[:3]
         sent = self._sent.get(layer)
         if sent is not None and lane is not None:
             sent.send(plain, runtime.scores(routed), self._capture)
             piece.sent, piece.routed = sent, sent.routed._replace(logits=routed.logits)
+            piece.writes = *sent.routed[:3], sent.memory
         return job
 
     def finish(self, job: Job) -> torch.Tensor:
@@ -195,10 +195,7 @@ class StepPieces:
             for layer in piece.whole:
                 runtime.coordinator.pass_over(layer, 1)
             runtime.seconds.steps += len(piece.whole)
-            writes = [] if piece.routed is None else list(piece.routed[:3])
-            if piece.sent is not None:
-                writes.append(piece.sent.memory)
-            accelerator.replay(piece.graph, reads=(answer,), writes=writes)
+            accelerator.replay(piece.graph, reads=(answer,), writes=piece.writes)
             self._note_sent(piece)
             runtime.note_replay(piece.layer, began)
             if piece.layer >= 0:
