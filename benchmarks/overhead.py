@@ -12,6 +12,10 @@ work. Here torch computes them in the call, so the time inside is told apart: "o
 that, learning from the plan and choosing prefetches come while the experts compute: what is left is the path.
 Hidden states are 128 wide, so that what is told apart is calls of torch and little arithmetic; their weights still pass
 through the caches that everything else of a layer lives in, which `--guesses-given` spares it.
+
+With `--captured` all that a device is given of a layer is a replay or two, which is one call of its driver each. Here
+it is a recorder's, operation by operation, and told apart as well. Where the CPU has no share, learning and choosing
+then come with the next piece under way.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import functools
 import pstats
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,11 +37,12 @@ from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.readback import Predict
 from hybrimoe_kt.device.recorder import Recorder
 from hybrimoe_kt.device.sent_routing import SentRouting
-from hybrimoe_kt.device.step_graph import opaque
+from hybrimoe_kt.device.step_graph import StepCapture, StepGraph, opaque
 from hybrimoe_kt.host.hf.gates import Gate, GateRow
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble
 from hybrimoe_kt.sim.generate import generate
@@ -52,7 +58,7 @@ ROWS = {
     "path": "**ours, on the path**",
     "prefetch": "learn and prefetch",
     "ours": "**ours, all of it**",
-    "gates": "gates, here on the CPU",
+    "gates": "gates and replays, here on the CPU",
     "whole": "whole layer",
 }
 """Part of a step -> its name in the table."""
@@ -101,6 +107,35 @@ class FreeGpu:
         """Nothing to do."""
 
 
+class TimedRecorder(Recorder):
+    """Adds up the seconds of all replays."""
+
+    spent_s = 0.0
+
+    def end(self) -> StepGraph:
+        graph = super().end()
+        return TimedGraph(graph)
+
+
+class TimedGraph:
+    """One that `TimedRecorder` recorded."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        began = time.perf_counter()
+        self._graph.replay()
+        TimedRecorder.spent_s += time.perf_counter() - began
+
+
+class Emulated(ImmediateAccelerator):
+    """Whose replays are timed."""
+
+    def capture(self) -> StepCapture:
+        return TimedRecorder()
+
+
 def machine(**options: Any) -> Runtime:
     """A runtime whose experts hold 16 values each and cost nothing."""
     given = {"accelerator": "emulated", "cache_size": "50%", "prefetch_size": 2, "max_chunk_tokens": 1} | options
@@ -109,7 +144,7 @@ def machine(**options: Any) -> Runtime:
         wide = torch.zeros(EXPERTS, 2 * HIDDEN, dtype=torch.uint8)
         gate, down = ExpertMatrix(wide, _F16, 1, HIDDEN), ExpertMatrix(wide, _F16, HIDDEN, 1)
         experts.add(LayerExperts(number, EXPERTS, TOP_K, HIDDEN, 1, gate, gate, down))
-    return assemble(experts, cpu=FreeCpu(), gpus={"emulated": FreeGpu()})
+    return assemble(experts, cpu=FreeCpu(), gpus={"emulated": FreeGpu()}, accelerators={"emulated": Emulated()})
 
 
 def random_gate(layer: int) -> Gate:
@@ -189,17 +224,20 @@ class Walk:
                 routed = Routed(hidden, ids, weights, self._logits[step, layer][None])
                 sent = self._send(layer, routed) if self._captured else None
                 before, began = _parts(self.runtime), time.perf_counter()
+                elsewhere = {}
                 if sent is None:
                     self.runtime.run(layer, routed)
+                    gates = self._gates.get(layer) if self.runtime.options.prefetch_size else None
+                    elsewhere["prefetch"] = gates.asked_s if gates is not None else 0.0
                 else:
-                    self.runtime.finish(self.runtime.begin(layer, sent.routed, sent), self._answer)
+                    job, elsewhere["submit_and_gpu"] = _replays_of(self.runtime.begin, layer, sent.routed, sent)
+                    _, elsewhere["wait"] = _replays_of(self.runtime.finish, job, self._answer)
+                    _, elsewhere["prefetch"] = _replays_of(self.runtime.settle)  # with the next piece under way
                 whole_s, after = time.perf_counter() - began, _parts(self.runtime)
-                parts = {name: after[name] - before[name] for name in PARTS}
-                gates = self._gates.get(layer) if self.runtime.options.prefetch_size else None
-                asked_s, computed_s = (gates.asked_s, gates.computed_s) if gates is not None else (0.0, 0.0)
-                parts["prefetch"] -= asked_s
-                ours_s = whole_s - asked_s
-                sums = {"path": ours_s - parts["prefetch"], "ours": ours_s, "gates": computed_s, "whole": whole_s}
+                parts = {name: after[name] - before[name] - elsewhere.get(name, 0.0) for name in PARTS}
+                gates_s = sum(elsewhere.values())
+                ours_s = whole_s - gates_s
+                sums = {"path": ours_s - parts["prefetch"], "ours": ours_s, "gates": gates_s, "whole": whole_s}
                 self.steps.append(parts | sums)
 
     def _send(self, layer: int, routed: Routed) -> SentRouting:
@@ -209,9 +247,15 @@ class Walk:
             made = self.runtime.lanes[0].readback.sending(routed, None, self._number)
             sent = self._sent[layer] = made
         self._number += 1
-        sent.send(routed, None, Recorder())
+        sent.send(routed, None, TimedRecorder())
         sent.expected = int(self._number)
         return sent
+
+
+def _replays_of(door: Callable[..., Any], *given: Any) -> tuple[Any, float]:
+    """What a door answers, and seconds in replays meanwhile."""
+    before_s = TimedRecorder.spent_s
+    return door(*given), TimedRecorder.spent_s - before_s
 
 
 def _parts(runtime: Runtime) -> dict[str, float]:

@@ -54,17 +54,18 @@ class Overhead:
     run on two cores, for all methods alike.
     """
 
-    def __init__(self, *, window: int = 64) -> None:
-        """Changes at most once in `window` observations."""
+    def __init__(self, *, window: int = 64, first: int = 16) -> None:
+        """Changes at most once in `window` observations, but for once after the `first` of all."""
         self.more_s = 0.0
-        self._window = window
+        self._window, self._wanted = window, first
         self._steps: list[tuple[float, float]] = []
 
     def observe(self, predicted_s: float, measured_s: float) -> bool:
         """Take one step, predicted with the current `more_s`; True if that changed `more_s`."""
         self._steps.append((predicted_s, measured_s))
-        if len(self._steps) < self._window:
+        if len(self._steps) < self._wanted:
             return False
+        self._wanted = self._window
         found_s = median(measured_s - predicted_s for predicted_s, measured_s in self._steps)
         typical_s = median(predicted_s for predicted_s, _ in self._steps)
         self._steps.clear()

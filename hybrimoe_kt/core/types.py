@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 
@@ -13,6 +14,8 @@ class ExpertId(NamedTuple):
     layer: int
     index: int  # type: ignore[assignment]  # the field hides tuple.index on purpose
 
+
+_NOWHERE: Mapping[int, int] = MappingProxyType({})
 
 TransferKind = Literal["on_demand", "prefetch"]
 Phase = Literal["prefill", "decode"]
@@ -55,8 +58,7 @@ RECORDED_SPEC = {
 """What a run decides of each layer, as recordings call it -> field of `LayerSpec`; the rest of it is the model's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(NamedTuple):
     """The router's choice for one step of one layer.
 
     `loads` maps expert index -> tokens routed to it (only experts with at least one), in the order first
@@ -78,8 +80,7 @@ class Routing:
         return is_decode(self.num_tokens, self.phase)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Host-to-GPU copy of one expert into `slot` (an index into its layer's slots).
 
     `evicted` is the expert whose weights stood there before. The copy may start once everything that
@@ -93,8 +94,7 @@ class Transfer:
     evicted: ExpertId | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Immutable assignment of one layer step to CPU, GPU and link.
 
     `cpu` and `gpu` partition the routed experts; `gpu` is in launch order and names resident, pending and
@@ -109,7 +109,7 @@ class Plan:
     cpu: tuple[int, ...]
     gpu: tuple[int, ...] = ()
     transfers: tuple[Transfer, ...] = ()
-    slots: Mapping[int, int] = field(default_factory=dict)
+    slots: Mapping[int, int] = _NOWHERE
     makespan_s: float = 0.0
     cpu_s: float = 0.0
     num_hits: int = 0
@@ -117,8 +117,7 @@ class Plan:
     closed: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
+class Orders(NamedTuple):
     """What a device has to do beside plans, in the order `dropped`, `closed`, `transfers`.
 
     `transfers` are prefetches to start, in link order; one may be for the layer at hand, an admission for later tokens.

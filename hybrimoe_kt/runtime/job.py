@@ -36,3 +36,5 @@ class Job:
     read_s: float = 0.0
     sent: SentRouting | None = None
     """What a captured step has sent of the last chunk, which is then the only one."""
+    can_wait: bool = False
+    """Whether learning from it and looking ahead come after it has been finished, see `Runtime.settle`."""

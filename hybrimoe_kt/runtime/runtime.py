@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from hybrimoe_kt.backends.call_checks import check_finite
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.timeline import Timeline
-from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
+from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator, Event
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
@@ -21,7 +21,7 @@ from hybrimoe_kt.device.cores import dense_threads
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.device.lane import Lane
-from hybrimoe_kt.device.readback import Guesses, Predict, Step, ask
+from hybrimoe_kt.device.readback import Predict, Step
 from hybrimoe_kt.device.sent_routing import SentRouting
 from hybrimoe_kt.device.step_graph import StepLost
 from hybrimoe_kt.errors import ConfigError, first_line
@@ -33,9 +33,10 @@ from .experts import ModelExperts
 from .feedback import Feedback
 from .health import Health
 from .job import Job
+from .look_ahead import LookAhead
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
-from .routing import mean_probabilities, predicted_routing, routing_of
+from .routing import mean_probabilities, routing_of
 from .seconds import Seconds
 
 __all__ = ["Job", "Runtime", "assemble"]
@@ -61,11 +62,13 @@ class Runtime:
         self.seconds = Seconds()
         self.recorder: RoutingRecorder | None = None
         self._log: ActivityLog | None = None
-        self._look_ahead: dict[int, Predict] = {}
         self._begun: Job | None = None
         """What has not been finished, and has no answer yet."""
+        self._owed: Job | None = None
+        """What has been finished, but for `settle`: its plan is open."""
         self._on_cpu = CpuSteps(self.coordinator, self.executor, self.seconds)
         self._recovery = Recovery(self.coordinator, self.executor)
+        self._ahead = LookAhead(self.coordinator, self.executor, self._recovery, self.options.prefetch_size)
         is_timed = assembly.is_on_the_clock
         self._feedback = Feedback(self.options, self.coordinator, self.executor) if is_timed else None
         self._counting = threading.Lock()
@@ -157,7 +160,7 @@ class Runtime:
 
     def look_ahead(self, layer: int, predict: Predict) -> None:
         """Register what predicts the routing of the layers after `layer`."""
-        self._look_ahead[layer] = predict
+        self._ahead.gates[layer] = predict
 
     def make_room(self, cause: Exception) -> bool:
         """Shrink the expert caches because the model's own work ran out of device memory; abandons a step under way.
@@ -166,6 +169,7 @@ class Runtime:
         """
         if self._begun is not None:
             self._abandon(self._begun)
+        self._leave_owed()
         shrunk = [self._recovery.make_room(lane, cause) for lane in self.lanes]
         return any(shrunk)
 
@@ -184,6 +188,8 @@ class Runtime:
         """
         if self._begun is not None:
             self._abandon(self._begun)
+        if self._owed is not None:
+            self._leave_owed()
         if layer not in self.store.layers:
             known = ", ".join(map(str, sorted(self.store.layers)))
             raise ConfigError(f"layer {layer} has no experts in this runtime, which has those of {known}")
@@ -223,7 +229,7 @@ class Runtime:
             if answer is None:
                 answer = self._join(job, plan, step, into)
             if self.recorder is not None:
-                record(self.recorder, job.routing, step, job.logits, self._guesses(job.layer, step))
+                record(self.recorder, job.routing, step, job.logits, self._ahead.guesses(job.layer, step))
             ended = time.perf_counter()
             self.seconds.wait += ended - began
             if self._log is not None:
@@ -247,10 +253,39 @@ class Runtime:
         if self._feedback is not None and job.routing is not None:
             self._feedback.step(plan, job.read_s, learns=job.routing.is_decode and self.recorder is None)
         self._begun = None
-        orders = self.coordinator.finish(plan)
-        if orders.closed:
-            self.executor.heed(orders.dropped, orders.closed)
+        if job.can_wait:
+            self._owed = job
+        else:
+            self._close(plan)
         return answer
+
+    def settle(self) -> None:
+        """Learn from what was finished last and choose prefetches, where that could wait; StepLost where it fails.
+
+        So it can in a captured step of which the CPU has no share: the device is given its next piece before. Else it
+        has been done beside the CPU's share. What `begin` finds not to be settled is not looked ahead from.
+        """
+        job, self._owed = self._owed, None
+        if job is None or job.plan is None or job.step is None or job.routing is None:
+            return
+        began, plan = time.perf_counter(), job.plan
+        try:
+            self._ahead.prefetch(plan, job.step, job.routing.phase, self._log, is_recorded=False)
+        except AcceleratorFailed as failure:
+            self._close(plan)
+            self._recovery.recover_lost(failure)
+            raise StepLost(f"{failure.lane.accelerator.name} failed: {first_line(failure.cause)}") from failure
+        except BaseException:
+            self._abandon(job)
+            raise
+        self._close(plan)
+        self.seconds.prefetch += time.perf_counter() - began
+
+    def _leave_owed(self) -> None:
+        """After an error in between, or where nobody settles."""
+        job, self._owed = self._owed, None
+        if job is not None and job.plan is not None:
+            self._close(job.plan)
 
     def _begin(self, job: Job, routed: Routed) -> None:
         """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
@@ -288,7 +323,9 @@ class Runtime:
                 self.executor.heed(plan.dropped, plan.closed)
             self.executor.start(plan, step)
             started = now()
-            self._prefetch(lane, plan, step, routed.phase)
+            job.can_wait = job.sent is not None and not plan.cpu and self.recorder is None
+            if not job.can_wait:
+                self._ahead.prefetch(plan, step, routed.phase, self._log, is_recorded=self.recorder is not None)
         except AcceleratorFailed as failure:
             job.answer = self._recover(failure, plan, step)
             started = now()
@@ -342,65 +379,17 @@ class Runtime:
         scores = mean_probabilities(routed.logits, routed.probabilities)
         return scores if self.recorder is None else halved(scores)
 
-    def _prefetch(self, lane: Lane | None, plan: Plan, step: Step, phase: Phase | None) -> None:
-        """Start transfers for later layers, by what the gates guess of their routing."""
-        prefetches = self.options.prefetch_size > 0 and self.executor.num_slots > 0
-        if not prefetches and self.recorder is None:
-            self.coordinator.learn()
-            return
-        predictions: Sequence[Routing] = ()
-        predict = self._look_ahead.get(plan.layer)
-        if lane is not None and predict is not None:
-            try:
-                lane.readback.ask(step, predict)
-            except DEVICE_ERRORS as error:
-                raise AcceleratorFailed(lane, error) from error
-            self.coordinator.learn()  # while the gates compute
-            try:
-                guesses = lane.readback.wait_guesses(step) if prefetches else None
-            except DEVICE_ERRORS as error:
-                raise AcceleratorFailed(lane, error) from error
-            if guesses is not None:
-                scores = guesses.scores if self.recorder is None else halved(guesses.scores)
-                predictions = predicted_routing(guesses, scores, phase)
-        if prefetches:
-            began = time.perf_counter()
-            orders = self.coordinator.prefetch(plan, predictions)
-            if orders.dropped:
-                self.executor.heed(orders.dropped, ())
-            if orders.transfers:
-                self.executor.prefetch(orders.transfers)
-            if self._log is not None:
-                self._log.chose(plan.layer, orders.transfers, began, time.perf_counter())
-
-    def _guesses(self, layer: int, step: Step) -> Guesses | None:
-        """What the gates guessed in a step, for a recording; asked now where nobody prefetches, as a replay may."""
-        lane, predict, guesses = self.executor.lane_of.get(layer), self._look_ahead.get(layer), None
-        if lane is not None:
-            try:
-                guesses = lane.readback.wait_guesses(step)
-            except DEVICE_ERRORS as error:
-                self._recovery.recover(AcceleratorFailed(lane, error))
-        return ask(predict, step.routed.hidden, step.routed.ids) if guesses is None and predict is not None else guesses
-
     @property
     def _nobody_listens(self) -> bool:
         """Whether no one asks how steps are planned."""
         return self._on_plan is None and self.recorder is None and self._log is None and self._feedback is None
-
-    def _prefetches_nothing(self, layer: int, num_tokens: int) -> bool:
-        """Whether nothing but a plan would depend on what is routed: neither what to prefetch nor a record."""
-        if self.is_listened_to:
-            return False
-        predict = self._look_ahead.get(layer) if self.options.prefetch_size > 0 else None
-        return predict is None or all(self.coordinator.decides_nothing(later, num_tokens) for later in predict.layers)
 
     def is_whole(self, layer: int, num_tokens: int) -> bool:
         """Whether a step of `layer` is its accelerator's whatever is routed, and nobody wants to know what is."""
         lane = self.executor.lane_of.get(layer)
         if lane is None or not lane.gpu.finds_routed or not self.coordinator.decides_nothing(layer, num_tokens):
             return False
-        return self._prefetches_nothing(layer, num_tokens)
+        return not self.is_listened_to and self._ahead.needs_nothing(layer, num_tokens)
 
     def _run_whole(self, job: Job, lane: Lane, routed: Routed) -> None:
         """Enqueue a step of which nothing is read."""
@@ -427,7 +416,8 @@ class Runtime:
     def _close(self, plan: Plan) -> None:
         self._begun = None
         orders = self.coordinator.finish(plan)
-        self.executor.heed(orders.dropped, orders.closed)
+        if orders.closed:
+            self.executor.heed(orders.dropped, orders.closed)
 
 
 def assemble(

@@ -110,6 +110,7 @@ class StepPieces:
         piece.graph = self._capture.end()
         self._note_sent(piece)
         answer = self._compute(piece)
+        self._runtime.settle()
         self._wait()  # the model's own code goes on with it, perhaps on the host
         self._accelerator.on_host("result", reads=(answer,))
         self._pieces.append(_Piece())
@@ -192,12 +193,13 @@ class StepPieces:
         for piece in self._pieces:
             began = now()
             assert piece.graph is not None, "captured"
-            for layer in piece.whole:
-                runtime.coordinator.pass_over(layer, 1)
-            runtime.seconds.steps += len(piece.whole)
             accelerator.replay(piece.graph, reads=(answer,), writes=piece.writes)
             self._note_sent(piece)
             runtime.note_replay(piece.layer, began)
+            runtime.settle()  # the device has work meanwhile
+            for layer in piece.whole:
+                runtime.coordinator.pass_over(layer, 1)
+            runtime.seconds.steps += len(piece.whole)
             if piece.layer >= 0:
                 self._compute(piece)
         self._wait()

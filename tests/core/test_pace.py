@@ -94,6 +94,12 @@ def test_an_overhead_is_learnt_whatever_steps_compute() -> None:
     assert overhead.more_s == pytest.approx(3e-4)
 
 
+def test_what_a_calibration_left_is_corrected_soon() -> None:
+    overhead = Overhead()
+    changed = [number for number in range(200) if overhead.observe(2e-3 + overhead.more_s, 2.5e-3 + number * 1e-5)]
+    assert changed == [15, 79, 143]
+
+
 def test_scatter_is_no_overhead() -> None:
     overhead, draw = Overhead(window=16), random.Random(4)
     assert not any(overhead.observe(2e-3, 2e-3 * draw.uniform(0.98, 1.02)) for _ in range(160))

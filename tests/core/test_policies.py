@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ def random_routings(seed: int, steps: int, layers: int = 2, num_experts: int = 1
 
 
 def without_scores(routing: Routing) -> Routing:
-    return dataclasses.replace(routing, scores=None)
+    return routing._replace(scores=None)
 
 
 def specs(num_slots: int, layers: int = 2, num_experts: int = 16) -> list[LayerSpec]:

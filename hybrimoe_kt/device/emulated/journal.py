@@ -13,6 +13,7 @@ import torch
 
 from hybrimoe_kt.device.backend import CpuBackend, Routed
 from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.step_graph import StepGraph
 
 from .immediate import ImmediateAccelerator, _Done
 
@@ -68,6 +69,10 @@ class JournalAccelerator(ImmediateAccelerator):
     ) -> None:
         self.entries.append(Entry(stream.name, site, sum(tensor.nbytes for tensor in writes), "launch"))
         super().launch(stream, work, reads=reads, writes=writes, site=site)
+
+    def replay(self, graph: StepGraph, *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        self.entries.append(Entry("compute", "piece", sum(tensor.nbytes for tensor in writes), "launch"))
+        super().replay(graph, reads=reads, writes=writes)
 
 
 class JournalCpu(CpuBackend):
