@@ -239,7 +239,7 @@ class Coordinator:
         """Return what to start for later layers now; call it while `plan` is open, with its work under way.
 
         `predictions` are the host's guesses for the next layers in order, if it has any; predictors that
-        learn on their own ignore them.
+        learn on their own ignore them. None of their scores is kept.
         """
         if self._unlearnt is not None:
             self.learn()

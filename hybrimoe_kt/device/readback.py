@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -28,12 +28,13 @@ class Guesses(NamedTuple):
     """What the gates of some later `layers` would choose, nearest first.
 
     `ids` int64 `[num_layers, num_tokens, top_k]`; `scores` float32 `[num_layers, num_experts]`, the probabilities
-    averaged over the tokens.
+    averaged over the tokens; `rows` these as plain numbers, in the same memory, where that is the host's.
     """
 
     layers: Sequence[int]
     ids: torch.Tensor
     scores: torch.Tensor
+    rows: Sequence[Sequence[float]] = ()
 
 
 class Predict(Protocol):
@@ -147,7 +148,18 @@ class _Room:
 
         self.source, self.on_device = device[:num_bytes], parts(device)
         self.targets = [host[:num_bytes] for host in hosts]
-        self.on_host = [parts(host) for host in hosts]
+        self._on_host = [parts(host) for host in hosts]
+        self._rows = [_plain_rows(scores) for _, scores in self._on_host]
+
+    def guesses(self, layers: Sequence[int], turn: int) -> Guesses:
+        """What has been, or will be, copied to the host in that turn."""
+        return Guesses(layers, *self._on_host[turn], self._rows[turn])
+
+
+def _plain_rows(scores: torch.Tensor) -> list[Sequence[float]]:
+    """Every row of a tensor on the host, whose numbers cost a call of torch each otherwise."""
+    rows: Any = scores.numpy()  # numpy's stubs know no buffers before Python 3.12
+    return [memoryview(row) for row in rows]
 
 
 class Readback:
@@ -222,7 +234,7 @@ class Readback:
                 predict(hidden, ids, scores)
                 room.targets[0].copy_(room.source, non_blocking=True)
 
-            sent.gates, sent.guesses = CapturedWork(capture, work), Guesses(predict.layers, *room.on_host[0])
+            sent.gates, sent.guesses = CapturedWork(capture, work), room.guesses(predict.layers, 0)
         accelerator.launch(gates, sent.gates, reads=(hidden,), writes=(source, target), site="gates")
         gates.record(sent.guessed, "guesses read")
         step.guesses, step.guessed = sent.guesses, sent.guessed
@@ -243,7 +255,7 @@ class Readback:
         accelerator.launch(gates, work, reads=(hidden,), writes=(room.source,), site="gates")
         accelerator.copy(gates, room.targets[self._turn], room.source, "guesses to host")
         gates.record(buffers.guessed, "guesses read")
-        step.guesses, step.guessed = Guesses(predict.layers, *room.on_host[self._turn]), buffers.guessed
+        step.guesses, step.guessed = room.guesses(predict.layers, self._turn), buffers.guessed
 
     def _room_for(self, predict: Predict, ids: torch.Tensor) -> _Room:
         """Buffers shaped for the guesses; made again only when the shape changes."""
@@ -261,5 +273,5 @@ class Readback:
         if step.guesses is not None and step.guessed is not None:
             if not step.guessed.is_done():
                 self._deadline.wait(step.guessed.is_done, self._gates)
-            self._accelerator.on_host("prefetching", reads=step.guesses[1:])
+            self._accelerator.on_host("prefetching", reads=step.guesses[1:3])
         return step.guesses

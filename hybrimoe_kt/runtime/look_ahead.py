@@ -49,8 +49,8 @@ class LookAhead:
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
             if guesses is not None:
-                scores = halved(guesses.scores) if is_recorded else guesses.scores
-                predictions = predicted_routing(guesses, scores, phase)
+                rows = halved(guesses.scores).tolist() if is_recorded else guesses.rows
+                predictions = predicted_routing(guesses, rows, phase)
         if prefetches:
             began = time.perf_counter() if log is not None else 0.0
             orders = coordinator.prefetch(plan, predictions)

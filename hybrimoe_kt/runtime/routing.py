@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -33,23 +35,14 @@ def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:
     return Routing(layer, dict(Counter(flat)), len(ids), step.scores, summed, phase)
 
 
-def predicted_routing(guesses: Guesses, scores: torch.Tensor, phase: Phase | None = None) -> list[Routing]:
-    """The gates' guesses in plain numbers; `scores` float32 `[num_layers, num_experts]`.
-
-    Few of them are ever looked at, so they stay packed: a memoryview gives them out as Python's own numbers.
-    """
+def predicted_routing(guesses: Guesses, rows: Sequence[Sequence[float]], phase: Phase | None = None) -> list[Routing]:
+    """The gates' guesses in plain numbers, `rows` their scores by layer, which stay where they are."""
     num_tokens = guesses.ids.shape[1]
-    if num_tokens > 1:
-        chosen, rows = guesses.ids.flatten(1).tolist(), scores.tolist()
-        return [
-            Routing(later, dict(Counter(chosen[at])), num_tokens, rows[at], None, phase)
-            for at, later in enumerate(guesses.layers)
-        ]
-    packed, size = memoryview(scores.numpy().tobytes()).cast("f"), scores.shape[1]
-    routings, at = [], 0
-    for later, chosen in zip(guesses.layers, guesses.ids.tolist(), strict=True):
-        routings.append(Routing(later, dict.fromkeys(chosen[0], 1), 1, packed[at : at + size], None, phase))
-        at += size
+    routings = []
+    for later, chosen, row in zip(guesses.layers, guesses.ids.tolist(), rows, strict=True):
+        # one token names an expert once
+        loads = dict.fromkeys(chosen[0], 1) if num_tokens == 1 else dict(Counter(chain.from_iterable(chosen)))
+        routings.append(Routing(later, loads, num_tokens, row, None, phase))
     return routings
 
 

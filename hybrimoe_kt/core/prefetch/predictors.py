@@ -94,7 +94,8 @@ class CorrectedGatePredictor(Predictor):
         result = []
         for ahead, guess in enumerate(given[:depth]):
             if ahead == 0:
-                self._guess[guess.layer] = guess
+                kept = None if guess.scores is None else list(guess.scores)  # whose memory is the host's to reuse
+                self._guess[guess.layer] = guess._replace(scores=kept)
             spec = self.specs[guess.layer]
             raw = _vector(guess, spec.num_experts, guess.scores is not None)
             corrected = [s + r for s, r in zip(raw, self._residual[guess.layer], strict=True)]
