@@ -225,6 +225,8 @@ class StepPieces:
         job = self._runtime.begin(piece.layer, piece.routed, piece.sent)
         if job.plan is None and job.answer is not None and piece.sent is not None:
             self._is_cut_too_often = True
+        if piece.sent is None:  # another accelerator's, perhaps, on whose stream the next piece is not
+            return self._answer.copy_(self._runtime.finish(job))
         return self._runtime.finish(job, self._answer)
 
 

@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+
+from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
+from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.engine import Sampling
+from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from tests.support.generated_model import GeneratedModel, Shape
 
 RULES = """
@@ -55,3 +64,47 @@ def test_two_accelerators_answer_as_none(generated: Callable[[Shape], GeneratedM
     crossings = engine.loaded.crossings
     assert crossings is not None
     assert crossings.num_crossings == 16, "one prompt step and 15 decode steps"
+
+
+EXPERTS_ELSEWHERE = """
+- match:
+    name: ^model\\.layers\\.[01]\\.mlp\\.experts$
+  replace:
+    class: hybrimoe_kt.operators.experts.HybriMoEExperts
+    kwargs: {generate_device: "emulated:0"}
+  recursive: false
+- match:
+    name: ^model\\.layers\\.\\d+\\.mlp\\.experts$
+  replace:
+    class: hybrimoe_kt.operators.experts.HybriMoEExperts
+    kwargs: {generate_device: "emulated:1"}
+  recursive: false
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_captured_steps_wait_for_the_other_accelerator(
+    generated: Callable[[Shape], GeneratedModel], write: Callable[[str], Path], seed: int
+) -> None:
+    """The model's stream does not: what the other one answers comes through the host."""
+    model, rules = generated(Shape(layers=4, experts=16, top_k=4)), write(EXPERTS_ELSEWHERE)
+    options = {"cpu_backend": "torch_reference", "gpu_backend": "torch_reference", "cache_size": 8, "prefetch_size": 2}
+
+    def adversaries(experts: ModelExperts) -> Runtime:
+        names = ("emulated:0", "emulated:1")
+        given = {name: AdversarialAccelerator(Adversary(seed + at), name=name) for at, name in enumerate(names)}
+        return assemble(experts, accelerators=given)
+
+    answers = []
+    for captures in (None, True):
+        loaded = load_model(
+            model.path, rules_path=rules, option_overrides=options, progress=False, device="emulated:0",
+            assemble=adversaries if captures else assemble,
+        )  # fmt: skip
+        made = TokenGenerator(loaded, set(), captures=captures)
+        rows = [made.append(list(range(11, 20))).clone()]
+        for _ in range(12):
+            rows.append(made.append([int(rows[-1].argmax())]).clone())
+        answers.append(torch.stack(rows))
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-4)
+    assert isinstance(made.loop, CapturedLoop) and made.loop.num_captures > 0
