@@ -133,7 +133,7 @@ class FlashInferAttention:
         (_, kv_heads, capacity, width), page = keys.shape, _page_tokens(keys)
         heads, dtype, every = query.shape[1], query.dtype, self._every_page(capacity // page)
         wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace(),
+            self.workspace(),
             kv_layout="HND",
             use_cuda_graph=True,
             use_tensor_cores=True,  # any number of query heads for each of keys and values
@@ -169,7 +169,7 @@ class FlashInferAttention:
         widths = latents.shape[-1], rotated.shape[-1]
         is_hopper = torch.cuda.get_device_capability(self._device)[0] == 9
         wrapper: Any = BatchMLAPagedAttentionWrapper(
-            self._workspace(),
+            self.workspace(),
             use_cuda_graph=True,
             qo_indptr=self._numbers(2),
             kv_indptr=self._numbers(2),
@@ -196,7 +196,7 @@ class FlashInferAttention:
 
         return _Planned(capacity, plan, wrapper.run)
 
-    def _workspace(self) -> torch.Tensor:
+    def workspace(self) -> torch.Tensor:
         if self._space is None:  # zeros, as its documentation asks
             self._space = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         return self._space
