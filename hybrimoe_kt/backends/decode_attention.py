@@ -37,6 +37,7 @@ class Attention(Protocol):
     """One way of attending, made with the device it is for. Queries are `[1, heads, 1, width]`, and so are answers.
 
     Rooms are `[1, kv_heads, capacity, width]`, of which the first `length` int64 `[1]` tokens are held, at least 1.
+    They may be of another dtype than the query's, to which they are rounded.
     """
 
     name: str

@@ -190,6 +190,18 @@ def test_a_try_plans_nothing_of_the_step_it_is_made_in(flashinfer: FlashInferAtt
     assert relative_error(found[0, :, 0], wanted) < 1e-2
 
 
+def test_rooms_in_another_dtype_go_to_the_next(flashinfer: FlashInferAttention) -> None:
+    """Call by call, so that other layers keep it."""
+    by = DeviceAttention(CPU, [flashinfer, SdpaAttention(CPU)])
+    query, room, length = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 64, 64, seed=2), torch.tensor([50])
+    by.plan(50)
+    for kept in (room, room.half(), room, room.float()):
+        found = by.attend(query, kept, kept, length, SCALING)
+        wanted = naive_decode_attention(query[0, :, 0], kept[0], kept[0], 50, SCALING)
+        assert relative_error(found[0, :, 0], wanted) < 1e-2
+    assert by.chosen() == ["flashinfer", "sdpa"] and len(made) == 2, "one of them tried"
+
+
 @pytest.mark.parametrize(
     ("width", "second", "dtype", "asked", "reason"),
     [
