@@ -12,7 +12,7 @@ from hybrimoe_kt.operators.linear import QuantizedLinear
 
 from .loading import LoadedModel
 
-__all__ = ["attention_of", "experts_of", "refusal"]
+__all__ = ["attention_of", "experts_of", "layers_read_as_kept", "refusal"]
 
 
 def refusal(loaded: LoadedModel) -> str | None:
@@ -37,3 +37,9 @@ def attention_of(model: nn.Module) -> list[DeviceAttention]:
     device = next(model.parameters()).device
     kernels = {each.kernel for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA)}
     return [attention_on(device, kernel) for kernel in sorted(kernels)]
+
+
+def layers_read_as_kept(model: nn.Module) -> frozenset[int]:
+    """Numbers of the layers whose attention takes keys and values in whatever dtype they are kept, in a fixed step."""
+    ours = (each for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA))
+    return frozenset(each.layer_idx for each in ours)
