@@ -35,7 +35,7 @@ def captured_loop(loaded: LoadedModel, cache: GrowingCache, *, captures: bool | 
     is_real = accelerator is not None and accelerator.device.type != "cpu"
     if accelerator is None or not (is_real or captures) or accelerator.capture() is None:
         return None
-    reason = refusal(loaded) or cache.refuses_fixed_steps()
+    reason = refusal(model, is_divided=loaded.crossings is not None) or cache.refuses_fixed_steps()
     if reason is not None:
         logger.log(logging.WARNING if captures else logging.INFO, "steps are not captured: %s", reason)
         return None
