@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .attention_configs import attention_config, latent_config, merge_config, num_splits
+from .attention_configs import AttentionConfig, attention_config, latent_config, merge_config, num_splits
 from .decode_attention import decode_attention
 from .latent_attention import latent_attention
 from .merge_splits import merge_splits
@@ -32,11 +32,10 @@ class AttentionKernels:
 
         These are keys and values, or latents and their rotated part.
         """
-        (heads, width), kv_heads, size = query.shape, first.shape[0], first.element_size()
-        if is_latent:
-            config = latent_config(self.target, heads, width, size)
-        else:
-            config = attention_config(self.target, heads // kv_heads, width, size)
+        (heads, width), kv_heads = query.shape, first.shape[0]
+        if first.element_size() < query.element_size():
+            return f"keys in {first.dtype} would be widened to {query.dtype}, for which there are no registers"
+        config = self._config(query, first, is_latent=is_latent)
         if config is None:
             each = f"{heads // kv_heads} heads of {width} numbers for each of keys and values"
             return f"no kernel for {self.target.name} has registers for {each} in {first.dtype}"
@@ -61,7 +60,7 @@ class AttentionKernels:
         What it writes between its kernels is allocated here.
         """
         (heads, width), kv_heads = query.shape, keys.shape[0]
-        config = attention_config(self.target, heads // kv_heads, width, keys.element_size())
+        config = self._config(query, keys, is_latent=False)
         assert config is not None, "refused"
         between = self._space(query.device, heads, num_splits(self.target, kv_heads), width)
         merge = merge_config(self.target, width)
@@ -84,7 +83,7 @@ class AttentionKernels:
     ) -> Callable[[], None]:
         """Return what writes `out [heads, rank]`, contiguous; arguments as of `latent_attention`."""
         heads, rank = query.shape
-        config = latent_config(self.target, heads, rank, latents.element_size())
+        config = self._config(query, latents, is_latent=True)
         assert config is not None, "refused"
         between = self._space(query.device, heads, num_splits(self.target, -(-heads // config.heads)), rank)
         merge = merge_config(self.target, rank)
@@ -94,6 +93,12 @@ class AttentionKernels:
             merge_splits(*between, length, out, config, merge)
 
         return launch
+
+    def _config(self, query: torch.Tensor, room: torch.Tensor, *, is_latent: bool) -> AttentionConfig | None:
+        (heads, width), size, converts = query.shape, room.element_size(), room.dtype != query.dtype
+        if is_latent:
+            return latent_config(self.target, heads, width, size, converts=converts)
+        return attention_config(self.target, heads // room.shape[0], width, size, converts=converts)
 
     def _space(self, device: torch.device, heads: int, splits: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The splits' answers and weights, of every layer with this shape."""

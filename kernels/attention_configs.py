@@ -32,16 +32,19 @@ class AttentionConfig:
     num_stages: int
 
 
-def attention_config(target: Target, group: int, width: int, itemsize: int) -> AttentionConfig | None:
+def attention_config(
+    target: Target, group: int, width: int, itemsize: int, *, converts: bool = False
+) -> AttentionConfig | None:
     """For `group` query heads a key-value head, `width` numbers of `itemsize` bytes each; None where none is known.
 
     16 KB of keys at a time, half of it in float32, whose products take more registers: more would spill. gfx1100,
-    where a warp holds all queries twice, has room for half of that.
+    where a warp holds all queries twice, has room for half of that. `converts`: to the query's dtype, for which gfx942
+    has no instruction; wide heads in float32 are compiled to something without tensor cores there.
     """
     heads, columns = max(16, _power_of_two(group)), max(16, _power_of_two(width))
     if target.interpreted:
         return AttentionConfig(heads, columns, 64, 1, 1)
-    if heads > 16 or columns > 256:
+    if heads > 16 or columns > 256 or (converts and target.name == "gfx942" and columns > 128 and itemsize == 4):
         return None
     num_bytes = (32 << 10) // itemsize
     if target.name != "gfx1100":
@@ -53,17 +56,21 @@ def attention_config(target: Target, group: int, width: int, itemsize: int) -> A
     return AttentionConfig(heads, columns, block, 8 if is_wide or itemsize == 4 else 4, 1 if is_wide else 2)
 
 
-def latent_config(target: Target, num_heads: int, rank: int, itemsize: int) -> AttentionConfig | None:
+def latent_config(
+    target: Target, num_heads: int, rank: int, itemsize: int, *, converts: bool = False
+) -> AttentionConfig | None:
     """For latents of `rank` numbers of `itemsize` bytes, which are keys and values at once; None where none is known.
 
-    On gfx1100 every shape spills: a thread would hold 256 registers of queries alone.
+    On gfx1100 every shape spills: a thread would hold 256 registers of queries alone. `converts` as above; beside it
+    gfx942 has no registers for two stages.
     """
     columns = max(16, _power_of_two(rank))
     if target.interpreted:
         return AttentionConfig(max(16, _power_of_two(num_heads)), columns, 64, 1, 1)
-    if target.name == "gfx1100" or columns > 512:
+    is_tight = converts and target.name == "gfx942"
+    if target.name == "gfx1100" or columns > 512 or (is_tight and itemsize == 4):
         return None
-    return AttentionConfig(16, columns, 32 if itemsize == 2 else 16, 4, 2)
+    return AttentionConfig(16, columns, 32 if itemsize == 2 else 16, 4, 1 if is_tight else 2)
 
 
 def _block(num_bytes: int, token_bytes: int) -> int:

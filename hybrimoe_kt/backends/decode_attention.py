@@ -20,7 +20,7 @@ from .flashinfer_attention import FlashInferAttention
 from .sdpa_attention import Asked, SdpaAttention
 from .triton_attention import TritonAttention
 
-__all__ = ["ATTENTION", "Attention", "DeviceAttention", "attention_on", "check_kernel", "survey"]
+__all__ = ["ATTENTION", "Attention", "DeviceAttention", "attention_on", "check_kernel", "survey", "workspace_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Attention(Protocol):
     """One way of attending, made with the device it is for. Queries are `[1, heads, 1, width]`, and so are answers.
 
     Rooms are `[1, kv_heads, capacity, width]`, of which the first `length` int64 `[1]` tokens are held, at least 1.
+    They may be of another dtype than the query's, to which they are rounded.
     """
 
     name: str
@@ -92,6 +93,26 @@ def _unusable(name: str, device: torch.device, kernel: str) -> str | None:
         return "on the CPU torch attends"  # where the interpreter would run, too
     unusable: Callable[[torch.device], str | None] | None = getattr(_ORDER[name], "unusable", None)
     return None if unusable is None else unusable(device)
+
+
+def workspace_bytes(
+    device: torch.device,
+    kernel: str,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    kept: torch.dtype,
+    *,
+    is_latent: bool = False,
+) -> int:
+    """What attention takes of a device for ever: FlashInfer's, where it would attend; others take next to nothing.
+
+    To two rooms of such widths, kept in `kept`, with queries in `dtype`. Nothing is tried, so it is an upper bound.
+    """
+    if survey(device, kernel).get("flashinfer", "it is not asked") is not None:
+        return 0
+    rooms = [torch.empty(1, 1, 1, width, dtype=kept, device="meta") for width in widths]
+    refusal = FlashInferAttention(device).refuses(rooms[0].to(dtype), rooms[0], rooms[1], Asked(is_latent=is_latent))
+    return 0 if refusal else FlashInferAttention.num_bytes
 
 
 def attention_on(device: torch.device, kernel: str = "auto") -> DeviceAttention:

@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,8 @@ __all__ = ["FlashInferAttention"]
 
 _WORKSPACE_BYTES = 128 << 20
 """As its documentation recommends; for partial answers, of all wrappers of a device."""
+_WRAPPER_BYTES = 8 << 20
+"""What each allocates for its plans, on the device and page-locked."""
 _PAGE_TOKENS = 16
 _WIDTHS = (64, 128, 256)
 _LATENT = 512, 64
@@ -33,7 +35,6 @@ _LATENT = 512, 64
 class _Planned:
     """A wrapper for layers of one shape: `plan(length)` on the host, then any number of `run(...)`."""
 
-    capacity: int
     plan: Callable[[int], None]
     run: Callable[..., torch.Tensor]
 
@@ -42,11 +43,14 @@ class FlashInferAttention:
     """On one CUDA device; `plan` comes before every step. Calls must be on one stream."""
 
     name = "flashinfer"
+    num_bytes: ClassVar[int] = _WORKSPACE_BYTES + _WRAPPER_BYTES
+    """What it takes of a device, where layers are of one shape."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._length = 0
-        self._planned: dict[tuple[object, ...], _Planned] = {}
+        self._planned: dict[tuple[object, ...], dict[int, _Planned]] = {}
+        """For layers of a shape: by the capacity of their rooms."""
         self._space: torch.Tensor | None = None
 
     @staticmethod
@@ -75,9 +79,10 @@ class FlashInferAttention:
     def plan(self, length: int) -> None:
         """Work on the host, once a token: the step that follows, or its replay, attends to `length` tokens."""
         self._length = length
-        for planned in self._planned.values():
-            if length <= planned.capacity:  # else it is of another conversation, or of one that has grown since
-                planned.plan(length)
+        for of_shape in self._planned.values():
+            for capacity, planned in of_shape.items():
+                if length <= capacity:  # else it is of another conversation
+                    planned.plan(length)
 
     def attend(
         self,
@@ -91,8 +96,8 @@ class FlashInferAttention:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert sinks is None, "refused"
-        key = "grouped", query.shape, keys.shape, query.dtype, scaling, window
-        planned = self._planned_for(key, length, lambda: self._grouped(query, keys, scaling, window))
+        key = "grouped", query.shape, keys.shape[1], query.dtype, scaling, window
+        planned = self._planned_for(key, keys, length, lambda: self._grouped(query, keys, scaling, window))
         page = _page_tokens(keys)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         planned.run(query[:, :, 0], (_pages(keys, page), _pages(values, page)), out=out[:, :, 0])
@@ -107,8 +112,8 @@ class FlashInferAttention:
         length: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        key = "latent", query.shape, latents.shape, query.dtype, scaling
-        planned = self._planned_for(key, length, lambda: self._latent(query, latents, rotated, scaling))
+        key = "latent", query.shape, query.dtype, scaling
+        planned = self._planned_for(key, latents, length, lambda: self._latent(query, latents, rotated, scaling))
         page = _page_tokens(latents)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         queries = query[:, :, 0].contiguous(), rotated_query[:, :, 0].contiguous()
@@ -116,15 +121,23 @@ class FlashInferAttention:
         planned.run(query=queries, kv_cache=rooms, out=out[:, :, 0])
         return out
 
-    def _planned_for(self, key: tuple[object, ...], length: torch.Tensor, make: Callable[[], _Planned]) -> _Planned:
-        """The wrapper of a shape, made and planned by the first layer that has it."""
-        found = self._planned.get(key)
+    def _planned_for(
+        self, key: tuple[object, ...], room: torch.Tensor, length: torch.Tensor, make: Callable[[], _Planned]
+    ) -> _Planned:
+        """The wrapper of a shape, made and planned by the first layer that has it, in place of those for less room.
+
+        A conversation that has grown wants these no more; one with less room makes its own again.
+        """
+        of_shape, capacity = self._planned.setdefault(key, {}), room.shape[2]
+        found = of_shape.get(capacity)
         if found is None:
             if torch.cuda.is_current_stream_capturing():
                 raise KernelError("FlashInfer is asked for a new shape while a step is captured; run one before")
             found = make()
             found.plan(self._length or int(length))
-            self._planned[key] = found
+            for smaller in [each for each in of_shape if each < capacity]:
+                del of_shape[smaller]
+            of_shape[capacity] = found
         return found
 
     def _grouped(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, window: int) -> _Planned:
@@ -159,7 +172,7 @@ class FlashInferAttention:
                 sm_scale=scaling,
             )
 
-        return _Planned(capacity, plan, wrapper.run)
+        return _Planned(plan, wrapper.run)
 
     def _latent(self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor, scaling: float) -> _Planned:
         from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
@@ -194,7 +207,7 @@ class FlashInferAttention:
                 kv_cache_layout="split",
             )
 
-        return _Planned(capacity, plan, wrapper.run)
+        return _Planned(plan, wrapper.run)
 
     def workspace(self) -> torch.Tensor:
         if self._space is None:  # zeros, as its documentation asks

@@ -46,6 +46,8 @@ class CardNeeds:
     """Workspace of the experts' kernels, and the buffers around them."""
     linear_bytes: int = 0
     """Workspace of the kernels for packed dense matrices."""
+    attention_bytes: int = 0
+    """Workspace of attention."""
     streaming_bytes: int = 0
     context_bytes: int = 0
     """Of CUDA's context, where it is taken from the card's size."""
@@ -58,6 +60,10 @@ class CardNeeds:
     @property
     def dense_bytes(self) -> int:
         return self.packed_bytes + self.float_bytes
+
+    @property
+    def kernel_bytes(self) -> int:
+        return self.expert_bytes + self.linear_bytes + self.attention_bytes
 
     def cache_bytes(self, context_tokens: int) -> int:
         """Keys, values and states of a conversation, and a second copy of the largest tensor while it grows."""
@@ -73,7 +79,7 @@ class CardNeeds:
             Line("dense weights, floats", self.float_bytes),
             Line(f"keys and values of {context_tokens} tokens", self.cache_bytes(context_tokens)),
             Line("activations of a step", self.step.num_bytes(context_tokens) if self.step else 0),
-            Line("the kernels' workspace and buffers", self.expert_bytes + self.linear_bytes),
+            Line("the kernels' workspace and buffers", self.kernel_bytes),
             Line("prefill streaming", self.streaming_bytes),
             Line("CUDA's context (assumed)", self.context_bytes),
             Line("libraries (assumed)", self.library_bytes),

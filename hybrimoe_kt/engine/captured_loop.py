@@ -14,7 +14,7 @@ from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.step_graph import CaptureError
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
 from hybrimoe_kt.errors import first_line
-from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, refusal
+from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, layers_read_as_kept, refusal
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.runtime.step_pieces import StepPieces
 
@@ -35,7 +35,7 @@ def captured_loop(loaded: LoadedModel, cache: GrowingCache, *, captures: bool | 
     is_real = accelerator is not None and accelerator.device.type != "cpu"
     if accelerator is None or not (is_real or captures) or accelerator.capture() is None:
         return None
-    reason = refusal(loaded) or cache.refuses_fixed_steps()
+    reason = refusal(model, is_divided=loaded.crossings is not None) or cache.refuses_fixed_steps()
     if reason is not None:
         logger.log(logging.WARNING if captures else logging.INFO, "steps are not captured: %s", reason)
         return None
@@ -63,6 +63,7 @@ class CapturedLoop:
         model: Any = loaded.model
         self._model, self._embedding = model, model.get_input_embeddings()
         self._experts, self._attention = experts_of(model), attention_of(model)
+        self._read_as_kept = layers_read_as_kept(model)
         device = model.device
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._length = torch.zeros(1, dtype=torch.int64, device=device)
@@ -90,7 +91,7 @@ class CapturedLoop:
         with self._accelerator.model_stream():
             num_added = 0
             try:
-                cache.fix(self._position, self._length)
+                cache.fix(self._position, self._length, self._read_as_kept)
                 self._place(ids[0], cache)
                 self._compute(cache)
                 num_added = 1

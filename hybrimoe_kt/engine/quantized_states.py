@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from hybrimoe_kt.device import step_graph
 from hybrimoe_kt.kv_cache_types import BLOCK_VALUES
 
 from .room import with_fixed_room, with_room
 
-__all__ = ["QuantizedStates"]
+__all__ = ["FloatRooms", "QuantizedStates"]
 
 _LARGEST = 127
 _LARGEST_SCALE = 65504.0
@@ -56,14 +57,41 @@ class QuantizedStates:
         self._scales = with_fixed_room(self._scales, self.length, length, self._most_tokens)
         self.num_moves += 1
 
-    def read(self, dtype: torch.dtype, *, all_room: bool = False) -> torch.Tensor:
-        """All that is held, `[batch, heads, tokens, width]`, in memory of its own; or all there is room for."""
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """All that is held, `[batch, heads, tokens, width]`, in memory of its own."""
+        assert self._numbers is not None, "nothing was appended"
+        shape = *self.shape[:-2], self.length, self.shape[-1]
+        out = torch.empty(shape, dtype=dtype, device=self._numbers.device)
+        self._convert(out)
+        return out
+
+    def read_room(self, out: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """`out [batch, heads, room, width]`, with the first `length` int64 `[1]` tokens in it.
+
+        Where nobody may wait for `length`, which is not on a CPU, with all that there is room for.
+        """
+
+        def work() -> None:
+            self._convert(out[..., : int(length), :])
+
+        if out.device.type == "cpu":
+            step_graph.opaque(work)
+        else:
+            self._convert(out)
+        return out
+
+    def _convert(self, out: torch.Tensor) -> None:
+        """Write the first tokens, as many as `out` is for."""
         assert self._numbers is not None and self._scales is not None, "nothing was appended"
-        end = self._numbers.shape[-2] if all_room else self.length
-        numbers = self._numbers[..., :end, :].unflatten(-1, (-1, BLOCK_VALUES))
+        end, blocks = out.shape[-2], (-1, BLOCK_VALUES)
         scales = self._scales[..., :end, :, None].float()
-        out = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
-        return torch.mul(numbers, scales, out=out).flatten(-2)
+        torch.mul(self._numbers[..., :end, :].unflatten(-1, blocks), scales, out=out.unflatten(-1, blocks))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the room, `[batch, heads, room, width]`."""
+        assert self._numbers is not None, "nothing was appended"
+        return self._numbers.shape
 
     @property
     def room(self) -> int:
@@ -74,6 +102,23 @@ class QuantizedStates:
     def num_bytes(self) -> int:
         """Memory taken."""
         return sum(part.nbytes for part in (self._numbers, self._scales) if part is not None)
+
+
+class FloatRooms:
+    """Where layers, one after the other, have as floats what attention reads: one room of keys and one of values.
+
+    They grow when a layer does, which is before a step that is captured.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def of(self, place: int, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        """A room `shape` with the dtype and device of `like`, what the layer before has left in it, or zeros."""
+        memory = self._memory.get(place)
+        if memory is None or len(memory) < shape.numel() or memory.dtype != like.dtype or memory.device != like.device:
+            memory = self._memory[place] = like.new_zeros(shape.numel())
+        return memory[: shape.numel()].view(shape)
 
 
 def _blocks_of(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,16 @@ from hybrimoe_kt.device.layout import MatrixLayout, SlotLayout
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.kv_cache_types import BLOCK_VALUES, KV_CACHE_TYPES, check_kv_cache_type
 
-__all__ = ["HOST", "DenseTensor", "card_needs", "check_kv_widths", "dense_bytes", "kept_of", "step_shape"]
+__all__ = [
+    "HOST",
+    "DenseTensor",
+    "card_needs",
+    "check_kv_widths",
+    "dense_bytes",
+    "kept_of",
+    "kept_widths",
+    "step_shape",
+]
 
 HOST = "host"
 """The place of what is read in host memory whatever computes: an embedding that is only looked up."""
@@ -83,14 +92,18 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def kept_widths(config: Any) -> tuple[int, int]:
+    """Return how wide a head's keys and values are, or latents and their rotated part."""
+    latent = getattr(config, "kv_lora_rank", None)
+    return (int(latent), int(config.qk_rope_head_dim)) if latent else (_head_dim(config),) * 2
+
+
 def check_kv_widths(config: Any, kv_cache_type: str) -> None:
     """ConfigError where keys and values cannot be kept in the type: unknown, or heads that are no whole blocks."""
     check_kv_cache_type(kv_cache_type)
     if kv_cache_type != "q8_0":
         return
-    latent = getattr(config, "kv_lora_rank", None)
-    widths = {int(latent), int(config.qk_rope_head_dim)} if latent else {_head_dim(config)}
-    if odd := sorted(width for width in widths if width % BLOCK_VALUES):
+    if odd := sorted(width for width in kept_widths(config) if width % BLOCK_VALUES):
         raise ConfigError(
             f"kv_cache_type q8_0 takes heads a multiple of {BLOCK_VALUES} wide, these are {odd[0]}; take another"
         )
@@ -142,6 +155,7 @@ def card_needs(
     kv_cache_type: str = "auto",
     cpu_answers_pairs: bool = False,
     linear_bytes: int = 0,
+    attention_bytes: int = 0,
     context_bytes: int = 0,
     library_bytes: int = 0,
 ) -> CardNeeds:
@@ -168,6 +182,7 @@ def card_needs(
         step=step_shape(config, chunk, dtype_bytes, converts_cache=converts) if numbers else None,
         expert_bytes=workspace + buffers,
         linear_bytes=linear_bytes,
+        attention_bytes=attention_bytes if numbers else 0,
         streaming_bytes=options.prefill_streaming_bytes if served else 0,
         context_bytes=context_bytes,
         library_bytes=library_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -20,13 +21,26 @@ _NAME = "hybrimoe_fixed_length"
 """Of the function that is registered with Transformers."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What a family's module has whose attention asks its configuration for the function that attends."""
+_CAPS = "attn_logit_softcapping", "softcap"
+"""What modules, or their configurations, call a limit of scores."""
+_UNDERSTOOD = {
+    "attention_mask",
+    "dropout",
+    "is_causal",
+    "position_ids",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+}
+"""What may be given by name to who attends: one token's answer depends on nothing else, and not on all of these."""
 
 
 def fixed_length(cache: Any, layer: int) -> torch.Tensor | None:
     """The number of tokens held, this step's one among them, int64 `[1]` on the device; None in an ordinary step.
 
     In a *fixed* step a cache's layer says so by an attribute of this name, and its `update` returns all of its room,
-    `[1, kv_heads, capacity, width]`, with this step's token in its place.
+    `[1, kv_heads, capacity, width]`, in any dtype, with this step's token in its place.
     """
     layers = getattr(cache, "layers", ())
     return getattr(layers[layer], "fixed_length", None) if layer < len(layers) else None
@@ -134,8 +148,19 @@ def _refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} has no groups of query heads"
     if not hasattr(sys.modules[type(module).__module__], _INTERFACE):
         return f"{type(module).__name__} does not ask Transformers who attends"
+    if any(getattr(owner, name, None) for owner in (module, getattr(module, "config", None)) for name in _CAPS):
+        return "it caps its scores"
+    if unknown := sorted(_given_by_name(module) - _UNDERSTOOD):
+        return f"{type(module).__name__} attends with {', '.join(unknown)}"
     AttentionInterface.register(_NAME, _attend_fixed)
     return None
+
+
+def _given_by_name(module: nn.Module) -> set[str]:
+    """What a module gives by name to who attends, as its compiled code has it."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    calls = [names for names in getattr(code, "co_consts", ()) if isinstance(names, tuple) and "scaling" in names]
+    return {name for names in calls for name in names}
 
 
 def _attend_fixed(
@@ -149,7 +174,6 @@ def _attend_fixed(
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As Transformers calls it: `query [1, heads, 1, width]`, all of the rooms, and what a family adds by name.
@@ -158,8 +182,6 @@ def _attend_fixed(
     """
     if query.shape[0] != 1 or query.shape[2] != 1:
         raise HostCompatibilityError(f"a step of a fixed length is one token of one conversation, not {query.shape}")
-    if softcap:
-        raise HostCompatibilityError("attention that caps its scores takes no step of a fixed length")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     answer = attend_fixed(query, key, value, scaling=factor, window=sliding_window or 0, sinks=s_aux)
     return answer.transpose(1, 2).contiguous(), None

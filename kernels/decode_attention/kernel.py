@@ -50,7 +50,6 @@ def decode_attention_kernel(
         head = kv_head * group + place
         live = (place < group)[:, None] & (column < WIDTH)[None, :]  # [HEADS, COLUMNS]
         q = tl.load(query + head[:, None] * query_stride + column[None, :], mask=live, other=0.0)
-        q = q.to(keys.dtype.element_ty)
         key = tl.multiple_of(keys, 16) + kv_head * (key_head_stride // 8 * 8)  # the compiler sees that rows begin on 16
         value = tl.multiple_of(values, 16) + kv_head * (value_head_stride // 8 * 8)
         peak = tl.full([HEADS], float("-inf"), tl.float32)
@@ -61,14 +60,14 @@ def decode_attention_kernel(
             inside = token < end
             here = inside[:, None] & (column < WIDTH)[None, :]
             k_at = key + token.to(tl.int64)[:, None] * (key_stride // 8 * 8) + column[None, :]
-            k = tl.load(k_at, mask=here, other=0.0)  # [BLOCK, COLUMNS]
+            k = tl.load(k_at, mask=here, other=0.0).to(q.dtype)  # [BLOCK, COLUMNS]
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [HEADS, BLOCK]
             score = tl.where(inside[None, :], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, axis=1))
             weight = tl.exp2(score - higher[:, None])
             shrink = tl.exp2(peak - higher)
             v_at = value + token.to(tl.int64)[:, None] * (value_stride // 8 * 8) + column[None, :]
-            v = tl.load(v_at, mask=here, other=0.0)
+            v = tl.load(v_at, mask=here, other=0.0).to(q.dtype)
             answer = tl.dot(weight.to(v.dtype), v, answer * shrink[:, None], input_precision="ieee")
             total = total * shrink + tl.sum(weight, axis=1)
             peak = higher
@@ -91,9 +90,10 @@ def decode_attention(
     """Write what each split of the tokens answers, for `merge_splits`, and the logarithm to base 2 of its weight.
 
     `query [heads, width]`; `keys` and `values [kv_heads, capacity, width]`, whose rows are contiguous, of one float
-    dtype, begin on 16 bytes and are multiples of 8 numbers apart; `length` int64 `[1]`, at least 1: of the tokens in
-    front that are held, of which the last `window` are seen, 0: all. `answers` float32 `[heads, splits, width]`,
-    `weights` `[heads, splits]`; splits without tokens are left as they are.
+    dtype, begin on 16 bytes and are multiples of 8 numbers apart. Of another dtype than the query's, they are rounded
+    to that as they are read. `length` int64 `[1]`, at least 1: of the tokens in front that are held, of which the last
+    `window` are seen, 0: all. `answers` float32 `[heads, splits, width]`, `weights` `[heads, splits]`; splits without
+    tokens are left as they are.
     """
     kv_heads, _, width = keys.shape
     decode_attention_kernel[(weights.shape[1], kv_heads)](

@@ -53,8 +53,6 @@ def latent_attention_kernel(
         q = tl.load(query + head[:, None] * query_stride + column[None, :], mask=live, other=0.0)
         turned = is_head[:, None] & (rope < ROPE)[None, :]
         r = tl.load(rotated_query + head[:, None] * rotated_query_stride + rope[None, :], mask=turned, other=0.0)
-        q = q.to(latents.dtype.element_ty)
-        r = r.to(rotated.dtype.element_ty)
         peak = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         answer = tl.zeros([HEADS, COLUMNS], tl.float32)
@@ -65,10 +63,10 @@ def latent_attention_kernel(
             here = inside[:, None] & (column < RANK)[None, :]
             # The compiler sees that rows begin on 16 bytes.
             latent_at = tl.multiple_of(latents, 16) + row * (latent_stride // 8 * 8) + column[None, :]
-            latent = tl.load(latent_at, mask=here, other=0.0)  # [BLOCK, COLUMNS]
+            latent = tl.load(latent_at, mask=here, other=0.0).to(q.dtype)  # [BLOCK, COLUMNS]
             there = inside[:, None] & (rope < ROPE)[None, :]
             rotated_at = tl.multiple_of(rotated, 16) + row * (rotated_stride // 8 * 8) + rope[None, :]
-            key = tl.load(rotated_at, mask=there, other=0.0)  # [BLOCK, ROPE_COLUMNS]
+            key = tl.load(rotated_at, mask=there, other=0.0).to(q.dtype)  # [BLOCK, ROPE_COLUMNS]
             score = tl.dot(q, tl.trans(latent), input_precision="ieee")  # [HEADS, BLOCK]
             score = tl.dot(r, tl.trans(key), score, input_precision="ieee") * factor
             score = tl.where(inside[None, :], score, float("-inf"))
@@ -97,7 +95,8 @@ def latent_attention(
     """Write what each split of the tokens answers, for `merge_splits`, and the logarithm to base 2 of its weight.
 
     `query [heads, rank]`, `rotated_query [heads, rope]`, `latents [capacity, rank]`, `rotated [capacity, rope]`: rows
-    as of `decode_attention`, and `length`, too. `answers` float32 `[heads, splits, rank]`, `weights [heads, splits]`.
+    and dtypes as of `decode_attention`, and `length`, too. `answers` float32 `[heads, splits, rank]`, `weights`
+    `[heads, splits]`.
     """
     num_heads = query.shape[0]
     latent_attention_kernel[(triton.cdiv(num_heads, config.heads), weights.shape[1])](

@@ -124,15 +124,22 @@ def test_a_replay_reads_lengths_and_queries_anew(recorded: list[Callable[[], obj
         assert relative_error(read[0, :, 0], naive_latent_attention(*parts, held, SCALING)) < 1e-5
 
 
-@pytest.mark.kernels
-def test_triton_takes_rooms_of_another_dtype_than_the_query() -> None:
-    pytest.importorskip("triton")
-    by = attention_on(CPU, "triton")
-    query, keys, values, length = grouped(4, 2, 64)
-    found = by.attend(query, keys.half(), values.half(), length, SCALING)
-    assert by.chosen() == ["triton"] and found.dtype == torch.float32
-    wanted = naive_decode_attention(query[0, :, 0], keys[0].half(), values[0].half(), HELD, SCALING)
-    assert relative_error(found[0, :, 0], wanted) < 2e-3
+@pytest.mark.parametrize(("asked", "kept"), [("bfloat16", "float16"), ("bfloat16", "float32"), ("float16", "float32")])
+@pytest.mark.parametrize("kernel", ["sdpa", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_rooms_may_be_kept_in_another_dtype_than_the_querys(kernel: str, asked: str, kept: str) -> None:
+    """Which answers as if all of them were of the query's, in every bit."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    by, dtype = attention_on(CPU, kernel), getattr(torch, asked)
+    query, *rooms, length = grouped(8, 2, 64, dtype)
+    rooms = [room.to(getattr(torch, kept)) * 1.01 for room in rooms]
+    found = by.attend(query, *rooms, length, SCALING)
+    assert found.dtype == dtype and torch.equal(found, by.attend(query, *(r.to(dtype) for r in rooms), length, SCALING))
+    *queries, latents, rotated, length = latent(dtype=dtype)
+    rooms = [room.to(getattr(torch, kept)) * 1.01 for room in (latents, rotated)]
+    read = by.attend_latents(*queries, *rooms, length, SCALING)
+    assert torch.equal(read, by.attend_latents(*queries, *(room.to(dtype) for room in rooms), length, SCALING))
+    assert by.chosen() == [kernel]
 
 
 def test_on_a_cpu_torch_attends() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.backends.decode_attention import DeviceAttention
+from hybrimoe_kt.backends.decode_attention import DeviceAttention, workspace_bytes
 from hybrimoe_kt.backends.flashinfer_attention import FlashInferAttention
 from hybrimoe_kt.backends.sdpa_attention import Asked, SdpaAttention
 from hybrimoe_kt.errors import KernelError
@@ -161,14 +161,55 @@ def test_latents_are_pages_of_a_room(flashinfer: FlashInferAttention) -> None:
     assert len(made) == 1
 
 
-def test_a_room_that_grew_has_a_wrapper_of_its_own(flashinfer: FlashInferAttention) -> None:
-    query, small, large = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 16, 64, seed=2), randoms(1, 2, 48, 64, seed=3)
-    for room, held in ((small, 16), (large, 40), (small, 7)):
+def test_a_room_that_grew_has_a_wrapper_in_place_of_the_last_one(flashinfer: FlashInferAttention) -> None:
+    """So that a step plans one for layers of a shape. A conversation with less room makes its own beside it."""
+    query, queries = randoms(1, 4, 1, 64, seed=1), randoms(1, 6, 1, 64, seed=4)
+    small, large = randoms(1, 2, 16, 64, seed=2), randoms(1, 2, 48, 64, seed=3)
+
+    def attend(asked: torch.Tensor, room: torch.Tensor, held: int) -> None:
         flashinfer.plan(held)
-        found = flashinfer.attend(query, room, room, torch.tensor([held]), SCALING)
-        wanted = naive_decode_attention(query[0, :, 0], room[0], room[0], held, SCALING)
+        found = flashinfer.attend(asked, room, room, torch.tensor([held]), SCALING)
+        wanted = naive_decode_attention(asked[0, :, 0], room[0], room[0], held, SCALING)
         assert relative_error(found[0, :, 0], wanted) < 1e-2
-    assert len(made) == 2
+
+    def planned() -> list[int]:
+        for each in made:
+            each.indptr.fill_(-1)
+        flashinfer.plan(5)
+        return [at for at, each in enumerate(made) if each.indptr[0] == 0]
+
+    attend(query, small, 16), attend(queries, small, 16)
+    assert planned() == [0, 1]
+    attend(query, large, 40)
+    assert planned() == [1, 2], "layers of the other shape have not grown"
+    attend(queries, large, 41)
+    assert planned() == [2, 3]
+    attend(query, small, 7), attend(query, large, 48), attend(query, small, 8)
+    assert planned() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "widths", "kept", "is_latent", "takes"),
+    [
+        ("auto", (128, 128), torch.bfloat16, False, 136 << 20),
+        ("flashinfer", (512, 64), torch.bfloat16, True, 136 << 20),
+        ("triton", (128, 128), torch.bfloat16, False, 0),
+        ("auto", (96, 96), torch.bfloat16, False, 0),
+        ("auto", (128, 128), torch.float16, False, 0),
+    ],
+)
+def test_its_workspace_is_planned_where_it_would_attend(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    widths: tuple[int, int],
+    kept: torch.dtype,
+    is_latent: bool,
+    takes: int,
+) -> None:
+    card = torch.device("cuda:0")
+    assert workspace_bytes(CPU, kernel, widths, torch.bfloat16, kept, is_latent=is_latent) == 0
+    monkeypatch.setattr(FlashInferAttention, "unusable", staticmethod(lambda device: None))
+    assert workspace_bytes(card, kernel, widths, torch.bfloat16, kept, is_latent=is_latent) == takes
 
 
 def test_no_wrapper_is_made_while_a_step_is_captured(
@@ -188,6 +229,18 @@ def test_a_try_plans_nothing_of_the_step_it_is_made_in(flashinfer: FlashInferAtt
     assert by.chosen() == ["flashinfer"] and len(made) == 2
     wanted = naive_decode_attention(query[0, :, 0], room[0], room[0], 50, SCALING)
     assert relative_error(found[0, :, 0], wanted) < 1e-2
+
+
+def test_rooms_in_another_dtype_go_to_the_next(flashinfer: FlashInferAttention) -> None:
+    """Call by call, so that other layers keep it."""
+    by = DeviceAttention(CPU, [flashinfer, SdpaAttention(CPU)])
+    query, room, length = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 64, 64, seed=2), torch.tensor([50])
+    by.plan(50)
+    for kept in (room, room.half(), room, room.float()):
+        found = by.attend(query, kept, kept, length, SCALING)
+        wanted = naive_decode_attention(query[0, :, 0], kept[0], kept[0], 50, SCALING)
+        assert relative_error(found[0, :, 0], wanted) < 1e-2
+    assert by.chosen() == ["flashinfer", "sdpa"] and len(made) == 2, "one of them tried"
 
 
 @pytest.mark.parametrize(

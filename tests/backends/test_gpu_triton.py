@@ -116,9 +116,6 @@ def test_every_gate_with_three_others_as_up(gate: Type, away: int, num_tokens: i
 
 @pytest.mark.parametrize("num_tokens", [2, 17])
 def test_bfloat16_activations_on_decode_and_prefill(num_tokens: int) -> None:
-    """On the CPU only decode: the interpreter multiplies bfloat16 matrices wrongly."""
-    if num_tokens > workspace.DECODE_TOKENS and DEVICE.type == "cpu":
-        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot")
     for kind in (Type.Q4_K, Type.BF16):
         layer = slotted_layer(kind)
         inputs = routed(layer, num_tokens, torch.bfloat16)

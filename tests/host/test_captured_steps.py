@@ -23,9 +23,9 @@ from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.device.emulated.faults import Faults
 from hybrimoe_kt.device.recorder import Recorder
 from hybrimoe_kt.device.step_graph import listeners
-from hybrimoe_kt.engine import growing_cache as cache_module
 from hybrimoe_kt.engine import room
 from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
+from hybrimoe_kt.engine.growing_layers import GrowingLayer
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
@@ -291,7 +291,7 @@ def test_experts_that_change_places_between_two_tokens(generated: Make, through:
 @pytest.mark.parametrize("baked", ["position", "length"])
 def test_a_number_that_python_worked_out_is_found(generated: Make, baked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the recorder is for: with such a mistake in the cache, tokens come out wrong, as they would on a GPU."""
-    layer = cache_module._GrowingLayer
+    layer = GrowingLayer
 
     def update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fixed_length is None:

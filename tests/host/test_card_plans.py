@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hybrimoe_kt.backends.flashinfer_attention import FlashInferAttention
 from hybrimoe_kt.backends.gpu_triton import TritonGpu
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
@@ -23,8 +25,8 @@ from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.host.card_plan import DenseTensor, dense_bytes, kept_of, step_shape
 from hybrimoe_kt.host.hf import loading
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
-from hybrimoe_kt.host.hf.card_plans import Card, dense_tensors
-from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.host.hf.card_plans import Card, Context, dense_tensors
+from hybrimoe_kt.host.hf.loading import load_model, plan_of
 from hybrimoe_kt.host.hf.placement import Placement
 from tests.support.generated_model import GeneratedModel, Shape, Type
 
@@ -166,6 +168,22 @@ def test_types_of_the_cache_count(generated: Make) -> None:
     tokens = plans["f32"].context_tokens
     assert plans["q8_0"].needs.cache_bytes(tokens) * 128 == plans["f32"].needs.cache_bytes(tokens) * 34
     assert plans["q8_0"].needs.step is not None and plans["q8_0"].needs.step.handed_out
+
+
+@pytest.mark.parametrize(("name", "takes"), [("qwen3moe", True), ("deepseek2", False)])
+def test_attentions_workspace_counts(generated: Make, monkeypatch: pytest.MonkeyPatch, name: str, takes: bool) -> None:
+    """FlashInfer's, where it has kernels for the model's heads: not for these latents."""
+    shape = dataclasses.replace(SHAPES[name], head_dim=64)
+    card = Card("cuda:0", torch.device("cuda:0"), 2**40, TritonGpu)
+    context = Context(300, "auto", torch.bfloat16)
+
+    def planned() -> int:
+        return plan_of(generated(shape).path, None, card, context, {}).needs.kernel_bytes
+
+    monkeypatch.setattr(FlashInferAttention, "unusable", staticmethod(lambda device: "it is not installed"))
+    without = planned()
+    monkeypatch.setattr(FlashInferAttention, "unusable", staticmethod(lambda device: None))
+    assert planned() - without == (FlashInferAttention.num_bytes if takes else 0)
 
 
 def test_a_cache_has_memory_for_what_was_planned_and_no_more(generated: Make) -> None:

@@ -57,8 +57,6 @@ def attend(
     ("heads", "kv_heads", "width"), [(8, 2, 64), (3, 1, 96), (16, 1, 128), (4, 2, 256), (2, 2, 40)], ids=str
 )
 def test_decode_attention(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
-    if TARGET.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
     held = 5 * BLOCK + 3
     query = states(heads, width, held=heads, dtype=dtype, seed=1)
     keys, values = (states(kv_heads, held + 40, width, held=held, dtype=dtype, seed=seed) for seed in (2, 3))
@@ -126,8 +124,6 @@ def test_a_room_may_lie_in_a_larger_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("heads", "rank", "rope"), [(16, 512, 64), (5, 96, 16), (40, 64, 8)], ids=str)
 def test_latent_attention(heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
-    if TARGET.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
     query = states(heads, rank, held=heads, dtype=dtype, seed=1)
     rotated_query = states(heads, rope, held=heads, dtype=dtype, seed=2)
     kernels, length = AttentionKernels(TARGET), length_of(1)
@@ -139,6 +135,36 @@ def test_latent_attention(heads: int, rank: int, rope: int, dtype: torch.dtype) 
         kernels.latent(query, rotated_query, latents, rotated, length, 0.06, out)()
         wanted = naive_latent_attention(*(part.cpu() for part in (query, rotated_query, latents, rotated)), held, 0.06)
         assert relative_error(out, wanted) < WITHIN[dtype], held
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=["bf16-fp16", "bf16-fp32", "fp16-fp32"],
+)
+def test_rooms_are_rounded_to_the_dtype_of_the_query(asked: torch.dtype, kept: torch.dtype) -> None:
+    """Where launch shapes are the same, which they are in the interpreter: every bit of rounding them before."""
+    held, kernels = 3 * BLOCK + 3, AttentionKernels(TARGET)
+    query = states(8, 64, held=8, dtype=asked, seed=1)
+    rooms = [states(2, held + 40, 64, held=held, dtype=kept, seed=seed) for seed in (2, 3)]
+    rounded = [room.to(asked) for room in rooms]
+    found, before = (attend(query, *each, length_of(held)) for each in (rooms, rounded))
+    wanted = naive_decode_attention(query.cpu(), *(room.cpu() for room in rounded), held, 0.17)
+    assert found.dtype == asked and relative_error(found, wanted) < WITHIN[asked]
+
+    turned = states(8, 16, held=8, dtype=asked, seed=4)
+    latents, rotated = (states(held + 40, width, held=held, dtype=kept, seed=width) for width in (64, 16))
+    read, read_before = torch.full_like(query, NAN), torch.full_like(query, NAN)
+    kernels.latent(query, turned, latents, rotated, length_of(held), 0.06, read)()
+    kernels.latent(query, turned, latents.to(asked), rotated.to(asked), length_of(held), 0.06, read_before)()
+    parts = [part.cpu() for part in (query, turned, latents.to(asked), rotated.to(asked))]
+    assert relative_error(read, naive_latent_attention(*parts, held, 0.06)) < WITHIN[asked]
+    if TARGET.interpreted:
+        assert torch.equal(found, before) and torch.equal(read, read_before)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
@@ -179,8 +205,9 @@ def test_launch_shapes_go_with_the_device_and_not_with_the_length() -> None:
 )
 def test_what_would_spill_is_refused(target: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
     """Without key-value heads: latents."""
-    query, room = torch.empty(heads, width), torch.empty(kv_heads or 1, 8, width, dtype=dtype)
+    query, room = torch.empty(heads, width, dtype=dtype), torch.empty(kv_heads or 1, 8, width, dtype=dtype)
     kernels = AttentionKernels(TARGETS[target])
     assert kernels.refuses(query, room, room, is_latent=not kv_heads) is not None
     room = torch.empty(8, 8, 128, dtype=torch.bfloat16)
-    assert kernels.refuses(torch.empty(16, 128), room, room) is None
+    assert kernels.refuses(torch.empty(16, 128, dtype=torch.float16), room, room) is None
+    assert "would be widened" in (kernels.refuses(torch.empty(16, 128), room, room) or "")

@@ -51,7 +51,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> AttentionKernels:
     """An H100's launch, whose programs take all of their 256 tokens at once, which the interpreter does faster."""
     for name in ("attention_config", "latent_config"):
         choose = getattr(attention, name)
-        larger = lambda *given, choose=choose: replace(choose(*given), block=256)  # noqa: E731
+        larger = lambda *given, choose=choose, **more: replace(choose(*given, **more), block=256)  # noqa: E731
         monkeypatch.setattr(attention, name, larger)
     return AttentionKernels(TARGETS["sm_90"])
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, Qwen3MoeConfig
+from transformers import DynamicCache, Gemma2Config, Qwen3MoeConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRotaryEmbedding
 
 from hybrimoe_kt.engine.growing_cache import growing_cache
@@ -116,6 +117,26 @@ def test_a_module_that_cannot_be_served_stays_what_it_is() -> None:
     fix_lengths(talk.cache, 8)
     with pytest.raises(HostCompatibilityError, match=f"{KEY}: Plain has no groups of query heads, so it takes no step"):
         ours(torch.zeros(2), past_key_values=talk.cache)
+
+
+@pytest.mark.parametrize(("cap", "reason"), [(50.0, "it caps its scores"), (None, None), (0.0, None)])
+def test_attention_that_caps_its_scores_takes_no_fixed_step(cap: float | None, reason: str | None) -> None:
+    settings = Gemma2Config(num_hidden_layers=1, attn_logit_softcapping=cap)
+    assert DecodeAttention(KEY, None, settings, Gemma2Attention(settings, 0)).refusal == reason
+
+
+class Biased(Qwen3MoeAttention):
+    __module__ = Qwen3MoeAttention.__module__  # which asks Transformers who attends
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        bias = hidden_states.new_zeros(1)
+        return kwargs["attend"](self, hidden_states, scaling=self.scaling, dropout=0.0, position_bias=bias)
+
+
+def test_nor_does_attention_that_is_told_more_than_we_know() -> None:
+    """Which would be left out of the answer without a word."""
+    ours = DecodeAttention(KEY, None, config(), Biased(config(), 0))
+    assert ours.refusal == "Biased attends with position_bias"
 
 
 def test_one_token_of_one_conversation_is_a_fixed_step() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from hybrimoe_kt.accelerators import is_host, numbered
+from hybrimoe_kt.backends import decode_attention
 from hybrimoe_kt.backends.gpu_dense import workspace_bytes
 from hybrimoe_kt.backends.registry import cpu_backend, gpu_class
 from hybrimoe_kt.config import ExpertOptions
@@ -18,7 +19,8 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import GpuBackend
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.packed import PackedMatrix
-from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs, check_kv_widths
+from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs, check_kv_widths, kept_widths
+from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.runtime import ModelExperts
 
@@ -139,10 +141,12 @@ def plan_model(
     parameters: Mapping[str, tuple[int, ...]],
     context: Context,
     cards: Mapping[str, Card] | None = None,
+    *,
+    attention: Collection[str] = (),
 ) -> dict[str, MemoryPlan]:
     """Plan what the rules made of a model without weights: `parameters` are its floats, the loader has what is packed.
 
-    On the accelerators that experts name and layers stand on, unless `cards` are given.
+    On the accelerators that experts name and layers stand on, unless `cards` are given. `attention`: by what kernels.
     """
     packed, config = source.loader.packed, source.config
     dense = dense_tensors(packed, parameters, placement, source.architecture, config, context.dtype)
@@ -150,7 +154,9 @@ def plan_model(
     has_kernels = packed and any(card.device.type != "cpu" for card in cards.values())
     width = max(_heads_of(matrix, config) * matrix.columns for matrix in packed.values()) if has_kernels else 0
     linear_bytes = workspace_bytes(width, context.dtype) if width else 0
-    return plan_cards(cards, experts, list(dense), placement, config, context, linear_bytes=linear_bytes)
+    return plan_cards(
+        cards, experts, list(dense), placement, config, context, linear_bytes=linear_bytes, attention=attention
+    )
 
 
 def _heads_of(matrix: PackedMatrix, config: Any) -> int:
@@ -167,11 +173,12 @@ def plan_cards(
     context: Context,
     *,
     linear_bytes: int = 0,
+    attention: Collection[str] = (),
 ) -> dict[str, MemoryPlan]:
     """Plan every card, by its accelerator's name; CapacityError where one that refuses cannot hold what it has to.
 
     An emulated one stands for a card: what is on the CPU counts as if it stood there. `linear_bytes`: workspace of the
-    kernels for packed matrices, where there are any.
+    kernels for packed matrices, where there are any; `attention` as of `plan_model`.
     """
     options, plans, places = experts.options, {}, {each.where for each in dense}
     for name, card in cards.items():
@@ -192,6 +199,9 @@ def plan_cards(
             kv_cache_type=context.kv_cache_type,
             cpu_answers_pairs=cpu_backend(options.cpu_backend).answers_pairs,
             linear_bytes=linear_bytes,
+            attention_bytes=max(
+                (_attention_bytes(card.device, each, config, context) for each in attention), default=0
+            ),
             context_bytes=context_bytes,
             library_bytes=library_bytes,
         )
@@ -201,6 +211,18 @@ def plan_cards(
             refuses=card.refuses,
         )  # fmt: skip
     return plans
+
+
+def _attention_bytes(device: torch.device, kernel: str, config: Any, context: Context) -> int:
+    kept = KV_CACHE_TYPES[context.kv_cache_type].dtype  # blocks are read as floats of the model's dtype
+    return decode_attention.workspace_bytes(
+        device,
+        kernel,
+        kept_widths(config),
+        context.dtype,
+        getattr(torch, kept) if kept else context.dtype,
+        is_latent=bool(getattr(config, "kv_lora_rank", None)),
+    )
 
 
 def _layer_place(number: int, placement: Placement) -> str:

@@ -10,16 +10,14 @@ from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.linear import QuantizedLinear
 
-from .loading import LoadedModel
-
-__all__ = ["attention_of", "experts_of", "refusal"]
+__all__ = ["attention_of", "experts_of", "kernels_of", "layers_read_as_kept", "refusal"]
 
 
-def refusal(loaded: LoadedModel) -> str | None:
-    """Why no step of the model can be fixed, whatever its cache; None if one can."""
-    if loaded.crossings is not None:
+def refusal(model: nn.Module, *, is_divided: bool) -> str | None:
+    """Why no step of the model can be fixed, whatever its cache; None if one can. `is_divided`: over devices."""
+    if is_divided:
         return "the layers are divided over several devices"
-    for name, module in loaded.model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | AbsorbedMLA) and module.asks_ggml:
             return f"ggml computes {name}"
         if isinstance(module, DecodeAttention) and module.refusal is not None:
@@ -35,5 +33,15 @@ def experts_of(model: nn.Module) -> list[HybriMoEExperts]:
 def attention_of(model: nn.Module) -> list[DeviceAttention]:
     """Who attends in fixed steps, each once; they are told of every step."""
     device = next(model.parameters()).device
-    kernels = {each.kernel for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA)}
-    return [attention_on(device, kernel) for kernel in sorted(kernels)]
+    return [attention_on(device, kernel) for kernel in sorted(kernels_of(model))]
+
+
+def kernels_of(model: nn.Module) -> set[str]:
+    """By what kernels its layers attend in fixed steps, as rules name them."""
+    return {each.kernel for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA)}
+
+
+def layers_read_as_kept(model: nn.Module) -> frozenset[int]:
+    """Numbers of the layers whose attention takes keys and values in whatever dtype they are kept, in a fixed step."""
+    ours = (each for each in model.modules() if isinstance(each, DecodeAttention | AbsorbedMLA))
+    return frozenset(each.layer_idx for each in ours)

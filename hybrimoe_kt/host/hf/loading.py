@@ -44,6 +44,7 @@ from .architectures import Architecture
 from .card_plans import Card, Context, plan_model
 from .dense_layers import DenseModel, attach_dense_layers
 from .dense_upload import DenseOnAccelerators
+from .fixed_steps import kernels_of
 from .injector import Injector
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement
@@ -204,7 +205,8 @@ def load_model(
     for name, reason in loader.dequantised.items():
         if name in parameters:  # else an operator reads what it would be made of
             logger.info("%s stays float, though a rule would have it packed: %s", name, reason)
-    plans = plan_model(source, inject.experts, inject.placement, parameters, context)
+    kernels = kernels_of(skeleton)
+    plans = plan_model(source, inject.experts, inject.placement, parameters, context, attention=kernels)
     with _progress(progress):
         model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
     if source.rotary is not None:
@@ -246,7 +248,10 @@ def plan_of(
     inject = Injector(rules_file, source.loader, str(card.device), given, None, tries_kernels=False)
     inject(skeleton)
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
-    return plan_model(source, inject.experts, inject.placement, parameters, context, {card.name: card})[card.name]
+    cards, kernels = {card.name: card}, kernels_of(skeleton)
+    return plan_model(source, inject.experts, inject.placement, parameters, context, cards, attention=kernels)[
+        card.name
+    ]
 
 
 def unused_of(gguf_path: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Unused]:
