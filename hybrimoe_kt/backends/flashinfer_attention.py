@@ -7,6 +7,7 @@ HND. With `use_cuda_graph` its plans always split the tokens, so that a replay l
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from hybrimoe_kt.errors import KernelError
 
 from .sdpa_attention import Asked
 
-__all__ = ["FlashInferAttention"]
+__all__ = ["FlashInferAttention", "workspace"]
 
 _WORKSPACE_BYTES = 128 << 20
 """As its documentation recommends; for partial answers, of all wrappers of a device."""
@@ -51,7 +52,6 @@ class FlashInferAttention:
         self._length = 0
         self._planned: dict[tuple[object, ...], dict[int, _Planned]] = {}
         """For layers of a shape: by the capacity of their rooms."""
-        self._space: torch.Tensor | None = None
 
     @staticmethod
     def unusable(device: torch.device) -> str | None:
@@ -146,7 +146,7 @@ class FlashInferAttention:
         (_, kv_heads, capacity, width), page = keys.shape, _page_tokens(keys)
         heads, dtype, every = query.shape[1], query.dtype, self._every_page(capacity // page)
         wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace(),
+            workspace(self._device),
             kv_layout="HND",
             use_cuda_graph=True,
             use_tensor_cores=True,  # any number of query heads for each of keys and values
@@ -182,7 +182,7 @@ class FlashInferAttention:
         widths = latents.shape[-1], rotated.shape[-1]
         is_hopper = torch.cuda.get_device_capability(self._device)[0] == 9
         wrapper: Any = BatchMLAPagedAttentionWrapper(
-            self.workspace(),
+            workspace(self._device),
             use_cuda_graph=True,
             qo_indptr=self._numbers(2),
             kv_indptr=self._numbers(2),
@@ -209,16 +209,17 @@ class FlashInferAttention:
 
         return _Planned(plan, wrapper.run)
 
-    def workspace(self) -> torch.Tensor:
-        if self._space is None:  # zeros, as its documentation asks
-            self._space = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
-        return self._space
-
     def _numbers(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self._device)
 
     def _every_page(self, count: int) -> torch.Tensor:
         return torch.arange(count, dtype=torch.int32, device=self._device)
+
+
+@functools.cache
+def workspace(device: torch.device) -> torch.Tensor:
+    """What everything of FlashInfer's shares on a device, whose calls are on one stream."""
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)  # zeros, as its documentation asks
 
 
 def _on_host(*numbers: int) -> torch.Tensor:

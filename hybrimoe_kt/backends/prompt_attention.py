@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hybrimoe_kt.errors import summary
 
-from .flashinfer_attention import FlashInferAttention
+from .flashinfer_attention import FlashInferAttention, workspace
 from .sdpa_attention import Asked, read_latents
 
 __all__ = ["FlashInferPrompts", "PromptAttention", "PromptReader", "TorchPrompts", "prompts_on"]
@@ -90,7 +90,7 @@ class FlashInferPrompts:
 
         (_, heads, tokens, rank), length = query.shape, latents.shape[2]
         if self._latent is None:
-            self._latent = BatchMLAPagedAttentionWrapper(self._decode.workspace())
+            self._latent = BatchMLAPagedAttentionWrapper(workspace(query.device))
         ends = [torch.tensor(pair, dtype=torch.int32, device="cpu") for pair in ((0, tokens), (0, length), (length,))]
         pages = torch.arange(length, dtype=torch.int32, device=query.device)
         self._latent.plan(

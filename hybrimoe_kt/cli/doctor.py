@@ -35,7 +35,7 @@ Nothing is computed, installed or written; of a model only the header is read.
 The exit code is 0 whatever is found (the JSON says ready: true or false) and 2
 when the file is no model that could be run.
 """
-_USES = {"flashinfer-python": "for attention of captured steps, on CUDA"}
+_USES = {"flashinfer-python": "for attention of captured steps and prompts, on CUDA"}
 _OPTIONAL = "kt-kernel"
 
 

@@ -29,6 +29,8 @@ class RoomLayer(DynamicLayer):
     """Where a fixed step writes, int64 `[1]`."""
     is_read_as_kept: bool = False
     """Whether attention reads the room in whatever dtype it is, in a fixed step."""
+    holds_one_text: bool = True
+    """Whether every token is seen by all after it, in any step: no rows are beside each other, and none is padded."""
 
     @property
     def room(self) -> int:

@@ -6,19 +6,21 @@ import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
+from hybrimoe_kt.backends.prompt_attention import PromptAttention, prompts_on
+from hybrimoe_kt.backends.sdpa_attention import Asked
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
-__all__ = ["DecodeAttention", "fixed_length"]
+__all__ = ["DecodeAttention", "fixed_length", "prompts_of"]
 
-_NAME = "hybrimoe_fixed_length"
-"""Of the function that is registered with Transformers."""
+_FIXED, _PROMPT = "hybrimoe_fixed_length", "hybrimoe_prompt"
+"""Functions that are registered with Transformers."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What a family's module has whose attention asks its configuration for the function that attends."""
 _CAPS = "attn_logit_softcapping", "softcap"
@@ -44,6 +46,17 @@ def fixed_length(cache: Any, layer: int) -> torch.Tensor | None:
     """
     layers = getattr(cache, "layers", ())
     return getattr(layers[layer], "fixed_length", None) if layer < len(layers) else None
+
+
+def prompts_of(cache: Any, layer: int, hidden: torch.Tensor, kernel: str) -> PromptAttention | None:
+    """Who attends to tokens `hidden [batch, tokens, width]` without a mask; None: the model's own code does, with one.
+
+    A mask says nothing where a cache's layer `holds_one_text`: every token sees all before it.
+    """
+    layers = getattr(cache, "layers", ())
+    if hidden.shape[0] != 1 or hidden.shape[1] == 1 or layer >= len(layers):
+        return None
+    return prompts_on(hidden.device, kernel) if getattr(layers[layer], "holds_one_text", False) else None
 
 
 class DecodeAttention(nn.Module):
@@ -109,30 +122,38 @@ class DecodeAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module that it replaces."""
         cache, stock = kwargs.get("past_key_values", kwargs.get("cache")), self.__dict__["_stock"]
-        length = None if cache is None else fixed_length(cache, stock.layer_idx)
-        return stock(*args, **kwargs) if length is None else self._fixed(length, args, kwargs)
+        if cache is None:
+            return stock(*args, **kwargs)
+        if (length := fixed_length(cache, stock.layer_idx)) is not None:
+            if self.refusal is not None:
+                raise HostCompatibilityError(f"{self.key}: {self.refusal}, so it takes no step of a fixed length")
+            attend = partial(attention_on(length.device, self.kernel).attend, length=length)
+            return self._asking(_FIXED, args, kwargs | {"attend_fixed": attend})
+        hidden = args[0] if args else kwargs["hidden_states"]
+        prompts = None if self.refusal else prompts_of(cache, stock.layer_idx, hidden, self.kernel)
+        return stock(*args, **kwargs) if prompts is None else self._asking(_PROMPT, args, kwargs | {"prompts": prompts})
 
-    def _fixed(self, length: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _asking(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stock code with another configuration, of this module alone: its model's decides about masks."""
-        if self.refusal is not None:
-            raise HostCompatibilityError(f"{self.key}: {self.refusal}, so it takes no step of a fixed length")
         stock = self.__dict__["_stock"]
-        attend = partial(attention_on(length.device, self.kernel).attend, length=length)
         config = stock.config
-        stock.config = _FixedConfig(config)
+        stock.config = _Config(config, name)
         try:
-            return stock(*args, **kwargs, attend_fixed=attend)
+            return stock(*args, **kwargs)
         finally:
             stock.config = config
 
 
-class _FixedConfig:
-    """A configuration that names our function."""
+class _Config:
+    """A configuration that names one of our functions."""
 
-    _attn_implementation = _NAME
+    def __init__(self, config: Any, name: str) -> None:
+        self._config, self._attn_implementation = config, name
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
+    @property
+    def usual(self) -> Any:
+        """What it named before."""
+        return self._config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
@@ -152,7 +173,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "it caps its scores"
     if unknown := sorted(_given_by_name(module) - _UNDERSTOOD):
         return f"{type(module).__name__} attends with {', '.join(unknown)}"
-    AttentionInterface.register(_NAME, _attend_fixed)
+    AttentionInterface.register(_FIXED, _attend_fixed)
+    AttentionInterface.register(_PROMPT, _attend_prompt)
     return None
 
 
@@ -185,3 +207,29 @@ def _attend_fixed(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     answer = attend_fixed(query, key, value, scaling=factor, window=sliding_window or 0, sinks=s_aux)
     return answer.transpose(1, 2).contiguous(), None
+
+
+def _attend_prompt(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    prompts: PromptAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """As Transformers calls it: `query [1, heads, tokens, width]`, keys and values of all tokens up to these."""
+    window = sliding_window or 0
+    reader = prompts.reader(query, key, value, Asked(window=window, has_sinks=s_aux is not None))
+    if reader is None:
+        stock, config = sys.modules[type(module).__module__], cast("_Config", module.config)
+        usual = getattr(stock, _INTERFACE).get_interface(config.usual, stock.eager_attention_forward)
+        given = {"scaling": scaling, "sliding_window": sliding_window, "s_aux": s_aux}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return usual(module, query, key, value, attention_mask, **kwargs)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return reader.attend(query, key, value, factor, window).transpose(1, 2).contiguous(), None

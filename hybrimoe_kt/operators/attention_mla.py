@@ -19,12 +19,13 @@ from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.backends.gpu_dense import check_gpu
 from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
-from hybrimoe_kt.backends.sdpa_attention import read_latents
+from hybrimoe_kt.backends.prompt_attention import PromptReader
+from hybrimoe_kt.backends.sdpa_attention import Asked, read_latents
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, score_bytes
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
-from .attention import fixed_length
+from .attention import fixed_length, prompts_of
 from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
 from .rotary import Rotate, RotatePairs
 
@@ -210,10 +211,18 @@ class AbsorbedMLA(nn.Module):
         if length is not None:
             reader = attention_on(length.device, self.kernel)
             read = reader.attend_latents(query_latent, query_rope, latent, key_rope, length, self.scaling)
+        elif (prompt := self._prompt_reader(past, hidden_states, query_latent, latent, key_rope)) is not None:
+            read = prompt.attend_latents(query_latent, query_rope, latent, key_rope, self.scaling)
         else:
             read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
         context = up.to_values(read)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
+
+    def _prompt_reader(
+        self, cache: Any, hidden: torch.Tensor, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
+    ) -> PromptReader | None:
+        prompts = prompts_of(cache, self.layer_idx, hidden, self.kernel)
+        return None if prompts is None else prompts.reader(query, latents, rotated, Asked(is_latent=True))
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
