@@ -294,7 +294,10 @@ class Lane:
 
         work: Callable[[], object] = combined
         if into is not None and step.sent is not None and self._capture is not None:
-            work = step.sent.joins.setdefault((has_gpu, cpu is not None), CapturedWork(self._capture, combined))
+            joins, shares = step.sent.joins, (has_gpu, cpu is not None)
+            if shares not in joins:
+                joins[shares] = CapturedWork(self._capture, combined)
+            work = joins[shares]
         accelerator.launch(accelerator.compute, work, reads=reads, writes=(views.total, result), site="join")
         if into is None:
             accelerator.compute.record(self._result, "result")
