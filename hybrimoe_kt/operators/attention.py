@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
+from hybrimoe_kt.backends.attention_protocol import Asked
+from hybrimoe_kt.backends.decode_attention import DeviceAttention, attention_on, check_kernel
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
@@ -117,11 +117,11 @@ class DecodeAttention(nn.Module):
         if self.refusal is not None:
             raise HostCompatibilityError(f"{self.key}: {self.refusal}, so it takes no step of a fixed length")
         stock = self.__dict__["_stock"]
-        attend = partial(attention_on(length.device, self.kernel).attend, length=length)
+        attention = attention_on(length.device, self.kernel)
         config = stock.config
         stock.config = _FixedConfig(config)
         try:
-            return stock(*args, **kwargs, attend_fixed=attend)
+            return stock(*args, **kwargs, fixed=(attention, length))
         finally:
             stock.config = config
 
@@ -170,7 +170,7 @@ def _attend_fixed(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attend_fixed: Any,
+    fixed: tuple[DeviceAttention, torch.Tensor],
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -183,5 +183,6 @@ def _attend_fixed(
     if query.shape[0] != 1 or query.shape[2] != 1:
         raise HostCompatibilityError(f"a step of a fixed length is one token of one conversation, not {query.shape}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    answer = attend_fixed(query, key, value, scaling=factor, window=sliding_window or 0, sinks=s_aux)
+    (attention, length), window = fixed, sliding_window or 0
+    answer = attention.attend(Asked(query, key, value, length, factor, window, s_aux))
     return answer.transpose(1, 2).contiguous(), None

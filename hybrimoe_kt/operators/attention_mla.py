@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.attention_protocol import Asked
 from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.backends.gpu_dense import check_gpu
@@ -208,8 +209,8 @@ class AbsorbedMLA(nn.Module):
         up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
         query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
         if length is not None:
-            reader = attention_on(length.device, self.kernel)
-            read = reader.attend_latents(query_latent, query_rope, latent, key_rope, length, self.scaling)
+            asked = Asked(query_latent, latent, key_rope, length, self.scaling, rotated_query=query_rope)
+            read = attention_on(length.device, self.kernel).attend(asked)
         else:
             read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
         context = up.to_values(read)  # [batch, heads, tokens, value]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_kt.backends.attention_protocol import Asked
 from hybrimoe_kt.backends.sdpa_attention import SdpaAttention
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.recorder import Recorder
@@ -131,10 +132,10 @@ def test_rooms_of_a_new_size_are_first_asked_for_in_a_step_that_is_not_captured(
     warm: set[int] = set()
     captured: list[int] = []
 
-    def attend(self: SdpaAttention, query: torch.Tensor, keys: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        (captured.append if listeners else warm.add)(keys.shape[2])
+    def attend(self: SdpaAttention, asked: Asked) -> torch.Tensor:
+        (captured.append if listeners else warm.add)(asked.keys.shape[2])
         assert warm.issuperset(captured)
-        return attend_(self, query, keys, *args, **kwargs)
+        return attend_(self, asked)
 
     attend_ = SdpaAttention.attend
     monkeypatch.setattr(SdpaAttention, "attend", attend)
