@@ -121,7 +121,7 @@ class DecodeAttention(nn.Module):
         config = stock.config
         stock.config = _FixedConfig(config)
         try:
-            return stock(*args, **kwargs, fixed=(attention, length))
+            return stock(*args, **kwargs, attend_fixed=(attention, length))
         finally:
             stock.config = config
 
@@ -170,7 +170,7 @@ def _attend_fixed(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    fixed: tuple[DeviceAttention, torch.Tensor],
+    attend_fixed: tuple[DeviceAttention, torch.Tensor],
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -183,6 +183,6 @@ def _attend_fixed(
     if query.shape[0] != 1 or query.shape[2] != 1:
         raise HostCompatibilityError(f"a step of a fixed length is one token of one conversation, not {query.shape}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    (attention, length), window = fixed, sliding_window or 0
+    (attention, length), window = attend_fixed, sliding_window or 0
     answer = attention.attend(Asked(query, key, value, length, factor, window, s_aux))
     return answer.transpose(1, 2).contiguous(), None
