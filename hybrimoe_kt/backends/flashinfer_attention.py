@@ -40,7 +40,7 @@ class _Planned:
 
 
 class FlashInferAttention:
-    """On one CUDA device; `plan` comes before every step. Calls must be on one stream."""
+    """On one CUDA device; `plan` comes before every step. Calls must be on one stream, captured ones of one loop."""
 
     name = "flashinfer"
     num_bytes: ClassVar[int] = _WORKSPACE_BYTES + _WRAPPER_BYTES
@@ -121,6 +121,7 @@ class FlashInferAttention:
 
         (_, kv_heads, capacity, width), page = asked.keys.shape, _page_tokens(asked.keys)
         heads, dtype, every = asked.query.shape[1], asked.query.dtype, self._every_page(capacity // page)
+        scaling, window = asked.scaling, asked.window  # by themselves: plans outlive rooms
         wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace(),
             kv_layout="HND",
@@ -142,10 +143,10 @@ class FlashInferAttention:
                 num_kv_heads=kv_heads,
                 head_dim=width,
                 page_size=page,
-                window_left=asked.window - 1,
+                window_left=window - 1,
                 q_data_type=dtype,
                 kv_data_type=dtype,
-                sm_scale=asked.scaling,
+                sm_scale=scaling,
             )
 
         return _Planned(plan, wrapper.run)
@@ -155,7 +156,7 @@ class FlashInferAttention:
 
         capacity, page = asked.keys.shape[2], _page_tokens(asked.keys)
         heads, dtype, every = asked.query.shape[1], asked.query.dtype, self._every_page(capacity // page)
-        widths = asked.keys.shape[-1], asked.values.shape[-1]
+        scaling, widths = asked.scaling, (asked.keys.shape[-1], asked.values.shape[-1])
         is_hopper = torch.cuda.get_device_capability(self._device)[0] == 9
         wrapper: Any = BatchMLAPagedAttentionWrapper(
             self._workspace(),
@@ -176,7 +177,7 @@ class FlashInferAttention:
                 head_dim_kpe=widths[1],
                 page_size=page,
                 causal=False,
-                sm_scale=asked.scaling,
+                sm_scale=scaling,
                 q_data_type=dtype,
                 kv_data_type=dtype,
                 query_layout="split",

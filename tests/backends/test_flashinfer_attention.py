@@ -6,6 +6,7 @@ FlashInfer itself wants a GPU and a CUDA compiler, so nothing of it runs here.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -185,6 +186,20 @@ def test_a_room_that_grew_has_a_wrapper_in_place_of_the_last_one(flashinfer: Fla
     assert planned() == [2, 3]
     attend(query, small, 7), attend(query, large, 48), attend(query, small, 8)
     assert planned() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("is_latent", [False, True], ids=["grouped", "latent"])
+def test_plans_outlive_rooms(flashinfer: FlashInferAttention, is_latent: bool) -> None:
+    width, more = 64, {}
+    if is_latent:
+        width, more = 512, {"rotated_query": randoms(1, 4, 1, 64, seed=4)}
+    keys, values = randoms(1, 1, 16, width, seed=2), randoms(1, 1, 16, 64, seed=3)
+    asked = Asked(randoms(1, 4, 1, width, seed=1), keys, values, torch.tensor([9]), SCALING, **more)
+    rooms = [weakref.ref(room) for room in (keys, values)]
+    flashinfer.attend(asked)
+    del asked, keys, values
+    assert not any(room() is not None for room in rooms), "a conversation that is over takes no memory"
+    flashinfer.plan(3)
 
 
 @pytest.mark.parametrize(
