@@ -78,8 +78,8 @@ def test_whatever_keys_are_kept_in(
     seen: list[tuple[bool, torch.dtype]] = []
     update = GrowingLayer.update
 
-    def updated(layer: GrowingLayer, *given: Any) -> Any:
-        answer = update(layer, *given)
+    def updated(layer: GrowingLayer, *given: Any, **more: Any) -> Any:
+        answer = update(layer, *given, **more)
         seen.append((layer.is_read_as_kept, answer[0].dtype))
         return answer
 
