@@ -10,17 +10,19 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hybrimoe_kt.errors import ConfigError, summary, unknown_name
 
+from .attention_protocol import Asked, Attention
 from .flashinfer_attention import FlashInferAttention
-from .sdpa_attention import Asked, SdpaAttention
+from .sdpa_attention import SdpaAttention
 from .triton_attention import TritonAttention
 
-__all__ = ["ATTENTION", "Attention", "DeviceAttention", "attention_on", "check_kernel", "survey", "workspace_bytes"]
+__all__ = ["ATTENTION", "DeviceAttention", "attention_on", "check_kernel", "survey", "workspace_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,49 +33,6 @@ _WITHIN = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the answer's norm; GPUs may multiply float32 with fewer bits."""
 _ALIGNED = 8
 """Numbers; kernels may want rows to begin at a multiple."""
-
-
-class Attention(Protocol):
-    """One way of attending, made with the device it is for. Queries are `[1, heads, 1, width]`, and so are answers.
-
-    Rooms are `[1, kv_heads, capacity, width]`, of which the first `length` int64 `[1]` tokens are held, at least 1.
-    They may be of another dtype than the query's, to which they are rounded.
-    """
-
-    name: str
-
-    def __init__(self, device: torch.device) -> None: ...
-
-    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
-        """Why it does not attend with such a query to two such rooms, None if it does."""
-
-    def plan(self, length: int) -> None:
-        """Prepare on the host for the step that follows, or its replay, in which so many tokens are held."""
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        *,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Grouped queries; the last `window` tokens are seen, 0: all; `sinks [heads]` are scores of nothing."""
-
-    def attend_latents(
-        self,
-        query: torch.Tensor,
-        rotated_query: torch.Tensor,
-        latents: torch.Tensor,
-        rotated: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """Latents, which are values, too: `query [1, heads, 1, rank]`, `rotated_query [1, heads, 1, rope]`, a room
-        each `[1, 1, capacity, ...]`."""
 
 
 def check_kernel(name: str) -> None:
@@ -110,9 +69,10 @@ def workspace_bytes(
     """
     if survey(device, kernel).get("flashinfer", "it is not asked") is not None:
         return 0
-    rooms = [torch.empty(1, 1, 1, width, dtype=kept, device="meta") for width in widths]
-    refusal = FlashInferAttention(device).refuses(rooms[0].to(dtype), rooms[0], rooms[1], Asked(is_latent=is_latent))
-    return 0 if refusal else FlashInferAttention.num_bytes
+    keys, values = (torch.empty(1, 1, 1, width, dtype=kept, device="meta") for width in widths)
+    query, length = keys.to(dtype), torch.empty(1, dtype=torch.int64, device="meta")
+    asked = Asked(query, keys, values, length, 1.0, rotated_query=query if is_latent else None)
+    return 0 if FlashInferAttention(device).refuses(asked) else FlashInferAttention.num_bytes
 
 
 def attention_on(device: torch.device, kernel: str = "auto") -> DeviceAttention:
@@ -144,55 +104,26 @@ class DeviceAttention:
         for attention in self._candidates:
             attention.plan(length)
 
-    def chosen(self) -> list[str]:
-        """Whom the shapes so far were given to."""
-        return sorted({attention.name for attention in self._chosen.values()})
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        *,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, asked: Asked) -> torch.Tensor:
         """As of `Attention`."""
-        attention = self._attention(query, keys, values, Asked(window=window, has_sinks=sinks is not None))
-        return attention.attend(query, keys, values, length, scaling, window=window, sinks=sinks)
-
-    def attend_latents(
-        self,
-        query: torch.Tensor,
-        rotated_query: torch.Tensor,
-        latents: torch.Tensor,
-        rotated: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """As of `Attention`."""
-        attention = self._attention(query, latents, rotated, Asked(is_latent=True))
-        return attention.attend_latents(query, rotated_query, latents, rotated, length, scaling)
-
-    def _attention(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> Attention:
-        key = asked, *map(_form, (query, first, second))
+        rooms = asked.keys, asked.values
+        key = asked.is_latent, asked.window, asked.sinks is None, *map(_form, (asked.query, *rooms))
         found = self._chosen.get(key)
         if found is None:
-            found = self._chosen[key] = self._choose(query, first, second, asked)
-            logger.debug("%s attends on %s to %s %s", found.name, self._device, tuple(first.shape), first.dtype)
-        return found
+            found = self._chosen[key] = self._choose(asked)
+            kept = tuple(asked.keys.shape), asked.keys.dtype
+            logger.debug("%s attends on %s to %s %s", found.name, self._device, *kept)
+        return found.attend(asked)
 
-    def _choose(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> Attention:
+    def _choose(self, asked: Asked) -> Attention:
         *better, last = self._candidates
         for attention in better:
             if attention.name in self._failed:
                 continue
-            if reason := attention.refuses(query, first, second, asked):
+            if reason := attention.refuses(asked):
                 logger.info("%s does not attend on %s: %s", attention.name, self._device, reason)
                 continue
-            if (problem := _tried(attention, query, first, second, asked)) is None:
+            if (problem := _tried(attention, asked)) is None:
                 return attention
             self._failed.add(attention.name)
             logger.warning("%s does not attend on %s from now on: %s", attention.name, self._device, problem)
@@ -204,33 +135,31 @@ def _form(part: torch.Tensor) -> tuple[object, ...]:
     return part.dtype, part.shape[1], part.shape[-1], *(stride % _ALIGNED for stride in part.stride()[1:-1])
 
 
-def _tried(
-    attention: Attention, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked
-) -> str | None:
+def _tried(attention: Attention, asked: Asked) -> str | None:
     """What is wrong with its answer for a few tokens of the same heads, None if nothing is."""
     generator = torch.Generator(device="cpu").manual_seed(20250614)
+    device, host = asked.query.device, torch.device("cpu")
 
-    def like(part: torch.Tensor, tokens: int) -> torch.Tensor:
-        shape = 1, part.shape[1], tokens, part.shape[-1]
+    def like(part: torch.Tensor | None, tokens: int | None = None) -> torch.Tensor | None:
+        if part is None:
+            return None
+        shape = part.shape if tokens is None else (1, part.shape[1], tokens, part.shape[-1])
         return torch.randn(shape, generator=generator, device="cpu").to(part.dtype)
 
-    queries, rooms = [like(query, 1)], [like(first, _TRIED_ROOM), like(second, _TRIED_ROOM)]
-    if asked.is_latent:
-        queries.append(torch.randn(1, query.shape[1], 1, second.shape[-1], generator=generator, device="cpu"))
-        queries[1] = queries[1].to(query.dtype)
-    scaling = sum(part.shape[-1] for part in queries) ** -0.5
-    sinks = torch.randn(query.shape[1], generator=generator, device="cpu") if asked.has_sinks else None
+    given = {
+        "query": like(asked.query),
+        "keys": like(asked.keys, _TRIED_ROOM),
+        "values": like(asked.values, _TRIED_ROOM),
+    }
+    given |= {"sinks": like(asked.sinks), "rotated_query": like(asked.rotated_query)}
+    widths = [part.shape[-1] for part in (asked.query, asked.rotated_query) if part is not None]
 
     def answer(by: Attention, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        query, *more = (part.to(device, dtype) for part in (*queries, *rooms))
-        first, second = more[-2:]
+        parts: Any = {name: None if part is None else part.to(device, dtype) for name, part in given.items()}
         length = torch.tensor([_TRIED_TOKENS], dtype=torch.int64, device=device)
-        if asked.is_latent:
-            return by.attend_latents(query, more[0], first, second, length, scaling).cpu().float()
-        held = None if sinks is None else sinks.to(device)
-        return by.attend(query, first, second, length, scaling, window=asked.window, sinks=held).cpu().float()
+        few = replace(asked, length=length, scaling=sum(widths) ** -0.5, **parts)
+        return by.attend(few).cpu().float()
 
-    device, host = query.device, torch.device("cpu")
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             fresh = type(attention)(device)  # which a step has planned nothing with
@@ -240,4 +169,4 @@ def _tried(
         return summary(error)
     wanted = answer(SdpaAttention(host), host, torch.float32)
     off = float((found - wanted).norm() / wanted.norm())
-    return None if off <= _WITHIN[query.dtype] else f"its answer for a few tokens is {off:.0%} off"
+    return None if off <= _WITHIN[asked.query.dtype] else f"its answer for a few tokens is {off:.0%} off"

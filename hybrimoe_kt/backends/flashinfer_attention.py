@@ -18,9 +18,9 @@ import torch
 
 from hybrimoe_kt.errors import KernelError
 
-from .sdpa_attention import Asked
+from .attention_protocol import Asked, AskedPrompt
 
-__all__ = ["FlashInferAttention", "workspace"]
+__all__ = ["FlashInferAttention", "refusal", "workspace"]
 
 _WORKSPACE_BYTES = 128 << 20
 """As its documentation recommends; for partial answers, of all wrappers of a device."""
@@ -41,7 +41,7 @@ class _Planned:
 
 
 class FlashInferAttention:
-    """On one CUDA device; `plan` comes before every step. Calls must be on one stream."""
+    """On one CUDA device; `plan` comes before every step. Calls must be on one stream, captured ones of one loop."""
 
     name = "flashinfer"
     num_bytes: ClassVar[int] = _WORKSPACE_BYTES + _WRAPPER_BYTES
@@ -66,15 +66,8 @@ class FlashInferAttention:
             return "FlashInfer's kernels want compute capability 8.0 or newer"
         return None
 
-    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
-        if query.dtype not in (torch.float16, torch.bfloat16) or not query.dtype == first.dtype == second.dtype:
-            return f"FlashInfer is asked in float16 and bfloat16 alone, queries are {query.dtype}, keys {first.dtype}"
-        if asked.has_sinks:
-            return "FlashInfer is not asked with sinks"
-        widths = first.shape[-1], second.shape[-1]
-        if widths != _LATENT if asked.is_latent else len(set(widths)) > 1 or widths[0] not in _WIDTHS:
-            return f"FlashInfer has no kernels for heads of {widths[0]} and {widths[1]} numbers"
-        return None
+    def refuses(self, asked: Asked) -> str | None:
+        return refusal(asked)
 
     def plan(self, length: int) -> None:
         """Work on the host, once a token: the step that follows, or its replay, attends to `length` tokens."""
@@ -84,67 +77,43 @@ class FlashInferAttention:
                 if length <= capacity:  # else it is of another conversation
                     planned.plan(length)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        *,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert sinks is None, "refused"
-        key = "grouped", query.shape, keys.shape[1], query.dtype, scaling, window
-        planned = self._planned_for(key, keys, length, lambda: self._grouped(query, keys, scaling, window))
-        page = _page_tokens(keys)
+    def attend(self, asked: Asked) -> torch.Tensor:
+        assert asked.sinks is None, "refused"
+        query, planned, page = asked.query, self._planned_for(asked), _page_tokens(asked.keys)
+        keys, values = _pages(asked.keys, page), _pages(asked.values, page)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        planned.run(query[:, :, 0], (_pages(keys, page), _pages(values, page)), out=out[:, :, 0])
+        if asked.rotated_query is not None:
+            queries = query[:, :, 0].contiguous(), asked.rotated_query[:, :, 0].contiguous()
+            planned.run(query=queries, kv_cache=(keys[:, 0], values[:, 0]), out=out[:, :, 0])
+        else:
+            planned.run(query[:, :, 0], (keys, values), out=out[:, :, 0])
         return out
 
-    def attend_latents(
-        self,
-        query: torch.Tensor,
-        rotated_query: torch.Tensor,
-        latents: torch.Tensor,
-        rotated: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        key = "latent", query.shape, query.dtype, scaling
-        planned = self._planned_for(key, latents, length, lambda: self._latent(query, latents, rotated, scaling))
-        page = _page_tokens(latents)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        queries = query[:, :, 0].contiguous(), rotated_query[:, :, 0].contiguous()
-        rooms = _pages(latents, page)[:, 0], _pages(rotated, page)[:, 0]
-        planned.run(query=queries, kv_cache=rooms, out=out[:, :, 0])
-        return out
-
-    def _planned_for(
-        self, key: tuple[object, ...], room: torch.Tensor, length: torch.Tensor, make: Callable[[], _Planned]
-    ) -> _Planned:
+    def _planned_for(self, asked: Asked) -> _Planned:
         """The wrapper of a shape, made and planned by the first layer that has it, in place of those for less room.
 
         A conversation that has grown wants these no more; one with less room makes its own again.
         """
-        of_shape, capacity = self._planned.setdefault(key, {}), room.shape[2]
+        query, (_, kv_heads, capacity, width) = asked.query, asked.keys.shape
+        key = asked.is_latent, query.shape, kv_heads, width, query.dtype, asked.scaling, asked.window
+        of_shape = self._planned.setdefault(key, {})
         found = of_shape.get(capacity)
         if found is None:
             if torch.cuda.is_current_stream_capturing():
                 raise KernelError("FlashInfer is asked for a new shape while a step is captured; run one before")
-            found = make()
-            found.plan(self._length or int(length))
+            found = self._latent(asked) if asked.is_latent else self._grouped(asked)
+            found.plan(self._length or int(asked.length))
             for smaller in [each for each in of_shape if each < capacity]:
                 del of_shape[smaller]
             of_shape[capacity] = found
         return found
 
-    def _grouped(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, window: int) -> _Planned:
+    def _grouped(self, asked: Asked) -> _Planned:
         import flashinfer
 
-        (_, kv_heads, capacity, width), page = keys.shape, _page_tokens(keys)
-        heads, dtype, every = query.shape[1], query.dtype, self._every_page(capacity // page)
+        (_, kv_heads, capacity, width), page = asked.keys.shape, _page_tokens(asked.keys)
+        heads, dtype, every = asked.query.shape[1], asked.query.dtype, self._every_page(capacity // page)
+        scaling, window = asked.scaling, asked.window  # by themselves: plans outlive rooms
         wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace(self._device),
             kv_layout="HND",
@@ -174,12 +143,12 @@ class FlashInferAttention:
 
         return _Planned(plan, wrapper.run)
 
-    def _latent(self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor, scaling: float) -> _Planned:
+    def _latent(self, asked: Asked) -> _Planned:
         from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
 
-        capacity, page = latents.shape[2], _page_tokens(latents)
-        heads, dtype, every = query.shape[1], query.dtype, self._every_page(capacity // page)
-        widths = latents.shape[-1], rotated.shape[-1]
+        capacity, page = asked.keys.shape[2], _page_tokens(asked.keys)
+        heads, dtype, every = asked.query.shape[1], asked.query.dtype, self._every_page(capacity // page)
+        scaling, widths = asked.scaling, (asked.keys.shape[-1], asked.values.shape[-1])
         is_hopper = torch.cuda.get_device_capability(self._device)[0] == 9
         wrapper: Any = BatchMLAPagedAttentionWrapper(
             workspace(self._device),
@@ -214,6 +183,19 @@ class FlashInferAttention:
 
     def _every_page(self, count: int) -> torch.Tensor:
         return torch.arange(count, dtype=torch.int32, device=self._device)
+
+
+def refusal(asked: Asked | AskedPrompt) -> str | None:
+    """Why FlashInfer has no kernels for that, None if it has."""
+    query, first, second = asked.query, asked.keys, asked.values
+    if query.dtype not in (torch.float16, torch.bfloat16) or not query.dtype == first.dtype == second.dtype:
+        return f"FlashInfer is asked in float16 and bfloat16 alone, queries are {query.dtype}, keys {first.dtype}"
+    if asked.sinks is not None:
+        return "FlashInfer is not asked with sinks"
+    widths = first.shape[-1], second.shape[-1]
+    if widths != _LATENT if asked.is_latent else len(set(widths)) > 1 or widths[0] not in _WIDTHS:
+        return f"FlashInfer has no kernels for heads of {widths[0]} and {widths[1]} numbers"
+    return None
 
 
 @functools.cache

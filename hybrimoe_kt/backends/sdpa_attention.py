@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from hybrimoe_kt.device import step_graph
 
-__all__ = ["Asked", "SdpaAttention", "read_latents"]
+from .attention_protocol import Asked
+
+__all__ = ["SdpaAttention", "read_latents"]
 
 _WIDEST_SHARED = 256
 """Widths up to which torch shares keys and values among query heads, as Transformers asks it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What attention is to do beside reading keys and values."""
-
-    is_latent: bool = False
-    """Two rooms are latents `[1, 1, capacity, rank]` and their rotated part, not keys and values."""
-    window: int = 0
-    """Tokens that are seen, 0: all."""
-    has_sinks: bool = False
 
 
 class SdpaAttention:
@@ -38,58 +28,34 @@ class SdpaAttention:
     def __init__(self, device: torch.device) -> None:
         self._reads_length = device.type == "cpu"
 
-    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
+    def refuses(self, asked: Asked) -> str | None:
         return None
 
     def plan(self, length: int) -> None:
         """Nothing: lengths are read where they are."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        *,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, asked: Asked) -> torch.Tensor:
+        query, keys, values = asked.query, asked.keys, asked.values
         if not self._reads_length:
-            seen = _seen(keys, length, window)
-            return _attend(query, keys.to(query.dtype), values.to(query.dtype), scaling, sinks, seen[:, None, None])
-        out = query.new_empty(*query.shape[:3], values.shape[-1])
+            seen = _seen(keys, asked.length, asked.window)[None, None, None]
+            return _answer(asked, keys.to(query.dtype), values.to(query.dtype), seen)
+        out = query.new_empty(*query.shape[:3], (keys if asked.is_latent else values).shape[-1])
 
         def work() -> None:
-            held = int(length)
-            seen = slice(max(0, held - window) if window else 0, held)
+            held = int(asked.length)
+            seen = slice(max(0, held - asked.window) if asked.window else 0, held)
             part, values_part = (room[:, :, seen].to(query.dtype) for room in (keys, values))
-            out.copy_(_attend(query, part, values_part, scaling, sinks, None))
+            out.copy_(_answer(asked, part, values_part, None))
 
         step_graph.opaque(work)
         return out
 
-    def attend_latents(
-        self,
-        query: torch.Tensor,
-        rotated_query: torch.Tensor,
-        latents: torch.Tensor,
-        rotated: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        if not self._reads_length:
-            rooms = latents[:, 0].to(query.dtype), rotated[:, 0].to(query.dtype)
-            return read_latents(query, rotated_query, *rooms, _seen(latents, length, 0)[:, None, None], scaling)
-        out = torch.empty_like(query)
 
-        def work() -> None:
-            held = int(length)
-            part, rotated_part = (room[:, 0, :held].to(query.dtype) for room in (latents, rotated))
-            out.copy_(read_latents(query, rotated_query, part, rotated_part, None, scaling))
-
-        step_graph.opaque(work)
-        return out
+def _answer(asked: Asked, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """To `keys` and `values` in place of the rooms, all of them or those that are `seen [1, 1, 1, capacity]`."""
+    if asked.rotated_query is not None:
+        return read_latents(asked.query, asked.rotated_query, keys[:, 0], values[:, 0], seen, asked.scaling)
+    return _attend(asked.query, keys, values, asked.scaling, asked.sinks, seen)
 
 
 def read_latents(
@@ -117,10 +83,10 @@ def read_latents(
 
 
 def _seen(room: torch.Tensor, length: torch.Tensor, window: int) -> torch.Tensor:
-    """Bool `[1, capacity]`: what the last token sees."""
+    """Bool `[capacity]`: what the last token sees."""
     place = torch.arange(room.shape[2], device=room.device)
     seen = place < length
-    return (seen & (place >= length - window) if window else seen)[None]
+    return seen & (place >= length - window) if window else seen
 
 
 def _attend(

@@ -11,8 +11,8 @@ from hybrimoe_kt.device import step_graph
 from hybrimoe_kt.errors import KernelError, summary
 from hybrimoe_kt.kernels.failures import launch_failures
 
+from .attention_protocol import Asked
 from .gpu_triton import TritonGpu, target_of
-from .sdpa_attention import Asked
 
 __all__ = ["TritonAttention"]
 
@@ -34,47 +34,28 @@ class TritonAttention:
         """Why the kernels cannot run on `device`, None when they can."""
         return TritonGpu.unusable(device)
 
-    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
-        parts = query, first, second
+    def refuses(self, asked: Asked) -> str | None:
+        query, first, second = parts = asked.query, asked.keys, asked.values
         if any(part.dtype not in _FLOATS for part in parts):
             return f"kernels read {', '.join(str(kind) for kind in _FLOATS)}, keys are {first.dtype}"
         if first.dtype != second.dtype or any(part.stride(-1) != 1 for part in parts):
             return "keys and values differ in dtype, or their rows are not contiguous"
-        rooms = first[0], second[0]
-        reason: str | None = self._kernels.refuses(query[0, :, 0], *rooms, is_latent=asked.is_latent)
+        reason: str | None = self._kernels.refuses(query[0, :, 0], first[0], second[0], is_latent=asked.is_latent)
         return reason
 
     def plan(self, length: int) -> None:
         """Nothing: lengths are read where they are."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-        *,
-        window: int = 0,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        given = query[0, :, 0], keys[0], values[0], length, scaling, out[0, :, 0]
-        self._launch(self._kernels.grouped(*given, window=window, sinks=sinks))
-        return out
-
-    def attend_latents(
-        self,
-        query: torch.Tensor,
-        rotated_query: torch.Tensor,
-        latents: torch.Tensor,
-        rotated: torch.Tensor,
-        length: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        queries, rooms = (query[0, :, 0], rotated_query[0, :, 0]), (latents[0, 0], rotated[0, 0])
-        self._launch(self._kernels.latent(*queries, *rooms, length, scaling, out[0, :, 0]))
+    def attend(self, asked: Asked) -> torch.Tensor:
+        out = torch.empty(asked.query.shape, dtype=asked.query.dtype, device=asked.query.device)
+        query, keys, values, given = asked.query[0, :, 0], asked.keys[0], asked.values[0], (asked.length, asked.scaling)
+        if asked.rotated_query is not None:
+            rotated = asked.rotated_query[0, :, 0]
+            launch = self._kernels.latent(query, rotated, keys[0], values[0], *given, out[0, :, 0])
+        else:
+            more = {"window": asked.window, "sinks": asked.sinks}
+            launch = self._kernels.grouped(query, keys, values, *given, out[0, :, 0], **more)
+        self._launch(launch)
         return out
 
     def _launch(self, launch: Callable[[], None]) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
+from hybrimoe_kt.backends.attention_protocol import Asked, AskedPrompt
+from hybrimoe_kt.backends.decode_attention import DeviceAttention, attention_on, check_kernel
 from hybrimoe_kt.backends.prompt_attention import PromptAttention, prompts_on
-from hybrimoe_kt.backends.sdpa_attention import Asked
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
@@ -127,7 +126,7 @@ class DecodeAttention(nn.Module):
         if (length := fixed_length(cache, stock.layer_idx)) is not None:
             if self.refusal is not None:
                 raise HostCompatibilityError(f"{self.key}: {self.refusal}, so it takes no step of a fixed length")
-            attend = partial(attention_on(length.device, self.kernel).attend, length=length)
+            attend = attention_on(length.device, self.kernel), length
             return self._asking(_FIXED, args, kwargs | {"attend_fixed": attend})
         hidden = args[0] if args else kwargs["hidden_states"]
         prompts = None if self.refusal else prompts_of(cache, stock.layer_idx, hidden, self.kernel)
@@ -192,7 +191,7 @@ def _attend_fixed(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attend_fixed: Any,
+    attend_fixed: tuple[DeviceAttention, torch.Tensor],
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -205,7 +204,8 @@ def _attend_fixed(
     if query.shape[0] != 1 or query.shape[2] != 1:
         raise HostCompatibilityError(f"a step of a fixed length is one token of one conversation, not {query.shape}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    answer = attend_fixed(query, key, value, scaling=factor, window=sliding_window or 0, sinks=s_aux)
+    (attention, length), window = attend_fixed, sliding_window or 0
+    answer = attention.attend(Asked(query, key, value, length, factor, window, s_aux))
     return answer.transpose(1, 2).contiguous(), None
 
 
@@ -223,13 +223,12 @@ def _attend_prompt(
     **kwargs: Any,
 ) -> Any:
     """As Transformers calls it: `query [1, heads, tokens, width]`, keys and values of all tokens up to these."""
-    window = sliding_window or 0
-    reader = prompts.reader(query, key, value, Asked(window=window, has_sinks=s_aux is not None))
-    if reader is None:
-        stock, config = sys.modules[type(module).__module__], cast("_Config", module.config)
-        usual = getattr(stock, _INTERFACE).get_interface(config.usual, stock.eager_attention_forward)
-        given = {"scaling": scaling, "sliding_window": sliding_window, "s_aux": s_aux}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        return usual(module, query, key, value, attention_mask, **kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return reader.attend(query, key, value, factor, window).transpose(1, 2).contiguous(), None
+    answer = prompts.attend(AskedPrompt(query, key, value, factor, sliding_window or 0, s_aux))
+    if answer is not None:
+        return answer.transpose(1, 2).contiguous(), None
+    stock, config = sys.modules[type(module).__module__], cast("_Config", module.config)
+    usual = getattr(stock, _INTERFACE).get_interface(config.usual, stock.eager_attention_forward)
+    given = {"scaling": scaling, "sliding_window": sliding_window, "s_aux": s_aux}
+    kwargs |= {name: value for name, value in given.items() if value is not None}
+    return usual(module, query, key, value, attention_mask, **kwargs)

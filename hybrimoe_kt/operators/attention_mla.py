@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hybrimoe_kt.backends.attention_protocol import Asked, AskedPrompt
 from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
 from hybrimoe_kt.backends.ggml.up_projections import FusedUpProjections, SplitUpProjections, UpProjections
 from hybrimoe_kt.backends.gpu_dense import check_gpu
 from hybrimoe_kt.backends.gpu_up_projections import AcceleratorUpProjections
-from hybrimoe_kt.backends.prompt_attention import PromptReader
-from hybrimoe_kt.backends.sdpa_attention import Asked, read_latents
+from hybrimoe_kt.backends.sdpa_attention import read_latents
 from hybrimoe_kt.core.step_memory import SCORE_BYTES, score_bytes
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
@@ -209,20 +209,18 @@ class AbsorbedMLA(nn.Module):
         up = self._up or _FloatUpProjections(self.kv_b_proj.weight, self.num_heads, self.nope, self.value)
         query_latent = up.to_latent(query_nope)  # [batch, heads, tokens, rank]
         if length is not None:
-            reader = attention_on(length.device, self.kernel)
-            read = reader.attend_latents(query_latent, query_rope, latent, key_rope, length, self.scaling)
-        elif (prompt := self._prompt_reader(past, hidden_states, query_latent, latent, key_rope)) is not None:
-            read = prompt.attend_latents(query_latent, query_rope, latent, key_rope, self.scaling)
+            asked = Asked(query_latent, latent, key_rope, length, self.scaling, rotated_query=query_rope)
+            read = attention_on(length.device, self.kernel).attend(asked)
         else:
-            read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
+            prompts = prompts_of(past, self.layer_idx, hidden_states, self.kernel)
+            prompt = AskedPrompt(query_latent, latent, key_rope, self.scaling, rotated_query=query_rope)
+            without_mask = None if prompts is None else prompts.attend(prompt)
+            if without_mask is None:
+                read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
+            else:
+                read = without_mask
         context = up.to_values(read)  # [batch, heads, tokens, value]
         return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
-
-    def _prompt_reader(
-        self, cache: Any, hidden: torch.Tensor, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
-    ) -> PromptReader | None:
-        prompts = prompts_of(cache, self.layer_idx, hidden, self.kernel)
-        return None if prompts is None else prompts.reader(query, latents, rotated, Asked(is_latent=True))
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))

@@ -6,6 +6,7 @@ FlashInfer itself wants a GPU and a CUDA compiler, so nothing of it runs here.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_kt.backends.attention_protocol import Asked
 from hybrimoe_kt.backends.decode_attention import DeviceAttention, workspace_bytes
 from hybrimoe_kt.backends.flashinfer_attention import FlashInferAttention
-from hybrimoe_kt.backends.sdpa_attention import Asked, SdpaAttention
+from hybrimoe_kt.backends.sdpa_attention import SdpaAttention
 from hybrimoe_kt.errors import KernelError
 from hybrimoe_kt.kernels.decode_attention.naive import naive_decode_attention
 from hybrimoe_kt.kernels.latent_attention.naive import naive_latent_attention
 from tests.kernels.layers import relative_error
+from tests.support.attention import chosen, naive
 
 CPU, SCALING, ROOM = torch.device("cpu"), 0.11, 72  # pages of 8
+LATENT = {"rotated_query": torch.empty(1, 4, 1, 64)}
 made: list[Any] = []
 
 
@@ -142,22 +146,19 @@ def test_keys_and_values_are_pages_of_a_room(flashinfer: FlashInferAttention, wi
         length.fill_(held)
         flashinfer.plan(held)
         for keys, values in layers:
-            found = flashinfer.attend(query, keys, values, length, SCALING, window=window)
-            wanted = naive_decode_attention(query[0, :, 0], keys[0], values[0], held, SCALING, window)
-            assert relative_error(found[0, :, 0], wanted) < 1e-2, held
+            asked = Asked(query, keys, values, length, SCALING, window)
+            assert relative_error(flashinfer.attend(asked), naive(asked)) < 1e-2, held
     assert len(made) == 1
 
 
 def test_latents_are_pages_of_a_room(flashinfer: FlashInferAttention) -> None:
     queries = randoms(1, 5, 1, 512, seed=1), randoms(1, 1, 5, 64, seed=2).transpose(1, 2)
     rooms = randoms(1, 1, ROOM, 512, seed=3), randoms(1, 1, ROOM, 64, seed=4)
-    length = torch.tensor([1])
+    asked = Asked(queries[0], *rooms, torch.tensor([1]), 0.04, rotated_query=queries[1])
     for held in (1, 8, 61, ROOM):
-        length.fill_(held)
+        asked.length.fill_(held)
         flashinfer.plan(held)
-        found = flashinfer.attend_latents(*queries, *rooms, length, 0.04)
-        parts = queries[0][0, :, 0], queries[1][0, :, 0], rooms[0][0, 0], rooms[1][0, 0]
-        assert relative_error(found[0, :, 0], naive_latent_attention(*parts, held, 0.04)) < 1e-2, held
+        assert relative_error(flashinfer.attend(asked), naive(asked)) < 1e-2, held
     assert len(made) == 1
 
 
@@ -166,11 +167,10 @@ def test_a_room_that_grew_has_a_wrapper_in_place_of_the_last_one(flashinfer: Fla
     query, queries = randoms(1, 4, 1, 64, seed=1), randoms(1, 6, 1, 64, seed=4)
     small, large = randoms(1, 2, 16, 64, seed=2), randoms(1, 2, 48, 64, seed=3)
 
-    def attend(asked: torch.Tensor, room: torch.Tensor, held: int) -> None:
+    def attend(query: torch.Tensor, room: torch.Tensor, held: int) -> None:
         flashinfer.plan(held)
-        found = flashinfer.attend(asked, room, room, torch.tensor([held]), SCALING)
-        wanted = naive_decode_attention(asked[0, :, 0], room[0], room[0], held, SCALING)
-        assert relative_error(found[0, :, 0], wanted) < 1e-2
+        asked = Asked(query, room, room, torch.tensor([held]), SCALING)
+        assert relative_error(flashinfer.attend(asked), naive(asked)) < 1e-2
 
     def planned() -> list[int]:
         for each in made:
@@ -186,6 +186,20 @@ def test_a_room_that_grew_has_a_wrapper_in_place_of_the_last_one(flashinfer: Fla
     assert planned() == [2, 3]
     attend(query, small, 7), attend(query, large, 48), attend(query, small, 8)
     assert planned() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("is_latent", [False, True], ids=["grouped", "latent"])
+def test_plans_outlive_rooms(flashinfer: FlashInferAttention, is_latent: bool) -> None:
+    width, more = 64, {}
+    if is_latent:
+        width, more = 512, {"rotated_query": randoms(1, 4, 1, 64, seed=4)}
+    keys, values = randoms(1, 1, 16, width, seed=2), randoms(1, 1, 16, 64, seed=3)
+    asked = Asked(randoms(1, 4, 1, width, seed=1), keys, values, torch.tensor([9]), SCALING, **more)
+    rooms = [weakref.ref(room) for room in (keys, values)]
+    flashinfer.attend(asked)
+    del asked, keys, values
+    assert not any(room() is not None for room in rooms), "a conversation that is over takes no memory"
+    flashinfer.plan(3)
 
 
 @pytest.mark.parametrize(
@@ -218,17 +232,17 @@ def test_no_wrapper_is_made_while_a_step_is_captured(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     query, room = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 16, 64, seed=2)
     with pytest.raises(KernelError, match="asked for a new shape while a step is captured; run one before"):
-        flashinfer.attend(query, room, room, torch.tensor([3]), SCALING)
+        flashinfer.attend(Asked(query, room, room, torch.tensor([3]), SCALING))
 
 
 def test_a_try_plans_nothing_of_the_step_it_is_made_in(flashinfer: FlashInferAttention) -> None:
     by = DeviceAttention(CPU, [flashinfer, SdpaAttention(CPU)])
     query, room = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 64, 64, seed=2)
     by.plan(50)
-    found = by.attend(query, room, room, torch.tensor([50]), SCALING)
-    assert by.chosen() == ["flashinfer"] and len(made) == 2
-    wanted = naive_decode_attention(query[0, :, 0], room[0], room[0], 50, SCALING)
-    assert relative_error(found[0, :, 0], wanted) < 1e-2
+    asked = Asked(query, room, room, torch.tensor([50]), SCALING)
+    found = by.attend(asked)
+    assert chosen(by) == ["flashinfer"] and len(made) == 2
+    assert relative_error(found, naive(asked)) < 1e-2
 
 
 def test_rooms_in_another_dtype_go_to_the_next(flashinfer: FlashInferAttention) -> None:
@@ -237,26 +251,26 @@ def test_rooms_in_another_dtype_go_to_the_next(flashinfer: FlashInferAttention) 
     query, room, length = randoms(1, 4, 1, 64, seed=1), randoms(1, 2, 64, 64, seed=2), torch.tensor([50])
     by.plan(50)
     for kept in (room, room.half(), room, room.float()):
-        found = by.attend(query, kept, kept, length, SCALING)
-        wanted = naive_decode_attention(query[0, :, 0], kept[0], kept[0], 50, SCALING)
-        assert relative_error(found[0, :, 0], wanted) < 1e-2
-    assert by.chosen() == ["flashinfer", "sdpa"] and len(made) == 2, "one of them tried"
+        asked = Asked(query, kept, kept, length, SCALING)
+        assert relative_error(by.attend(asked), naive(asked)) < 1e-2
+    assert chosen(by) == ["flashinfer", "sdpa"] and len(made) == 2, "one of them tried"
 
 
 @pytest.mark.parametrize(
-    ("width", "second", "dtype", "asked", "reason"),
+    ("width", "second", "dtype", "more", "reason"),
     [
-        (96, 96, torch.bfloat16, Asked(), "has no kernels for heads of 96 and 96 numbers"),
-        (64, 64, torch.float32, Asked(), "in float16 and bfloat16 alone, queries are torch.float32"),
-        (64, 64, torch.bfloat16, Asked(has_sinks=True), "is not asked with sinks"),
-        (256, 64, torch.bfloat16, Asked(is_latent=True), "has no kernels for heads of 256 and 64 numbers"),
-        (512, 64, torch.bfloat16, Asked(is_latent=True), None),
-        (128, 128, torch.float16, Asked(window=9), None),
+        (96, 96, torch.bfloat16, {}, "has no kernels for heads of 96 and 96 numbers"),
+        (64, 64, torch.float32, {}, "in float16 and bfloat16 alone, queries are torch.float32"),
+        (64, 64, torch.bfloat16, {"sinks": torch.zeros(4)}, "is not asked with sinks"),
+        (256, 64, torch.bfloat16, LATENT, "has no kernels for heads of 256 and 64 numbers"),
+        (512, 64, torch.bfloat16, LATENT, None),
+        (128, 128, torch.float16, {"window": 9}, None),
     ],
 )
 def test_what_it_has_no_kernels_for_is_refused(
-    width: int, second: int, dtype: torch.dtype, asked: Asked, reason: str | None
+    width: int, second: int, dtype: torch.dtype, more: dict[str, Any], reason: str | None
 ) -> None:
     rooms = torch.empty(1, 1, 16, width, dtype=dtype), torch.empty(1, 1, 16, second, dtype=dtype)
-    found = FlashInferAttention(CPU).refuses(torch.empty(1, 4, 1, width, dtype=dtype), *rooms, asked)
+    query = torch.empty(1, 4, 1, width, dtype=dtype)
+    found = FlashInferAttention(CPU).refuses(Asked(query, *rooms, torch.tensor([3]), SCALING, **more))
     assert (found is None) == (reason is None) and (reason or "") in (found or "")

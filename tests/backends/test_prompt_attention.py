@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hybrimoe_kt.backends import prompt_attention
+from hybrimoe_kt.backends.attention_protocol import AskedPrompt
 from hybrimoe_kt.backends.prompt_attention import FlashInferPrompts, PromptAttention, TorchPrompts, prompts_on
-from hybrimoe_kt.backends.sdpa_attention import Asked
 from tests.kernels.layers import relative_error
 
 CPU, SCALING = torch.device("cpu"), 0.11
@@ -88,7 +88,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> FlashInferPrompts:
     inner.BatchMLAPagedAttentionWrapper, inner.MLAPlanMetadata = Latent, Metadata  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", package)
     monkeypatch.setitem(sys.modules, "flashinfer.mla", inner)
-    return FlashInferPrompts(CPU)
+    return FlashInferPrompts()
 
 
 @pytest.mark.parametrize("window", [0, 7])
@@ -100,20 +100,22 @@ def test_every_token_sees_itself_and_what_was_before(
     query = randoms(1, tokens, 6, 64, seed=1).transpose(1, 2)
     keys, values = (randoms(1, 2, 64, 64, seed=seed)[:, :, :length] for seed in (2, 3))
     wanted = naive(query[0], keys[0], values[0], SCALING, window)
+    asked = AskedPrompt(query, keys, values, SCALING, window)
     for reader in (flashinfer, TorchPrompts()):
-        if reader.refuses(query, keys, values, Asked(window=window)) is None:
-            found = reader.attend(query, keys, values, SCALING, window)
+        if reader.refuses(asked) is None:
+            found = reader.attend(asked)
             assert relative_error(found[0], wanted) < 1e-2 and found.shape == query.shape
-    assert flashinfer.refuses(query, keys, values, Asked(window=window)) is None
+    assert flashinfer.refuses(asked) is None and (TorchPrompts().refuses(asked) is None) == (window == 0)
 
 
 def test_latents(flashinfer: FlashInferPrompts) -> None:
     part, turned = randoms(1, 4, 5, 512, seed=1) * 0.1, randoms(1, 4, 5, 64, seed=2)
     latents, rotated = randoms(1, 1, 64, 512, seed=3)[:, :, :23], randoms(1, 1, 64, 64, seed=4)[:, :, :23]
-    found = flashinfer.attend_latents(part, turned, latents, rotated, SCALING)
+    asked = AskedPrompt(part, latents, rotated, SCALING, rotated_query=turned)
+    found = flashinfer.attend(asked)
     queries, keys = torch.cat([part, turned], dim=-1), torch.cat([latents, rotated], dim=-1)
     assert relative_error(found[0], naive(queries[0], keys[0], latents[0], SCALING)) < 1e-2
-    assert TorchPrompts().refuses(part, latents, rotated, Asked(is_latent=True)) is not None
+    assert flashinfer.refuses(asked) is None and TorchPrompts().refuses(asked) is not None
 
 
 @pytest.mark.parametrize("is_latent", [False, True])
@@ -127,13 +129,15 @@ def test_who_answers_wrong_is_not_asked_again(
         package: Any = sys.modules["flashinfer"]
         package.single_prefill_with_kv_cache = lambda q, k, v, **_: q * 0
     attention = PromptAttention(CPU, [flashinfer, TorchPrompts()])
-    width = (512, 64) if is_latent else (64, 64)
-    query = randoms(1, 4, 5, width[0], seed=1)
-    first, second = (randoms(1, 1 if is_latent else 2, 9, number, seed=number) for number in width)
+    first, second = (512, 64) if is_latent else (64, 64)
+    asked = AskedPrompt(
+        randoms(1, 4, 5, first, seed=1), randoms(1, 1, 9, first, seed=2), randoms(1, 1, 9, second, seed=3), SCALING,
+        rotated_query=randoms(1, 4, 5, second, seed=4) if is_latent else None,
+    )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            reader = attention.reader(query, first, second, Asked(is_latent=is_latent))
-            assert (reader is None) if is_latent else isinstance(reader, TorchPrompts)
+            answer = attention.attend(asked)
+            assert (answer is None) if is_latent else (answer is not None and bool(answer.any()))
     (warning,) = caplog.messages
     assert "flashinfer does not attend to prompts on cpu: its answer for a few tokens is 100% off" in warning
 
@@ -149,7 +153,7 @@ def test_a_kernel_that_cannot_be_built_is_one_warning(
     attention = PromptAttention(CPU, [flashinfer])
     with caplog.at_level(logging.WARNING):
         parts = randoms(1, 4, 5, 64, seed=1), randoms(1, 2, 9, 64, seed=2), randoms(1, 2, 9, 64, seed=3)
-        assert attention.reader(*parts, Asked()) is None
+        assert attention.attend(AskedPrompt(*parts, SCALING)) is None
     assert "nvcc not found" in caplog.text
 
 

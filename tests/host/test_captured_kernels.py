@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,13 @@ from .test_equality import PROMPT
 from .test_packed_weights import Make, packed_file, without_choice
 from .test_row_kernels import OTHER_RULES
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here"),
+    pytest.mark.usefixtures("one_thread"),
+]
 QUICK = ("qwen3moe",)
 NAMES = ("qwen3moe", "deepseek3", "qwen3next", "glm4moe")
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def decode(path: Path, rules: Path, *, captures: bool, cache_size: Any) -> tuple[torch.Tensor, CapturedLoop]:

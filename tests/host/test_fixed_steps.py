@@ -17,6 +17,7 @@ from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
+from tests.support.attention import chosen
 from tests.support.fixed_cache import FixedLayer, fix_lengths
 from tests.support.generated_model import GeneratedModel, Shape
 
@@ -57,7 +58,7 @@ def test_fixed_steps_equal_ordinary_ones(generated: Callable[[Shape], GeneratedM
         length.fill_(position + 1)
         assert torch.equal(step(model, fixed, token, position, hidden), wanted), at
     assert ordinary.get_seq_length(attentions[0].layer_idx) == len(PROMPT) + NUM_STEPS
-    assert attention_on(torch.device("cpu")).chosen() == ["sdpa"]
+    assert chosen(attention_on(torch.device("cpu"))) == ["sdpa"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,8 +78,8 @@ def test_whatever_keys_are_kept_in(
     seen: list[tuple[bool, torch.dtype]] = []
     update = GrowingLayer.update
 
-    def updated(layer: GrowingLayer, *given: Any) -> Any:
-        answer = update(layer, *given)
+    def updated(layer: GrowingLayer, *given: Any, **more: Any) -> Any:
+        answer = update(layer, *given, **more)
         seen.append((layer.is_read_as_kept, answer[0].dtype))
         return answer
 
@@ -115,4 +116,4 @@ def test_kernels_answer_alike(generated: Callable[[Shape], GeneratedModel], shap
     wanted = step(model, ordinary, 7, len(PROMPT))
     found = step(model, fixed, 7, len(PROMPT), torch.zeros(1, 1, 1, ROOM))
     assert (found - wanted).norm() < 2e-2 * wanted.norm()  # measured 0.0101
-    assert "triton" in attention_on(torch.device("cpu"), "triton").chosen()
+    assert "triton" in chosen(attention_on(torch.device("cpu"), "triton"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,3 +110,30 @@ def test_layers_of_other_kinds_stay() -> None:
         pytest.skip("this version of Transformers has one kind of layer for both")
     assert type(ours.layers[1]) is type(stock.layers[1])
     assert type(ours.layers[0]) is not type(stock.layers[0])
+
+
+def fixed(kv_cache_type: str, read_as_kept: set[int]) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A cache of 31 tokens, and what its two layers handed out in the fixed step of the last one."""
+    cache, new = growing_cache(CONFIG, kv_cache_type=kv_cache_type), torch.randn(1, 2, 31, 32)
+    for layer in range(2):
+        cache.update(new[:, :, :30] * (layer + 1), -new[:, :, :30], layer)
+    cache.fix(torch.tensor([30]), torch.tensor([31]), read_as_kept)
+    handed_out = [cache.update(new[:, :, 30:] * (layer + 1), -new[:, :, 30:], layer) for layer in range(2)]
+    cache.unfix(1)
+    return cache, handed_out
+
+
+def test_a_fixed_step_hands_out_rooms_as_they_are_kept_where_they_are_read_so() -> None:
+    cache, ((keys, values), (converted, _)) = fixed("f16", {0})
+    assert keys.dtype == values.dtype == torch.float16 and converted.dtype == torch.float32
+    assert keys.data_ptr() == cache.layers[0].keys.data_ptr(), "nothing is copied"
+    assert keys.shape[2] == converted.shape[2] == cache.room > 31
+    assert torch.equal(converted[:, :, :31], cache.layers[1].keys.float())
+
+
+def test_blocks_of_all_layers_become_floats_in_one_room() -> None:
+    cache, ((keys, values), (others, _)) = fixed("q8_0", {0, 1})
+    assert keys.data_ptr() == others.data_ptr() != values.data_ptr()
+    assert others.shape[2] == cache.room > 31 and others.isfinite().all() and not others[:, :, 31:].any()
+    new = torch.zeros(1, 2, 1, 32)
+    assert torch.equal(cache.update(new, new, 1)[0][:, :, :31], others[:, :, :31])

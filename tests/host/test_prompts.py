@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_kt.backends.attention_protocol import AskedPrompt
 from hybrimoe_kt.backends.prompt_attention import PromptAttention, TorchPrompts
-from hybrimoe_kt.backends.sdpa_attention import Asked, read_latents
+from hybrimoe_kt.backends.sdpa_attention import read_latents
 from hybrimoe_kt.engine.growing_cache import growing_cache
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.operators import attention
@@ -31,19 +32,17 @@ class Reader(TorchPrompts):
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def refuses(self, query: torch.Tensor, first: torch.Tensor, second: torch.Tensor, asked: Asked) -> str | None:
-        return None if asked.is_latent else super().refuses(query, first, second, asked)
+    def refuses(self, asked: AskedPrompt) -> str | None:
+        return None if asked.is_latent else super().refuses(asked)
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *more: Any) -> torch.Tensor:
-        self.asked.append((query.shape[2], keys.shape[2]))
-        return super().attend(query, keys, values, *more)
-
-    def attend_latents(self, *given: Any) -> torch.Tensor:
-        query, rotated_query, latents, rotated, scaling = given
-        tokens, length = query.shape[2], latents.shape[2]
+    def attend(self, asked: AskedPrompt) -> torch.Tensor:
+        tokens, length = asked.query.shape[2], asked.keys.shape[2]
         self.asked.append((tokens, length))
+        if asked.rotated_query is None:
+            return super().attend(asked)
         seen = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)
-        return read_latents(query, rotated_query, latents[:, 0], rotated[:, 0], seen, scaling)
+        parts = asked.keys[:, 0], asked.values[:, 0]
+        return read_latents(asked.query, asked.rotated_query, *parts, seen, asked.scaling)
 
 
 def answers(model: Any, cache: Any) -> torch.Tensor:
