@@ -14,6 +14,8 @@ from hybrimoe_kt.backends.decode_attention import attention_on, check_kernel
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
+from .pending_sum import pending
+
 __all__ = ["DecodeAttention", "fixed_length"]
 
 _NAME = "hybrimoe_fixed_length"
@@ -107,7 +109,8 @@ class DecodeAttention(nn.Module):
         config = stock.config
         stock.config = _FixedConfig(config)
         try:
-            return stock(*args, **kwargs, attend_fixed=attend)
+            answer, *others = stock(*args, **kwargs, attend_fixed=attend)
+            return pending(answer, kernel=self.kernel), *others
         finally:
             stock.config = config
 

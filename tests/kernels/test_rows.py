@@ -66,6 +66,19 @@ def test_rms_norm_of_a_sum(dtype: torch.dtype) -> None:
     assert_close(out, naive_rms_norm(residual + x, weight, 1e-6))
 
 
+@each_dtype
+def test_rms_norm_of_a_sum_of_three(dtype: torch.dtype) -> None:
+    """The last two are added, and rounded, first; in halves another order has other bits."""
+    x, residual, more, weight = (random(5, 96, dtype=dtype, seed=seed) for seed in range(4))
+    out, total = (torch.full((5, 96), NAN, dtype=dtype, device=DEVICE) for _ in range(2))
+    given = x.to(DEVICE), weight[0].to(DEVICE), 1e-6, out, norm_config(TARGET, 96)
+    rms_norm(*given, residual=residual.to(DEVICE), more=more.to(DEVICE), total=total)
+    assert_close(total, x + (residual + more))
+    if not CUTS or dtype == torch.float16:
+        assert torch.equal(total.cpu(), x + (residual + more))
+    assert_close(out, naive_rms_norm(x + (residual + more), weight[0], 1e-6))
+
+
 ROTATIONS = {
     "halves": Rotation(),
     "pairs-wide": Rotation(from_pairs=True, to_pairs=True, is_wide=True),
