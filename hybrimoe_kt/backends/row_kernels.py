@@ -34,11 +34,13 @@ __all__ = [
     "check_kernel",
     "choose",
     "choose_into",
+    "gates_of",
     "is_used",
     "logits_of",
     "norm",
     "norm_of_sum",
     "rotate",
+    "takes_gates",
     "takes_heads",
     "takes_ranking",
     "takes_rows",
@@ -173,6 +175,22 @@ def logits_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=rows.device)
     config = logits_config(target_of(rows.device))
     _launch(rows, lambda: router_logits(rows, weight, out, config))
+    return out
+
+
+def takes_gates(rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether `gates_of` does these."""
+    is_plain = rows.is_contiguous() and weights.is_contiguous()
+    return len(rows) <= _FEW and rows.shape[1] % _STEP == 0 and is_plain
+
+
+def gates_of(rows: torch.Tensor, weights: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """`[T, N, E]` float32 for `rows [T, W]` times `factors [N, W]` and `weights [N, E, W]`; see `router_logits`."""
+    from hybrimoe_kt.kernels.router_logits import router_logits
+
+    out = torch.empty(len(rows), *weights.shape[:2], dtype=torch.float32, device=rows.device)
+    given = rows, weights.flatten(0, 1), out.flatten(1), logits_config(target_of(rows.device)), factors
+    _launch(rows, lambda: router_logits(*given))
     return out
 
 

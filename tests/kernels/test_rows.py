@@ -117,6 +117,20 @@ def test_router_logits(dtype: torch.dtype, weights: torch.dtype) -> None:
     torch.testing.assert_close(out.cpu(), naive_router_logits(x, weight), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", FLOATS, ids=["fp32 weights", "fp16 weights", "bf16 weights"])
+def test_logits_of_several_routers(weights: torch.dtype) -> None:
+    """Each with its own factors on the states, an odd number of experts: programs that have two routers'."""
+    x, weight, factors = (
+        random(2, 360).half(),
+        random(3 * 43, 360, dtype=weights, seed=2),
+        random(3, 360, seed=3).half(),
+    )
+    out = torch.full((2, 3 * 43), NAN, device=DEVICE)
+    router_logits(x.to(DEVICE), weight.to(DEVICE), out, logits_config(TARGET), factors.to(DEVICE))
+    within = 0.3 if CUTS and weights == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(out.cpu(), naive_router_logits(x, weight, factors), rtol=1e-5, atol=within)
+
+
 RANKINGS: dict[str, tuple[int, Ranking, bool]] = {
     "softmax": (60, Ranking(4), False),
     "softmax-bf16": (128, Ranking(8, rounded_to=torch.bfloat16), False),

@@ -72,10 +72,12 @@ def _rotations(target: Target) -> Iterator[Case]:
 
 def _logits(target: Target) -> Iterator[Case]:
     config = logits_config(target)
-    for kind in ("bf16", "fp32"):
-        pointers = (("x", "*bf16"), ("weight", f"*{kind}"))
-        constants, claims = (("ROWS", config.rows), ("COLUMNS", config.columns)), Claims(wide_loads=3)
-        yield Case("router_logits", f"bf16 by {kind}", constants, pointers, config.num_warps, 3, claims, Work())
+    for kind, of_several in (("bf16", False), ("fp32", False), ("bf16", True)):
+        pointers = (("x", "*bf16"), ("weight", f"*{kind}"), ("factors", "*bf16"))
+        shape, claims = (("ROWS", config.rows), ("COLUMNS", config.columns)), Claims(wide_loads=3)
+        constants = (("SEVERAL", of_several), *shape)
+        variant = f"bf16 by {kind}{' of several' * of_several}"
+        yield Case("router_logits", variant, constants, pointers, config.num_warps, 3, claims, Work())
 
 
 def _choices(target: Target) -> Iterator[Case]:
