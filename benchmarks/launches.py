@@ -47,7 +47,7 @@ MODELS = {
     "Qwen3-30B-A3B": Shape(**_NARROW),
     "DeepSeek-V2-Lite": Shape(architecture="deepseek2", shared_experts=2, **_NARROW),
 }
-FUSED = ("FusedRMSNorm", "FusedRouter", "FusedRotary", "MoEBlock")
+FUSED = ("FusedRMSNorm", "FusedRouter", "FusedRotary", "FusedMLP", "MoEBlock")
 ATTENTION = ("DecodeAttention", "AbsorbedMLA")
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "resize_", "alias"}
 _KERNELS = {"topk": 2}

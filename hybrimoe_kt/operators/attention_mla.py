@@ -214,8 +214,8 @@ class AbsorbedMLA(nn.Module):
         else:
             read = self._read(query_latent, query_rope, latent[:, 0], key_rope[:, 0], attention_mask)
         context = up.to_values(read)  # [batch, heads, tokens, value]
-        answer = self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value))
-        return answer if length is None else pending(answer, kernel=self.kernel), None
+        attended = self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value))
+        return attended if length is None else pending(attended, kernel=self.kernel), None
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))

@@ -66,6 +66,27 @@ def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums.cpu(), wanted_sums, rtol=1e-3, atol=float(wanted_scales.max()))
 
 
+@pytest.mark.parametrize("shape", [(2, 32), (3, 352)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_quantize_rows_of_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Two parts of the rows that a product of two matrices writes."""
+    tokens, width = shape
+    both = torch.randn(tokens, 2 * width + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    both[0, :32] = 0
+    gate, up = (part.to(DEVICE)[:, first : first + width] for part in (both,) for first in (0, width + 8))
+    quants = torch.full(shape, 99, dtype=torch.int8, device=DEVICE)
+    scales, sums = (torch.full((tokens, width // 32), NAN, device=DEVICE) for _ in range(2))
+    quantize_rows(gate, quants.view(torch.int32), scales, sums, quantize_config(TARGET), up=up)
+    _, wanted_scales, _ = naive_quantize_rows(both[:, :width], both[:, width + 8 :])
+    is_cut = TARGET.interpreted and dtype == torch.bfloat16  # which the interpreter does not round
+    step = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}[dtype] * (1 + 3 * is_cut)
+    torch.testing.assert_close(scales.cpu(), wanted_scales, rtol=step, atol=0)
+    values = (quants.cpu().float().unflatten(1, (-1, 32)) * scales.cpu()[..., None]).flatten(1)
+    exact = torch.nn.functional.silu(both[:, :width].float()) * both[:, width + 8 :].float()
+    assert relative_error(values, exact) < INT8_ERROR
+    torch.testing.assert_close(sums.cpu(), scales.cpu() * quants.cpu().float().unflatten(1, (-1, 32)).sum(2))
+
+
 @each_kind
 def test_decode_gate_up(kind: Type) -> None:
     layer = slotted_layer(kind)
