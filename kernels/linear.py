@@ -17,6 +17,8 @@ __all__ = ["MAX_MATRIX_BYTES", "LinearKernels"]
 
 MAX_MATRIX_BYTES = 1 << 31
 """Places within a matrix are 32-bit; where it begins is not, so a larger one can be laid out as two, some rows each."""
+_STEP = 8
+"""Numbers; the distance of rows that lie apart is a multiple."""
 MAX_WIDTH = 1 << 24
 """So are places within a block of up to 128 tokens' inputs or answers."""
 
@@ -54,8 +56,8 @@ class LinearKernels:
 
         The matrices' rows stand one after the other. Both contiguous from a multiple of 16 bytes on, of any of float32,
         float16 and bfloat16; `space` has `workspace_bytes`. More tokens than DECODE_TOKENS are multiplied as they are,
-        float32 as float16. With `up` the products are with silu(x) * up; rows and heads of these two need not be
-        contiguous, nor are they then for alone, where `takes_apart`.
+        float32 as float16. Where `takes_apart` x may be in parts; and so may `up` of the same shape and dtype: then the
+        products are with silu(x) * up.
         """
         if x.shape[0] <= DECODE_TOKENS:
             self._few_tokens(space, x, out, up)
@@ -66,9 +68,11 @@ class LinearKernels:
                 half = space.carve(self._half_parts(rows.shape[0]))["x"]
                 self._many_tokens(half.copy_(rows.flatten(1)), answers)
 
-    def takes_apart(self, num_tokens: int) -> bool:
-        """Whether so many tokens are only read to be quantised: wherever their rows are, and SwiGLU of two."""
-        return num_tokens <= DECODE_TOKENS and not any(matrix.type.is_float for matrix in self.matrices)
+    def takes_apart(self, x: torch.Tensor) -> bool:
+        """Whether x is only read to be quantised, so that its rows need not be one piece."""
+        if x.shape[0] > DECODE_TOKENS or any(matrix.type.is_float for matrix in self.matrices):
+            return False
+        return x.stride(-1) == 1 and not any(step % _STEP for step in x.stride()[:-1])
 
     def _few_tokens(self, space: Workspace, x: torch.Tensor, out: torch.Tensor, up: torch.Tensor | None) -> None:
         if self._is_float:

@@ -214,8 +214,8 @@ def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor
         spaces.want(device, kernels.workspace_bytes(CHUNK_TOKENS, spaces.dtype))
 
     def multiply(given: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-        is_apart = len(groups) == 1 and groups[0][0].takes_apart(len(given)) and given.stride(-1) == 1
-        if up is not None and not (is_apart and given.dtype == spaces.dtype and up.stride(-1) == 1):
+        is_apart = len(groups) == 1 and groups[0][0].takes_apart(given)
+        if up is not None and not (is_apart and given.dtype == spaces.dtype and groups[0][0].takes_apart(up)):
             given, up = functional.silu(given) * up, None
         if given.dtype == torch.float32 and spaces.dtype != torch.float32:  # for which no room was wanted
             return multiply(given.to(spaces.dtype)).float()

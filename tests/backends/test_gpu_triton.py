@@ -89,6 +89,17 @@ def test_every_format_and_odd_token_counts(kind: Type, num_tokens: int) -> None:
     assert relative_error(found, layer.answer(*inputs)) < (HALF_ERROR if exact else INT8_ERROR)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_what_is_launched_first_finds_anything(num_tokens: int, has_slots: bool) -> None:
+    layer = slotted_layer(Type.Q4_K)
+    inputs, backend = routed(layer, num_tokens), backend_for(layer)
+    out = torch.full((num_tokens, layer.experts.hidden), float("nan"), device=DEVICE)
+    slots = layer.slots if has_slots else []
+    backend.launch_first(layer.experts.layer, slots, layer.slot_of, Routed(*inputs), out)
+    assert torch.equal(out, launched(layer, inputs, backend) if has_slots else torch.zeros_like(out))
+
+
 @pytest.mark.parametrize("num_tokens", [3, 17])
 @pytest.mark.parametrize("mixture", MIXTURES, ids=names)
 def test_mixtures(mixture: tuple[Type, Type, Type], num_tokens: int) -> None:

@@ -137,15 +137,18 @@ def test_decode_down(kind: Type) -> None:
     pair_slot = torch.where(flat >= 0, layer.slot_of[flat.clamp_min(0)], -1).to(torch.int32)
     act[pair_slot < 0] = NAN
     before = torch.randn(3, layer.experts.hidden, generator=torch.Generator().manual_seed(3))
-    out = before.to(DEVICE).clone()
+    out, fresh = before.to(DEVICE).clone(), torch.full(before.shape, NAN, device=DEVICE)
     down = layer.layout.matrices[2]
     clean = torch.nan_to_num(act)
-    decode_down(layer.memory, TABLES, down, pair_slot, weights, act, quantized(clean), out, decode_config(TARGET))
+    given = layer.memory, TABLES, down, pair_slot, weights, act, quantized(clean)
+    decode_down(*given, out, decode_config(TARGET))
+    decode_down(*given, fresh, decode_config(TARGET), clears=True)
     wanted = naive_decode_down(
         clean.cpu(), ids.cpu(), weights.cpu(), {expert: layer.matrices(expert)[2] for expert, _ in layer.slots}
     )
     error = relative_error(out.cpu() - before, wanted)
     assert error < (INT8_ERROR if kind not in (Type.F16, Type.BF16) else HALF_ERROR)
+    torch.testing.assert_close(out.cpu(), before + fresh.cpu(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 700])

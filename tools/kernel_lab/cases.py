@@ -159,6 +159,7 @@ def _down(target: Target, form: QuantType) -> Case:
         max_conversions=_conversions(form),
     )
     work = _unit_work(config, form, 1)
+    constants += (("CLEARS", True),)
     return Case("decode_down", form.name, constants, (("x", "*fp32"),), config.num_warps, 3, claims, work)
 
 
