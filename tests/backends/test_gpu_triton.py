@@ -196,7 +196,7 @@ def test_the_workspace_is_allocated_once_and_launches_allocate_nothing(monkeypat
     calls: list[str] = []
     ops = ("quantize_rows", "decode_gate_up", "decode_down", "sort_pairs", "prefill_gate_up", "prefill_down")
     for name in (*ops, "combine_pairs"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: calls.append(name))
+        monkeypatch.setattr(module, name, lambda *_, name=name, **given: calls.append(name))
     asked: set[str] = set()
 
     class Recorder(TorchDispatchMode):
@@ -242,7 +242,7 @@ def test_a_slot_or_expert_out_of_range_is_caught_before_any_launch(monkeypatch: 
     layer = slotted_layer(Type.Q8_0)
     backend, inputs = backend_for(layer), routed(layer, 1)
     out = torch.zeros(1, layer.experts.hidden, device=DEVICE)
-    monkeypatch.setattr(type(backend._layers[0]), "add", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(type(backend._layers[0]), "add", lambda *_, **given: pytest.fail("launched"))
     for slots, message in (
         ([(0, 5)], "expert 0 of layer 0 is said to be in slot 5 of 5"),
         ([(0, 1), (2, -1)], "slot -1 of 5"),
