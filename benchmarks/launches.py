@@ -5,8 +5,9 @@
 Counted, not timed, and without a device: tensors of a CPU stand for it, Triton's kernels run in its interpreter. Every
 operation that torch's dispatcher sees and that is no view is one kernel, top-k two; memory is allocated for nothing;
 Triton's launches count as they happen; copies over the link apart. The models are narrow ones of the architecture, in
-bfloat16, half of their experts resident, prefetching ahead. Attention itself is SDPA's one kernel, or what absorbed
-latent attention takes.
+float16, as the interpreter cannot multiply bfloat16; half of their experts are resident, and prefetched ahead. "Stock"
+is an ordinary step with the same packed products: attention is SDPA's one kernel, or what absorbed latent attention
+takes. "Ours" is the step that a GPU captures, which reads its length on the device, with Triton's attention.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrimoe_kt.engine.growing_cache import growing_cache
+from hybrimoe_kt.host.hf.fixed_steps import attention_of
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -44,7 +47,8 @@ MODELS = {
     "Qwen3-30B-A3B": Shape(**_NARROW),
     "DeepSeek-V2-Lite": Shape(architecture="deepseek2", shared_experts=2, **_NARROW),
 }
-FUSED = ("FusedRMSNorm", "FusedRouter", "FusedRotary")
+FUSED = ("FusedRMSNorm", "FusedRouter", "FusedRotary", "FusedMLP", "MoEBlock")
+ATTENTION = ("DecodeAttention", "AbsorbedMLA")
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "resize_", "alias"}
 _KERNELS = {"topk": 2}
 _TRANSFERS = ("expert copy", "take blocks apart")
@@ -117,10 +121,10 @@ class Launches(TorchDispatchMode):
 
 
 def rules_with(name: str, kernel: str, folder: Path) -> Path:
-    """The packaged rules of that name, with the operators that are counted computed by `kernel`."""
+    """The packaged rules of that name, with the operators that are counted computed by `kernel`: triton, or torch."""
     rules = yaml.safe_load(packaged_rules(name).read_text(encoding="utf-8"))
     for rule in rules:
-        if rule["replace"].get("class", "").endswith(FUSED):
+        if rule["replace"].get("class", "").endswith(FUSED + ATTENTION * (kernel == "triton")):
             rule["replace"]["kwargs"] = {"kernel": kernel}
     file = folder / f"{kernel}.yaml"
     file.write_text(yaml.safe_dump(rules), encoding="utf-8")
@@ -128,21 +132,40 @@ def rules_with(name: str, kernel: str, folder: Path) -> Path:
 
 
 @torch.no_grad()  # not inference mode, in which casts look like views
-def count(model: Path, rules: Path) -> Launches:
-    """What one layer launches in the second step of a conversation; the first asks what modules do."""
+def count(model: Path, rules: Path, *, is_fixed: bool) -> Launches:
+    """What one layer launches in a later step of a conversation; the first asks what modules do.
+
+    `is_fixed`: as `CapturedLoop` has it asked of the modules, else as anyone asks them.
+    """
     options = {"accelerator": "emulated", "gpu_backend": "triton"}
     options |= {"cache_size": "50%", "scheduler": "static", "prefetch_size": 2}
     loaded = load_model(
-        model, rules_path=rules, device="emulated:0", dtype=torch.bfloat16, option_overrides=options, progress=False
+        model, rules_path=rules, device="emulated:0", dtype=torch.float16, option_overrides=options, progress=False
     )
     body: Any = loaded.model
-    token = torch.tensor([[3]])
-    past = body(input_ids=token, use_cache=True).past_key_values
-    launches = Launches()
+    token, launches = torch.tensor([[3]]), Launches()
+    step = {"input_ids": token, "use_cache": True}
+    step["past_key_values"] = body(**step, past_key_values=growing_cache(body.config)).past_key_values
+    if is_fixed:
+        _fix(step, loaded)
+        body(**step)  # the first asks who attends
+        _fix(step, loaded)
     with _watching(loaded, launches), launches.counting():
-        body(input_ids=token, use_cache=True, past_key_values=past)
+        body(**step)
     assert loaded.runtime.health().is_clean, "the CPU answered in the kernels' place"
     return launches
+
+
+def _fix(step: dict[str, Any], loaded: LoadedModel) -> None:
+    """Let the next step be one whose length stands in a tensor, and add all that it is given to `step`."""
+    cache = step["past_key_values"]
+    cache.unfix("position_ids" in step)
+    held = cache.get_seq_length()
+    position = torch.tensor([held])
+    cache.fix(position, position + 1)
+    for attention in attention_of(loaded.model):
+        attention.plan(held + 1)
+    step |= {"position_ids": position[None], "attention_mask": (torch.arange(cache.room) <= position)[None, None, None]}
 
 
 @contextlib.contextmanager
@@ -239,14 +262,14 @@ def table(found: Mapping[str, tuple[Launches, Launches]]) -> str:
 
 
 def compared(shape: Shape) -> tuple[Launches, Launches]:
-    """A model's layer by the stock modules' arithmetic, and by one launch for each of them."""
+    """A model's layer by the stock modules' arithmetic, and by this package's kernels as they are captured."""
     interpreter.mend()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = generate(shape, folder / "model.gguf", keep_state=False).path
         name = "deepseek2" if shape.architecture == "deepseek2" else "qwen3moe"
-        before, after = (count(model, rules_with(name, kernel, folder)) for kernel in ("torch", "triton"))
-        return before, after
+        before = count(model, rules_with(name, "torch", folder), is_fixed=False)
+        return before, count(model, rules_with(name, "triton", folder), is_fixed=True)
 
 
 def main() -> None:

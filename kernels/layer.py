@@ -44,15 +44,19 @@ class LayerKernels:
         ids: torch.Tensor,
         weights: torch.Tensor,
         out: torch.Tensor,
+        *,
+        clears: bool = False,
     ) -> None:
-        """Add the weighted answers of experts with a slot to `out` float32 `[T, H]`.
+        """Add the weighted answers of experts with a slot to `out` float32 `[T, H]`, which is zeroed first if `clears`.
 
         `num_present` of them have one: it decides a launch shape, never the result. `slot_of` int32 `[num_experts]`,
         `hidden [T, H]` float, `ids` int64 and `weights` float32 `[T, K]`; all contiguous, on the slots' device.
         """
         if hidden.shape[0] <= DECODE_TOKENS:
-            self._decode(space, slot_of, hidden, ids, weights, out)
+            self._decode(space, slot_of, hidden, ids, weights, out, clears=clears)
         else:
+            if clears:
+                out.zero_()
             self._prefill(space, num_present, slot_of, hidden, ids, weights, out)
 
     def _decode(
@@ -63,6 +67,8 @@ class LayerKernels:
         ids: torch.Tensor,
         weights: torch.Tensor,
         out: torch.Tensor,
+        *,
+        clears: bool,
     ) -> None:
         part = space.decode(self.shape, hidden.shape[0])
         config, quantize = decode_config(self.target), quantize_config(self.target)
@@ -74,7 +80,7 @@ class LayerKernels:
         rows = part["aq"], part["as"], part["am"]
         if not self.down.type.is_float:
             quantize_rows(act, *rows, quantize)
-        decode_down(self.memory, self.tables, self.down, pair_slot, weights, act, rows, out, config)
+        decode_down(self.memory, self.tables, self.down, pair_slot, weights, act, rows, out, config, clears=clears)
 
     def _prefill(
         self,

@@ -17,6 +17,8 @@ __all__ = ["MAX_MATRIX_BYTES", "LinearKernels"]
 
 MAX_MATRIX_BYTES = 1 << 31
 """Places within a matrix are 32-bit; where it begins is not, so a larger one can be laid out as two, some rows each."""
+_STEP = 8
+"""Numbers; the distance of rows that lie apart is a multiple."""
 MAX_WIDTH = 1 << 24
 """So are places within a block of up to 128 tokens' inputs or answers."""
 
@@ -49,15 +51,16 @@ class LinearKernels:
         for name, value in (("total_rows", rows), ("columns", columns), ("_few", few)):
             object.__setattr__(self, name, value)
 
-    def multiply(self, space: Workspace, x: torch.Tensor, out: torch.Tensor) -> None:
+    def multiply(self, space: Workspace, x: torch.Tensor, out: torch.Tensor, up: torch.Tensor | None = None) -> None:
         """Write the products with `x [T, columns]` or `[T, heads, columns]` to `out [T, total_rows]`.
 
         The matrices' rows stand one after the other. Both contiguous from a multiple of 16 bytes on, of any of float32,
         float16 and bfloat16; `space` has `workspace_bytes`. More tokens than DECODE_TOKENS are multiplied as they are,
-        float32 as float16.
+        float32 as float16. Where `takes_apart` x may be in parts; and so may `up` of the same shape and dtype: then the
+        products are with silu(x) * up.
         """
         if x.shape[0] <= DECODE_TOKENS:
-            self._few_tokens(space, x, out)
+            self._few_tokens(space, x, out, up)
         elif x.dtype != torch.float32:
             self._many_tokens(x, out)
         else:
@@ -65,13 +68,20 @@ class LinearKernels:
                 half = space.carve(self._half_parts(rows.shape[0]))["x"]
                 self._many_tokens(half.copy_(rows.flatten(1)), answers)
 
-    def _few_tokens(self, space: Workspace, x: torch.Tensor, out: torch.Tensor) -> None:
+    def takes_apart(self, x: torch.Tensor) -> bool:
+        """Whether x is only read to be quantised, so that its rows need not be one piece."""
+        if x.shape[0] > DECODE_TOKENS or any(matrix.type.is_float for matrix in self.matrices):
+            return False
+        return x.stride(-1) == 1 and not any(step % _STEP for step in x.stride()[:-1])
+
+    def _few_tokens(self, space: Workspace, x: torch.Tensor, out: torch.Tensor, up: torch.Tensor | None) -> None:
         if self._is_float:
             rows = self.tables, self.tables, self.tables  # not read
         else:
             part = space.quantized(x.shape[0] * self.heads, self.columns)
             rows = part["xq"], part["xs"], part["xm"]
-            quantize_rows(x, *rows, quantize_config(self.target))
+            further = up if up is None else up.flatten(0, -2)
+            quantize_rows(x.flatten(0, -2), *rows, quantize_config(self.target), up=further)
         config = self._few[x.shape[0] - 1]
         linear_few(self.memory, self.tables, self.matrices, self.heads, x, rows, self.bias, out, config)
 

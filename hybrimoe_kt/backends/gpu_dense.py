@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch.nn import functional
 
 from hybrimoe_kt.device.dense_matrices import DenseMatrices
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
@@ -48,10 +49,11 @@ _PIECE_VALUES = 2**22
 class DenseProduct(Protocol):
     """Multiplies by all matrices of a `DenseMatrices`."""
 
-    def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        """`given [num_tokens, columns]`, or `[num_tokens, heads, columns]` of one matrix with heads, contiguous.
+    def __call__(self, given: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """`given [num_tokens, columns]`, or `[num_tokens, heads, columns]` of one matrix with heads.
 
-        Returns `[num_tokens, rows]` in the same dtype, biases added. Nothing waits for the device.
+        Returns `[num_tokens, rows]` in the same dtype, biases added. Nothing waits for the device. With `up` of the
+        same shape and dtype, multiplies silu(given) * up.
         """
 
 
@@ -187,7 +189,8 @@ def _by_torch(matrices: DenseMatrices, bias: torch.Tensor | None, heads: int) ->
         return out.flatten(1)
 
     @torch.no_grad()
-    def multiply(given: torch.Tensor) -> torch.Tensor:
+    def multiply(given: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        given = given if up is None else functional.silu(given) * up
         out = rows_of(given) if heads == 1 else by_head(given)
         return (out if bias is None else out + bias).to(given.dtype)
 
@@ -210,19 +213,23 @@ def _by_kernels(matrices: DenseMatrices, spaces: DenseSpaces, bias: torch.Tensor
     for kernels, _, _ in groups:
         spaces.want(device, kernels.workspace_bytes(CHUNK_TOKENS, spaces.dtype))
 
-    def multiply(given: torch.Tensor) -> torch.Tensor:
+    def multiply(given: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        is_apart = len(groups) == 1 and groups[0][0].takes_apart(given)
+        if up is not None and not (is_apart and given.dtype == spaces.dtype and groups[0][0].takes_apart(up)):
+            given, up = functional.silu(given) * up, None
         if given.dtype == torch.float32 and spaces.dtype != torch.float32:  # for which no room was wanted
             return multiply(given.to(spaces.dtype)).float()
         space = spaces.on(device)
         out = given.new_empty(given.shape[0], matrices.rows)
         if not len(given):
             return out
-        if given.data_ptr() % 16:
-            given = given.clone()
+        if not is_apart:
+            given = given.contiguous()
+            given = given.clone() if given.data_ptr() % 16 else given
         try:
             with _current(device):
                 if len(groups) == 1:
-                    opaque(functools.partial(groups[0][0].multiply, space, given, out))
+                    opaque(functools.partial(groups[0][0].multiply, space, given, out, up))
                     return out
                 for kernels, begin, rows in groups:
                     part = given.new_empty(given.shape[0], rows)

@@ -167,18 +167,39 @@ class TritonGpu(GpuBackend):
         self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
     ) -> None:
         """Enqueue the experts of `slots` on the current stream; see `GpuBackend.launch`."""
+        self._launch(layer, slots, slot_of, routed, out, clears=False)
+
+    def launch_first(
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
+    ) -> None:
+        """The last kernel writes where it would add; see `GpuBackend.launch_first`."""
+        self._launch(layer, slots, slot_of, routed, out, clears=True)
+
+    def _launch(
+        self,
+        layer: int,
+        slots: Sequence[tuple[int, int]],
+        slot_of: torch.Tensor,
+        routed: Routed,
+        out: torch.Tensor,
+        *,
+        clears: bool,
+    ) -> None:
         kernels = self._layers[layer]
         self._check(layer, kernels, slots, slot_of, routed, out)
         if not slots:
+            if clears:
+                out.zero_()
             return
         assert self._space is not None, "launch before prepare"
         try:
             with _current(kernels.memory.device):
                 if routed.hidden.shape[0] <= CHUNK_TOKENS:
-                    opaque(functools.partial(kernels.add, self._space, len(slots), slot_of, *routed[:3], out))
+                    given = self._space, len(slots), slot_of, *routed[:3], out
+                    opaque(functools.partial(kernels.add, *given, clears=clears))
                     return
                 for part, rows in zip(routed.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
-                    kernels.add(self._space, len(slots), slot_of, *part[:3], rows)
+                    kernels.add(self._space, len(slots), slot_of, *part[:3], rows, clears=clears)
         except launch_failures() as error:
             raise KernelError(f"Triton cannot run the kernels of layer {layer}: {summary(error)}") from error
 

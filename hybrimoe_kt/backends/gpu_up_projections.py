@@ -107,7 +107,7 @@ class AcceleratorUpProjections:
     def _by_head(self, product: DenseProduct, given: torch.Tensor) -> torch.Tensor:
         batch, heads, tokens, columns = given.shape
         rows = given.transpose(1, 2).reshape(batch * tokens, heads, columns)
-        return product(rows.contiguous()).view(batch, tokens, heads, -1).transpose(1, 2)
+        return product(rows).view(batch, tokens, heads, -1).transpose(1, 2)
 
 
 def _flat(matrix: PackedMatrix) -> PackedMatrix:

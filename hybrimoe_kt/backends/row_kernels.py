@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,13 +34,17 @@ __all__ = [
     "check_kernel",
     "choose",
     "choose_into",
+    "gates_of",
     "is_used",
     "logits_of",
     "norm",
+    "norm_of_sum",
     "rotate",
+    "takes_gates",
     "takes_heads",
     "takes_ranking",
     "takes_rows",
+    "takes_sum",
 ]
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ def _can_launch(device: torch.device, kernel: str) -> bool:
     try:
         row = torch.ones(1, 32, device=device)
         norm(row, row[0], 1e-6, offset=0.0, rounds_first=True)
+        norm_of_sum((row, row, row), row[0], 1e-6, offset=0.0, rounds_first=True)
         rotate(row.view(1, 1, 1, 32), row.view(1, 1, 1, 32), row[:, :16], row[:, :16], Rotation())
         choose(logits_of(row, row.view(2, 16).repeat(1, 2)), Ranking(2), None)[0].cpu()
     except Exception as error:  # whatever a compiler or driver may raise
@@ -115,6 +120,28 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, r
     return out
 
 
+def takes_sum(terms: Sequence[torch.Tensor], weight: torch.Tensor) -> bool:
+    """Whether `norm_of_sum` does these, which have one shape and dtype."""
+    return takes_rows(terms[0], weight) and all(term.is_contiguous() for term in terms)
+
+
+def norm_of_sum(
+    terms: Sequence[torch.Tensor], weight: torch.Tensor, epsilon: float, offset: float, rounds_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm of the sum of two or three `[..., W]`, the last two added first, and that sum."""
+    from hybrimoe_kt.kernels.rms_norm import rms_norm
+
+    first, second, *third = (term.view(-1, term.shape[-1]) for term in terms)
+    out, total = torch.empty_like(first), torch.empty_like(first)
+    config, more = norm_config(target_of(first.device), first.shape[1]), third[0] if third else None
+    form = {"offset": offset, "rounds_first": rounds_first}
+    _launch(
+        first,
+        lambda: rms_norm(first, weight, epsilon, out, config, residual=second, more=more, total=total, **form),
+    )
+    return out.view(terms[0].shape), total.view(terms[0].shape)
+
+
 def takes_heads(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor) -> bool:
     """Whether `rotate` does heads `[1, heads, T, W]`, rows in one piece, by angles `[1, T, P]`."""
     if query.dim() != 4 or not len(query) == len(key) == len(cos) == 1 or query.dtype != key.dtype:
@@ -148,6 +175,22 @@ def logits_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=rows.device)
     config = logits_config(target_of(rows.device))
     _launch(rows, lambda: router_logits(rows, weight, out, config))
+    return out
+
+
+def takes_gates(rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether `gates_of` does these."""
+    is_plain = rows.is_contiguous() and weights.is_contiguous()
+    return len(rows) <= _FEW and rows.shape[1] % _STEP == 0 and is_plain
+
+
+def gates_of(rows: torch.Tensor, weights: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """`[T, N, E]` float32 for `rows [T, W]` times `factors [N, W]` and `weights [N, E, W]`; see `router_logits`."""
+    from hybrimoe_kt.kernels.router_logits import router_logits
+
+    out = torch.empty(len(rows), *weights.shape[:2], dtype=torch.float32, device=rows.device)
+    given = rows, weights.flatten(0, 1), out.flatten(1), logits_config(target_of(rows.device)), factors
+    _launch(rows, lambda: router_logits(*given))
     return out
 
 

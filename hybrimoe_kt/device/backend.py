@@ -223,3 +223,10 @@ class GpuBackend(Protocol):
         experts not in `slots` are left alone. Returns before anything has run; never synchronises, never allocates
         from the driver. KernelError, before any launch, for a slot out of range.
         """
+
+    def launch_first(
+        self, layer: int, slots: Sequence[tuple[int, int]], slot_of: torch.Tensor, routed: Routed, out: torch.Tensor
+    ) -> None:
+        """The same, where `out` holds nothing of this step yet: all else in it becomes zero."""
+        out.zero_()
+        self.launch(layer, slots, slot_of, routed, out)

@@ -95,7 +95,7 @@ class Lane:
         self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
         self._capture = accelerator.capture()
         self._captures_launches = self._capture is not None and gpu.decides_on_device
-        """Whether a captured step's first launch, and the clearing before it, is captured, too."""
+        """Whether a captured step's first launch is captured, too."""
         self._result = accelerator.event()
         self._num_steps = 0
         self._in_a_row = 0
@@ -136,9 +136,7 @@ class Lane:
         slots = self.pool.layers[layer]
         slots.begin_step()
         pairs, table = self.whole.table(layer, slot_of)
-        out = self._views(step).out
-        self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
-        self._launch(layer, _Launch(slots, (), pairs), table, step, out)
+        self._launch(layer, _Launch(slots, (), pairs), table, step, self._views(step).out, is_first=True)
         self.whole.count(layer, step.routed.ids)
         return self.finish(step, None, has_gpu=True)
 
@@ -154,8 +152,7 @@ class Lane:
         slots, views = self.pool.layers[layer], self._views(Step(routed, _NOTHING))
         pairs, table = self.whole.table(layer, slot_of)
         result = torch.empty_like(routed.hidden)
-        views.out.zero_()
-        self.gpu.launch(slots.key, pairs, table, routed, views.out)
+        self.gpu.launch_first(slots.key, pairs, table, routed, views.out)
         self.whole.capture_count(layer, routed.ids)
         _combine(views.out, None, views.total, result)
         return result
@@ -191,15 +188,14 @@ class Lane:
         tables = self._tables.send(list(map(_PAIRS, launches)))
         out = self._views(step).out
         is_replayed = step.sent is not None and self._captures_launches and launches[0].slots is own
-        if not is_replayed:
-            self.accelerator.launch(self.accelerator.compute, out.zero_, reads=(), writes=(out,), site="clear")
         if queue.waiting and layer in queue.direct:
             self._hasten(plan)
         if plan.transfers:
             self._feed(plan, launches, through_slots, step, out, tables, is_replayed=is_replayed)
             return
         for number, (launch, table) in enumerate(zip(launches, tables, strict=True)):
-            self._launch(layer, launch, table, step, out, is_replayed=is_replayed and number == 0)
+            is_first = number == 0
+            self._launch(layer, launch, table, step, out, is_first=is_first, is_replayed=is_replayed and is_first)
 
     def _feed(
         self,
@@ -224,7 +220,8 @@ class Lane:
                 if through_slots and not _is_read(plan, position, waiting[0], number):
                     break
                 self.queue.start(waiting.popleft())
-            self._launch(plan.layer, launch, table, step, out, is_replayed=is_replayed and number == 0)
+            is_first = number == 0
+            self._launch(plan.layer, launch, table, step, out, is_first=is_first, is_replayed=is_replayed and is_first)
 
     def _hasten(self, plan: Plan) -> None:
         """Send what the plan counts on being there before its own transfers: the GPU's order has it first."""
@@ -239,11 +236,12 @@ class Lane:
         step: Step,
         out: torch.Tensor,
         *,
+        is_first: bool,
         is_replayed: bool = False,
     ) -> None:
         """Enqueue experts of `layer` after what is under way into their slots; `table` says on the device which.
 
-        What `is_replayed` clears `out` as well.
+        What `is_first` finds anything in `out`.
         """
         slots, pairs = launch.slots, launch.pairs
         if slots.unsettled:
@@ -254,10 +252,10 @@ class Lane:
         reads = [slots.memory] if is_whole else list(map(slots.views.__getitem__, map(_PLACE, pairs)))
         reads += (table, *step.routed[:3])
 
+        enqueue = self.gpu.launch_first if is_first else self.gpu.launch
+
         def launched() -> None:
-            if is_replayed:
-                out.zero_()
-            self.gpu.launch(slots.key, pairs, table, step.routed, out)
+            enqueue(slots.key, pairs, table, step.routed, out)
 
         work: Callable[[], object] = launched
         if is_replayed and step.sent is not None and self._capture is not None:

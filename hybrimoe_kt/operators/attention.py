@@ -16,6 +16,8 @@ from hybrimoe_kt.backends.prompt_attention import PromptAttention, prompts_on
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.errors import HostCompatibilityError
 
+from .pending_sum import pending
+
 __all__ = ["DecodeAttention", "fixed_length", "prompts_of"]
 
 _FIXED, _PROMPT = "hybrimoe_fixed_length", "hybrimoe_prompt"
@@ -127,7 +129,8 @@ class DecodeAttention(nn.Module):
             if self.refusal is not None:
                 raise HostCompatibilityError(f"{self.key}: {self.refusal}, so it takes no step of a fixed length")
             attend = attention_on(length.device, self.kernel), length
-            return self._asking(_FIXED, args, kwargs | {"attend_fixed": attend})
+            answer, *others = self._asking(_FIXED, args, kwargs | {"attend_fixed": attend})
+            return pending(answer, kernel=self.kernel), *others
         hidden = args[0] if args else kwargs["hidden_states"]
         prompts = None if self.refusal else prompts_of(cache, stock.layer_idx, hidden, self.kernel)
         return stock(*args, **kwargs) if prompts is None else self._asking(_PROMPT, args, kwargs | {"prompts": prompts})

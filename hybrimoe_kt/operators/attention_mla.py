@@ -27,6 +27,7 @@ from hybrimoe_kt.errors import HostCompatibilityError
 
 from .attention import fixed_length, prompts_of
 from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
+from .pending_sum import pending
 from .rotary import Rotate, RotatePairs
 
 __all__ = ["AbsorbedMLA"]
@@ -220,7 +221,8 @@ class AbsorbedMLA(nn.Module):
             else:
                 read = without_mask
         context = up.to_values(read)  # [batch, heads, tokens, value]
-        return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value)), None
+        attended = self.o_proj(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.value))
+        return attended if length is None else pending(attended, kernel=self.kernel), None
 
     def _low_rank_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query: torch.Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))

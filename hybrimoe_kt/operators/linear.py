@@ -75,6 +75,7 @@ class QuantizedLinear(nn.Module):
         self.place, self.arithmetic = generate_device, accelerator_arithmetic(gpu, generate_device)
         self._product: PackedProduct | None = None
         self._by_accelerator: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         by_ggml = is_computed_by_ggml(cpu, generate_device)
         may_be_packed = by_ggml or self.arithmetic != "float"
         if hasattr(gguf_loader, "packed_weight") and may_be_packed and not hasattr(orig_module, READ_AS_FLOATS):
@@ -102,9 +103,21 @@ class QuantizedLinear(nn.Module):
         """Whether its weight is to be loaded to an accelerator, and is not yet."""
         return self.packed is not None and self._product is None and self._by_accelerator is None
 
-    def attach(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Multiply by `multiply` from now on: it takes what `forward` does, adds the bias and keeps the dtype."""
-        self._by_accelerator = multiply
+    def attach(
+        self,
+        multiply: Callable[[torch.Tensor], torch.Tensor],
+        gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Multiply by `multiply` from now on: it takes what `forward` does, adds the bias and keeps the dtype.
+
+        `gated` does what the method of that name does.
+        """
+        self._by_accelerator, self._gated = multiply, gated
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """`forward(silu(gate) * up)`, of few tokens with no launch more where kernels multiply."""
+        answer: torch.Tensor = self(functional.silu(gate) * up) if self._gated is None else self._gated(gate, up)
+        return answer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the input's dtype."""

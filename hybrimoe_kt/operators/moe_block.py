@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from hybrimoe_kt.backends.row_kernels import check_kernel
 from hybrimoe_kt.errors import ConfigError
+
+from .pending_sum import PendingSum, pending
 
 __all__ = ["MoEBlock"]
 
@@ -41,8 +45,12 @@ class MoEBlock(nn.Module):
         orig_module: nn.Module,
         prefill_device: str | None = None,
         generate_device: str | None = None,
+        kernel: str = "auto",
     ) -> None:
+        """`kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`."""
         super().__init__()
+        self.check_kwargs({"kernel": kernel})
+        self.kernel = kernel
         if not self.takes(orig_module):
             raise ConfigError(
                 f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
@@ -52,18 +60,26 @@ class MoEBlock(nn.Module):
             self.register_module(name, child)
 
     @classmethod
+    def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for kwargs this operator would refuse, without building it."""
+        check_kernel(kwargs.get("kernel", "auto"))
+
+    @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """Whether it computes what `module` does: its class is known, and it has shared experts."""
         return getattr(module, _TAKEN.get(type(module).__name__, ""), None) is not None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | PendingSum:
         """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, ids = self.gate(flat)  # called, as a hook notes the logits
         job = self.experts.begin(flat, ids, weights)
         shared = self._shared(flat)
         routed: torch.Tensor = self.experts.finish(job)
-        return (routed + shared).view(hidden_states.shape)
+        answer: torch.Tensor | PendingSum = pending(
+            routed.view(hidden_states.shape), shared.view(hidden_states.shape), kernel=self.kernel
+        )
+        return answer
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor:
         answer: torch.Tensor = getattr(self, self._shared_name)(flat)

@@ -1,4 +1,4 @@
-"""`FusedRMSNorm`: a norm by root mean square as one launch."""
+"""`FusedRMSNorm`: a norm by root mean square as one launch, with the residual additions before it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from hybrimoe_kt.backends.row_asking import Norm, NormForm, is_torchs_norm, norm_form
-from hybrimoe_kt.backends.row_kernels import check_kernel, is_used, norm, takes_rows
+from hybrimoe_kt.backends.row_kernels import check_kernel, is_used, norm, norm_of_sum, takes_rows, takes_sum
 from hybrimoe_kt.errors import ConfigError
 
 from .adopted import Adopted
+from .pending_sum import PendingSum
 
 __all__ = ["FusedRMSNorm"]
 
@@ -56,8 +57,12 @@ class FusedRMSNorm(Adopted):
         """Added to the mean square; families call it differently."""
         return float(getattr(self, "variance_epsilon", None) or getattr(self, "eps", 0.0) or 0.0)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-        """`[..., width]` -> the same, in the same dtype."""
+    def forward(self, hidden_states: torch.Tensor | PendingSum, *args: Any) -> torch.Tensor:
+        """`[..., width]` -> the same, in the same dtype; a sum that is pending is known afterwards."""
+        if isinstance(hidden_states, PendingSum):
+            if len(hidden_states.terms) > 1 and not args and (normed := self._of_sum(hidden_states)) is not None:
+                return normed
+            hidden_states = hidden_states.total
         if not args and is_used(self.kernel, hidden_states.device):
             form = self._once(_forms, norm_form)
             if form is not None and takes_rows(hidden_states, self.weight):
@@ -66,6 +71,15 @@ class FusedRMSNorm(Adopted):
             return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon)
         answer: torch.Tensor = super().forward(hidden_states, *args)
         return answer
+
+    def _of_sum(self, pending: PendingSum) -> torch.Tensor | None:
+        """The norm of it, in the launch that adds it up; None where no kernel does both."""
+        form = self._once(_forms, norm_form) if is_used(self.kernel, self.weight.device) else None
+        if form is None or not takes_sum(pending.terms, self.weight):
+            return None
+        normed, total = norm_of_sum(pending.terms, self.weight, self.epsilon, *form)
+        pending.settle(total)
+        return normed
 
     def _is_torchs(self, given: torch.Tensor) -> bool:
         """Whether torch's own function, one call from Python, gives the same bits."""

@@ -30,8 +30,9 @@ class SharedInput:
         self._given: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
         self._left: set[int] = set()
+        gated = self._ask_gated if len(layers) == 1 and self._column_order is None else None
         for number, layer in enumerate(layers):
-            layer.attach(functools.partial(self._ask, number))
+            layer.attach(functools.partial(self._ask, number), gated)
         self._all = frozenset(range(len(layers)))
 
     def _ask(self, number: int, given: torch.Tensor) -> torch.Tensor:
@@ -46,3 +47,9 @@ class SharedInput:
         if not self._left:
             self._given = self._out = None
         return answer.view(*given.shape[:-1], answer.shape[-1])
+
+    def _ask_gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Of the one layer, for silu(gate) * up."""
+        out = self._product(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
+        answer = self._matrices.features(0, out)
+        return answer.view(*gate.shape[:-1], answer.shape[-1])

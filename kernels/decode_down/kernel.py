@@ -32,6 +32,7 @@ def decode_down_kernel(
     o2,
     o3,
     out,
+    CLEARS: tl.constexpr,
     DOWN: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -61,7 +62,10 @@ def decode_down_kernel(
                 )
                 total += tl.where(unit < num_units, weight * dots, 0.0)
     out_at = out + token * hidden + row
-    tl.store(out_at, tl.load(out_at, mask=row < hidden, other=0.0) + tl.sum(total, axis=1), mask=row < hidden)
+    answer = tl.sum(total, axis=1)
+    if not CLEARS:
+        answer += tl.load(out_at, mask=row < hidden, other=0.0)
+    tl.store(out_at, answer, mask=row < hidden)
 
 
 def decode_down(
@@ -74,8 +78,10 @@ def decode_down(
     quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     config: DecodeConfig,
+    *,
+    clears: bool = False,
 ) -> None:
-    """Add the weighted sum over pairs that have a slot to `out` float32 `[T, H]`.
+    """Add the weighted sum over pairs that have a slot to `out` float32 `[T, H]`, or write it there: `clears`.
 
     `pair_slot` int32 `[T * K]` and `act` float32 `[T * K, inter]` as decode_gate_up wrote them, `quantized` the
     latter's int8 form (unused where down is F16 or BF16), `weights` float32 `[T, K]`.
@@ -98,6 +104,7 @@ def decode_down(
         down.rows,
         *down.offsets,
         out,
+        CLEARS=clears,
         DOWN=down.type.number,
         FORM=config.form,
         ROWS=config.rows,

@@ -15,6 +15,7 @@ __all__ = ["rms_norm", "rms_norm_kernel"]
 def rms_norm_kernel(
     x,
     residual,
+    more,
     weight,
     num_rows,
     width,
@@ -37,8 +38,11 @@ def rms_norm_kernel(
     dense_at = row[:, None] * width + column[None, :]
     values = tl.load(x + row[:, None] * (x_stride // 8 * 8) + column[None, :], mask=live, other=0.0)
     if ADDS:
-        others = tl.load(residual + dense_at, mask=live, other=0.0)
-        values = (values.to(tl.float32) + others.to(tl.float32)).to(x.dtype.element_ty)
+        others = tl.load(residual + dense_at, mask=live, other=0.0).to(tl.float32)
+        if ADDS == 2:
+            others += tl.load(more + dense_at, mask=live, other=0.0).to(tl.float32)
+            others = others.to(x.dtype.element_ty).to(tl.float32)
+        values = (values.to(tl.float32) + others).to(x.dtype.element_ty)
         tl.store(total + dense_at, values, mask=live)
     wide = values.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / width + epsilon)[:, None]
@@ -58,9 +62,12 @@ def rms_norm(
     offset: float = 0.0,
     rounds_first: bool = True,
     residual: torch.Tensor | None = None,
+    more: torch.Tensor | None = None,
     total: torch.Tensor | None = None,
 ) -> None:
     """Write the norm of `x [N, W]`, or of `x + residual`, to `out [N, W]`, and that sum to `total [N, W]`.
+
+    With `more`, of `x + (residual + more)`, each sum rounded.
 
     All of one dtype and contiguous, but for the rows of `x`; W and the distance of these are multiples of 8.
     """
@@ -69,6 +76,7 @@ def rms_norm(
     rms_norm_kernel[grid](
         x,
         x if residual is None else residual,
+        x if more is None else more,
         weight,
         num_rows,
         width,
@@ -78,7 +86,7 @@ def rms_norm(
         out if total is None else total,
         OFFSET=offset,
         ROUNDS_FIRST=rounds_first,
-        ADDS=residual is not None,
+        ADDS=(residual is not None) + (more is not None),
         ROWS=config.rows,
         COLUMNS=config.columns,
         num_warps=config.num_warps,

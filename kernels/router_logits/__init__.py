@@ -1,4 +1,4 @@
-"""A router's product in float32."""
+"""Routers' products in float32."""
 
 from .kernel import router_logits
 from .naive import naive_router_logits

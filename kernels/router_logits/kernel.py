@@ -1,4 +1,4 @@
-"""A router's product in float32, of states and weights as they are: widened in registers, not in memory."""
+"""Routers' products in float32, of states and weights as they are: widened in registers, not in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ __all__ = ["router_logits", "router_logits_kernel"]
 
 
 @triton.jit
-def router_logits_kernel(x, weight, num_experts, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (expert block, token)."""
+def router_logits_kernel(
+    x,
+    weight,
+    factors,
+    num_experts,
+    of_one,
+    width,
+    out,
+    SEVERAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program (expert block, token). SEVERAL: routers of `of_one` experts, each with its own `factors` on x."""
     expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     token = tl.program_id(1).to(tl.int64)
     width = width // 8 * 8  # says that it is a multiple, so that loads are wide
@@ -25,14 +36,39 @@ def router_logits_kernel(x, weight, num_experts, width, out, ROWS: tl.constexpr,
         given = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
         at = expert.to(tl.int64)[:, None] * width + column[None, :]
         weights = tl.load(weight + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += given[None, :] * weights
+        if SEVERAL:
+            factor_at = (expert // of_one).to(tl.int64)[:, None] * width + column[None, :]
+            factor = tl.load(factors + factor_at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            total += (given[None, :] * factor).to(weight.dtype.element_ty).to(tl.float32) * weights
+        else:
+            total += given[None, :] * weights
     tl.store(out + token * num_experts + expert, tl.sum(total, axis=1), mask=live)
 
 
-def router_logits(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, config: LogitsConfig) -> None:
-    """Write `out` float32 `[T, E]` for `x [T, W]` and `weight [E, W]`, any floats; contiguous, W a multiple of 8."""
+def router_logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    config: LogitsConfig,
+    factors: torch.Tensor | None = None,
+) -> None:
+    """Write `out` float32 `[T, E]` for `x [T, W]` and `weight [E, W]`, any floats; contiguous, W a multiple of 8.
+
+    With `factors [N, W]` the experts are N routers' one after the other, each of which is given `x` times its factors,
+    rounded to the dtype of `weight`.
+    """
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     grid = (triton.cdiv(num_experts, config.rows), num_tokens)
     router_logits_kernel[grid](
-        x, weight, num_experts, width, out, ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps
+        x,
+        weight,
+        x if factors is None else factors,
+        num_experts,
+        num_experts if factors is None else num_experts // len(factors),
+        width,
+        out,
+        SEVERAL=factors is not None,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        num_warps=config.num_warps,
     )

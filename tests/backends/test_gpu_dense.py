@@ -65,6 +65,21 @@ def test_layers_of_one_input(kinds: tuple[Type, ...], dtype: torch.dtype) -> Non
             assert relative_error(matrices.features(number, out).float(), exact) < within
 
 
+@pytest.mark.parametrize("arithmetic", ["triton", "torch"])
+@pytest.mark.parametrize("kinds", [(Type.Q8_0,), (Type.F16,), (Type.Q8_0, Type.F16)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_swiglu_in_front_of_a_product(tokens: int, kinds: tuple[Type, ...], arithmetic: str) -> None:
+    """Of two parts of wider rows; the bits of silu, product and then the matrix, where these are three calls."""
+    matrices, _ = group(*kinds)
+    product = product_of(matrices, arithmetic, DenseSpaces(torch.float16))
+    both = torch.randn(tokens, 2 * COLUMNS, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    gate, up = both.split(COLUMNS, dim=1)
+    wanted = product((functional.silu(gate) * up).contiguous())
+    found = product(gate, up)
+    assert found.dtype == torch.float16 and found.shape == wanted.shape
+    assert relative_error(found.float(), wanted.float()) < PREFILL
+
+
 def test_a_group_of_more_types_than_a_launch_takes() -> None:
     kinds = (Type.Q8_0, Type.Q4_0, Type.F16, Type.Q4_K, Type.Q6_K)
     made = [packed_matrix(kind, 5 + seed, COLUMNS, seed=seed) for seed, kind in enumerate(kinds)]

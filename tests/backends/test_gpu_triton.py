@@ -89,6 +89,17 @@ def test_every_format_and_odd_token_counts(kind: Type, num_tokens: int) -> None:
     assert relative_error(found, layer.answer(*inputs)) < (HALF_ERROR if exact else INT8_ERROR)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_what_is_launched_first_finds_anything(num_tokens: int, has_slots: bool) -> None:
+    layer = slotted_layer(Type.Q4_K)
+    inputs, backend = routed(layer, num_tokens), backend_for(layer)
+    out = torch.full((num_tokens, layer.experts.hidden), float("nan"), device=DEVICE)
+    slots = layer.slots if has_slots else []
+    backend.launch_first(layer.experts.layer, slots, layer.slot_of, Routed(*inputs), out)
+    assert torch.equal(out, launched(layer, inputs, backend) if has_slots else torch.zeros_like(out))
+
+
 @pytest.mark.parametrize("num_tokens", [3, 17])
 @pytest.mark.parametrize("mixture", MIXTURES, ids=names)
 def test_mixtures(mixture: tuple[Type, Type, Type], num_tokens: int) -> None:
@@ -182,7 +193,7 @@ def test_the_workspace_is_allocated_once_and_launches_allocate_nothing(monkeypat
     calls: list[str] = []
     ops = ("quantize_rows", "decode_gate_up", "decode_down", "sort_pairs", "prefill_gate_up", "prefill_down")
     for name in (*ops, "combine_pairs"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: calls.append(name))
+        monkeypatch.setattr(module, name, lambda *_, name=name, **given: calls.append(name))
     asked: set[str] = set()
 
     class Recorder(TorchDispatchMode):
@@ -228,7 +239,7 @@ def test_a_slot_or_expert_out_of_range_is_caught_before_any_launch(monkeypatch: 
     layer = slotted_layer(Type.Q8_0)
     backend, inputs = backend_for(layer), routed(layer, 1)
     out = torch.zeros(1, layer.experts.hidden, device=DEVICE)
-    monkeypatch.setattr(type(backend._layers[0]), "add", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(type(backend._layers[0]), "add", lambda *_, **given: pytest.fail("launched"))
     for slots, message in (
         ([(0, 5)], "expert 0 of layer 0 is said to be in slot 5 of 5"),
         ([(0, 1), (2, -1)], "slot -1 of 5"),

@@ -13,17 +13,26 @@ from benchmarks.launches import MODELS, Launches, compared, count, rules_with, t
 from tests.support.generated_model import generate
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here")
-LATENT = ("bmm", "clone", "_to_copy", "mul", "add", "_softmax")
-"""What absorbed latent attention does between its projections, where other attention is one kernel."""
+MOST = 30
+EACH = {
+    "Qwen3-30B-A3B": {"norms": 2, "attention": 11, "router": 2, "experts": 5, "look-ahead": 2},
+    "DeepSeek-V2-Lite": {
+        "norms": 2, "attention": 14, "router": 2, "shared experts": 4, "experts": 5, "look-ahead": 2,
+    },
+}  # fmt: skip
 
 
-def test_a_layer_of_qwen3_moe_takes_25_launches(tmp_path: Path) -> None:
-    """30 are allowed; what changes one of these numbers should know."""
-    model = generate(MODELS["Qwen3-30B-A3B"], tmp_path / "model.gguf", keep_state=False).path
-    found = count(model, rules_with("qwen3moe", "triton", tmp_path))
-    parts = {"norms": 2, "attention": 10, "residuals": 2, "router": 2, "experts": 6, "look-ahead": 3}
-    assert found.by_part == parts
-    assert sum(found.kernels.values()) == 25
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_takes_few_launches(name: str, tmp_path: Path) -> None:
+    """MOST are allowed; what changes one of these numbers should know."""
+    shape = MODELS[name]
+    model = generate(shape, tmp_path / "model.gguf", keep_state=False).path
+    rules = "deepseek2" if shape.architecture == "deepseek2" else "qwen3moe"
+    found = count(model, rules_with(rules, "triton", tmp_path), is_fixed=True)
+    assert found.by_part == EACH[name]
+    assert sum(found.kernels.values()) <= MOST
+    attention = {kernel for part, kernel in found.kernels if part == "attention"}
+    assert "merge_splits_kernel" in attention and not {"_softmax", "bmm"} & attention, "Triton's, as a GPU captures it"
     assert found.copies == {
         "routing to host": 3, "slot tables to device": 1, "CPU answer to device": 1, "guesses to host": 1,
     }  # fmt: skip
@@ -32,14 +41,10 @@ def test_a_layer_of_qwen3_moe_takes_25_launches(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_modules_take_thrice_as_many(name: str) -> None:
-    """Of DeepSeek-V2-Lite's, nine are one attention."""
     stock, ours = compared(MODELS[name])
     counts = [sum(launches.kernels.values()) for launches in (stock, ours)]
-    assert counts == {"Qwen3-30B-A3B": [76, 25], "DeepSeek-V2-Lite": [80, 43]}[name]
+    assert counts[1] == sum(EACH[name].values()) and counts[0] > 2.5 * counts[1]
     assert f"| **{counts[0]}** | **{counts[1]}** |" in table({name: (stock, ours)})
-    if name == "DeepSeek-V2-Lite":
-        within = {kernel: number for (part, kernel), number in ours.kernels.items() if part == "attention"}
-        assert sum(within[kernel] for kernel in LATENT) == 9
 
 
 def test_views_and_memory_are_no_launches() -> None:

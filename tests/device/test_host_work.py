@@ -112,7 +112,7 @@ def test_a_whole_layer_is_read_where_its_gates_look_at_one_that_is_not(monkeypat
 
 
 def test_a_whole_layer_that_fails_is_computed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for at in range(30):
+    for at in range(28):
         faults = Faults("launch", at, "raise")
         machine = make(monkeypatch, at, faults=faults, cache_size="all", scheduler="gpu_only")
         machine.play(1, 4, 1)

@@ -66,6 +66,27 @@ def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums.cpu(), wanted_sums, rtol=1e-3, atol=float(wanted_scales.max()))
 
 
+@pytest.mark.parametrize("shape", [(2, 32), (3, 352)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_quantize_rows_of_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Two parts of the rows that a product of two matrices writes."""
+    tokens, width = shape
+    both = torch.randn(tokens, 2 * width + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    both[0, :32] = 0
+    gate, up = (part.to(DEVICE)[:, first : first + width] for part in (both,) for first in (0, width + 8))
+    quants = torch.full(shape, 99, dtype=torch.int8, device=DEVICE)
+    scales, sums = (torch.full((tokens, width // 32), NAN, device=DEVICE) for _ in range(2))
+    quantize_rows(gate, quants.view(torch.int32), scales, sums, quantize_config(TARGET), up=up)
+    _, wanted_scales, _ = naive_quantize_rows(both[:, :width], both[:, width + 8 :])
+    is_cut = TARGET.interpreted and dtype == torch.bfloat16  # which the interpreter does not round
+    step = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}[dtype] * (1 + 3 * is_cut)
+    torch.testing.assert_close(scales.cpu(), wanted_scales, rtol=step, atol=0)
+    values = (quants.cpu().float().unflatten(1, (-1, 32)) * scales.cpu()[..., None]).flatten(1)
+    exact = torch.nn.functional.silu(both[:, :width].float()) * both[:, width + 8 :].float()
+    assert relative_error(values, exact) < INT8_ERROR
+    torch.testing.assert_close(sums.cpu(), scales.cpu() * quants.cpu().float().unflatten(1, (-1, 32)).sum(2))
+
+
 @each_kind
 def test_decode_gate_up(kind: Type) -> None:
     layer = slotted_layer(kind)
@@ -116,15 +137,18 @@ def test_decode_down(kind: Type) -> None:
     pair_slot = torch.where(flat >= 0, layer.slot_of[flat.clamp_min(0)], -1).to(torch.int32)
     act[pair_slot < 0] = NAN
     before = torch.randn(3, layer.experts.hidden, generator=torch.Generator().manual_seed(3))
-    out = before.to(DEVICE).clone()
+    out, fresh = before.to(DEVICE).clone(), torch.full(before.shape, NAN, device=DEVICE)
     down = layer.layout.matrices[2]
     clean = torch.nan_to_num(act)
-    decode_down(layer.memory, TABLES, down, pair_slot, weights, act, quantized(clean), out, decode_config(TARGET))
+    given = layer.memory, TABLES, down, pair_slot, weights, act, quantized(clean)
+    decode_down(*given, out, decode_config(TARGET))
+    decode_down(*given, fresh, decode_config(TARGET), clears=True)
     wanted = naive_decode_down(
         clean.cpu(), ids.cpu(), weights.cpu(), {expert: layer.matrices(expert)[2] for expert, _ in layer.slots}
     )
     error = relative_error(out.cpu() - before, wanted)
     assert error < (INT8_ERROR if kind not in (Type.F16, Type.BF16) else HALF_ERROR)
+    torch.testing.assert_close(out.cpu(), before + fresh.cpu(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 700])

@@ -66,6 +66,19 @@ def test_rms_norm_of_a_sum(dtype: torch.dtype) -> None:
     assert_close(out, naive_rms_norm(residual + x, weight, 1e-6))
 
 
+@each_dtype
+def test_rms_norm_of_a_sum_of_three(dtype: torch.dtype) -> None:
+    """The last two are added, and rounded, first; in halves another order has other bits."""
+    x, residual, more, weight = (random(5, 96, dtype=dtype, seed=seed) for seed in range(4))
+    out, total = (torch.full((5, 96), NAN, dtype=dtype, device=DEVICE) for _ in range(2))
+    given = x.to(DEVICE), weight[0].to(DEVICE), 1e-6, out, norm_config(TARGET, 96)
+    rms_norm(*given, residual=residual.to(DEVICE), more=more.to(DEVICE), total=total)
+    assert_close(total, x + (residual + more))
+    if not CUTS or dtype == torch.float16:
+        assert torch.equal(total.cpu(), x + (residual + more))
+    assert_close(out, naive_rms_norm(x + (residual + more), weight[0], 1e-6))
+
+
 ROTATIONS = {
     "halves": Rotation(),
     "pairs-wide": Rotation(from_pairs=True, to_pairs=True, is_wide=True),
@@ -102,6 +115,20 @@ def test_router_logits(dtype: torch.dtype, weights: torch.dtype) -> None:
     out = torch.full((3, 130), NAN, device=DEVICE)
     router_logits(x.to(DEVICE), weight.to(DEVICE), out, logits_config(TARGET))
     torch.testing.assert_close(out.cpu(), naive_router_logits(x, weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", FLOATS, ids=["fp32 weights", "fp16 weights", "bf16 weights"])
+def test_logits_of_several_routers(weights: torch.dtype) -> None:
+    """Each with its own factors on the states, an odd number of experts: programs that have two routers'."""
+    x, weight, factors = (
+        random(2, 360).half(),
+        random(3 * 43, 360, dtype=weights, seed=2),
+        random(3, 360, seed=3).half(),
+    )
+    out = torch.full((2, 3 * 43), NAN, device=DEVICE)
+    router_logits(x.to(DEVICE), weight.to(DEVICE), out, logits_config(TARGET), factors.to(DEVICE))
+    within = 0.3 if CUTS and weights == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(out.cpu(), naive_router_logits(x, weight, factors), rtol=1e-5, atol=within)
 
 
 RANKINGS: dict[str, tuple[int, Ranking, bool]] = {

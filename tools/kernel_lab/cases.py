@@ -109,8 +109,10 @@ def mixtures_for(target: Target) -> list[Case]:
 def _quantize(target: Target) -> Iterator[Case]:
     config = quantize_config(target)
     for kind in ("fp32", "fp16", "bf16"):
-        constants = (("BLOCKS", config.blocks),)
-        yield Case("quantize_rows", kind, constants, (("x", f"*{kind}"),), config.num_warps, 1, Claims(), Work())
+        for is_gated in (False, True):
+            constants, variant = (("GATED", is_gated), ("BLOCKS", config.blocks)), kind + " gated" * is_gated
+            pointers = ("x", f"*{kind}"), ("up", f"*{kind}")
+            yield Case("quantize_rows", variant, constants, pointers, config.num_warps, 1, Claims(), Work())
 
 
 def _decode(target: Target) -> Iterator[Case]:
@@ -157,6 +159,7 @@ def _down(target: Target, form: QuantType) -> Case:
         max_conversions=_conversions(form),
     )
     work = _unit_work(config, form, 1)
+    constants += (("CLEARS", True),)
     return Case("decode_down", form.name, constants, (("x", "*fp32"),), config.num_warps, 3, claims, work)
 
 

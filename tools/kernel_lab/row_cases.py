@@ -16,11 +16,12 @@ _NORMS = (
     ("fp16", 2048, "", False),
     ("bf16", 2048, "", False),
     ("bf16", 2048, " sum", False),
+    ("bf16", 2048, " sum of three", False),
     ("bf16", 128, "", False),
     ("bf16", 256, " plus one", True),
     ("bf16", 7168, "", False),
 )
-"""Type, width, whether of a sum; and whether weights are multiplied by before rounding, one added."""
+"""Type, width, of which sum; and whether weights are multiplied by before rounding, one added."""
 _ROTATIONS = (
     ("fp32", 128, 64, "halves", 0, 0, 0),
     ("bf16", 128, 64, "halves", 0, 0, 0),
@@ -46,10 +47,10 @@ def row_cases(target: Target) -> list[Case]:
 
 def _norms(target: Target) -> Iterator[Case]:
     for kind, width, of_sum, is_plus_one in _NORMS:
-        config, adds = norm_config(target, width), " sum" in of_sum
+        config, adds = norm_config(target, width), (" sum" in of_sum) + (" three" in of_sum)
         form = (("OFFSET", float(is_plus_one)), ("ROUNDS_FIRST", not is_plus_one), ("ADDS", adds))
         constants = (*form, ("ROWS", config.rows), ("COLUMNS", config.columns))
-        pointers = tuple((name, f"*{kind}") for name in ("x", "residual", "weight", "out", "total"))
+        pointers = tuple((name, f"*{kind}") for name in ("x", "residual", "more", "weight", "out", "total"))
         arguments = (*pointers, ("epsilon", "fp32"))
         variant, claims = f"{kind} x{width}{of_sum}", Claims(wide_loads=1)
         yield Case("rms_norm", variant, constants, arguments, config.num_warps, 3, claims, Work())
@@ -71,10 +72,12 @@ def _rotations(target: Target) -> Iterator[Case]:
 
 def _logits(target: Target) -> Iterator[Case]:
     config = logits_config(target)
-    for kind in ("bf16", "fp32"):
-        pointers = (("x", "*bf16"), ("weight", f"*{kind}"))
-        constants, claims = (("ROWS", config.rows), ("COLUMNS", config.columns)), Claims(wide_loads=3)
-        yield Case("router_logits", f"bf16 by {kind}", constants, pointers, config.num_warps, 3, claims, Work())
+    for kind, of_several in (("bf16", False), ("fp32", False), ("bf16", True)):
+        pointers = (("x", "*bf16"), ("weight", f"*{kind}"), ("factors", "*bf16"))
+        shape, claims = (("ROWS", config.rows), ("COLUMNS", config.columns)), Claims(wide_loads=3)
+        constants = (("SEVERAL", of_several), *shape)
+        variant = f"bf16 by {kind}{' of several' * of_several}"
+        yield Case("router_logits", variant, constants, pointers, config.num_warps, 3, claims, Work())
 
 
 def _choices(target: Target) -> Iterator[Case]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_kt.backends.row_kernels import Ranking, choose_into, is_used, takes_ranking
+from hybrimoe_kt.backends.row_kernels import Ranking, choose_into, gates_of, is_used, takes_gates, takes_ranking
 
 __all__ = ["Gate", "GateRow", "logits_and_ids"]
 
@@ -121,7 +121,7 @@ class _Together:
         assert choice is not None, "gates that choose otherwise are asked one by one"
         self.layers: Sequence[int] = layers
         self.num_experts = weights.shape[1]
-        self._weights, self._choice = weights.transpose(1, 2), choice
+        self._weights, self._transposed, self._choice = weights, weights.transpose(1, 2), choice
         known = [ratio for ratio in ratios if ratio is not None]
         ones = [torch.ones_like(known[0]) if ratio is None else ratio for ratio in ratios] if known else []
         self._ratios = torch.stack(ones)[:, None] if ones else None
@@ -130,9 +130,13 @@ class _Together:
         self._is_one_launch = is_used(kernel, weights.device) and takes_ranking(Ranking(1), self.num_experts)
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        if self._is_one_launch and len(hidden) == 1 and takes_gates(hidden, self._weights):
+            factors = None if self._ratios is None else self._ratios[:, 0]
+            self._choose_at_once(gates_of(hidden.detach(), self._weights, factors).transpose(0, 1), ids, scores)
+            return
         hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
         corrected = hidden.expand(len(self.layers), -1, -1) if self._ratios is None else hidden * self._ratios
-        logits = torch.bmm(corrected, self._weights)  # [num_layers, num_tokens, num_experts]
+        logits = torch.bmm(corrected, self._transposed)  # [num_layers, num_tokens, num_experts]
         if self._is_one_launch:
             self._choose_at_once(logits, ids, scores)
             return

@@ -17,6 +17,7 @@ from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.device.choose import device_at
 from hybrimoe_kt.host.rules.injection import Injection, holds_weights
 from hybrimoe_kt.operators.experts import HybriMoEExperts
+from hybrimoe_kt.operators.pending_sum import PendingSum
 
 __all__ = ["Crossings", "Placement", "place_modules"]
 
@@ -165,6 +166,8 @@ class Crossings:
         return bring
 
     def _move(self, value: Any, device: torch.device) -> Any:
+        if isinstance(value, PendingSum):
+            value = value.total
         if isinstance(value, torch.Tensor):
             return value if value.device == device else self._once(value, device)
         if type(value) in (tuple, list):
