@@ -36,7 +36,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from benchmarks.clean import refuse_unless_clean
 from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Plan
-from hybrimoe_kt.device.backend import CpuBackend
+from hybrimoe_kt.device.backend import CpuBackend, GpuBackend
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.readback import Predict
@@ -89,7 +89,7 @@ class FreeCpu(CpuBackend):
         return self._answer
 
 
-class FreeGpu:
+class FreeGpu(GpuBackend):
     """A GPU backend that adds nothing."""
 
     name, answers_pairs, finds_routed, decides_on_device = "free", False, True, True
@@ -104,6 +104,9 @@ class FreeGpu:
         """Nothing to allocate."""
 
     def launch(self, *_: Any) -> None:
+        """Nothing to do."""
+
+    def launch_first(self, *_: Any) -> None:
         """Nothing to do."""
 
 
