@@ -20,11 +20,12 @@ def quantize_rows_kernel(
     GATED: of silu(x) * up, each rounded to their dtype.
     """
     xq = xq.to(tl.pointer_type(tl.int8))
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    number = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    block = number.to(tl.int64)
     live = block < num_blocks
     at = block[:, None] * 32 + tl.arange(0, 32)[None, :]  # [BLOCKS, 32]
-    row = block // row_blocks  # whose distances are multiples of 8: the compiler sees it, so that loads are wide
-    column = (block % row_blocks * 32)[:, None] + tl.arange(0, 32)[None, :]
+    row = (number // row_blocks).to(tl.int64)  # multiples of 8 apart: the compiler sees it
+    column = (number % row_blocks * 32)[:, None] + tl.arange(0, 32)[None, :]
     x_at = (row * (x_stride // 8 * 8))[:, None] + column
     values = tl.load(x + x_at, mask=live[:, None], other=0.0).to(tl.float32)
     if GATED:
