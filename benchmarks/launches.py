@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrimoe_kt.engine.growing_cache import growing_cache
-from hybrimoe_kt.host.hf.fixed_steps import attention_of
+from hybrimoe_kt.host.hf.fixed_steps import attention_of, sums_may_wait
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules
 from hybrimoe_kt.operators.experts import HybriMoEExperts
@@ -146,12 +146,13 @@ def count(model: Path, rules: Path, *, is_fixed: bool) -> Launches:
     token, launches = torch.tensor([[3]]), Launches()
     step = {"input_ids": token, "use_cache": True}
     step["past_key_values"] = body(**step, past_key_values=growing_cache(body.config)).past_key_values
-    if is_fixed:
-        _fix(step, loaded)
-        body(**step)  # the first asks who attends
-        _fix(step, loaded)
-    with _watching(loaded, launches), launches.counting():
-        body(**step)
+    with sums_may_wait() if is_fixed else contextlib.nullcontext():
+        if is_fixed:
+            _fix(step, loaded)
+            body(**step)  # the first asks who attends
+            _fix(step, loaded)
+        with _watching(loaded, launches), launches.counting():
+            body(**step)
     assert loaded.runtime.health().is_clean, "the CPU answered in the kernels' place"
     return launches
 

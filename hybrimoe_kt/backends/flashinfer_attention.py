@@ -26,6 +26,8 @@ _WORKSPACE_BYTES = 128 << 20
 """As its documentation recommends; for partial answers, of all wrappers of a device."""
 _WRAPPER_BYTES = 8 << 20
 """What each allocates for its plans, on the device and page-locked."""
+_PROMPT_BYTES = 32 << 20
+"""What its prefill takes for a call, see `prompt_attention`; and one more wrapper for prompts of latents."""
 _PAGE_TOKENS = 16
 _WIDTHS = (64, 128, 256)
 _LATENT = 512, 64
@@ -44,7 +46,7 @@ class FlashInferAttention:
     """On one CUDA device; `plan` comes before every step. Calls must be on one stream, captured ones of one loop."""
 
     name = "flashinfer"
-    num_bytes: ClassVar[int] = _WORKSPACE_BYTES + _WRAPPER_BYTES
+    num_bytes: ClassVar[int] = _WORKSPACE_BYTES + 2 * _WRAPPER_BYTES + _PROMPT_BYTES
     """What it takes of a device, where layers are of one shape."""
 
     def __init__(self, device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 
@@ -15,7 +14,7 @@ class ExpertId(NamedTuple):
     index: int  # type: ignore[assignment]  # the field hides tuple.index on purpose
 
 
-_NOWHERE: Mapping[int, int] = MappingProxyType({})
+_NOWHERE: Mapping[int, int] = {}
 
 TransferKind = Literal["on_demand", "prefetch"]
 Phase = Literal["prefill", "decode"]

@@ -14,7 +14,7 @@ from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.step_graph import CaptureError
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
 from hybrimoe_kt.errors import first_line
-from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, layers_read_as_kept, refusal
+from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, layers_read_as_kept, refusal, sums_may_wait
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.runtime.step_pieces import StepPieces
 
@@ -159,14 +159,15 @@ class CapturedLoop:
 
     def _ask(self, cache: GrowingCache) -> None:
         """Have the modules enqueue the step."""
-        output = self._model(
-            **self._given,
-            **{self._loaded.cache_name: cache},
-            attention_mask=self._mask(cache),
-            position_ids=self._position[None],
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with sums_may_wait():
+            output = self._model(
+                **self._given,
+                **{self._loaded.cache_name: cache},
+                attention_mask=self._mask(cache),
+                position_ids=self._position[None],
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self._logits = output.logits
 
     def _mask(self, cache: GrowingCache) -> torch.Tensor:

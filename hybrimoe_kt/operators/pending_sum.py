@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,10 +12,24 @@ from torch.utils._pytree import tree_map
 
 from hybrimoe_kt.backends.row_kernels import ROW_KERNELS, is_used
 
-__all__ = ["PendingSum", "pending"]
+__all__ = ["PendingSum", "pending", "sums_may_wait"]
 
 _ADDITIONS: tuple[Any, ...] = (torch.add, torch.Tensor.add, torch.Tensor.__add__)
-_OPERATORS = ("radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "matmul", "getitem", "len")
+_OPERATORS = (
+    *("radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "pow", "neg", "abs", "matmul"),
+    *("iadd", "isub", "imul", "itruediv", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len"),
+)
+_may_wait: ContextVar[bool] = ContextVar("sums may wait", default=False)
+
+
+@contextlib.contextmanager
+def sums_may_wait() -> Iterator[None]:
+    """Let modules hand out sums that are pending: their caller gives what they answer to nobody but other modules."""
+    before = _may_wait.set(True)
+    try:
+        yield
+    finally:
+        _may_wait.reset(before)
 
 
 class PendingSum:
@@ -45,7 +61,11 @@ class PendingSum:
         return self.terms[0].shape
 
     def __getattr__(self, name: str) -> Any:
+        if name == "terms" or name.startswith("__"):  # not there yet, or Python asking what can be done with it
+            raise AttributeError(name)
         return getattr(self.total, name)
+
+    __hash__ = object.__hash__
 
     def __add__(self, other: Any) -> Any:
         return _added(self, other)
@@ -72,9 +92,10 @@ for _name in _OPERATORS:
 
 
 def pending(*terms: torch.Tensor, kernel: str) -> Any:
-    """The terms' sum, the last two first: pending where norms are kernels under that name, else the tensor."""
+    """The terms' sum, the last two first: pending where it may be and norms are kernels under that name, else known."""
     made = PendingSum(*terms)
-    return made if kernel in ROW_KERNELS and is_used(kernel, terms[0].device) else made.total
+    may_wait = _may_wait.get() and kernel in ROW_KERNELS and is_used(kernel, terms[0].device)
+    return made if may_wait else made.total
 
 
 def _known(value: Any) -> Any:

@@ -281,6 +281,13 @@ class Runtime:
         self._close(plan)
         self.seconds.prefetch += time.perf_counter() - began
 
+    def feed_links(self) -> None:
+        """Send prefetches that wait, as far as there is room: for when no step is joined soon, as joining does it."""
+        try:
+            self.executor.feed_links()
+        except AcceleratorFailed as failure:
+            self._recovery.recover(failure)
+
     def _leave_owed(self) -> None:
         """After an error in between, or where nobody settles."""
         job, self._owed = self._owed, None

@@ -15,7 +15,7 @@ from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.sent_routing import SentRouting
-from hybrimoe_kt.device.step_graph import StepGraph
+from hybrimoe_kt.device.step_graph import StepGraph, StepLost
 
 from .job import Job
 from .runtime import Runtime
@@ -173,6 +173,11 @@ class StepPieces:
             self._revision = revision
         return True
 
+    def _check_slots(self, piece: _Piece) -> None:
+        is_known = not piece.whole or self._runtime.coordinator.revision == self._revision
+        if not (is_known or all(self._reads(*whole) for whole in piece.whole.items())):
+            raise StepLost("slots are gone that the rest of the step reads")
+
     def _reads(self, layer: int, table: torch.Tensor) -> bool:
         """Whether a whole layer is one now, whose slots are those in `table`."""
         if not self._runtime.is_whole(layer, 1):
@@ -185,7 +190,10 @@ class StepPieces:
         return self._runtime.wants_scores, self._runtime.is_listened_to
 
     def replay(self) -> None:
-        """Go through all pieces and layers once more; returns when the device has done so."""
+        """Go through all pieces and layers once more; returns when the device has done so.
+
+        StepLost where a failure on the way takes slots that the rest of the step reads.
+        """
         runtime, accelerator, now = self._runtime, self._accelerator, time.perf_counter
         answer = self._answer
         assert answer is not None, "a step was captured"
@@ -193,6 +201,7 @@ class StepPieces:
         for piece in self._pieces:
             began = now()
             assert piece.graph is not None, "captured"
+            self._check_slots(piece)
             accelerator.replay(piece.graph, reads=(answer,), writes=piece.writes)
             self._note_sent(piece)
             runtime.note_replay(piece.layer, began)
@@ -200,6 +209,7 @@ class StepPieces:
             for layer in piece.whole:
                 runtime.coordinator.pass_over(layer, 1)
             runtime.seconds.steps += len(piece.whole)
+            runtime.feed_links()
             if piece.layer >= 0:
                 self._compute(piece)
         self._wait()

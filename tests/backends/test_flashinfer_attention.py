@@ -205,8 +205,8 @@ def test_plans_outlive_rooms(flashinfer: FlashInferAttention, is_latent: bool) -
 @pytest.mark.parametrize(
     ("kernel", "widths", "kept", "is_latent", "takes"),
     [
-        ("auto", (128, 128), torch.bfloat16, False, 136 << 20),
-        ("flashinfer", (512, 64), torch.bfloat16, True, 136 << 20),
+        ("auto", (128, 128), torch.bfloat16, False, 176 << 20),
+        ("flashinfer", (512, 64), torch.bfloat16, True, 176 << 20),
         ("triton", (128, 128), torch.bfloat16, False, 0),
         ("auto", (96, 96), torch.bfloat16, False, 0),
         ("auto", (128, 128), torch.float16, False, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.launches import Launches
 from hybrimoe_kt.operators.norm import FusedRMSNorm
-from hybrimoe_kt.operators.pending_sum import PendingSum, pending
+from hybrimoe_kt.operators.pending_sum import PendingSum, pending, sums_may_wait
 
 from .test_rows import CONTRACT, of_kind
 
@@ -77,7 +78,7 @@ def test_a_norm_adds_up_in_its_own_launch(family: str) -> None:
     ours = FusedRMSNorm(*CONTRACT, copy.deepcopy(stock), kernel="triton")
     ours(residual)  # asks
     launches = Launches()
-    with launches.of("layer"), launches.counting():
+    with launches.of("layer"), launches.counting(), sums_may_wait():
         states, before, after = layer(
             ours, residual, pending(attended, kernel="triton"), pending(routed, shared, kernel="triton")
         )
@@ -106,4 +107,35 @@ def test_without_a_kernel_torch_adds(odd: str) -> None:
 def test_on_a_cpu_nothing_is_pending() -> None:
     first, second = terms(2)
     for kernel in ("auto", "torch", "sdpa", "flashinfer"):
-        assert torch.equal(pending(first, second, kernel=kernel), first + second)
+        with sums_may_wait():
+            assert torch.equal(pending(first, second, kernel=kernel), first + second)
+
+
+def test_nothing_is_pending_for_a_caller_who_has_not_said_that_it_may_be() -> None:
+    pytest.importorskip("triton")
+    first, second = terms(2)
+    assert isinstance(pending(first, second, kernel="triton"), torch.Tensor)
+    with sums_may_wait():
+        assert isinstance(pending(first, second, kernel="triton"), PendingSum)
+    assert isinstance(pending(first, second, kernel="triton"), torch.Tensor)
+
+
+@pytest.mark.parametrize("change", ["+=", "-=", "*=", "/=", "[]"])
+def test_a_change_in_place_is_seen_by_who_holds_the_sum(change: str) -> None:
+    first, second = terms(2)
+    wanted, given = first + second, PendingSum(first, second)
+    changed: Any = given
+    for each in (wanted, changed):
+        if change == "[]":
+            each[..., 0] = 3.0
+        else:
+            name = {"+=": "__iadd__", "-=": "__isub__", "*=": "__imul__", "/=": "__itruediv__"}[change]
+            getattr(each, name)(2.0)
+    assert torch.equal(given.total, wanted)
+
+
+def test_it_is_copied_and_kept_as_any_object() -> None:
+    given = PendingSum(*terms(2))
+    for copied in (copy.copy(given), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert torch.equal(copied.total, given.total)
+    assert given in {given}

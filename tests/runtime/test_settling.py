@@ -171,3 +171,87 @@ def test_a_piece_is_under_way_when_the_layer_before_it_is_settled() -> None:
         pieces.replay()
     order = [site for site in machine.accelerator.sites if site in ("piece", "gates")]
     assert order == ["piece", *["piece", "gates"] * (LAYERS - 1), "piece"]
+
+
+class Right(Gates):
+    """Guesses what the next layer of this step is given."""
+
+    def __init__(self, layer: int, given: list[Routed]) -> None:
+        super().__init__(layer)
+        self._given = given
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        ids[0].copy_(self._given[self.layers[0]].ids)
+        scores.fill_(1 / EXPERTS)
+
+
+class Steps:
+    """Captured steps of a machine whose layers are given other routings each time."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.given = machine, [routed(layer) for layer in range(LAYERS)]
+        self.pieces = StepPieces(machine.runtime, machine.accelerator)
+        self.answers: list[torch.Tensor] = []
+
+    def model(self) -> None:
+        self.answers = [self.pieces.finish(self.pieces.begin(layer, self.given[layer])) for layer in range(LAYERS)]
+
+    def capture(self) -> None:
+        self.pieces.begin_capture()
+        self.model()
+        self.pieces.end_capture()
+
+    def replay(self, seed: int) -> None:
+        for layer, kept in enumerate(self.given):
+            for target, source in zip(kept[:3], routed(100 * seed + layer)[:3], strict=True):
+                target.copy_(source)
+        self.pieces.replay()
+
+
+def test_prefetches_are_under_way_before_the_layer_that_they_are_for_is_known() -> None:
+    machine = Machine()
+    steps = Steps(machine)
+    for layer in range(LAYERS - 1):
+        machine.runtime.look_ahead(layer, Right(layer, steps.given))
+    steps.model()
+    steps.capture()
+    num_ahead = 0
+    for seed in range(1, 40):
+        machine.accelerator.entries.clear()
+        steps.replay(seed)
+        sites = [entry.site for entry in machine.accelerator.entries]
+        for at, site in enumerate(sites):
+            if site == "gates":
+                rest = sites[at:]
+                num_ahead += "expert copy" in rest[: rest.index("slot tables to device")]
+    assert num_ahead >= 3
+
+
+def test_a_step_is_lost_where_a_failure_takes_slots_that_its_rest_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(cache_size=EXPERTS, prefetch_size=0)
+    runtime, steps = machine.runtime, Steps(machine)
+    runtime._on_plan = None  # whole layers are passed over
+    coordinator = runtime.coordinator
+
+    def lose() -> None:
+        """An expert of layer 0, as after a failure in a prompt."""
+        coordinator.drop(0, coordinator.slots_of(0)[int(steps.given[0].ids[0, 0])])
+
+    lose()
+    steps.model()
+    lose()
+    steps.capture()
+    assert [list(piece.whole) for piece in steps.pieces._pieces] == [[], [1, 2]]
+    lose()
+    assert steps.pieces.is_valid()
+
+    def fail(transfer: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.lanes[0].queue, "start", fail)
+        with pytest.raises(StepLost, match="slots are gone"):
+            steps.pieces.replay()
+    assert runtime.health().accelerators["emulated"].shrunk == 1
+    coordinator.check_integrity()
+    assert not steps.pieces.is_valid()

@@ -9,8 +9,9 @@ from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.linear import QuantizedLinear
+from hybrimoe_kt.operators.pending_sum import sums_may_wait
 
-__all__ = ["attention_of", "experts_of", "kernels_of", "layers_read_as_kept", "refusal"]
+__all__ = ["attention_of", "experts_of", "kernels_of", "layers_read_as_kept", "refusal", "sums_may_wait"]
 
 
 def refusal(model: nn.Module, *, is_divided: bool) -> str | None:
