@@ -5,9 +5,9 @@
 Counted, not timed, and without a device: tensors of a CPU stand for it, Triton's kernels run in its interpreter. Every
 operation that torch's dispatcher sees and that is no view is one kernel, top-k two; memory is allocated for nothing;
 Triton's launches count as they happen; copies over the link apart. The models are narrow ones of the architecture, in
-float16, as the interpreter cannot multiply bfloat16; half of their experts are resident, and prefetched ahead. "Stock"
-is an ordinary step with the same packed products: attention is SDPA's one kernel, or what absorbed latent attention
-takes. "Ours" is the step that a GPU captures, which reads its length on the device, with Triton's attention.
+bfloat16; half of their experts are resident, and prefetched ahead. "Stock" is an ordinary step with the same packed
+products: attention is SDPA's one kernel, or what absorbed latent attention takes. "Ours" is the step that a GPU
+captures, which reads its length on the device, with Triton's attention.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def count(model: Path, rules: Path, *, is_fixed: bool) -> Launches:
     options = {"accelerator": "emulated", "gpu_backend": "triton"}
     options |= {"cache_size": "50%", "scheduler": "static", "prefetch_size": 2}
     loaded = load_model(
-        model, rules_path=rules, device="emulated:0", dtype=torch.float16, option_overrides=options, progress=False
+        model, rules_path=rules, device="emulated:0", dtype=torch.bfloat16, option_overrides=options, progress=False
     )
     body: Any = loaded.model
     token, launches = torch.tensor([[3]]), Launches()
