@@ -28,7 +28,7 @@ from hybrimoe_kt.errors import HostCompatibilityError
 from .attention import fixed_length, prompts_of
 from .linear import READ_AS_FLOATS, accelerator_arithmetic, check_cpu, is_computed_by_ggml
 from .pending_sum import pending
-from .rotary import Rotate, RotatePairs
+from .rotary import latent_rotation
 
 __all__ = ["AbsorbedMLA"]
 
@@ -101,7 +101,7 @@ class AbsorbedMLA(nn.Module):
         self.absorb_for_prefill = absorb_for_prefill
         for name in _ADOPTED:
             self.register_module(name, getattr(orig_module, name, None))
-        self._rotate = _rotation_of(orig_module)
+        self._rotate = latent_rotation(orig_module)
         self._up: UpProjections | None = None
         self.check_kwargs({"cpu": cpu, "gpu": gpu, "kernel": kernel})
         self.kernel = kernel
@@ -168,7 +168,7 @@ class AbsorbedMLA(nn.Module):
 
     def rotate_by(self, kernel: str) -> None:
         """Turn queries and keys in one launch from now on, where `kernel` is one's name; see `FusedRotary`."""
-        self._rotate = _rotation_of(self._stock, kernel)
+        self._rotate = latent_rotation(self._stock, kernel)
 
     def forward(
         self,
@@ -265,20 +265,3 @@ class _FloatUpProjections:
 
     def to_values(self, latent: torch.Tensor) -> torch.Tensor:
         return latent @ self._values
-
-
-def _rotation_of(module: nn.Module, kernel: str = "torch") -> Any:
-    """Return `rotate(query, key, position_embeddings)` of the module's own family: they pair dimensions differently.
-
-    `kernel` as of `FusedRotary`.
-    """
-    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
-
-    if isinstance(module, v2.DeepseekV2Attention):
-        return RotatePairs(v2.apply_rotary_emb, kernel)
-    if isinstance(module, v3.DeepseekV3Attention):
-        rotate = v3.apply_rotary_pos_emb_interleave if module.config.rope_interleave else v3.apply_rotary_pos_emb
-        turn = Rotate(rotate, kernel)
-        return lambda query, key, angles: turn(query, key, *angles)
-    raise HostCompatibilityError(f"AbsorbedMLA knows DeepSeek-V2's and V3's attention, not {type(module).__name__}")

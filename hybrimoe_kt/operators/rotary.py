@@ -16,11 +16,11 @@ from torch import nn
 
 from hybrimoe_kt.backends.row_asking import rotation_of
 from hybrimoe_kt.backends.row_kernels import Rotation, check_kernel, is_used, rotate, takes_heads
-from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 
 from .adopted import Adopted
 
-__all__ = ["FusedRotary", "Rotate", "RotatePairs"]
+__all__ = ["FusedRotary", "Rotate", "RotatePairs", "latent_rotation"]
 
 Turn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """`turn(query, key, cos, sin, unsqueeze_dim=1)`, heads `[1, heads, T, W]`, as Transformers' families have it."""
@@ -120,3 +120,20 @@ class RotatePairs:
             if takes_heads(q, k, cos):
                 return rotate(q, k, cos, sin, Rotation(from_pairs=True, to_pairs=True, is_wide=True))
         return self.stock(q, k, angles)
+
+
+def latent_rotation(module: nn.Module, kernel: str = "torch") -> Any:
+    """Return `rotate(query, key, position_embeddings)` of the module's own family: they pair dimensions differently.
+
+    `kernel` as of `FusedRotary`.
+    """
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+    if isinstance(module, v2.DeepseekV2Attention):
+        return RotatePairs(v2.apply_rotary_emb, kernel)
+    if isinstance(module, v3.DeepseekV3Attention):
+        rotate = v3.apply_rotary_pos_emb_interleave if module.config.rope_interleave else v3.apply_rotary_pos_emb
+        turn = Rotate(rotate, kernel)
+        return lambda query, key, angles: turn(query, key, *angles)
+    raise HostCompatibilityError(f"AbsorbedMLA knows DeepSeek-V2's and V3's attention, not {type(module).__name__}")
