@@ -46,7 +46,7 @@ def decode(path: Path, rules: Path, *, captures: bool, cache_size: Any) -> tuple
 
 
 @pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("cache_size", [0.5, "all"])
+@pytest.mark.parametrize("cache_size", [0.5, pytest.param("all", marks=pytest.mark.slow)])
 def test_all_kernels_are_captured(generated: Make, name: str, cache_size: Any, tmp_path: Path) -> None:
     path = packed_file(generated(without_choice(name)), tmp_path / "packed.gguf")
     rules = rules_with(OTHER_RULES.get(name, name), "triton", tmp_path)
