@@ -23,7 +23,7 @@ from .schedule.base import Assignment, Task, all_on_cpu, cpu_task
 from .schedule.baselines import CpuOnlyScheduler, GpuOnlyScheduler
 from .stats import Stats
 from .strategy import Strategy
-from .types import ExpertId, LayerSpec, Orders, Plan, Routing, Transfer
+from .types import ExpertId, LayerSpec, Orders, Plan, Routing, Transfer, is_decode
 from .whole_steps import CpuSteps, WholeSteps
 
 _GUESSED = ("gate", "stream")
@@ -139,7 +139,7 @@ class Coordinator:
 
     def plan(self, routing: Routing) -> Plan:
         """Decide one layer step; pins what the plan uses until `finish`."""
-        layer, loads, is_decode = routing.layer, routing.loads, routing.is_decode
+        layer, loads, decodes = routing.layer, routing.loads, is_decode(routing.num_tokens, routing.phase)
         state = self._layers[layer]
         dropped: list[Transfer] = []
         closed: tuple[int, ...] = ()
@@ -151,11 +151,11 @@ class Coordinator:
         else:
             if self._uses_link and state.prefetched and state.link.free_s > self.now_s:
                 dropped += self._abort_wrong(state, loads)
-            if state.spec.num_buffer_slots and not is_decode:
+            if state.spec.num_buffer_slots and not decodes:
                 state.open_buffer()  # if the layer before has not: on-demand transfers may pass through them
             task = state.task(loads, routing.num_tokens, self.now_s, self.now_s)
             assignment = self.scheduler.assign(task)
-        self._unlearnt = _Unlearnt(state, routing, is_decode, task, assignment, self.scheduler)
+        self._unlearnt = _Unlearnt(state, routing, decodes, task, assignment, self.scheduler)
         if assignment.transfers:  # the policy chooses their slots
             self.learn()
         plan = self._commit(state, task, assignment, tuple(dropped), closed)
