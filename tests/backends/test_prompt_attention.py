@@ -164,3 +164,32 @@ def test_on_a_cpu_the_models_own_code_attends(monkeypatch: pytest.MonkeyPatch) -
     found = {kernel: prompts_on.__wrapped__(card, kernel) for kernel in ("auto", "flashinfer", "triton", "sdpa")}
     names = {kernel: [reader.name for reader in made._readers] for kernel, made in found.items() if made is not None}
     assert names == {"auto": ["flashinfer", "torch"], "flashinfer": ["flashinfer"], "triton": [], "sdpa": ["torch"]}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
+@pytest.mark.parametrize("kernel", ["auto", "flashinfer", "sdpa"])
+@pytest.mark.parametrize("is_latent", [False, True])
+@pytest.mark.parametrize(("tokens", "length"), [(9, 9), (64, 700)])
+def test_on_a_device_prompts_are_read_as_here(kernel: str, is_latent: bool, tokens: int, length: int) -> None:
+    """Keys lie in a longer room; None where nobody takes the shape, as torch takes no latents."""
+    width = (512, 64) if is_latent else (128, 128)
+    query = randoms(1, tokens, 8, width[0], seed=1).transpose(1, 2)
+    turned = randoms(1, 8, tokens, width[1], seed=2) if is_latent else None
+    heads = 1 if is_latent else 2
+    first, second = (randoms(1, heads, 1024, each, seed=3 + at)[:, :, :length] for at, each in enumerate(width))
+    there = AskedPrompt(
+        *(part.cuda() for part in (query, first, second)), SCALING / 3,
+        rotated_query=None if turned is None else turned.cuda(),
+    )  # fmt: skip
+    prompts = prompts_on(there.query.device, kernel)
+    assert prompts is not None
+    answer = prompts.attend(there)
+    if kernel != "flashinfer" and not is_latent:
+        assert answer is not None, "torch takes it in any case"
+    if answer is not None:
+        keys, queries = (
+            (first, query) if turned is None else (torch.cat([first, second], -1), torch.cat([query, turned], -1))
+        )
+        wanted = naive(queries[0], keys[0], (second if turned is None else first)[0], SCALING / 3)
+        assert relative_error(answer[0].cpu(), wanted) < 2e-2
