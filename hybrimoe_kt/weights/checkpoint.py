@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.errors import ModelError, first_line
+from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
 
 from .lazy import LazyTensor, Load, Where
 
@@ -147,8 +148,9 @@ def _files(folder: Path) -> list[Path]:
 class CheckpointLoader:
     """What operators are given as `gguf_loader`: the checkpoint's experts."""
 
-    def __init__(self, file: Checkpoint) -> None:
-        self.file = file
+    def __init__(self, file: Checkpoint, form: ExpertForm = SWIGLU) -> None:
+        """`form` is its experts'."""
+        self.file, self._form = file, form
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         self._layers: dict[int, LayerExperts] = {}
         self.packed: dict[str, PackedMatrix] = {}
@@ -165,7 +167,17 @@ class CheckpointLoader:
                     role: self._gather(layer, getattr(names, role), role, num_experts, shape)
                     for role, shape in shapes.items()
                 }
-            self._layers[layer] = LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+            self._layers[layer] = LayerExperts(
+                layer,
+                num_experts,
+                top_k,
+                hidden,
+                inter,
+                matrices.get("gate"),
+                matrices["up"],
+                matrices["down"],
+                self._form,
+            )
         return self._layers[layer]
 
     def packed_weight(self, parameter: str, shape: tuple[int, ...], refuses: object = None) -> None:

@@ -76,6 +76,7 @@ _LAYERS = {
     "Qwen3NextDecoderLayer": _Kind(is_gated=True),
     "Qwen3_5MoeDecoderLayer": _Kind(is_gated=True),
     "GraniteMoeDecoderLayer": _Kind(),
+    "GptOssDecoderLayer": _Kind(),
     "MiniMaxM2DecoderLayer": _Kind(),
     "Glm4MoeDecoderLayer": _Kind(),
     "Ernie4_5_MoeDecoderLayer": _Kind(is_paired=True),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import deepseek, others, qwen
+from . import deepseek, openai, others, qwen
 from .base import Architecture, Composed, Key, Transform
 
 __all__ = [
@@ -27,11 +27,10 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES)
+    family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *openai.FAMILIES, *others.FAMILIES)
 }
 
 REFUSED = {
-    "gpt-oss": "its experts have biases and a clamped activation, which no expert backend here computes",
     "llama4": "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
 }
 """Architectures that cannot be run here -> why."""
