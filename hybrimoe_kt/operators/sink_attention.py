@@ -74,6 +74,7 @@ def _attend(
     return answer.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """torch's mask, never left out: the sink's place in it is not what its causal kernels have there."""
-    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+    mask: torch.Tensor | None = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
+    return mask

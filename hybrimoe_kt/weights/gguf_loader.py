@@ -69,9 +69,9 @@ class GgufLoader:
         self._check_shapes(tensors, num_experts, hidden, inter)
         named = {role: matrix(tensor) for role, tensor in tensors.items()}
         biases = [self.file.tensors.get(f"blk.{layer}.ffn_{role}_exps.bias") for role in roles]
-        lacking = [role for role, found in zip(roles, biases, strict=True) if found is None]
-        if lacking and len(lacking) < len(roles):
-            raise ModelError(f"{self.file.path}: layer {layer} has biases of some experts' matrices, not of {lacking}")
+        there = [found.name for found in biases if found is not None]
+        if there and len(there) < len(roles):
+            raise ModelError(f"{self.file.path}: {', '.join(there)} without biases of the experts' other matrices")
         return LayerExperts(
             *shape,
             named.get("gate"),

@@ -36,7 +36,7 @@ from hybrimoe_kt.operators.sink_attention import implementation_for
 from hybrimoe_kt.operators.stored_layer import StoredLayer
 from hybrimoe_kt.operators.stored_state import StoredState
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
-from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.file_pages import bring_in
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader

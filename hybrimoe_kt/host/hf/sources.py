@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
-from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from hybrimoe_kt.weights.checkpoint import Checkpoint, is_checkpoint
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -81,6 +82,8 @@ def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     config = _directory_config(Path(model_path or path))
     architecture = architecture_of_type(str(path), config.model_type)
     file = Checkpoint(path, architecture.checkpoint_names)
+    quantized = config.__dict__.pop("quantization_config", None) or {}  # of the files; the model is not told
+    file.scale_block = tuple(quantized.get("weight_block_size") or file.scale_block)
 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)

@@ -11,7 +11,6 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 from torch import nn
 
-from hybrimoe_kt.device.experts import ROLES
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import Activation, ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
@@ -71,7 +70,7 @@ def gated_form(config: Any, *, is_gated: bool = True) -> ExpertForm:
     return ExpertForm(_ACTIVATIONS[named], is_gated=is_gated)
 
 
-ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))
+ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 

@@ -13,6 +13,10 @@ from .common import GQA_KEYS, GQA_SKELETON, without
 __all__ = ["FAMILIES"]
 
 
+_GATE_UP = "mlp.experts.gate_up_proj"
+_NAMES = ExpertNames(_GATE_UP, _GATE_UP, "mlp.experts.down_proj", is_transposed=True, is_interleaved=True)
+
+
 def _clamped(config: Any) -> ExpertForm:
     return ExpertForm(alpha=config.swiglu_alpha, limit=config.swiglu_limit, up_offset=1.0)
 
@@ -29,9 +33,7 @@ FAMILIES = (
             "head_dim": 16,
             "rope_parameters": {"rope_type": "default"},
         },
-        checkpoint_names=(
-            ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-        ),
+        checkpoint_names=(_NAMES,),
         keys=without(GQA_KEYS, "moe_intermediate_size", "num_experts")
         | {
             "num_local_experts": "expert_count",

@@ -23,7 +23,7 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_local_experts": "expert_count",
 }
 _PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
-_W1_W3_W2 = ExpertNames(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")))
+_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 _INPUT_OUTPUT = ExpertNames(
     "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.input_linear.weight",
