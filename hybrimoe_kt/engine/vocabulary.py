@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat_template import chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseParts, response_format, response_parts
+from .response_format import ResponseFormat, ResponseParts, response_format
 from .spelling import Spelling
 from .token_bytes import TokenBytes
 
@@ -52,7 +52,7 @@ class Vocabulary:
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
-        return chat_prompt(self._tokenizer, messages, tools, template_options)
+        return chat_prompt(self._tokenizer, messages, tools, template_options, calls=self._format.calls)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text that the model is to go on with."""
@@ -86,8 +86,12 @@ class Vocabulary:
     @property
     def takes_tools(self) -> bool:
         """Whether both the chat template and the notation of answers have tool calls."""
-        return self.takes("tools") and response_format(self._tokenizer, self._model, calls=True) is not None
+        return self.takes("tools") and self._format.has_calls
 
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
-        return response_parts(self._tokenizer, self._model, prompt, tools)
+        return self._format.parts(self._tokenizer, prompt, tools)
+
+    @property
+    def _format(self) -> ResponseFormat:
+        return response_format(self._tokenizer, self._model)

@@ -130,7 +130,11 @@ def _message(message: Message) -> dict[str, Any]:
         shown["name"] = message.tool_name
     if message.tool_calls:
         shown["tool_calls"] = [
-            {"type": "function", "function": {"name": call.function.name, "arguments": call.function.arguments or {}}}
+            {
+                **({"id": call.id} if call.id else {}),
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments or {}},
+            }
             for call in message.tool_calls
         ]
     return shown
@@ -223,7 +227,8 @@ def _in_response(*, text: str = "", thoughts: str = "", calls: list[Any] | None 
 
 
 def _shown_call(call: ToolCall) -> dict[str, Any]:
-    return {"function": {"name": call.name, "arguments": dict(call.arguments)}}
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    return {"id": call.id, "function": function} if call.id else {"function": function}
 
 
 def _ending(reason: str, run: Mapping[str, Any], began: float) -> dict[str, Any]:
