@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .notations import CallNotation
+from .notations import CallNotation, thoughts_of
 
 __all__ = ["Render", "with_calls", "with_thoughts"]
 
@@ -20,31 +20,34 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 _MARK = "hybrimoe mark"
 _OTHER_NAMES = ("thinking", "reasoning", "thoughts")
-_TEXTUAL = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
+_TEXTUAL = re.compile(r"\s*<think>\s*(.*?)\s*(?:</think>\s*|\Z)", re.DOTALL)
 
 
 def with_thoughts(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
     """Return the messages with their `reasoning_content` under the name that `template` reads.
 
-    A template that reads thoughts and knows no `<think>` gets those as well that stand so in an answer's content.
+    Where a template has other marks for thoughts than `<think>`, those are thoughts too that stand so in an answer's
+    content.
     """
+    notation = thoughts_of(template)
+    is_other = notation is not None and notation.open != "<think>"
     if "reasoning_content" in template:
         name = "reasoning_content"
     else:
         read = (name for name in _OTHER_NAMES if re.search(rf"""(?:\.|\[\s*['"]|get\(['"]){name}\b""", template))
         name = next(read, "")
-    return [_renamed(message, name, "</think>" in template) for message in messages]
+    return [_renamed(message, name, splits=is_other) for message in messages]
 
 
-def _renamed(message: Mapping[str, Any], name: str, knows_think: bool) -> dict[str, Any]:
+def _renamed(message: Mapping[str, Any], name: str, *, splits: bool) -> dict[str, Any]:
     turn = dict(message)
-    if turn.get("role") != "assistant" or not name:
+    if turn.get("role") != "assistant":
         return turn
     content = turn.get("content")
-    if not knows_think and isinstance(content, str) and (match := _TEXTUAL.match(content)):
+    if splits and isinstance(content, str) and (match := _TEXTUAL.match(content)):
         turn.setdefault("reasoning_content", match[1])
         turn["content"] = content[match.end() :]
-    if name != "reasoning_content" and "reasoning_content" in turn:
+    if name not in ("", "reasoning_content") and "reasoning_content" in turn:
         turn[name] = turn.pop("reasoning_content")
         if turn.get("tool_calls"):
             turn["content"] = ""  # such a template takes thoughts or content beside calls, not both

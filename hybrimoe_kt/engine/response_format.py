@@ -47,6 +47,11 @@ class ResponseFormat:
         """Whether it has tool calls."""
         return self.calls is not None if self.own is None else "tool_calls" in self.own["fields"]
 
+    @property
+    def writes_think(self) -> bool:
+        """Whether thoughts, where there are any, stand between `<think>` and `</think>`."""
+        return self.thoughts is None or self.thoughts.open == "<think>"
+
     def parts(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()
     ) -> ResponseParts | None:

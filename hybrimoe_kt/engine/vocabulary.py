@@ -34,6 +34,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self._tokenizer, self._model = tokenizer, model
+        self.default_options: Mapping[str, Any] = {}
+        """What the chat template reads where a conversation comes without."""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,8 @@ class Vocabulary:
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
-        return chat_prompt(self._tokenizer, messages, tools, template_options, calls=self._format.calls)
+        options = {**self.default_options, **(template_options or {})}
+        return chat_prompt(self._tokenizer, messages, tools, options, calls=self._format.calls)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text that the model is to go on with."""
@@ -82,6 +85,11 @@ class Vocabulary:
     def takes(self, option: str) -> bool:
         """Whether the chat template reads a variable; one that it does not read would be dropped silently."""
         return template_takes(self._tokenizer, option)
+
+    @property
+    def writes_think(self) -> bool:
+        """Whether thoughts, where there are any, stand between `<think>` and `</think>`."""
+        return self._format.writes_think
 
     @property
     def takes_tools(self) -> bool:
