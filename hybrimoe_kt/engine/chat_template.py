@@ -14,8 +14,12 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from hybrimoe_kt.errors import ConfigError, ModelError, first_line
+
+from .earlier_turns import with_calls, with_thoughts
+from .notations import CallNotation
 
 __all__ = ["chat_prompt", "encode_chat", "template_takes"]
 
@@ -33,12 +37,14 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    *,
+    calls: CallNotation | None = None,
 ) -> list[int]:
     """Return the token ids of a conversation, ready for the assistant's answer.
 
     A message's content is text, or a list of parts `{"type": "text", "text": ...}`. `tools` are functions in OpenAI's
-    notation, `template_options` what else the chat template reads. A tokenizer without a chat template (a base
-    model's) gets the messages' text, one after the other.
+    notation, `template_options` what else the chat template reads, `calls` how the model writes tool calls. A
+    tokenizer without a chat template (a base model's) gets the messages' text, one after the other.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(_text(message.get("content")) for message in messages))["input_ids"])
@@ -47,10 +53,12 @@ def chat_prompt(
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
     reads_parts = _shows_mark(tokenizer, _PARTS)
     reads_text = not reads_parts or _shows_mark(tokenizer, _MARK)
-    conversation = [_with_content(message, reads_text, reads_parts) for message in messages]
+    turns = with_thoughts(messages, "\n".join(_templates(tokenizer)))
+    conversation = [_with_content(turn, reads_text, reads_parts) for turn in turns]
     functions = [dict(tool) for tool in tools or ()]
     if functions and _reads_bare_functions(tokenizer):
         functions = [dict(tool.get("function", tool)) for tool in functions]
+    conversation = with_calls(conversation, calls, lambda turns: _render(tokenizer, turns, functions, options))
     try:
         text = _render(tokenizer, conversation, functions, options)
     except Exception as error:
@@ -99,6 +107,14 @@ def _render(
 ) -> str:
     given: Any = conversation  # of text only, by Transformers' annotation
     functions: Any = tools or None
+    if any(message.get("content", "") is None for message in conversation):
+        # which Transformers' own way in would take out, and templates ask whether it is there
+        template = tokenizer.get_chat_template(tools=functions)
+        values = {**tokenizer.special_tokens_map, **options}
+        rendered: Any = render_jinja_template(
+            [given], tools=functions, chat_template=template, add_generation_prompt=True, **values
+        )
+        return str(rendered[0][0])
     return str(
         tokenizer.apply_chat_template(
             given, tools=functions, add_generation_prompt=True, tokenize=False, **options

@@ -98,6 +98,8 @@ class Architecture:
     """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of `tokenizer.ggml.pre` that no other family has -> the patterns of a `TextSplit`."""
+    answer_format: str = ""
+    """Notation of its models' tool calls (`engine.notations`), for chat templates that do not show one."""
     tensor_table: str = ""
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)

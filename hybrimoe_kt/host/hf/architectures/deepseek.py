@@ -103,6 +103,7 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
 
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
+    answer_format="deepseek",
     model_type="deepseek_v2",
     pre_tokenizers=("deepseek-llm",),
     skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
@@ -148,6 +149,7 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        answer_format="glm",
         pre_tokenizers=("glm4",),
         skeleton=GQA_SKELETON | {"num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},  # Air
         keys=DECODER_KEYS

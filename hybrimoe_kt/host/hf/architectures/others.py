@@ -57,6 +57,7 @@ FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
         model_type="mixtral",
+        answer_format="mistral",
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
         checkpoint_names=(_W1_W3_W2, STACKED),
@@ -76,6 +77,7 @@ FAMILIES = (
     Architecture(
         gguf="granitemoe",
         model_type="granitemoe",
+        answer_format="granite",
         pre_tokenizers=("refact",),
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
         checkpoint_names=(_INPUT_OUTPUT,),
@@ -94,6 +96,7 @@ FAMILIES = (
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
+        answer_format="minimax",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
         checkpoint_names=(_W1_W3_W2, STACKED),
         pre_tokenizers=("minimax-m2",),
@@ -106,6 +109,7 @@ FAMILIES = (
     Architecture(
         gguf="ernie4_5-moe",
         model_type="ernie4_5_moe",
+        answer_format="hermes",
         skeleton=without(GQA_SKELETON, "num_experts_per_tok")
         | {"num_hidden_layers": 28, "moe_num_experts": 4, "moe_k": 2},
         keys=without(DECODER_KEYS, "num_experts_per_tok")

@@ -116,6 +116,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen3moe",
         model_type="qwen3_moe",
+        answer_format="hermes",
         skeleton=_SKELETON | {"num_hidden_layers": 48, "head_dim": 16},
         pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"head_dim": "attention.key_length"},
@@ -126,6 +127,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen2moe",
         model_type="qwen2_moe",
+        answer_format="hermes",
         skeleton=_SKELETON | {"num_hidden_layers": 28, "shared_expert_intermediate_size": 32},
         pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
@@ -137,6 +139,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen3next",
         model_type="qwen3_next",
+        answer_format="hermes",
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
         pre_tokenizers=_SPLIT,
         keys=_HYBRID_KEYS,
@@ -158,6 +161,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen35moe",
         model_type="qwen3_5_moe_text",
+        answer_format="qwen-xml",
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},
         pre_tokenizers=("qwen35",),
         keys=_HYBRID_KEYS,
