@@ -16,22 +16,12 @@ from .pending_sum import PendingSum, pending
 
 __all__ = ["MoEBlock"]
 
-_TAKEN = {
-    "DeepseekV2Moe": "shared_experts",
-    "DeepseekV3MoE": "shared_experts",
-    "Glm4MoeMoE": "shared_experts",
-    "Ernie4_5_MoeSparseMoeBlock": "shared_experts",
-    "Qwen2MoeSparseMoeBlock": "shared_expert",
-    "Qwen3NextSparseMoeBlock": "shared_expert",
-    "Qwen3_5MoeSparseMoeBlock": "shared_expert",
-}
-"""Classes of blocks that are the sum of routed and shared experts, in this order -> what they call the shared ones."""
-
 
 class MoEBlock(nn.Module):
     """In place of a model's own MoE block, where that has shared experts: adopts its modules and their names.
 
-    `takes` says which; a host leaves all others as they are, dense layers among them.
+    The block is the sum of routed and shared experts, in this order. A host leaves all others as they are, dense layers
+    among them.
     """
 
     gate: Any
@@ -46,16 +36,20 @@ class MoEBlock(nn.Module):
         prefill_device: str | None = None,
         generate_device: str | None = None,
         kernel: str = "auto",
+        shared_name: str = "",
     ) -> None:
-        """`kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`."""
+        """`shared_name` is what the block calls its shared experts.
+
+        `kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`.
+        """
         super().__init__()
         self.check_kwargs({"kernel": kernel})
         self.kernel = kernel
-        if not self.takes(orig_module):
+        if getattr(orig_module, shared_name, None) is None:
             raise ConfigError(
                 f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
             )
-        self._shared_name = _TAKEN[type(orig_module).__name__]
+        self._shared_name = shared_name
         for name, child in orig_module.named_children():
             self.register_module(name, child)
 
@@ -63,11 +57,6 @@ class MoEBlock(nn.Module):
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kernel(kwargs.get("kernel", "auto"))
-
-    @classmethod
-    def takes(cls, module: nn.Module) -> bool:
-        """Whether it computes what `module` does: its class is known, and it has shared experts."""
-        return getattr(module, _TAKEN.get(type(module).__name__, ""), None) is not None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | PendingSum:
         """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""

@@ -51,13 +51,16 @@ class Injector:
         overrides: Mapping[str, Any],
         kv_cache_type: str | None,
         *,
+        shared_experts: Mapping[str, str] | None = None,
         tries_kernels: bool = True,
     ) -> None:
         """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers.
 
+        `shared_experts` as of `Architecture`.
         `tries_kernels`: a GPU whose kernels cannot be built, for want of a compiler, gets floats, with a warning.
         """
         self._kv_cache_type, self._tries_kernels = kv_cache_type, tries_kernels
+        self._shared_experts = shared_experts or {}
         self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
         self._loader, self._device, self._overrides = loader, device, overrides
         named = [overrides, *(rule.kwargs for rule in self._rules.rules)]
@@ -82,8 +85,11 @@ class Injector:
         if issubclass(cls, HybriMoEExperts):
             return cls(**contract, experts=self.experts)
         stock: nn.Module = contract["orig_module"]
-        if issubclass(cls, MoEBlock) and not cls.takes(stock):
-            return self._left_alone(stock)
+        if issubclass(cls, MoEBlock):
+            shared_name = self._shared_experts.get(type(stock).__name__, "")
+            if getattr(stock, shared_name, None) is None:
+                return self._left_alone(stock)
+            return cls(**contract | {"shared_name": shared_name})
         if issubclass(cls, _PLACED):
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}

@@ -1,7 +1,7 @@
 """Reads a Transformers decoder layer as parts that graphs are made of: recipes by what modules have, not by model.
 
-Only the classes in `_LAYERS` are read, as what a module does with its parts is code. What has something that no graph
-here does is refused with the reason, and stays Transformers' own.
+Only the classes that the family's entry names are read, as what a module does with its parts is code. What has
+something that no graph here does is refused with the reason, and stays Transformers' own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.stored_layer import KeyLayout
 from hybrimoe_kt.operators.stored_state import StateLayout
 
-from .architectures import Architecture
+from .architectures import Architecture, LayerKind
 from .gates import Gate, logits_and_ids
 from .linear_parts import gated_linear
 from .stock_weights import (
@@ -56,34 +56,6 @@ _GROUPS = ("num_group", "n_group")
 _BEST_GROUPS = ("topk_group",)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What a class of decoder layers does that its modules do not tell."""
-
-    is_paired: bool = False
-    """Whether neighbouring dimensions are rotated together; else the halves."""
-    is_gated: bool = False
-    """Whether queries come with gates on the answers."""
-    takes_models_window: bool = False
-    """Whether attention asks the configuration for its window."""
-
-
-_LAYERS = {
-    "MixtralDecoderLayer": _Kind(takes_models_window=True),
-    "OlmoeDecoderLayer": _Kind(),
-    "Qwen2MoeDecoderLayer": _Kind(),
-    "Qwen3MoeDecoderLayer": _Kind(),
-    "Qwen3NextDecoderLayer": _Kind(is_gated=True),
-    "Qwen3_5MoeDecoderLayer": _Kind(is_gated=True),
-    "GraniteMoeDecoderLayer": _Kind(),
-    "MiniMaxM2DecoderLayer": _Kind(),
-    "Glm4MoeDecoderLayer": _Kind(),
-    "Ernie4_5_MoeDecoderLayer": _Kind(is_paired=True),
-    "DeepseekV2DecoderLayer": _Kind(is_paired=True),
-    "DeepseekV3DecoderLayer": _Kind(is_paired=True),
-}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadLayer:
     """A layer as graphs and as caches take it."""
@@ -97,7 +69,7 @@ class ReadLayer:
 def layer_parts(layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture) -> ReadLayer:
     """Read a decoder layer of a loaded model; NotDescribed where something is not known here."""
     name = type(layer).__name__
-    kind = _LAYERS.get(name)
+    kind = family.layers.get(name)
     if kind is None:
         raise NotDescribed(f"{name} is not known here")
     reader = _Reader(layer, config, rotary, family, kind)
@@ -112,7 +84,7 @@ def head_parts(model: nn.Module, family: Architecture) -> HeadParts:
 
 
 class _Reader:
-    def __init__(self, layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture, kind: _Kind) -> None:
+    def __init__(self, layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture, kind: LayerKind) -> None:
         self._layer, self._config, self._family, self._kind = layer, config, family, kind
         self._stock_rotary = rotary
 
@@ -250,7 +222,7 @@ def _order(dims: int, width: int) -> torch.Tensor:
     return order
 
 
-def _window(attention: Any, config: Any, kind: _Kind) -> int:
+def _window(attention: Any, config: Any, kind: LayerKind) -> int:
     """Of this layer: an attention that could have one and says nothing looks at everything."""
     owner = config if kind.takes_models_window else attention
     return int(getattr(owner, "sliding_window", None) or 0)

@@ -19,7 +19,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Moves", "Transform"]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform"]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
@@ -49,6 +49,18 @@ class Transform:
     """Result shape from the tensor's."""
     moves: Moves | None = None
     """What of a matrix is put in another order, if it is done to nothing else: blocks then stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What a class of decoder layers does that its modules do not tell."""
+
+    is_paired: bool = False
+    """Whether neighbouring dimensions are rotated together; else the halves."""
+    is_gated: bool = False
+    """Whether queries come with gates on the answers."""
+    takes_models_window: bool = False
+    """Whether attention asks the configuration for its window."""
 
 
 ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))
@@ -102,6 +114,10 @@ class Architecture:
     """Endings of the parameters that are zero where the file has no tensor for them."""
     finish: Callable[[nn.Module], None] = lambda model: None
     """What is set right in a built model, where Transformers and llama.cpp read the family differently."""
+    layers: Mapping[str, LayerKind] = field(default_factory=dict)
+    """Transformers' classes of decoder layers that a graph on the CPU does; the others stay modules."""
+    shared_experts: Mapping[str, str] = field(default_factory=dict)
+    """Classes of MoE blocks that are the sum of routed and shared experts -> what they call the shared ones."""
     router_inputs: tuple[str, ...] = ()
     """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
     norm_offset: float = 0.0

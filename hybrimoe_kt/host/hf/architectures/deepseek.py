@@ -14,7 +14,7 @@ from torch import nn
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import Architecture, Composed, Key
+from .base import Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, scale
 from .softmax_router import choose_by_softmax
 
@@ -104,6 +104,8 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     model_type="deepseek_v2",
+    layers={"DeepseekV2DecoderLayer": LayerKind(is_paired=True)},
+    shared_experts={"DeepseekV2Moe": "shared_experts"},
     pre_tokenizers=("deepseek-llm",),
     skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
@@ -120,6 +122,8 @@ _DEEPSEEK3 = replace(
     _DEEPSEEK2,
     alias="deepseek3",
     model_type="deepseek_v3",
+    layers={"DeepseekV3DecoderLayer": LayerKind(is_paired=True)},
+    shared_experts={"DeepseekV3MoE": "shared_experts"},
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
     other_types=("kimi_k2",),
     skeleton=_LATENT_SKELETON
@@ -148,6 +152,8 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        layers={"Glm4MoeDecoderLayer": LayerKind()},
+        shared_experts={"Glm4MoeMoE": "shared_experts"},
         pre_tokenizers=("glm4",),
         skeleton=GQA_SKELETON | {"num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},  # Air
         keys=DECODER_KEYS

@@ -8,7 +8,7 @@ from typing import Any
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import STACKED, Architecture, Key
+from .base import STACKED, Architecture, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
 
 __all__ = ["FAMILIES"]
@@ -57,6 +57,7 @@ FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
         model_type="mixtral",
+        layers={"MixtralDecoderLayer": LayerKind(takes_models_window=True)},
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
         checkpoint_names=(_W1_W3_W2, STACKED),
@@ -68,6 +69,7 @@ FAMILIES = (
     Architecture(
         gguf="olmoe",
         model_type="olmoe",
+        layers={"OlmoeDecoderLayer": LayerKind()},
         pre_tokenizers=("olmo",),
         skeleton=without(GQA_SKELETON, "moe_intermediate_size") | {"num_hidden_layers": 16, "num_experts": 4},
         keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
@@ -76,6 +78,7 @@ FAMILIES = (
     Architecture(
         gguf="granitemoe",
         model_type="granitemoe",
+        layers={"GraniteMoeDecoderLayer": LayerKind()},
         pre_tokenizers=("refact",),
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
         checkpoint_names=(_INPUT_OUTPUT,),
@@ -94,6 +97,7 @@ FAMILIES = (
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
+        layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
         checkpoint_names=(_W1_W3_W2, STACKED),
         pre_tokenizers=("minimax-m2",),
@@ -106,6 +110,8 @@ FAMILIES = (
     Architecture(
         gguf="ernie4_5-moe",
         model_type="ernie4_5_moe",
+        layers={"Ernie4_5_MoeDecoderLayer": LayerKind(is_paired=True)},
+        shared_experts={"Ernie4_5_MoeSparseMoeBlock": "shared_experts"},
         skeleton=without(GQA_SKELETON, "num_experts_per_tok")
         | {"num_hidden_layers": 28, "moe_num_experts": 4, "moe_k": 2},
         keys=without(DECODER_KEYS, "num_experts_per_tok")

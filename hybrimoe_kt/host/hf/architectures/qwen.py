@@ -9,7 +9,7 @@ import torch
 
 from hybrimoe_kt.errors import ModelError
 
-from .base import Architecture, Composed, Key, Transform
+from .base import Architecture, Composed, Key, LayerKind, Transform
 from .common import GQA_KEYS, GQA_SKELETON, ROW
 
 __all__ = ["FAMILIES"]
@@ -116,6 +116,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen3moe",
         model_type="qwen3_moe",
+        layers={"Qwen3MoeDecoderLayer": LayerKind()},
         skeleton=_SKELETON | {"num_hidden_layers": 48, "head_dim": 16},
         pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"head_dim": "attention.key_length"},
@@ -126,6 +127,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen2moe",
         model_type="qwen2_moe",
+        layers={"Qwen2MoeDecoderLayer": LayerKind()},
+        shared_experts={"Qwen2MoeSparseMoeBlock": "shared_expert"},
         skeleton=_SKELETON | {"num_hidden_layers": 28, "shared_expert_intermediate_size": 32},
         pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
@@ -137,6 +140,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen3next",
         model_type="qwen3_next",
+        layers={"Qwen3NextDecoderLayer": LayerKind(is_gated=True)},
+        shared_experts={"Qwen3NextSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
         pre_tokenizers=_SPLIT,
         keys=_HYBRID_KEYS,
@@ -158,6 +163,8 @@ FAMILIES = (
     Architecture(
         gguf="qwen35moe",
         model_type="qwen3_5_moe_text",
+        layers={"Qwen3_5MoeDecoderLayer": LayerKind(is_gated=True)},
+        shared_experts={"Qwen3_5MoeSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},
         pre_tokenizers=("qwen35",),
         keys=_HYBRID_KEYS,
