@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ class MoEBlock(nn.Module):
         generate_device: str | None = None,
         kernel: str = "auto",
         shared_name: str = "",
+        router_inputs: Sequence[str] = (),
     ) -> None:
-        """`shared_name` is what the block calls its shared experts.
+        """`shared_name` is what the block calls its shared experts, `router_inputs` what it gives its router besides.
 
         `kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`.
         """
@@ -49,9 +50,11 @@ class MoEBlock(nn.Module):
             raise ConfigError(
                 f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
             )
-        self._shared_name = shared_name
+        self._shared_name, self._router_inputs = shared_name, tuple(router_inputs)
         for name, child in orig_module.named_children():
             self.register_module(name, child)
+        for parts in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[parts] = orig_module.__dict__[parts]
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
@@ -61,7 +64,8 @@ class MoEBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | PendingSum:
         """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, ids = self.gate(flat)  # called, as a hook notes the logits
+        further = (getattr(self, name) for name in self._router_inputs)
+        _, weights, ids = self.gate(flat, *further)  # called, as a hook notes the logits
         job = self.experts.begin(flat, ids, weights)
         shared = self._shared(flat)
         routed: torch.Tensor = self.experts.finish(job)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+    may_be_transposed: bool = field(default=False, kw_only=True)
+    """Whether some files have the rows of stacked ones for what goes in, and the columns for what comes out."""
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -79,6 +81,8 @@ class Checkpoint:
         # a model that also sees has its language model one level deeper
         prefixes = ("model.language_model.", "language_model.model.", "model.")
         self._prefix = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in self._files), "model.")
+        heads = ("lm_head.", "language_model.lm_head.")
+        self._head = next((head for head in heads if f"{head}weight" in self._files), heads[0])
 
     def names(self) -> Iterator[str]:
         return iter(self._files)
@@ -110,10 +114,11 @@ class Checkpoint:
         state = {}
         routed = self._routed()
         for name in self.names():
-            if name.startswith((self._prefix, "lm_head.")) and not routed.fullmatch(name):
+            if name.startswith((self._prefix, self._head)) and not routed.fullmatch(name):
                 _, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
-                plain = f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else name
+                plain = f"model.{name.removeprefix(self._prefix)}"
+                plain = plain if name.startswith(self._prefix) else f"lm_head.{name.removeprefix(self._head)}"
                 state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))
         return state
 
@@ -162,8 +167,7 @@ class CheckpointLoader:
             names = self._names(layer)
             with torch.device("cpu"):  # operators are constructed where everything lands on the meta device
                 matrices = {
-                    role: self._gather(layer, getattr(names, role), role, num_experts, shape)
-                    for role, shape in shapes.items()
+                    role: self._gather(layer, names, role, num_experts, shape) for role, shape in shapes.items()
                 }
             self._layers[layer] = LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
         return self._layers[layer]
@@ -181,13 +185,16 @@ class CheckpointLoader:
         looked_for = ", ".join(self.file.layer_tensor(layer, names.down) for names in self.file.expert_names)
         raise ModelError(f"{self.file.path}: layer {layer} holds no routed experts; looked for {looked_for}")
 
-    def _gather(self, layer: int, pattern: str, role: str, num_experts: int, shape: tuple[int, int]) -> ExpertMatrix:
+    def _gather(self, layer: int, of: ExpertNames, role: str, num_experts: int, shape: tuple[int, int]) -> ExpertMatrix:
         """Copy one role's matrices of all experts next to each other, in the type that they are held in."""
+        pattern: str = getattr(of, role)
         separate = "{expert}" in pattern
         names = [self.file.layer_tensor(layer, pattern.format(expert=index)) for index in range(num_experts)]
         kinds = {name: self.file.describe(name) for name in dict.fromkeys(names)}
         half = not separate and role != "down"
-        wanted = shape if separate else (num_experts, shape[0] * (1 + half), shape[1])
+        stacked = (num_experts, shape[0] * (1 + half), shape[1])
+        turned = not separate and of.may_be_transposed and self._are_transposed(layer, of, num_experts, shape, role)
+        wanted = shape if separate else (stacked[0], stacked[2], stacked[1]) if turned else stacked
         for name, (kind, found) in kinds.items():
             if found != wanted or kind != kinds[names[0]][0]:
                 raise ModelError(
@@ -201,8 +208,18 @@ class CheckpointLoader:
                 data[index] = _in_range(self.file.path, name, self.file.read(name))
         else:
             begin = shape[0] if role == "up" else 0
-            data.copy_(_in_range(self.file.path, names[0], self.file.read(names[0])[:, begin : begin + shape[0]]))
+            found_all = self.file.read(names[0])
+            rows = found_all.transpose(1, 2) if turned else found_all
+            data.copy_(_in_range(self.file.path, names[0], rows[:, begin : begin + shape[0]]))
         return ExpertMatrix(data.view(num_experts, -1).view(torch.uint8), int(ggml_type), *shape)
+
+    def _are_transposed(self, layer: int, of: ExpertNames, num_experts: int, shape: tuple[int, int], role: str) -> bool:
+        """Told by the first tensor of two that is not as wide as it is high."""
+        inter, hidden = shape if role != "down" else shape[::-1]
+        for name, rows, columns in ((of.gate, 2 * inter, hidden), (of.down, hidden, inter)):
+            if rows != columns:
+                return self.file.describe(self.file.layer_tensor(layer, name))[1] == (num_experts, columns, rows)
+        return False
 
 
 def _in_range(path: Path, name: str, values: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ something that no graph here does is refused with the reason, and stays Transfor
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ class _Reader:
         offset = self._family.norm_offset
         body: Any = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
         experts = next((module for module in body.children() if isinstance(module, HybriMoEExperts)), None)
-        norms = norm_of(layer.input_layernorm, offset), norm_of(layer.post_attention_layernorm, offset)
+        norms = norm_of(layer.input_layernorm, offset), norm_of(getattr(layer, self._family.expert_norm), offset)
         factor = float(getattr(layer, "residual_multiplier", 1.0))
         if experts is None:
             if not hasattr(body, "gate_proj"):
@@ -120,16 +121,16 @@ class _Reader:
             norms[0],
             parts,
             norms[1],
-            router=float32_of(router.weight, "its router"),
+            router=float32_of(Gate(router, None, ()).weight, "its router"),
             choice=_choice(router, further),
-            shared=_shared(body),
+            shared=_shared(layer) or _shared(body),
             residual_factor=factor,
         )
         return ReadLayer(made, layout, experts, (router, further))
 
     def _router(self, body: Any) -> tuple[Any, tuple[Any, ...]]:
         router = body.gate if hasattr(body, "gate") else body.router
-        if router.weight.dtype != torch.float32:
+        if Gate(router, None, ()).weight.dtype != torch.float32:
             router = copy.deepcopy(router).float()  # as what it is asked about is
         return router, tuple(getattr(body, name) for name in self._family.router_inputs)
 
@@ -252,7 +253,8 @@ def _choice(router: Any, further: tuple[Any, ...]) -> Choice | None:
 
 
 def _shared(body: Any) -> tuple[SharedExpert, ...]:
-    shared = first_of(body, ("shared_experts", "shared_expert"), None)
+    """Of a block, or of a layer that adds them to what its block answers."""
+    shared = first_of(body, ("shared_experts", "shared_expert", "shared_mlp"), None)
     if shared is None:
         return ()
     gate = getattr(body, "shared_expert_gate", None)
@@ -260,7 +262,22 @@ def _shared(body: Any) -> tuple[SharedExpert, ...]:
 
 
 def _swiglu(module: Any) -> Swiglu:
+    if hasattr(module, "input_linear"):
+        both, down = matrix_of(module.input_linear, "input_linear"), matrix_of(module.output_linear, "output_linear")
+        return Swiglu(*_halves(both), down)
     return Swiglu(*(matrix_of(getattr(module, name), name) for name in ("gate_proj", "up_proj", "down_proj")))
+
+
+def _halves(both: Matrix) -> tuple[Matrix, Matrix]:
+    """A matrix whose rows are a gate's and then as many others."""
+    if len(both.parts) == 2:
+        return Matrix(both.parts[:1]), Matrix(both.parts[1:])
+    (whole,) = both.parts
+    rows, middle = whole.rows // 2, len(whole.data) // 2
+    upper, lower = (
+        dataclasses.replace(whole, data=data, rows=rows) for data in (whole.data[:middle], whole.data[middle:])
+    )
+    return Matrix((upper,)), Matrix((lower,))
 
 
 def _paired(linear: nn.Module, heads: int) -> tuple[Matrix, bool]:

@@ -192,8 +192,7 @@ def load_model(
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
     named = None if kv_cache_type == "auto" else kv_cache_type
-    shared = architecture.shared_experts
-    inject = Injector(rules_file, loader, device, option_overrides or {}, named, shared_experts=shared)
+    inject = Injector(rules_file, loader, device, option_overrides or {}, named, family=architecture)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -247,9 +246,8 @@ def plan_of(
     rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
     given = {**options, "accelerator": card.name}
     inject = Injector(
-        rules_file, source.loader, str(card.device), given, None, shared_experts=source.architecture.shared_experts,
-        tries_kernels=False,
-    )  # fmt: skip
+        rules_file, source.loader, str(card.device), given, None, family=source.architecture, tries_kernels=False
+    )
     inject(skeleton)
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     cards, kernels = {card.name: card}, kernels_of(skeleton)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import deepseek, others, qwen
+from . import deepseek, others, qwen, shared
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES)
+    family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES, *shared.FAMILIES)
 }
 
 
@@ -83,7 +83,9 @@ def architecture_of(file: GgufFile) -> Architecture:
 
 def architecture_of_type(path: str, model_type: str) -> Architecture:
     """Return the family of a Transformers model type; an unsupported one is a ModelError."""
-    types = {family.model_type: family for family in every_architecture()}
+    types: dict[str, Architecture] = {}
+    for family in every_architecture():
+        types.setdefault(family.model_type, family)
     refused = next((family for family in REFUSED.values() if model_type in family.model_types), None)
     if refused is not None:
         raise ModelError(f"{path}: model type {model_type!r} is not supported: {refused.reason}; use llama.cpp for it")

@@ -35,7 +35,7 @@ class Composed:
     build: Callable[..., torch.Tensor]
     """From the parts, in order, and the reader of the metadata."""
     shape: Callable[..., tuple[int, ...]]
-    """Result shape from the parts' shapes, to check a file before anything is dequantised."""
+    """Result shape from the parts' shapes and the reader, to check a file before anything is dequantised."""
     moves: Moves | None = None
     """As of `Transform`; of the parts one above the other."""
 
@@ -77,7 +77,9 @@ class Architecture:
     alias: str = ""
     """Our name, where `gguf` is another family's as well."""
     other_types: tuple[str, ...] = ()
-    """What released config.json files call the model type besides, where the model is Transformers' `model_type`."""
+    """What config.json files call the model type besides, where the model is Transformers' `model_type`."""
+    restated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """A config.json of one of these types in the words of `model_type`."""
     skeleton: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of a small model, to see what rules do: a released model's layer count, the smallest widths.
 
@@ -120,6 +122,8 @@ class Architecture:
     """Classes of MoE blocks that are the sum of routed and shared experts -> what they call the shared ones."""
     router_inputs: tuple[str, ...] = ()
     """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
+    expert_norm: str = "post_attention_layernorm"
+    """What layers call the norm in front of their experts."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
 

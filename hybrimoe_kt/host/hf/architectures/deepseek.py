@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V2-Lite, V3, R1 and Kimi-K2, which share the GGUF architecture deepseek2; GLM-4.5."""
+"""DeepSeek-V2, V3, R1, Kimi-K2 and GLM-4.7-Flash, which share the GGUF architecture deepseek2; GLM-4.5, Solar Open."""
 
 from __future__ import annotations
 
@@ -92,12 +92,27 @@ def _with_softmax(model: nn.Module) -> None:
             module.forward = partial(choose_by_softmax, module)
 
 
+def _dense_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    """GLM-4.7-Flash names each layer's kind; all its dense ones come first."""
+    kinds: list[str] = values.get("mlp_layer_types") or ["dense"]
+    given = values.get("first_k_dense_replace", kinds.count("dense"))
+    if "sparse" in kinds and kinds != ["dense"] * given + ["sparse"] * (len(kinds) - given):
+        raise ValueError(f"mlp_layer_types {kinds} has dense layers behind sparse ones")
+    return dict(values) | ({"first_k_dense_replace": given} if values["model_type"] == "glm4_moe_lite" else {})
+
+
+def _solar_open(values: Mapping[str, Any]) -> dict[str, Any]:
+    """GLM-4.5 without dense layers and without norms of queries and keys."""
+    whole = {"partial_rotary_factor": 1.0} if "partial_rotary_factor" not in values else {}
+    return dict(values) | {"use_qk_norm": False, "first_k_dense_replace": 0} | whole
+
+
 def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor, key: Key) -> torch.Tensor:
     """`attn_k_b [heads, rank, nope]` and `attn_v_b [heads, v, rank]` -> `[heads * (nope + v), rank]`."""
     return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
 
 
-def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
+def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[int, ...]:
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
@@ -125,7 +140,8 @@ _DEEPSEEK3 = replace(
     layers={"DeepseekV3DecoderLayer": LayerKind(is_paired=True)},
     shared_experts={"DeepseekV3MoE": "shared_experts"},
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
-    other_types=("kimi_k2",),
+    other_types=("kimi_k2", "glm4_moe_lite"),
+    restated=_dense_first,
     skeleton=_LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     rules="deepseek2",
@@ -152,6 +168,8 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        other_types=("solar_open",),
+        restated=_solar_open,
         layers={"Glm4MoeDecoderLayer": LayerKind()},
         shared_experts={"Glm4MoeMoE": "shared_experts"},
         pre_tokenizers=("glm4",),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import STACKED, Architecture, Key, LayerKind
+from .base import STACKED, Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
 
 __all__ = ["FAMILIES"]
@@ -33,10 +37,8 @@ _MINIMAX_BIAS = "mlp.e_score_correction_bias"
 _ERNIE_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"
 
 
-def _granitemoe(key: Key) -> Mapping[str, Any]:
-    if key("expert_shared_feed_forward_length", 0):
-        raise ModelError("granitemoe with shared experts (GraniteMoeShared) is not supported; models without are")
-    return {}
+def _shared_width(file: GgufFile, key: Key) -> str | None:
+    return "shared" if key("expert_shared_feed_forward_length", 0) else None
 
 
 def _minimax(key: Key) -> Mapping[str, Any]:
@@ -51,6 +53,44 @@ def _ernie(key: Key) -> Mapping[str, Any]:
     if key("expert_gating_func", SOFTMAX) != SOFTMAX:
         raise ModelError("ernie4_5-moe with sigmoid routing is not supported; every released model routes by softmax")
     return {}
+
+
+_GRANITE = Architecture(
+    gguf="granitemoe",
+    model_type="granitemoe",
+    layers={"GraniteMoeDecoderLayer": LayerKind()},
+    pre_tokenizers=("refact",),
+    skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
+    checkpoint_names=(_INPUT_OUTPUT,),
+    keys=_PLAIN_WIDTH
+    | {
+        "intermediate_size": "feed_forward_length",
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    },
+    names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
+    transforms=_PAIRED_ROTARY,
+)
+_GRANITE_SHARED = replace(
+    _GRANITE,
+    alias="granitemoeshared",
+    model_type="granitemoeshared",
+    rules="granitemoe",
+    layers={"GraniteMoeSharedDecoderLayer": LayerKind()},
+    skeleton={**_GRANITE.skeleton, "shared_intermediate_size": 32},
+    keys={**_GRANITE.keys, "shared_intermediate_size": "expert_shared_feed_forward_length"},
+    names={**_GRANITE.names, "shared_mlp.output_linear.weight": "blk.{layer}.ffn_down_shexp.weight"},
+    composed={
+        "shared_mlp.input_linear.weight": Composed(
+            ("blk.{layer}.ffn_gate_shexp.weight", "blk.{layer}.ffn_up_shexp.weight"),
+            lambda gate, up, key: torch.cat((gate, up)),
+            lambda gate, up, key: (gate[0] + up[0], gate[1]),
+            moves="rows",
+        )
+    },
+)
 
 
 FAMILIES = (
@@ -75,25 +115,7 @@ FAMILIES = (
         keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
-    Architecture(
-        gguf="granitemoe",
-        model_type="granitemoe",
-        layers={"GraniteMoeDecoderLayer": LayerKind()},
-        pre_tokenizers=("refact",),
-        skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
-        checkpoint_names=(_INPUT_OUTPUT,),
-        keys=_PLAIN_WIDTH
-        | {
-            "intermediate_size": "feed_forward_length",
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
-        },
-        derive=_granitemoe,
-        names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
-        transforms=_PAIRED_ROTARY,
-    ),
+    replace(_GRANITE, variant=_shared_width, variants={"shared": _GRANITE_SHARED}),
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
