@@ -73,7 +73,15 @@ _HYBRID = {
     "linear_num_value_heads": 4,
     "full_attention_interval": 4,
 }
-
+_WINDOWS = {
+    "num_hidden_layers": 5,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+_TWO_BASES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
 _VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -200,6 +208,11 @@ FAMILIES: dict[str, Family] = {
         written={"moe_topk": [2] * 3, "moe_intermediate_size": [256] * 3, "num_shared_expert": [1] * 3},
     ),
     "hy_v3": _family("hy_v3", _NUM_EXPERTS, head_dim=64, num_shared_experts=1, router_scaling_factor=2.8),
+    "exaone-moe": _family(
+        "exaone_moe", _NUM_EXPERTS, _WINDOWS, head_dim=64, num_shared_experts=1, n_group=1, topk_group=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, written=_SIGMOID,
+    ),
+    "mellum": _family("mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES),
     "kimi-k2": _family(  # DeepSeek-V3 without groups
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,

@@ -87,11 +87,12 @@ def test_layers_as_graphs_equal_the_stock_model(converted: Callable[[str], Path]
     options = {"cpu_backend": "torch_reference", "accelerator": "none"}
     ours = load_model(converted(name), option_overrides=options, progress=False, kv_cache_type="f32")
     assert (ours.dense is None) == (name in NO_GRAPHS)
-    wanted = logits_of(random_model(name), PROMPT)
-    for size in (1, 6):
+    text = PROMPT * 4  # beyond what graphs take at once
+    wanted = logits_of(random_model(name), text)
+    for size in (1, 6, 80):
         engine = TokenGenerator(ours, set())
-        for at in range(0, len(PROMPT), size):
-            piece = PROMPT[at : at + size]
+        for at in range(0, len(text), size):
+            piece = text[at : at + size]
             found = engine.append(piece)
             torch.testing.assert_close(found, wanted[at + len(piece) - 1], rtol=0, atol=2e-3, msg=f"{size}, {at}")
 

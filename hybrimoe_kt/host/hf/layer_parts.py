@@ -150,7 +150,10 @@ class _Reader:
         ]
         if is_query_paired != is_key_paired or (is_key_paired and any(norms)):
             raise NotDescribed("its queries and keys stand in different orders")
-        rotary = self._rotary(is_paired=self._kind.is_paired or is_key_paired)
+        rotary = self._rotary(attention, is_paired=self._kind.is_paired or is_key_paired)
+        window = _window(attention, config, self._kind)
+        has_windows = getattr(config, "sliding_window", None) is not None
+        is_turned = window > 0 or not (self._kind.turns_in_windows_only and has_windows)
         parts = GroupedQuery(
             query,
             key,
@@ -160,11 +163,11 @@ class _Reader:
             kv_heads,
             width,
             float(attention.scaling),
-            rotary,
+            rotary if is_turned else None,
             norms[0],
             norms[1],
             self._kind.is_gated,
-            _window(attention, config, self._kind),
+            window,
             optional_of(getattr(attention, "sinks", None)),
             float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         )
@@ -183,7 +186,7 @@ class _Reader:
             to_latent = packed_of(floats[:, :nope].transpose(1, 2).contiguous(), "kv_b_proj")
             to_value = packed_of(floats[:, nope:].contiguous(), "kv_b_proj")
         is_paired = bool(getattr(self._config, "rope_interleave", True))
-        rotary = self._rotary(is_paired=is_paired)
+        rotary = self._rotary(attention, is_paired=is_paired)
         has_down = attention.q_a_proj is not None
         parts = Latent(
             matrix_of(attention.q_b_proj if has_down else attention.q_proj, "q_proj"),
@@ -206,14 +209,17 @@ class _Reader:
         moves = is_paired and not attention.keeps_pairs
         return parts, KeyLayout(1, rank, _order(rotary.dims, rotary.dims) if moves else None)
 
-    def _rotary(self, *, is_paired: bool) -> Rotary:
+    def _rotary(self, attention: Any, *, is_paired: bool) -> Rotary:
         module: Any = self._stock_rotary
-        if getattr(module, "rope_type", "default") in _CHANGING:
-            raise NotDescribed(
-                f"its rotary positions are {module.rope_type}, which change with the conversation's length"
-            )
-        frequencies = float32_of(module.inv_freq, "its rotary positions")
-        return Rotary(1.0 / frequencies, is_paired, float(module.attention_scaling))
+        types = getattr(module, "rope_type", "default")
+        kind = ""
+        if isinstance(types, dict):  # of layers with windows and of those without
+            own = self._config.layer_types[attention.layer_idx]
+            types, kind = types[own], f"{own}_"
+        if types in _CHANGING:
+            raise NotDescribed(f"its rotary positions are {types}, which change with the conversation's length")
+        frequencies = float32_of(getattr(module, f"{kind}inv_freq"), "its rotary positions")
+        return Rotary(1.0 / frequencies, is_paired, float(getattr(module, f"{kind}attention_scaling")))
 
 
 def _order(dims: int, width: int) -> torch.Tensor:
@@ -225,6 +231,8 @@ def _order(dims: int, width: int) -> torch.Tensor:
 
 def _window(attention: Any, config: Any, kind: LayerKind) -> int:
     """Of this layer: an attention that could have one and says nothing looks at everything."""
+    if not getattr(attention, "is_sliding", True):
+        return 0
     owner = config if kind.takes_models_window else attention
     return int(getattr(owner, "sliding_window", None) or 0)
 

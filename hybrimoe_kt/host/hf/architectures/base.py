@@ -23,7 +23,10 @@ __all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind"
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
-"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
+"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix.
+
+`of_each_layer=True` gives a list of them, whether the file has one or as many as layers.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class LayerKind:
     """Whether queries come with gates on the answers."""
     takes_models_window: bool = False
     """Whether attention asks the configuration for its window."""
+    turns_in_windows_only: bool = False
+    """Whether layers that look at everything rotate nothing, in a model that has others."""
 
 
 ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))
@@ -110,6 +115,8 @@ class Architecture:
     variants: Mapping[Any, Architecture] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     """Endings of the parameters that stay float32 whatever the model's dtype."""
+    has_rotary_kinds: bool = False
+    """Whether layers with windows have rotary positions of their own in its configuration."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
     zero: tuple[str, ...] = ()
@@ -151,8 +158,16 @@ class Architecture:
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
-        config["rope_parameters"] = self.rotary(file, read).parameters
+        plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
+        kinds = self.rotary_kinds(config)
+        config["rope_parameters"] = {
+            kind: rotary.of(kind).parameters | plain.get(kind, {}) for kind in kinds
+        } or rotary.parameters
         return config | {"model_type": self.model_type}
+
+    def rotary_kinds(self, config: Mapping[str, Any]) -> list[str]:
+        """The kinds of layers that the configuration names with positions of their own."""
+        return sorted(set(config["layer_types"])) if self.has_rotary_kinds else []
 
     def _check_rotated(self, file: GgufFile) -> None:
         key = self.key(file)
@@ -171,7 +186,7 @@ class Architecture:
         is one where all layers have the same; ModelError where they have not.
         """
 
-        def value_of(name: str, default: Any = None) -> Any:
+        def value_of(name: str, default: Any = None, *, of_each_layer: bool = False) -> Any:
             if read is not None:
                 read.add(name)
             value = file.metadata.get(f"{self.gguf}.{name}")
@@ -181,6 +196,8 @@ class Architecture:
                 value = None  # how a converter says that it does not know
             if value is None and default is None and name in _LEFT_OUT:
                 return _LEFT_OUT[name](file, value_of)
+            if of_each_layer and value is not None:
+                return value if isinstance(value, list) else [value] * num_layers(file)
             return default if value is None else _one(file, f"{self.gguf}.{name}", value)
 
         return value_of
@@ -194,7 +211,7 @@ class Architecture:
         return get_tensor_name_map(arch, num_blocks)
 
 
-_OF_EACH_LAYER = ("attention.recurrent_layers",)
+_OF_EACH_LAYER = ("attention.recurrent_layers", "attention.sliding_window_pattern", "attention.indexer.types")
 """Keys that differ from layer to layer by their meaning."""
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "partial_rotary",
     "scale",
     "unpermuted",
+    "windows",
     "without",
 ]
 
@@ -70,6 +71,16 @@ def scale(key: Key) -> float:
 def partial_rotary(key: Key) -> float:
     """Which share of a head's dimensions is rotated."""
     return float(key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"))
+
+
+def windows(key: Key, period: int) -> dict[str, Any]:
+    """Which layers look back at a window; without a list of them the last of every `period` does not."""
+    window, count = key("attention.sliding_window", 0) or 0, key("block_count")
+    given = key("attention.sliding_window_pattern", [(layer + 1) % period != 0 for layer in range(count)])
+    if not isinstance(given, list) or len(given) < count:
+        raise ModelError(f"attention.sliding_window_pattern {given} is not of {count} layers")
+    kinds = ["sliding_attention" if window and is_windowed else "full_attention" for is_windowed in given[:count]]
+    return {"sliding_window": window or None, "layer_types": kinds}
 
 
 def only_gated_by(gguf: str, function: int, key: Key) -> None:
