@@ -44,6 +44,8 @@ class ExpertNames:
     """Stacked matrices are `[num_experts, in, out]`, but for packed ones."""
     is_interleaved: bool = False
     """Gate and up take turns instead."""
+    may_be_transposed: bool = False
+    """Whether some files have stacked ones so."""
 
     @classmethod
     def like(cls, pattern: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> ExpertNames:
@@ -87,6 +89,8 @@ class Checkpoint:
         self._prefix = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in self._files), "model.")
         self.scale_block = _BLOCK
         """Rows and columns of FP8 numbers that share a scale."""
+        heads = ("lm_head.", "language_model.lm_head.")
+        self._head = next((head for head in heads if f"{head}weight" in self._files), heads[0])
 
     def names(self) -> Iterator[str]:
         return iter(self._files)
@@ -169,10 +173,11 @@ class Checkpoint:
         state = {}
         routed = self._routed()
         for name in self.names():
-            if name.startswith((self._prefix, "lm_head.")) and not routed.fullmatch(name) and not self._is_scale(name):
+            if name.startswith((self._prefix, self._head)) and not routed.fullmatch(name) and not self._is_scale(name):
                 _, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
-                plain = f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else name
+                plain = f"model.{name.removeprefix(self._prefix)}"
+                plain = plain if name.startswith(self._prefix) else f"lm_head.{name.removeprefix(self._head)}"
                 state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))
         return state
 

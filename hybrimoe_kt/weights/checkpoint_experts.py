@@ -8,7 +8,7 @@ once: the result is kept in a folder, see `ConvertedExperts`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,15 @@ class CheckpointLoader:
                 total = 2 * rows
             full = self.file.layer_tensor(layer, pattern)
             roles.append(_Role(role, full, rows, columns, place, total, names.is_transposed))
+        if names.may_be_transposed and self._is_transposed(roles):
+            return [replace(role, is_transposed=True) for role in roles]
         return roles
+
+    def _is_transposed(self, roles: list[_Role]) -> bool:
+        """Told by the first stacked tensor that is not as wide as it is high."""
+        uneven = (role for role in roles if role.is_stacked and role.total != role.columns)
+        found = next(((role, self.file.stored(role.pattern)[1]) for role in uneven if role.pattern in self.file), None)
+        return found is not None and found[1][1:] == (found[0].columns, found[0].total)
 
     def _matrices(self, layer: int, roles: list[_Role], num_experts: int) -> dict[str, ExpertMatrix]:
         types = {role.name: self._checked_type(role, num_experts) for role in roles}

@@ -193,7 +193,7 @@ def load_model(
     architecture, config, loader = source.architecture, source.config, source.loader
     rules_file = _rules_file(rules_path, architecture)
     named = None if kv_cache_type == "auto" else kv_cache_type
-    inject = Injector(rules_file, loader, device, option_overrides or {}, named)
+    inject = Injector(rules_file, loader, device, option_overrides or {}, named, family=architecture)
     skeleton = _skeleton(config)
     inject(skeleton)
     if not inject.experts.store.layers:
@@ -246,7 +246,9 @@ def plan_of(
     source = open_source(gguf_path, None, metadata)
     rules_file, skeleton = _rules_file(None, source.architecture), _skeleton(source.config)
     given = {**options, "accelerator": card.name}
-    inject = Injector(rules_file, source.loader, str(card.device), given, None, tries_kernels=False)
+    inject = Injector(
+        rules_file, source.loader, str(card.device), given, None, family=source.architecture, tries_kernels=False
+    )
     inject(skeleton)
     parameters = {name: tuple(value.shape) for name, value in _stored(skeleton).items()}
     cards, kernels = {card.name: card}, kernels_of(skeleton)

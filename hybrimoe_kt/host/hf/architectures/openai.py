@@ -7,7 +7,7 @@ from typing import Any
 from hybrimoe_kt.expert_form import ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import Architecture
+from .base import Architecture, LayerKind
 from .common import GQA_KEYS, GQA_SKELETON, without
 
 __all__ = ["FAMILIES"]
@@ -25,6 +25,8 @@ FAMILIES = (
     Architecture(
         gguf="gpt-oss",
         model_type="gpt_oss",
+        answer_format="harmony",
+        layers={"GptOssDecoderLayer": LayerKind()},
         pre_tokenizers=("gpt-4o",),
         skeleton=without(GQA_SKELETON, "moe_intermediate_size")
         | {
