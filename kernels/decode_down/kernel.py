@@ -32,7 +32,7 @@ def decode_down_kernel(
     o1,
     o2,
     o3,
-    bias,
+    down_bias,
     out,
     CLEARS: tl.constexpr,
     BIASED: tl.constexpr,
@@ -66,7 +66,7 @@ def decode_down_kernel(
                 )
                 total += tl.where(unit < num_units, weight * dots, 0.0)
             if BIASED:
-                bias_at = (mem + bias).to(tl.pointer_type(tl.float32)) + tl.minimum(row, hidden - 1)
+                bias_at = (mem + down_bias).to(tl.pointer_type(tl.float32)) + tl.minimum(row, hidden - 1)
                 biases += weight * tl.load(bias_at)
     out_at = out + token * hidden + row
     answer = tl.sum(total, axis=1)

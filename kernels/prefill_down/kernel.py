@@ -28,7 +28,7 @@ def prefill_down_kernel(
     o1,
     o2,
     o3,
-    bias,
+    down_bias,
     answers,
     DOWN: tl.constexpr,
     BIASED: tl.constexpr,
@@ -56,7 +56,7 @@ def prefill_down_kernel(
         total = tl.dot(w_low.to(x_low.dtype), x_low, total)
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
     if BIASED:
-        total += tl.load((mem + bias).to(tl.pointer_type(tl.float32)) + rows)[:, None]
+        total += tl.load((mem + down_bias).to(tl.pointer_type(tl.float32)) + rows)[:, None]
     features = hidden // 8 * 8
     at = (place * features)[:, None] + row[None, :]  # [PAIRS, ROWS]
     tl.store(answers + at, tl.trans(total), mask=(pair >= 0)[:, None] & (row < features)[None, :])
