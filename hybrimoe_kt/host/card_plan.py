@@ -109,6 +109,11 @@ def check_kv_widths(config: Any, kv_cache_type: str) -> None:
         )
 
 
+_SHARED_WIDTHS = "shared_expert_intermediate_size", "shared_intermediate_size"
+_SHARED_COUNTS = "n_shared_experts", "moe_num_shared_experts", "num_shared_experts"
+"""What families call how wide shared experts are together, and how many of an expert's width there are."""
+
+
 def step_shape(config: Any, chunk_tokens: int, dtype_bytes: int, *, converts_cache: bool = False) -> StepShape:
     """Return the widths of a model's widest layers; `converts_cache`: keys and values are kept in another dtype."""
     heads, latent = int(config.num_attention_heads), getattr(config, "kv_lora_rank", None)
@@ -119,9 +124,8 @@ def step_shape(config: Any, chunk_tokens: int, dtype_bytes: int, *, converts_cac
     else:
         query, grouped = heads * _head_dim(config), heads > int(config.num_key_value_heads)
         attention = {"projected": 2 * query + kept, "repeated": 2 * query if grouped else 0}
-    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
-    counted = getattr(config, "n_shared_experts", None) or getattr(config, "moe_num_shared_experts", None) or 0
-    widths = (getattr(config, "intermediate_size", None) or 0, shared, counted * _expert_width(config))
+    shared, counted = _first(config, _SHARED_WIDTHS), _first(config, _SHARED_COUNTS)
+    widths = (_first(config, ("intermediate_size",)), shared, counted * _expert_width(config))
     linear_heads = int(getattr(config, "linear_num_value_heads", None) or 0)
     head_width = max(getattr(config, f"linear_{name}_head_dim", None) or 0 for name in ("key", "value"))
     return StepShape(
@@ -130,15 +134,20 @@ def step_shape(config: Any, chunk_tokens: int, dtype_bytes: int, *, converts_cac
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
         handed_out=kept if converts_cache else 0,
-        feed_forward=int(max(widths)),
+        feed_forward=max(widths),
         linear=linear_heads * int(head_width),
         linear_heads=linear_heads,
         **attention,
     )
 
 
+def _first(config: Any, names: Iterable[str]) -> int:
+    """The first of these numbers that is there; 0 where none is."""
+    return int(next((found for name in names if (found := getattr(config, name, None))), 0))
+
+
 def _expert_width(config: Any) -> int:
-    return int(getattr(config, "moe_intermediate_size", None) or 0)
+    return _first(config, ("moe_intermediate_size",))
 
 
 def card_needs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,20 @@ def read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    stated = values.get("model_type") if isinstance(values, dict) else None
-    same = next((family.model_type for family in every_architecture() if stated in family.other_types), None)
+    same = _restated(values) if isinstance(values, dict) else None
     if same is not None:
-        return AutoConfig.for_model(same, **{key: value for key, value in values.items() if key != "model_type"})
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+        return same
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    return _restated(config.to_dict()) or config
+
+
+def _restated(values: Mapping[str, Any]) -> Any:
+    """The configuration in the words of the model that runs it, None where these are its own."""
+    from transformers import AutoConfig
+
+    stated = values.get("model_type")
+    family = next((family for family in every_architecture() if stated in family.other_types), None)
+    if family is None:
+        return None
+    restated = {key: value for key, value in family.restated(values).items() if key != "model_type"}
+    return AutoConfig.for_model(family.model_type, **restated)

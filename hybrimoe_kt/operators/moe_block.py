@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +16,12 @@ from .pending_sum import PendingSum, pending
 
 __all__ = ["MoEBlock"]
 
-_TAKEN = {
-    "DeepseekV2Moe": "shared_experts",
-    "DeepseekV3MoE": "shared_experts",
-    "Glm4MoeMoE": "shared_experts",
-    "Ernie4_5_MoeSparseMoeBlock": "shared_experts",
-    "Qwen2MoeSparseMoeBlock": "shared_expert",
-    "Qwen3NextSparseMoeBlock": "shared_expert",
-    "Qwen3_5MoeSparseMoeBlock": "shared_expert",
-}
-"""Classes of blocks that are the sum of routed and shared experts, in this order -> what they call the shared ones."""
-
 
 class MoEBlock(nn.Module):
     """In place of a model's own MoE block, where that has shared experts: adopts its modules and their names.
 
-    `takes` says which; a host leaves all others as they are, dense layers among them.
+    The block is the sum of routed and shared experts, in this order. A host leaves all others as they are, dense layers
+    among them.
     """
 
     gate: Any
@@ -46,33 +36,36 @@ class MoEBlock(nn.Module):
         prefill_device: str | None = None,
         generate_device: str | None = None,
         kernel: str = "auto",
+        shared_name: str = "",
+        router_inputs: Sequence[str] = (),
     ) -> None:
-        """`kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`."""
+        """`shared_name` is what the block calls its shared experts, `router_inputs` what it gives its router besides.
+
+        `kernel` as of FusedRMSNorm: where it is Triton's, the next norm adds both up, see `PendingSum`.
+        """
         super().__init__()
         self.check_kwargs({"kernel": kernel})
         self.kernel = kernel
-        if not self.takes(orig_module):
+        if getattr(orig_module, shared_name, None) is None:
             raise ConfigError(
                 f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
             )
-        self._shared_name = _TAKEN[type(orig_module).__name__]
+        self._shared_name, self._router_inputs = shared_name, tuple(router_inputs)
         for name, child in orig_module.named_children():
             self.register_module(name, child)
+        for parts in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[parts] = orig_module.__dict__[parts]
 
     @classmethod
     def check_kwargs(cls, kwargs: Mapping[str, Any]) -> None:
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kernel(kwargs.get("kernel", "auto"))
 
-    @classmethod
-    def takes(cls, module: nn.Module) -> bool:
-        """Whether it computes what `module` does: its class is known, and it has shared experts."""
-        return getattr(module, _TAKEN.get(type(module).__name__, ""), None) is not None
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | PendingSum:
         """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, ids = self.gate(flat)  # called, as a hook notes the logits
+        further = (getattr(self, name) for name in self._router_inputs)
+        _, weights, ids = self.gate(flat, *further)  # called, as a hook notes the logits
         job = self.experts.begin(flat, ids, weights)
         shared = self._shared(flat)
         routed: torch.Tensor = self.experts.finish(job)

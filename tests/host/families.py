@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 __all__ = ["FAMILIES", "Family", "random_model", "save_checkpoint"]
 
@@ -71,15 +73,37 @@ _HYBRID = {
     "linear_num_value_heads": 4,
     "full_attention_interval": 4,
 }
+_WINDOWS = {
+    "num_hidden_layers": 5,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+_TWO_BASES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write."""
+    """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write.
+
+    `stored` is what released checkpoints have instead of a tensor as Transformers writes it.
+    """
 
     model_type: str
     values: dict[str, Any]
     written: dict[str, Any]
+    stored: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
 
 def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, **values: Any) -> Family:
@@ -90,17 +114,50 @@ def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | N
 
 
 _SIGMOID = {"scoring_func": "sigmoid"}
+_BAILING = {  # what such a config.json calls these
+    "model_type": "bailing_moe_v2",
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "num_experts": 8,
+    "num_shared_experts": 1,
+    "score_function": "sigmoid",
+}
 FAMILIES: dict[str, Family] = {
     "qwen3moe": _family("qwen3_moe", _NUM_EXPERTS, head_dim=64, norm_topk_prob=True),
     "qwen2moe": _family("qwen2_moe", _NUM_EXPERTS, _SHARED, norm_topk_prob=False),
     "qwen3next": _family("qwen3_next", _NUM_EXPERTS, _SHARED, _HYBRID, norm_topk_prob=True),
     "qwen35moe": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID),
     "qwen35moe-fused": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID, written={"fuse_gate_up": True}),
+    "qwen3vlmoe": Family(
+        "qwen3_vl_moe",
+        {
+            "text_config": _DECODER | _NUM_EXPERTS | {
+                "head_dim": 64,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]},
+            },
+            "vision_config": _VISION,
+            "tie_word_embeddings": False,
+        },
+        {"eos_token_id": 257, "pad_token_id": 260},
+        lambda key, value: value.transpose(1, 2) if ".mlp.experts." in key else value,
+    ),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
     "granitemoe": _family(
         "granitemoe",
         _LOCAL_EXPERTS,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        logits_scaling=2.0,
+    ),
+    "gpt-oss": _family(
+        "gpt_oss", _LOCAL_EXPERTS, num_hidden_layers=4, head_dim=64, sliding_window=32,
+        rope_parameters=_YARN | {"truncate": False}, rms_norm_eps=1e-5,
+    ),
+    "granitemoeshared": _family(
+        "granitemoeshared",
+        _LOCAL_EXPERTS,
+        shared_intermediate_size=512,
         embedding_multiplier=3.0,
         attention_multiplier=0.2,
         residual_multiplier=0.7,
@@ -132,6 +189,34 @@ FAMILIES: dict[str, Family] = {
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=True,
         rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,
     ),
+    "glm4-moe-lite": _family(  # GLM-4.7-Flash
+        "glm4_moe_lite", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=1.8,
+        norm_topk_prob=True, written=_SIGMOID,
+    ),
+    "solar-open": _family(
+        "solar_open", _ROUTED, head_dim=64, first_k_dense_replace=0, partial_rotary_factor=1.0,
+        routed_scaling_factor=1.5, norm_topk_prob=True,
+    ),
+    "dots1": _family("dots1", _ROUTED, num_key_value_heads=4, routed_scaling_factor=2.5, norm_topk_prob=True,
+                     written=_SIGMOID),
+    "sarvam-moe": _family(
+        "sarvam_moe", _ROUTED, head_dim=64, routed_scaling_factor=2.5, norm_topk_prob=True,
+        written=_BAILING | {"architectures": ["SarvamMoEForCausalLM"]},
+    ),
+    "ling-2": _family(  # GLM-4.5 with groups
+        "sarvam_moe", _ROUTED, head_dim=64, partial_rotary_factor=0.5, n_group=4, topk_group=2,
+        routed_scaling_factor=2.5, norm_topk_prob=True, written=_BAILING,
+    ),
+    "hunyuan-moe": _family(
+        "hunyuan_v1_moe", head_dim=64, num_experts=8, moe_topk=2, intermediate_size=256,
+        written={"moe_topk": [2] * 3, "moe_intermediate_size": [256] * 3, "num_shared_expert": [1] * 3},
+    ),
+    "hy_v3": _family("hy_v3", _NUM_EXPERTS, head_dim=64, num_shared_experts=1, router_scaling_factor=2.8),
+    "exaone-moe": _family(
+        "exaone_moe", _NUM_EXPERTS, _WINDOWS, head_dim=64, num_shared_experts=1, n_group=1, topk_group=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, written=_SIGMOID,
+    ),
+    "mellum": _family("mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES),
     "kimi-k2": _family(  # DeepSeek-V3 without groups
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,
@@ -144,7 +229,8 @@ def random_model(name: str) -> torch.nn.Module:
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, **copy.deepcopy(family.values))  # it writes into nested ones
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    sees = "vision_config" in family.values
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
         noise = torch.randn(value.shape, generator=generator)
@@ -163,6 +249,11 @@ def save_checkpoint(name: str, model: torch.nn.Module, folder: Path) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | FAMILIES[name].written))
     _tokenizer().save_pretrained(folder)
+    stored = FAMILIES[name].stored
+    if stored is not None:
+        weights = folder / "model.safetensors"
+        tensors = {key: stored(key, value).contiguous() for key, value in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
     return folder
 
 

@@ -106,6 +106,31 @@ def test_the_language_part_of_a_model_that_also_sees(saved: Callable[[str], Path
     torch.testing.assert_close(logits_of(ours.model, PROMPT), logits_of(random_model(name), PROMPT), rtol=0, atol=1e-4)
 
 
+def test_kimi_k25_has_its_head_one_level_deeper(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "kimi-k2"
+    tensors = load_file(saved(name) / "model.safetensors")
+    inner = {f"language_model.{key}": value for key, value in tensors.items()}
+    vision = {
+        "vision_tower.patch_embed.proj.weight": torch.zeros(8, 8),
+        "mm_projector.proj.0.weight": torch.zeros(8, 8),
+    }
+    save_file(inner | vision, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((saved(name) / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": config}))
+    ours = load_model(tmp_path, option_overrides=EXACT, progress=False)
+    torch.testing.assert_close(logits_of(ours.model, PROMPT), logits_of(random_model(name), PROMPT), rtol=0, atol=1e-4)
+
+
+def test_dense_layers_behind_sparse_ones_are_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """GLM-4.7-Flash's configuration could say it, and the model that runs it here could not."""
+    shutil.copytree(saved("glm4-moe-lite"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"mlp_layer_types": ["dense", "sparse", "dense"]}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"mlp_layer_types .* has dense layers behind sparse ones"):
+        load_model(tmp_path, progress=False)
+
+
 def test_the_command_line_takes_the_directory(saved: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("qwen3moe")
     options = ("--prompt", "Hello", "--temperature", "0", "--max_new_tokens", "5", "--cpu_backend", "torch_reference")
@@ -126,7 +151,7 @@ def test_numbers_beyond_f16_are_refused(damaged: Path) -> None:
 
 def test_quantised_tensors_are_refused(damaged: Path) -> None:
     change(damaged, lambda tensors: tensors.update({EXPERT: tensors[EXPERT].to(torch.float8_e4m3fn)}))
-    with pytest.raises(ModelError, match=r"is F8_E4M3; checkpoints of F32, F16 or BF16 can be read"):
+    with pytest.raises(ModelError, match=r"is F8_E4M3 without scales; checkpoints of F32, F16, BF16, FP8 in"):
         load_model(damaged, progress=False)
 
 
@@ -148,8 +173,8 @@ def test_other_families_and_broken_files(damaged: Path) -> None:
     (damaged / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ModelError, match="unknown model type 'llama'"):
         load_model(damaged, progress=False)
-    (damaged / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
-    with pytest.raises(ModelError, match="model type 'gpt_oss' is not supported: its experts have biases"):
+    (damaged / "config.json").write_text(json.dumps(config | {"model_type": "llama4_text"}))
+    with pytest.raises(ModelError, match="model type 'llama4_text' is not supported: Transformers scales"):
         load_model(damaged, progress=False)
     (damaged / "config.json").write_text(json.dumps(config))
     (damaged / "model.safetensors").write_bytes(b"\0" * 100)

@@ -14,9 +14,12 @@ from gguf import GGUFWriter
 
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
+from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, REFUSED
+from hybrimoe_kt.host.hf.gates import logits_and_ids
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.host.hf.look_ahead import moe_gates
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from . import llama_cpp_converter
@@ -34,6 +37,7 @@ LLAMA_CPP_DIFFERS = {
     "deepseek2": "decides by the number of layers whether queries are low-rank",
     "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
 }
+NO_GRAPHS = {"hunyuan-moe": "normalises queries and keys after it has turned them"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 def test_every_architecture_is_converted_here() -> None:
     """A family added to the package without a row in the table would go untested."""
     covered = {"qwen35moe-fused": "qwen35moe", "mixtral": "llama"}
-    covered |= dict.fromkeys(("deepseek2-groups", "deepseek3", "kimi-k2"), "deepseek2")
+    covered |= dict.fromkeys(("deepseek2-groups", "deepseek3", "kimi-k2", "glm4-moe-lite"), "deepseek2")
+    covered |= {
+        "granitemoeshared": "granitemoe",
+        "solar-open": "glm4moe",
+        "sarvam-moe": "bailingmoe2",
+        "ling-2": "bailingmoe2",
+    }
     assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
 
 
@@ -69,6 +79,51 @@ def test_logits_and_greedy_tokens_equal_the_stock_model(converted: Callable[[str
         torch.testing.assert_close(logits_of(ours.model, PROMPT), wanted, rtol=0, atol=1e-4, msg=place)
         assert greedy(ours.model, PROMPT, 12)[0] == wanted_tokens, place
         assert not ours.warnings
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_as_graphs_equal_the_stock_model(converted: Callable[[str], Path], name: str) -> None:
+    """Token by token, and in pieces; a family without graphs is named here with the reason."""
+    options = {"cpu_backend": "torch_reference", "accelerator": "none"}
+    ours = load_model(converted(name), option_overrides=options, progress=False, kv_cache_type="f32")
+    assert (ours.dense is None) == (name in NO_GRAPHS)
+    text = PROMPT * 4  # beyond what graphs take at once
+    wanted = logits_of(random_model(name), text)
+    for size in (1, 6, 80):
+        engine = TokenGenerator(ours, set())
+        for at in range(0, len(text), size):
+            piece = text[at : at + size]
+            found = engine.append(piece)
+            torch.testing.assert_close(found, wanted[at + len(piece) - 1], rtol=0, atol=2e-3, msg=f"{size}, {at}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path], name: str) -> None:
+    """Look-ahead knows every router, what it takes, and the norm in front of it."""
+    options = {"cpu_backend": "torch_reference", "accelerator": "emulated", "cache_size": 3}
+    ours = load_model(converted(name), option_overrides=options, progress=False)
+    gates, body, expert_norm = moe_gates(ours.model, ours.architecture), ours.model.model, ours.architecture.expert_norm
+    routed: dict[int, Any] = {}
+    normed: dict[int, torch.Tensor] = {}
+
+    def note(layer: int, gate: torch.nn.Module, norm: torch.nn.Module) -> None:
+        gate.register_forward_hook(lambda _, args, output: routed.update({layer: (args[0], output)}))
+        norm.register_forward_pre_hook(lambda _, args: normed.update({layer: args[0]}))
+
+    for layer, (_, gate) in gates.items():
+        note(layer, gate.module, getattr(body.layers[layer], expert_norm))
+    logits_of(ours.model, PROMPT)
+    assert list(gates) == list(ours.runtime.store.layers)
+    for layer, (_, gate) in gates.items():
+        given, answer = routed[layer]
+        logits, ids = gate.ask(given.reshape(len(PROMPT), -1))
+        theirs, their_ids = logits_and_ids(answer)
+        assert torch.equal(logits, theirs) and torch.equal(ids.sort(-1).values, their_ids.sort(-1).values)
+        assert gate.norm is not None
+        scaled = normed[layer].reshape(len(PROMPT), -1) * gate.norm  # what enters is this, but for the tokens' sizes
+        alike = torch.nn.functional.cosine_similarity(given.reshape(len(PROMPT), -1), scaled)
+        torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -17,7 +17,7 @@ from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
-from hybrimoe_kt.host.hf import layer_parts as parts_module
+from hybrimoe_kt.host.hf.architectures import ARCHITECTURES
 from hybrimoe_kt.host.hf.layer_parts import NotDescribed, head_parts, layer_parts
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
@@ -139,7 +139,7 @@ def test_a_router_is_found_out(generated: Make, name: str) -> None:
 def test_layers_that_stay_as_they_are_are_named(
     generated: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(parts_module._LAYERS, "Qwen3MoeDecoderLayer")
+    monkeypatch.setitem(ARCHITECTURES, "qwen3moe", dataclasses.replace(ARCHITECTURES["qwen3moe"], layers={}))
     with caplog.at_level(logging.INFO, logger="hybrimoe_kt.host.hf.dense_layers"):
         found = load(generated(Shape()))
     assert found.dense is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -18,9 +18,11 @@ from hybrimoe_kt.weights.lazy import LazyTensor, Load, Where, values_of
 
 from .architectures import Architecture, Composed, Key, Transform
 
-__all__ = ["dense_state_dict", "packed_weight", "used_tensors"]
+__all__ = ["ROWS_FROM", "dense_state_dict", "packed_weight", "used_tensors"]
 
 _T = TypeVar("_T")
+ROWS_FROM = ":"
+"""Between a tensor's name and the number of its first row, in the name of a part of it."""
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -92,10 +94,14 @@ def packed_weight(
     if any(len(tensor.shape) != 2 for tensor in tensors):
         return None
     shapes = [tensor.shape for tensor in tensors]
-    found_shape = shapes[0] if recipe is None else recipe.shape(*shapes)
+    found_shape = shapes[0] if recipe is None else _shape_of(recipe, shapes, architecture.key(file))
     _check_shape(file, " + ".join(tensor.name for tensor in tensors), found_shape, name, shape)
     parts = tuple(tensor.packed() for tensor in tensors)
     return PackedWeight(parts) if recipe is None else _in_order(parts, recipe, architecture.key(file))
+
+
+def _shape_of(recipe: Transform | Composed, shapes: Sequence[tuple[int, ...]], key: Key) -> tuple[int, ...]:
+    return recipe.shape(*shapes, key) if isinstance(recipe, Composed) else recipe.shape(shapes[0])
 
 
 def _in_order(parts: tuple[PackedMatrix, ...], recipe: Transform | Composed, key: Key) -> PackedWeight:
@@ -106,7 +112,17 @@ def _in_order(parts: tuple[PackedMatrix, ...], recipe: Transform | Composed, key
         return PackedWeight(parts, column_order=build(numbers, key)[0].argsort())
     sizes = [part.rows for part in parts]
     numbers = torch.arange(sum(sizes), dtype=torch.int64, device="cpu")[:, None]
-    return PackedWeight(parts, row_order=build(*numbers.split(sizes), key)[:, 0])
+    order = build(*numbers.split(sizes), key)[:, 0]
+    if len(parts) == 1 and torch.equal(order, torch.arange(len(order), device="cpu") + order[0]):
+        return PackedWeight((_rows(parts[0], int(order[0]), len(order)),))
+    return PackedWeight(parts, row_order=order)
+
+
+def _rows(matrix: PackedMatrix, start: int, count: int) -> PackedMatrix:
+    """Some of a matrix's rows, in place."""
+    row_bytes = len(matrix.data) // matrix.rows
+    data = matrix.data[start * row_bytes : (start + count) * row_bytes]
+    return PackedMatrix(f"{matrix.name}{ROWS_FROM}{start}", data, matrix.ggml_type, count, matrix.columns)
 
 
 def _num_blocks(parameters: Iterable[str]) -> int:
@@ -154,8 +170,9 @@ def _composed(
     if recipe is None or layer is None:
         raise ModelError(f"{file.path}: no tensor for {name} (expected {gguf_name or 'a name this family lacks'})")
     parts = [file.tensor(part.format(layer=layer[1])) for part in recipe.parts]
-    _check_shape(file, " + ".join(part.name for part in parts), recipe.shape(*(p.shape for p in parts)), name, shape)
     key = architecture.key(file)
+    found_shape = _shape_of(recipe, [part.shape for part in parts], key)
+    _check_shape(file, " + ".join(part.name for part in parts), found_shape, name, shape)
     return lambda dtype, device: recipe.build(*(values_of(part, torch.float32, device) for part in parts), key).to(
         dtype
     )

@@ -35,9 +35,10 @@ class Gate:
     @property
     def weight(self) -> torch.Tensor:
         """What hidden states are multiplied by, `[num_experts, hidden]`."""
-        weight = self.module.weight
-        assert isinstance(weight, torch.Tensor), "routers have a weight"
-        return weight
+        weight = getattr(self.module, "weight", None)  # or within a linear layer of its own
+        found = weight if isinstance(weight, torch.Tensor) else next(iter(self.module.parameters()), None)
+        assert found is not None and found.dim() == 2, "routers have a weight"
+        return found
 
     def on(self, device: torch.device) -> Gate:
         """The gate itself, or a copy on `device` where its layer stands on another."""

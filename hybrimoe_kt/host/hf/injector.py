@@ -24,9 +24,10 @@ from hybrimoe_kt.operators.norm import FusedRMSNorm
 from hybrimoe_kt.operators.rotary import FusedRotary
 from hybrimoe_kt.operators.router import FusedRouter
 from hybrimoe_kt.runtime import ModelExperts
-from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
+from .architectures import Architecture
 from .placement import Placement, place_modules
 
 __all__ = ["Injector"]
@@ -51,13 +52,16 @@ class Injector:
         overrides: Mapping[str, Any],
         kv_cache_type: str | None,
         *,
+        family: Architecture | None = None,
         tries_kernels: bool = True,
     ) -> None:
         """`device` holds what no rule places elsewhere; an accelerator by name in `overrides` takes all layers.
 
+        `family` says what its MoE blocks are.
         `tries_kernels`: a GPU whose kernels cannot be built, for want of a compiler, gets floats, with a warning.
         """
         self._kv_cache_type, self._tries_kernels = kv_cache_type, tries_kernels
+        self._family = family
         self._rules_file, self._rules = rules_file, rule_engine.load_rules(rules_file)
         self._loader, self._device, self._overrides = loader, device, overrides
         named = [overrides, *(rule.kwargs for rule in self._rules.rules)]
@@ -81,9 +85,8 @@ class Injector:
     def _construct(self, cls: type[nn.Module], **contract: Any) -> nn.Module:
         if issubclass(cls, HybriMoEExperts):
             return cls(**contract, experts=self.experts)
-        stock: nn.Module = contract["orig_module"]
-        if issubclass(cls, MoEBlock) and not cls.takes(stock):
-            return self._left_alone(stock)
+        if issubclass(cls, MoEBlock):
+            return self._block(cls, contract)
         if issubclass(cls, _PLACED):
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}
@@ -91,6 +94,13 @@ class Injector:
         if issubclass(cls, _OF_ROWS) and self._overrides.get("gpu_backend") in _TORCHS:
             return cls(**{"kernel": "torch"} | contract)
         return cls(**contract)
+
+    def _block(self, cls: type[MoEBlock], contract: dict[str, Any]) -> nn.Module:
+        stock, family = contract["orig_module"], self._family
+        shared_name = family.shared_experts.get(type(stock).__name__, "") if family is not None else ""
+        if family is None or getattr(stock, shared_name, None) is None:
+            return self._left_alone(stock)
+        return cls(**contract | {"shared_name": shared_name, "router_inputs": family.router_inputs})
 
     def _left_alone(self, block: nn.Module) -> nn.Module:
         """What a rule gives to MoEBlock and stays itself: dense layers, and with a warning what should be a block."""

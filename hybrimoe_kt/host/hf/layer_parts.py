@@ -1,12 +1,13 @@
 """Reads a Transformers decoder layer as parts that graphs are made of: recipes by what modules have, not by model.
 
-Only the classes in `_LAYERS` are read, as what a module does with its parts is code. What has something that no graph
-here does is refused with the reason, and stays Transformers' own.
+Only the classes that the family's entry names are read, as what a module does with its parts is code. What has
+something that no graph here does is refused with the reason, and stays Transformers' own.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.stored_layer import KeyLayout
 from hybrimoe_kt.operators.stored_state import StateLayout
 
-from .architectures import Architecture
+from .architectures import Architecture, LayerKind
 from .gates import Gate, logits_and_ids
 from .linear_parts import gated_linear
 from .stock_weights import (
@@ -56,34 +57,6 @@ _GROUPS = ("num_group", "n_group")
 _BEST_GROUPS = ("topk_group",)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What a class of decoder layers does that its modules do not tell."""
-
-    is_paired: bool = False
-    """Whether neighbouring dimensions are rotated together; else the halves."""
-    is_gated: bool = False
-    """Whether queries come with gates on the answers."""
-    takes_models_window: bool = False
-    """Whether attention asks the configuration for its window."""
-
-
-_LAYERS = {
-    "MixtralDecoderLayer": _Kind(takes_models_window=True),
-    "OlmoeDecoderLayer": _Kind(),
-    "Qwen2MoeDecoderLayer": _Kind(),
-    "Qwen3MoeDecoderLayer": _Kind(),
-    "Qwen3NextDecoderLayer": _Kind(is_gated=True),
-    "Qwen3_5MoeDecoderLayer": _Kind(is_gated=True),
-    "GraniteMoeDecoderLayer": _Kind(),
-    "MiniMaxM2DecoderLayer": _Kind(),
-    "Glm4MoeDecoderLayer": _Kind(),
-    "Ernie4_5_MoeDecoderLayer": _Kind(is_paired=True),
-    "DeepseekV2DecoderLayer": _Kind(is_paired=True),
-    "DeepseekV3DecoderLayer": _Kind(is_paired=True),
-}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadLayer:
     """A layer as graphs and as caches take it."""
@@ -97,7 +70,7 @@ class ReadLayer:
 def layer_parts(layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture) -> ReadLayer:
     """Read a decoder layer of a loaded model; NotDescribed where something is not known here."""
     name = type(layer).__name__
-    kind = _LAYERS.get(name)
+    kind = family.layers.get(name)
     if kind is None:
         raise NotDescribed(f"{name} is not known here")
     reader = _Reader(layer, config, rotary, family, kind)
@@ -112,7 +85,7 @@ def head_parts(model: nn.Module, family: Architecture) -> HeadParts:
 
 
 class _Reader:
-    def __init__(self, layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture, kind: _Kind) -> None:
+    def __init__(self, layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture, kind: LayerKind) -> None:
         self._layer, self._config, self._family, self._kind = layer, config, family, kind
         self._stock_rotary = rotary
 
@@ -136,7 +109,7 @@ class _Reader:
         offset = self._family.norm_offset
         body: Any = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
         experts = next((module for module in body.children() if isinstance(module, HybriMoEExperts)), None)
-        norms = norm_of(layer.input_layernorm, offset), norm_of(layer.post_attention_layernorm, offset)
+        norms = norm_of(layer.input_layernorm, offset), norm_of(getattr(layer, self._family.expert_norm), offset)
         factor = float(getattr(layer, "residual_multiplier", 1.0))
         if experts is None:
             if not hasattr(body, "gate_proj"):
@@ -148,16 +121,16 @@ class _Reader:
             norms[0],
             parts,
             norms[1],
-            router=float32_of(router.weight, "its router"),
+            router=float32_of(Gate(router, None, ()).weight, "its router"),
             choice=_choice(router, further),
-            shared=_shared(body),
+            shared=_shared(layer) or _shared(body),
             residual_factor=factor,
         )
         return ReadLayer(made, layout, experts, (router, further))
 
     def _router(self, body: Any) -> tuple[Any, tuple[Any, ...]]:
         router = body.gate if hasattr(body, "gate") else body.router
-        if router.weight.dtype != torch.float32:
+        if Gate(router, None, ()).weight.dtype != torch.float32:
             router = copy.deepcopy(router).float()  # as what it is asked about is
         return router, tuple(getattr(body, name) for name in self._family.router_inputs)
 
@@ -177,7 +150,10 @@ class _Reader:
         ]
         if is_query_paired != is_key_paired or (is_key_paired and any(norms)):
             raise NotDescribed("its queries and keys stand in different orders")
-        rotary = self._rotary(is_paired=self._kind.is_paired or is_key_paired)
+        rotary = self._rotary(attention, is_paired=self._kind.is_paired or is_key_paired)
+        window = _window(attention, config, self._kind)
+        has_windows = getattr(config, "sliding_window", None) is not None
+        is_turned = window > 0 or not (self._kind.turns_in_windows_only and has_windows)
         parts = GroupedQuery(
             query,
             key,
@@ -187,11 +163,11 @@ class _Reader:
             kv_heads,
             width,
             float(attention.scaling),
-            rotary,
+            rotary if is_turned else None,
             norms[0],
             norms[1],
             self._kind.is_gated,
-            _window(attention, config, self._kind),
+            window,
             optional_of(getattr(attention, "sinks", None)),
             float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         )
@@ -210,7 +186,7 @@ class _Reader:
             to_latent = packed_of(floats[:, :nope].transpose(1, 2).contiguous(), "kv_b_proj")
             to_value = packed_of(floats[:, nope:].contiguous(), "kv_b_proj")
         is_paired = bool(getattr(self._config, "rope_interleave", True))
-        rotary = self._rotary(is_paired=is_paired)
+        rotary = self._rotary(attention, is_paired=is_paired)
         has_down = attention.q_a_proj is not None
         parts = Latent(
             matrix_of(attention.q_b_proj if has_down else attention.q_proj, "q_proj"),
@@ -233,14 +209,17 @@ class _Reader:
         moves = is_paired and not attention.keeps_pairs
         return parts, KeyLayout(1, rank, _order(rotary.dims, rotary.dims) if moves else None)
 
-    def _rotary(self, *, is_paired: bool) -> Rotary:
+    def _rotary(self, attention: Any, *, is_paired: bool) -> Rotary:
         module: Any = self._stock_rotary
-        if getattr(module, "rope_type", "default") in _CHANGING:
-            raise NotDescribed(
-                f"its rotary positions are {module.rope_type}, which change with the conversation's length"
-            )
-        frequencies = float32_of(module.inv_freq, "its rotary positions")
-        return Rotary(1.0 / frequencies, is_paired, float(module.attention_scaling))
+        types = getattr(module, "rope_type", "default")
+        kind = ""
+        if isinstance(types, dict):  # of layers with windows and of those without
+            own = self._config.layer_types[attention.layer_idx]
+            types, kind = types[own], f"{own}_"
+        if types in _CHANGING:
+            raise NotDescribed(f"its rotary positions are {types}, which change with the conversation's length")
+        frequencies = float32_of(getattr(module, f"{kind}inv_freq"), "its rotary positions")
+        return Rotary(1.0 / frequencies, is_paired, float(getattr(module, f"{kind}attention_scaling")))
 
 
 def _order(dims: int, width: int) -> torch.Tensor:
@@ -250,8 +229,10 @@ def _order(dims: int, width: int) -> torch.Tensor:
     return order
 
 
-def _window(attention: Any, config: Any, kind: _Kind) -> int:
+def _window(attention: Any, config: Any, kind: LayerKind) -> int:
     """Of this layer: an attention that could have one and says nothing looks at everything."""
+    if not getattr(attention, "is_sliding", True):
+        return 0
     owner = config if kind.takes_models_window else attention
     return int(getattr(owner, "sliding_window", None) or 0)
 
@@ -280,7 +261,8 @@ def _choice(router: Any, further: tuple[Any, ...]) -> Choice | None:
 
 
 def _shared(body: Any) -> tuple[SharedExpert, ...]:
-    shared = first_of(body, ("shared_experts", "shared_expert"), None)
+    """Of a block, or of a layer that adds them to what its block answers."""
+    shared = first_of(body, ("shared_experts", "shared_expert", "shared_mlp"), None)
     if shared is None:
         return ()
     gate = getattr(body, "shared_expert_gate", None)
@@ -288,7 +270,22 @@ def _shared(body: Any) -> tuple[SharedExpert, ...]:
 
 
 def _swiglu(module: Any) -> Swiglu:
+    if hasattr(module, "input_linear"):
+        both, down = matrix_of(module.input_linear, "input_linear"), matrix_of(module.output_linear, "output_linear")
+        return Swiglu(*_halves(both), down)
     return Swiglu(*(matrix_of(getattr(module, name), name) for name in ("gate_proj", "up_proj", "down_proj")))
+
+
+def _halves(both: Matrix) -> tuple[Matrix, Matrix]:
+    """A matrix whose rows are a gate's and then as many others."""
+    if len(both.parts) == 2:
+        return Matrix(both.parts[:1]), Matrix(both.parts[1:])
+    (whole,) = both.parts
+    rows, middle = whole.rows // 2, len(whole.data) // 2
+    upper, lower = (
+        dataclasses.replace(whole, data=data, rows=rows) for data in (whole.data[:middle], whole.data[middle:])
+    )
+    return Matrix((upper,)), Matrix((lower,))
 
 
 def _paired(linear: nn.Module, heads: int) -> tuple[Matrix, bool]:

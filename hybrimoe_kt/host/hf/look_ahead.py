@@ -13,12 +13,12 @@ from hybrimoe_kt.runtime import Runtime
 from .architectures import Architecture
 from .gates import Gate, GateRow, logits_and_ids
 
-__all__ = ["look_ahead", "note_routers"]
+__all__ = ["look_ahead", "moe_gates", "note_routers"]
 
 
 def note_routers(model: nn.Module, family: Architecture) -> None:
     """Give every layer's experts their router's logits from now on."""
-    for experts, gate in _moe_blocks(model, family).values():
+    for experts, gate in moe_gates(model, family).values():
         gate.module.register_forward_hook(_noting(experts))
 
 
@@ -28,7 +28,7 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
     norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
     """
-    blocks = {layer: gate for layer, (_, gate) in _moe_blocks(model, family).items()}
+    blocks = {layer: gate for layer, (_, gate) in moe_gates(model, family).items()}
     layers = sorted(blocks)
     rows: dict[torch.device, GateRow] = {}
     for place, layer in enumerate(layers):
@@ -48,7 +48,7 @@ def _noting(experts: HybriMoEExperts) -> Any:
     return note
 
 
-def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMoEExperts, Gate]]:
+def moe_gates(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMoEExperts, Gate]]:
     """Return the experts and the router of every MoE layer by its number."""
     body: Any = model.model
     recorder = getattr(body, "_can_record_outputs", {}).get("router_logits")
@@ -58,7 +58,7 @@ def _moe_blocks(model: nn.Module, family: Architecture) -> dict[int, tuple[Hybri
         experts = next((module for module in layer.modules() if isinstance(module, HybriMoEExperts)), None)
         gate = next((module for module in layer.modules() if router and isinstance(module, router)), None)
         if experts is not None and gate is not None:
-            norm = getattr(layer, "post_attention_layernorm", None)
+            norm = getattr(layer, family.expert_norm, None)
             owner = next(module for module in layer.modules() if gate in module.children())
             inputs = tuple(getattr(owner, name) for name in family.router_inputs)
             found[number] = experts, Gate(gate, _factor(norm, family.norm_offset), inputs)

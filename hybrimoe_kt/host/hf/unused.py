@@ -15,7 +15,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .architectures import ARCHITECTURES, Architecture
 from .architectures.rotary import ROPE_FACTORS
-from .dense_weights import used_tensors
+from .dense_weights import ROWS_FROM, used_tensors
 from .sources import Source
 
 __all__ = ["Unused", "unused_in"]
@@ -108,7 +108,7 @@ def unused_in(source: Source, parameters: Collection[str], packed: Collection[st
     if not isinstance(file, GgufFile):
         return []
     used, spare = used_tensors(file, source.architecture, parameters)
-    used |= set(packed)
+    used |= {name.partition(ROWS_FROM)[0] for name in packed}
     if source.rotary is None:
         return unused_tensors(file, used, spare, num_layers(file))
     used.add(ROPE_FACTORS)

@@ -7,12 +7,13 @@ rules, tokenizer and checkpoints ask the entry.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import deepseek, others, qwen
-from .base import Architecture, Composed, Key, Transform
+from . import deepseek, openai, others, qwen, shared, windowed
+from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
     "ARCHITECTURES",
@@ -20,6 +21,8 @@ __all__ = [
     "Architecture",
     "Composed",
     "Key",
+    "LayerKind",
+    "Refused",
     "Transform",
     "architecture_of",
     "architecture_of_type",
@@ -27,14 +30,35 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    family.gguf: family for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES)
+    family.gguf: family
+    for family in (
+        *qwen.FAMILIES,
+        *deepseek.FAMILIES,
+        *openai.FAMILIES,
+        *others.FAMILIES,
+        *shared.FAMILIES,
+        *windowed.FAMILIES,
+    )
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A family that cannot be run here."""
+
+    reason: str
+    """Ends the sentence "... is not supported: "."""
+    model_types: tuple[str, ...]
+    """What Transformers calls it."""
+
+
 REFUSED = {
-    "gpt-oss": "its experts have biases and a clamped activation, which no expert backend here computes",
-    "llama4": "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
+    "llama4": Refused(
+        "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
+        ("llama4", "llama4_text"),
+    ),
 }
-"""Architectures that cannot be run here -> why."""
+"""By the name of the architecture in GGUF files."""
 
 
 def every_architecture() -> Iterator[Architecture]:
@@ -48,7 +72,9 @@ def architecture_of(file: GgufFile) -> Architecture:
     """Return the family of a file; an unsupported one, or one without routed experts, is a ModelError."""
     name = file.architecture
     if name in REFUSED:
-        raise ModelError(f"{file.path}: architecture {name!r} is not supported: {REFUSED[name]}; use llama.cpp for it")
+        raise ModelError(
+            f"{file.path}: architecture {name!r} is not supported: {REFUSED[name].reason}; use llama.cpp for it"
+        )
     if name not in ARCHITECTURES:
         message = unknown_name("architecture", name, ARCHITECTURES)
         raise ModelError(f"{file.path}: {message}")
@@ -62,12 +88,12 @@ def architecture_of(file: GgufFile) -> Architecture:
 
 def architecture_of_type(path: str, model_type: str) -> Architecture:
     """Return the family of a Transformers model type; an unsupported one is a ModelError."""
-    types = {family.model_type: family for family in every_architecture()}
-    refused = next((name for name in REFUSED if model_type.replace("_", "-").startswith(name)), None)
+    types: dict[str, Architecture] = {}
+    for family in every_architecture():
+        types.setdefault(family.model_type, family)
+    refused = next((family for family in REFUSED.values() if model_type in family.model_types), None)
     if refused is not None:
-        raise ModelError(
-            f"{path}: model type {model_type!r} is not supported: {REFUSED[refused]}; use llama.cpp for it"
-        )
+        raise ModelError(f"{path}: model type {model_type!r} is not supported: {refused.reason}; use llama.cpp for it")
     if model_type not in types:
         raise ModelError(f"{path}: {unknown_name('model type', model_type, types)}")
     return types[model_type]

@@ -11,19 +11,22 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 from torch import nn
 
-from hybrimoe_kt.device.experts import ROLES
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.expert_form import Activation, ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "Moves", "Transform"]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform", "gated_form"]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
-"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix."""
+"""Reads one metadata value: `key(name, default)`, the name without the architecture prefix.
+
+`of_each_layer=True` gives a list of them, whether the file has one or as many as layers.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Composed:
     build: Callable[..., torch.Tensor]
     """From the parts, in order, and the reader of the metadata."""
     shape: Callable[..., tuple[int, ...]]
-    """Result shape from the parts' shapes, to check a file before anything is dequantised."""
+    """Result shape from the parts' shapes and the reader, to check a file before anything is dequantised."""
     moves: Moves | None = None
     """As of `Transform`; of the parts one above the other."""
 
@@ -51,7 +54,40 @@ class Transform:
     """What of a matrix is put in another order, if it is done to nothing else: blocks then stay as they are."""
 
 
-ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+
+
+def gated_form(config: Any, *, is_gated: bool = True) -> ExpertForm:
+    """Experts with the activation that the configuration names, and nothing else; ModelError for an unknown one."""
+    named = next((name for key in _ACTIVATION_KEYS if (name := getattr(config, key, None)) is not None), "silu")
+    if named not in _ACTIVATIONS:
+        raise ModelError(f"experts with activation {named!r} are not supported; {', '.join(_ACTIVATIONS)} are")
+    return ExpertForm(_ACTIVATIONS[named], is_gated=is_gated)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What a class of decoder layers does that its modules do not tell."""
+
+    is_paired: bool = False
+    """Whether neighbouring dimensions are rotated together; else the halves."""
+    is_gated: bool = False
+    """Whether queries come with gates on the answers."""
+    takes_models_window: bool = False
+    """Whether attention asks the configuration for its window."""
+    turns_in_windows_only: bool = False
+    """Whether layers that look at everything rotate nothing, in a model that has others."""
+
+
+ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -65,7 +101,9 @@ class Architecture:
     alias: str = ""
     """Our name, where `gguf` is another family's as well."""
     other_types: tuple[str, ...] = ()
-    """What released config.json files call the model type besides, where the model is Transformers' `model_type`."""
+    """What config.json files call the model type besides, where the model is Transformers' `model_type`."""
+    restated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """A config.json of one of these types in the words of `model_type`."""
     skeleton: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of a small model, to see what rules do: a released model's layer count, the smallest widths.
 
@@ -98,16 +136,28 @@ class Architecture:
     variants: Mapping[Any, Architecture] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     """Endings of the parameters that stay float32 whatever the model's dtype."""
+    has_rotary_kinds: bool = False
+    """Whether layers with windows have rotary positions of their own in its configuration."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
     zero: tuple[str, ...] = ()
     """Endings of the parameters that are zero where the file has no tensor for them."""
     finish: Callable[[nn.Module], None] = lambda model: None
     """What is set right in a built model, where Transformers and llama.cpp read the family differently."""
+    layers: Mapping[str, LayerKind] = field(default_factory=dict)
+    """Transformers' classes of decoder layers that a graph on the CPU does; the others stay modules."""
+    shared_experts: Mapping[str, str] = field(default_factory=dict)
+    """Classes of MoE blocks that are the sum of routed and shared experts -> what they call the shared ones."""
     router_inputs: tuple[str, ...] = ()
     """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
+    expert_norm: str = "post_attention_layernorm"
+    """What layers call the norm in front of their experts."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
+    rounds_yarn: bool = True
+    """Whether the range in which YaRN blends frequencies is rounded to whole ones."""
+    expert_form: Callable[[Any], ExpertForm] = gated_form
+    """What experts compute between their matrices, by Transformers' configuration."""
 
     @property
     def name(self) -> str:
@@ -133,8 +183,16 @@ class Architecture:
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
-        config["rope_parameters"] = self.rotary(file, read).parameters
+        plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
+        kinds = self.rotary_kinds(config)
+        config["rope_parameters"] = {
+            kind: rotary.of(kind).parameters | plain.get(kind, {}) for kind in kinds
+        } or rotary.parameters
         return config | {"model_type": self.model_type}
+
+    def rotary_kinds(self, config: Mapping[str, Any]) -> list[str]:
+        """The kinds of layers that the configuration names with positions of their own."""
+        return sorted(set(config["layer_types"])) if self.has_rotary_kinds else []
 
     def _check_rotated(self, file: GgufFile) -> None:
         key = self.key(file)
@@ -144,7 +202,8 @@ class Architecture:
 
     def rotary(self, file: GgufFile, read: set[str] | None = None) -> Rotary:
         """Return how the file has positions rotated."""
-        return rotary_of(file, self.key(file, read), is_latent="kv_lora_rank" in self.keys)
+        is_latent = "kv_lora_rank" in self.keys
+        return rotary_of(file, self.key(file, read), is_latent=is_latent, rounds=self.rounds_yarn)
 
     def key(self, file: GgufFile, read: set[str] | None = None) -> Key:
         """Return the reader of this family's metadata in `file`; it adds the names it is asked for to `read`.
@@ -153,7 +212,7 @@ class Architecture:
         is one where all layers have the same; ModelError where they have not.
         """
 
-        def value_of(name: str, default: Any = None) -> Any:
+        def value_of(name: str, default: Any = None, *, of_each_layer: bool = False) -> Any:
             if read is not None:
                 read.add(name)
             value = file.metadata.get(f"{self.gguf}.{name}")
@@ -163,6 +222,8 @@ class Architecture:
                 value = None  # how a converter says that it does not know
             if value is None and default is None and name in _LEFT_OUT:
                 return _LEFT_OUT[name](file, value_of)
+            if of_each_layer and value is not None:
+                return value if isinstance(value, list) else [value] * num_layers(file)
             return default if value is None else _one(file, f"{self.gguf}.{name}", value)
 
         return value_of
@@ -176,7 +237,7 @@ class Architecture:
         return get_tensor_name_map(arch, num_blocks)
 
 
-_OF_EACH_LAYER = ("attention.recurrent_layers",)
+_OF_EACH_LAYER = ("attention.recurrent_layers", "attention.sliding_window_pattern", "attention.indexer.types")
 """Keys that differ from layer to layer by their meaning."""
 
 

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from .base import Key, Transform
+from hybrimoe_kt.errors import ModelError
+
+from .base import Composed, Key, Transform
 
 __all__ = [
     "CORRECTION",
@@ -18,8 +20,12 @@ __all__ = [
     "SIGMOID",
     "SKELETON",
     "SOFTMAX",
+    "fused_qkv",
+    "only_gated_by",
+    "partial_rotary",
     "scale",
     "unpermuted",
+    "windows",
     "without",
 ]
 
@@ -60,6 +66,52 @@ def without(keys: Mapping[str, _T], *names: str) -> dict[str, _T]:
 def scale(key: Key) -> float:
     """Factor on the routing weights; as in llama.cpp, an absent one and zero mean none."""
     return float(key("expert_weights_scale", 0.0) or 1.0)
+
+
+def partial_rotary(key: Key) -> float:
+    """Which share of a head's dimensions is rotated."""
+    return float(key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"))
+
+
+def windows(key: Key, period: int) -> dict[str, Any]:
+    """Which layers look back at a window; without a list of them the last of every `period` does not."""
+    window, count = key("attention.sliding_window", 0) or 0, key("block_count")
+    given = key("attention.sliding_window_pattern", [(layer + 1) % period != 0 for layer in range(count)])
+    if not isinstance(given, list) or len(given) < count:
+        raise ModelError(f"attention.sliding_window_pattern {given} is not of {count} layers")
+    kinds = ["sliding_attention" if window and is_windowed else "full_attention" for is_windowed in given[:count]]
+    return {"sliding_window": window or None, "layer_types": kinds}
+
+
+def only_gated_by(gguf: str, function: int, key: Key) -> None:
+    """Refuse a file whose router scores experts by another function than every model of the family."""
+    names = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
+    if (found := key("expert_gating_func", function)) != function:
+        other = names.get(found, f"expert_gating_func {found}")
+        raise ModelError(
+            f"{gguf} with {other} routing is not supported; every released model routes by {names[function]}"
+        )
+
+
+def fused_qkv() -> dict[str, Composed]:
+    """Queries, keys and values of files that have the three as rows of one tensor."""
+
+    def rows(key: Key, place: int) -> slice:
+        heads = [key(f"attention.head_count{ending}") for ending in ("", "_kv", "_kv")]
+        widths = [
+            count * key(f"attention.{kind}_length", key("attention.key_length"))
+            for count, kind in zip(heads, ("key", "key", "value"), strict=True)
+        ]
+        return slice(sum(widths[:place]), sum(widths[: place + 1]))
+
+    def composed(place: int) -> Composed:
+        def shape(qkv: tuple[int, ...], key: Key) -> tuple[int, ...]:
+            own = rows(key, place)
+            return (max(0, min(own.stop, qkv[0]) - own.start), *qkv[1:])
+
+        return Composed(("blk.{layer}.attn_qkv.weight",), lambda qkv, key: qkv[rows(key, place)], shape, moves="rows")
+
+    return {f"self_attn.{name}_proj.weight": composed(place) for place, name in enumerate("qkv")}
 
 
 def unpermuted(heads: str) -> Transform:

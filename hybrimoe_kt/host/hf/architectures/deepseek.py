@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V2-Lite, V3, R1 and Kimi-K2, which share the GGUF architecture deepseek2; GLM-4.5."""
+"""DeepSeek-V2, V3, R1, Kimi-K2 and GLM-4.7-Flash, which share the GGUF architecture deepseek2; GLM-4.5, Solar Open."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import Architecture, Composed, Key
+from .base import Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, scale
 from .softmax_router import choose_by_softmax
 
@@ -92,12 +92,27 @@ def _with_softmax(model: nn.Module) -> None:
             module.forward = partial(choose_by_softmax, module)
 
 
+def _dense_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    """GLM-4.7-Flash names each layer's kind; all its dense ones come first."""
+    kinds: list[str] = values.get("mlp_layer_types") or ["dense"]
+    given = values.get("first_k_dense_replace", kinds.count("dense"))
+    if "sparse" in kinds and kinds != ["dense"] * given + ["sparse"] * (len(kinds) - given):
+        raise ValueError(f"mlp_layer_types {kinds} has dense layers behind sparse ones")
+    return dict(values) | ({"first_k_dense_replace": given} if values["model_type"] == "glm4_moe_lite" else {})
+
+
+def _solar_open(values: Mapping[str, Any]) -> dict[str, Any]:
+    """GLM-4.5 without dense layers and without norms of queries and keys."""
+    whole = {"partial_rotary_factor": 1.0} if "partial_rotary_factor" not in values else {}
+    return dict(values) | {"use_qk_norm": False, "first_k_dense_replace": 0} | whole
+
+
 def _kv_b(k_b: torch.Tensor, v_b: torch.Tensor, key: Key) -> torch.Tensor:
     """`attn_k_b [heads, rank, nope]` and `attn_v_b [heads, v, rank]` -> `[heads * (nope + v), rank]`."""
     return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
 
 
-def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...]) -> tuple[int, ...]:
+def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[int, ...]:
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
@@ -105,6 +120,8 @@ _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     answer_format="deepseek",
     model_type="deepseek_v2",
+    layers={"DeepseekV2DecoderLayer": LayerKind(is_paired=True)},
+    shared_experts={"DeepseekV2Moe": "shared_experts"},
     pre_tokenizers=("deepseek-llm",),
     skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
@@ -121,8 +138,11 @@ _DEEPSEEK3 = replace(
     _DEEPSEEK2,
     alias="deepseek3",
     model_type="deepseek_v3",
+    layers={"DeepseekV3DecoderLayer": LayerKind(is_paired=True)},
+    shared_experts={"DeepseekV3MoE": "shared_experts"},
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
-    other_types=("kimi_k2",),
+    other_types=("kimi_k2", "glm4_moe_lite"),
+    restated=_dense_first,
     skeleton=_LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     rules="deepseek2",
@@ -150,6 +170,10 @@ FAMILIES = (
         gguf="glm4moe",
         model_type="glm4_moe",
         answer_format="glm",
+        other_types=("solar_open",),
+        restated=_solar_open,
+        layers={"Glm4MoeDecoderLayer": LayerKind()},
+        shared_experts={"Glm4MoeMoE": "shared_experts"},
         pre_tokenizers=("glm4",),
         skeleton=GQA_SKELETON | {"num_hidden_layers": 46, "n_routed_experts": 4, "first_k_dense_replace": 1},  # Air
         keys=DECODER_KEYS

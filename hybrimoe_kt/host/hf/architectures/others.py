@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import STACKED, Architecture, Key
+from .base import STACKED, Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
 
 __all__ = ["FAMILIES"]
@@ -23,7 +27,7 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_local_experts": "expert_count",
 }
 _PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
-_W1_W3_W2 = ExpertNames(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")))
+_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 _INPUT_OUTPUT = ExpertNames(
     "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.input_linear.weight",
@@ -33,10 +37,8 @@ _MINIMAX_BIAS = "mlp.e_score_correction_bias"
 _ERNIE_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"
 
 
-def _granitemoe(key: Key) -> Mapping[str, Any]:
-    if key("expert_shared_feed_forward_length", 0):
-        raise ModelError("granitemoe with shared experts (GraniteMoeShared) is not supported; models without are")
-    return {}
+def _shared_width(file: GgufFile, key: Key) -> str | None:
+    return "shared" if key("expert_shared_feed_forward_length", 0) else None
 
 
 def _minimax(key: Key) -> Mapping[str, Any]:
@@ -53,11 +55,51 @@ def _ernie(key: Key) -> Mapping[str, Any]:
     return {}
 
 
+_GRANITE = Architecture(
+    gguf="granitemoe",
+    model_type="granitemoe",
+    answer_format="granite",
+    layers={"GraniteMoeDecoderLayer": LayerKind()},
+    pre_tokenizers=("refact",),
+    skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
+    checkpoint_names=(_INPUT_OUTPUT,),
+    keys=_PLAIN_WIDTH
+    | {
+        "intermediate_size": "feed_forward_length",
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    },
+    names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
+    transforms=_PAIRED_ROTARY,
+)
+_GRANITE_SHARED = replace(
+    _GRANITE,
+    alias="granitemoeshared",
+    model_type="granitemoeshared",
+    rules="granitemoe",
+    layers={"GraniteMoeSharedDecoderLayer": LayerKind()},
+    skeleton={**_GRANITE.skeleton, "shared_intermediate_size": 32},
+    keys={**_GRANITE.keys, "shared_intermediate_size": "expert_shared_feed_forward_length"},
+    names={**_GRANITE.names, "shared_mlp.output_linear.weight": "blk.{layer}.ffn_down_shexp.weight"},
+    composed={
+        "shared_mlp.input_linear.weight": Composed(
+            ("blk.{layer}.ffn_gate_shexp.weight", "blk.{layer}.ffn_up_shexp.weight"),
+            lambda gate, up, key: torch.cat((gate, up)),
+            lambda gate, up, key: (gate[0] + up[0], gate[1]),
+            moves="rows",
+        )
+    },
+)
+
+
 FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
         model_type="mixtral",
         answer_format="mistral",
+        layers={"MixtralDecoderLayer": LayerKind(takes_models_window=True)},
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
         checkpoint_names=(_W1_W3_W2, STACKED),
@@ -69,34 +111,18 @@ FAMILIES = (
     Architecture(
         gguf="olmoe",
         model_type="olmoe",
+        layers={"OlmoeDecoderLayer": LayerKind()},
         pre_tokenizers=("olmo",),
         skeleton=without(GQA_SKELETON, "moe_intermediate_size") | {"num_hidden_layers": 16, "num_experts": 4},
         keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
-    Architecture(
-        gguf="granitemoe",
-        model_type="granitemoe",
-        answer_format="granite",
-        pre_tokenizers=("refact",),
-        skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
-        checkpoint_names=(_INPUT_OUTPUT,),
-        keys=_PLAIN_WIDTH
-        | {
-            "intermediate_size": "feed_forward_length",
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
-        },
-        derive=_granitemoe,
-        names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
-        transforms=_PAIRED_ROTARY,
-    ),
+    replace(_GRANITE, variant=_shared_width, variants={"shared": _GRANITE_SHARED}),
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
         answer_format="minimax",
+        layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
         checkpoint_names=(_W1_W3_W2, STACKED),
         pre_tokenizers=("minimax-m2",),
@@ -110,6 +136,8 @@ FAMILIES = (
         gguf="ernie4_5-moe",
         model_type="ernie4_5_moe",
         answer_format="hermes",
+        layers={"Ernie4_5_MoeDecoderLayer": LayerKind(is_paired=True)},
+        shared_experts={"Ernie4_5_MoeSparseMoeBlock": "shared_experts"},
         skeleton=without(GQA_SKELETON, "num_experts_per_tok")
         | {"num_hidden_layers": 28, "moe_num_experts": 4, "moe_k": 2},
         keys=without(DECODER_KEYS, "num_experts_per_tok")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hybrimoe_kt.errors import ModelError
 
-from .base import Architecture, Composed, Key, Transform
+from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
 from .common import GQA_KEYS, GQA_SKELETON, ROW
 
 __all__ = ["FAMILIES"]
@@ -24,6 +25,18 @@ _HYBRID_SKELETON = _SKELETON | {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+
+
+def _normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen3-VL always normalises routing weights, and one that turns positions by three axes turns text by one."""
+    rotary = {key: value for key, value in (values.get("rope_parameters") or {}).items() if "mrope" not in key}
+    return dict(values) | {"norm_topk_prob": True} | ({"rope_parameters": rotary} if rotary else {})
+
+
+def _only_text(key: Key) -> Mapping[str, Any]:
+    key("n_deepstack_layers")  # which layers are told what is seen
+    return {}
+
 
 _KEY_HEADS, _VALUE_HEADS, _KEY_DIM = "ssm.group_count", "ssm.time_step_rank", "ssm.state_size"
 
@@ -112,22 +125,31 @@ _LOG = Transform(lambda tensor, key: torch.log(-tensor))
 _LINEAR = "linear_attn."
 _HYBRID_NAMES = {_LINEAR + "A_log": "blk.{layer}.ssm_a", _LINEAR + "dt_bias": "blk.{layer}.ssm_dt.bias"}
 
+_QWEN3 = Architecture(  # and of Qwen3-VL the part that writes, which is the same for text alone
+    gguf="qwen3moe",
+    model_type="qwen3_moe",
+    answer_format="hermes",
+    other_types=("qwen3_vl_moe_text",),
+    restated=_normalised,
+    layers={"Qwen3MoeDecoderLayer": LayerKind()},
+    skeleton=_SKELETON | {"num_hidden_layers": 48, "head_dim": 16},
+    checkpoint_names=(ONE_EACH, replace(STACKED, may_be_transposed=True)),
+    pre_tokenizers=_SPLIT,
+    keys=GQA_KEYS | {"head_dim": "attention.key_length"},
+    optional_keys={"intermediate_size": "feed_forward_length"},
+    # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
+    constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+)
+
 FAMILIES = (
-    Architecture(
-        gguf="qwen3moe",
-        model_type="qwen3_moe",
-        answer_format="hermes",
-        skeleton=_SKELETON | {"num_hidden_layers": 48, "head_dim": 16},
-        pre_tokenizers=_SPLIT,
-        keys=GQA_KEYS | {"head_dim": "attention.key_length"},
-        optional_keys={"intermediate_size": "feed_forward_length"},
-        # The GGUF format has no flag for it: llama.cpp always renormalises for this family, as its models do.
-        constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    ),
+    _QWEN3,
+    replace(_QWEN3, gguf="qwen3vlmoe", rules="qwen3moe", derive=_only_text),
     Architecture(
         gguf="qwen2moe",
         model_type="qwen2_moe",
         answer_format="hermes",
+        layers={"Qwen2MoeDecoderLayer": LayerKind()},
+        shared_experts={"Qwen2MoeSparseMoeBlock": "shared_expert"},
         skeleton=_SKELETON | {"num_hidden_layers": 28, "shared_expert_intermediate_size": 32},
         pre_tokenizers=_SPLIT,
         keys=GQA_KEYS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
@@ -140,6 +162,8 @@ FAMILIES = (
         gguf="qwen3next",
         model_type="qwen3_next",
         answer_format="hermes",
+        layers={"Qwen3NextDecoderLayer": LayerKind(is_gated=True)},
+        shared_experts={"Qwen3NextSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
         pre_tokenizers=_SPLIT,
         keys=_HYBRID_KEYS,
@@ -151,7 +175,7 @@ FAMILIES = (
             _LINEAR + "in_proj_qkvz.weight": Composed(
                 ("blk.{layer}.attn_qkv.weight", "blk.{layer}.attn_gate.weight"),
                 _qkvz,
-                lambda qkv, gate: (qkv[0] + gate[0], qkv[1]),
+                lambda qkv, gate, key: (qkv[0] + gate[0], qkv[1]),
                 moves="rows",
             )
         },
@@ -162,6 +186,8 @@ FAMILIES = (
         gguf="qwen35moe",
         model_type="qwen3_5_moe_text",
         answer_format="qwen-xml",
+        layers={"Qwen3_5MoeDecoderLayer": LayerKind(is_gated=True)},
+        shared_experts={"Qwen3_5MoeSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},
         pre_tokenizers=("qwen35",),
         keys=_HYBRID_KEYS,

@@ -42,6 +42,16 @@ class Rotary:
     """One for every frequency, float32 `[rotated // 2]`."""
     is_latent: bool = False
     """Whether YaRN also sharpens the softmax, as in DeepSeek's attention."""
+    rounds: bool = True
+    """Whether the range between kept and interpolated frequencies has whole ends."""
+    window_base: float = 0.0
+    """The base in layers with windows, where it is another; nothing is stretched there."""
+
+    def of(self, kind: str) -> Rotary:
+        """What layers of this kind, in Transformers' word, are turned by."""
+        if kind != "sliding_attention":
+            return self
+        return Rotary(base=self.window_base or self.base)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -61,8 +71,8 @@ class Rotary:
         stretched = 1.0 / (self.factor * wavelengths)
         if self.kind != "yarn":
             return stretched
-        first = math.floor(self._place(_BETA_FAST, rotated))
-        last = math.ceil(self._place(_BETA_SLOW, rotated))
+        first, last = self._place(_BETA_FAST, rotated), self._place(_BETA_SLOW, rotated)
+        first, last = (math.floor(first), math.ceil(last)) if self.rounds else (first, last)
         first, last = max(first, 0), min(last, rotated - 1)
         pairs = torch.arange(rotated // 2, dtype=torch.float32)
         kept = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
@@ -96,18 +106,25 @@ class Rotary:
         for module in model.modules():
             inverse = getattr(module, "inv_freq", None)
             if isinstance(inverse, torch.Tensor):
-                found = self.frequencies(2 * inverse.numel())
-                for buffer in (inverse, getattr(module, "original_inv_freq", None)):
-                    if isinstance(buffer, torch.Tensor):
-                        buffer.copy_(found)
-                module.attention_scaling = self.magnitude  # type: ignore[assignment]
+                self._set(module, "")
+            for kind in ("full_attention", "sliding_attention"):
+                if hasattr(module, f"{kind}_inv_freq"):
+                    self.of(kind)._set(module, f"{kind}_")
             if self.is_latent and hasattr(module, "kv_b_proj"):
                 config: Any = module.config
                 head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
                 module.scaling = head_dim**-0.5 * self.sharpening * self.sharpening
 
+    def _set(self, module: nn.Module, kind: str) -> None:
+        inverse = getattr(module, f"{kind}inv_freq")
+        found = self.frequencies(2 * inverse.numel())
+        for buffer in (inverse, getattr(module, f"{kind}original_inv_freq", None)):
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(found)
+        setattr(module, f"{kind}attention_scaling", self.magnitude)
 
-def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
+
+def rotary_of(file: GgufFile, key: Any, *, is_latent: bool, rounds: bool = True) -> Rotary:
     """Read a file's rotary positions; `key` reads its metadata. ModelError for what cannot be."""
 
     def number(name: str, default: float) -> float:
@@ -135,4 +152,6 @@ def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
         log_multiplier=multiplier,
         divisors=None if stored is None else values_of(stored, torch.float32, torch.device("cpu")),
         is_latent=is_latent,
+        rounds=rounds,
+        window_base=number("rope.freq_base_swa", 0.0),
     )
