@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -51,13 +52,14 @@ def _kinds(schema: Any) -> Iterator[str]:
 
 
 def _value(text: str) -> Any:
-    stripped = text.strip()
-    if stripped in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[stripped]
-    try:
-        return json.loads(stripped)
-    except (ValueError, RecursionError):
-        return text
+    for read in (json.loads, ast.literal_eval):  # some templates show values as Python writes them
+        try:
+            value = read(text.strip())
+            json.dumps(value, allow_nan=False)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return value
+    return text
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {

@@ -29,6 +29,7 @@ _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_
 }
 _MARK = "hybrimoe mark"
 _PARTS = [{"type": "text", "text": _MARK}]
+_EMPTY = {"description": "", "parameters": {"type": "object", "properties": {}}}
 _TOOL = {"name": "hybrimoe_tool", "description": _MARK, "parameters": {"type": "object", "properties": {}}}
 
 
@@ -53,18 +54,40 @@ def chat_prompt(
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
     reads_parts = _shows_mark(tokenizer, _PARTS)
     reads_text = not reads_parts or _shows_mark(tokenizer, _MARK)
-    turns = with_thoughts(messages, "\n".join(_templates(tokenizer)))
-    conversation = [_with_content(turn, reads_text, reads_parts) for turn in turns]
-    functions = [dict(tool) for tool in tools or ()]
-    if functions and _reads_bare_functions(tokenizer):
-        functions = [dict(tool.get("function", tool)) for tool in functions]
-    conversation = with_calls(conversation, calls, lambda turns: _render(tokenizer, turns, functions, options))
+    functions = _functions(tokenizer, tools or (), options)
+    template = "\n".join(_templates(tokenizer))
+
+    def render(turns: list[dict[str, Any]]) -> str:
+        return _render(tokenizer, turns, functions, options)
+
+    turns = [_with_content(turn, reads_text, reads_parts) for turn in with_thoughts(messages, template)]
     try:
-        text = _render(tokenizer, conversation, functions, options)
+        text = render(with_calls(turns, calls, template, render))
     except Exception as error:
         reason = first_line(error)
         raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
     return encode_chat(tokenizer, text)
+
+
+def _functions(
+    tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The tools in the form that the template reads: bare, or with all that it cannot do without."""
+    functions = [dict(tool) for tool in tools]
+    if functions and _reads_bare_functions(tokenizer):
+        return [dict(tool.get("function", tool)) for tool in functions]
+    if functions and not _takes(tokenizer, functions, options):
+        whole = [{**tool, "function": {**_EMPTY, **tool.get("function", {})}} for tool in functions]
+        return whole if _takes(tokenizer, whole, options) else functions
+    return functions
+
+
+def _takes(tokenizer: PreTrainedTokenizerBase, functions: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
+    try:
+        _render(tokenizer, [{"role": "user", "content": "hello"}], functions, options)
+    except Exception:
+        return False
+    return True
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from .notations import CallNotation, thoughts_of
@@ -19,7 +20,7 @@ Render = Callable[[list[dict[str, Any]]], str]
 """Writes a conversation as the chat template does; raises what the template raises."""
 
 _MARK = "hybrimoe mark"
-_OTHER_NAMES = ("thinking", "reasoning", "thoughts")
+_OTHER_NAMES = ("thinking", "reasoning", "thoughts", "tool_plan")
 _TEXTUAL = re.compile(r"\s*<think>\s*(.*?)\s*(?:</think>\s*|\Z)", re.DOTALL)
 
 
@@ -36,10 +37,11 @@ def with_thoughts(messages: Sequence[Mapping[str, Any]], template: str) -> list[
     else:
         read = (name for name in _OTHER_NAMES if re.search(rf"""(?:\.|\[\s*['"]|get\(['"]){name}\b""", template))
         name = next(read, "")
-    return [_renamed(message, name, splits=is_other) for message in messages]
+    alone = "<|channel|>" in template  # gpt-oss's takes thoughts or content beside calls, not both
+    return [_renamed(message, name, splits=is_other, alone=alone) for message in messages]
 
 
-def _renamed(message: Mapping[str, Any], name: str, *, splits: bool) -> dict[str, Any]:
+def _renamed(message: Mapping[str, Any], name: str, *, splits: bool, alone: bool) -> dict[str, Any]:
     turn = dict(message)
     if turn.get("role") != "assistant":
         return turn
@@ -49,28 +51,60 @@ def _renamed(message: Mapping[str, Any], name: str, *, splits: bool) -> dict[str
         turn["content"] = content[match.end() :]
     if name not in ("", "reasoning_content") and "reasoning_content" in turn:
         turn[name] = turn.pop("reasoning_content")
-        if turn.get("tool_calls"):
-            turn["content"] = ""  # such a template takes thoughts or content beside calls, not both
+    if alone and turn.get("tool_calls") and turn.get(name):
+        turn["content"] = ""
     return turn
 
 
 def with_calls(
-    messages: Sequence[Mapping[str, Any]], notation: CallNotation | None, render: Render
+    messages: Sequence[Mapping[str, Any]], notation: CallNotation | None, template: str, render: Render
 ) -> list[dict[str, Any]]:
-    """Return the messages with calls as `render` shows them, ids as `notation` wants them, results with names."""
+    """Return the messages with calls as `render` shows them, ids as `notation` wants them, results with names.
+
+    Calls that the template leaves out are written into the content.
+    """
     if not any(message.get("tool_calls") for message in messages):
         return [dict(message) for message in messages]
-    form = next((form for form in _FORMS if _is_shown(form, notation, render)), _FORMS[0])
     calls = _Calls(notation)
-    turns = []
-    for message in messages:
-        turn = dict(message)
-        if turn.get("tool_calls"):
-            turn = form({**turn, "tool_calls": [calls.named(call) for call in turn["tool_calls"]]})
-        elif turn.get("role") == "tool":
-            turn |= calls.answered(turn)
-        turns.append(turn)
-    return turns
+    turns = [calls.known(message) for message in messages]
+    form = next((form for form in _FORMS if _are_shown(1, form, notation, render)), _in_content(notation))
+    if form in _FORMS and not _are_shown(2, form, notation, render):
+        turns = _one_by_one(turns)
+    if "tool_responses" in template and not re.search(r"""==\s*['"]tool['"]""", template):
+        turns = _with_responses(turns)
+    return [form(turn) if turn.get("tool_calls") else turn for turn in turns]
+
+
+def _one_by_one(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a turn of its own, its result behind it; thoughts and content stay with the first."""
+    parted: list[dict[str, Any]] = []
+    while turns:
+        turn, results = turns[0], list(takewhile(_is_result, turns[1:]))
+        turns = turns[1 + len(results) :]
+        first = turn
+        for call in turn.get("tool_calls") or ():
+            own = [result for result in results if result.get("tool_call_id") == call["id"]]
+            parted += [{**first, "tool_calls": [call]}, *own]
+            results = [result for result in results if result not in own]
+            first = {"role": turn["role"], "content": ""}
+        parted += results if turn.get("tool_calls") else [turn, *results]
+    return parted
+
+
+def _with_responses(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results within the turn of their calls, as Gemma's template reads them."""
+    joined: list[dict[str, Any]] = []
+    for turn in turns:
+        if _is_result(turn) and joined and joined[-1].get("tool_calls"):
+            response = {"name": turn.get("name", ""), "response": turn.get("content")}
+            joined[-1] = {**joined[-1], "tool_responses": [*joined[-1].get("tool_responses", ()), response]}
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _is_result(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role") == "tool"
 
 
 class _Calls:
@@ -82,8 +116,13 @@ class _Calls:
         self._ids: dict[str, str] = {}  # given -> shown
         self._waiting: dict[str, str] = {}  # shown id -> function, of calls without a result
 
-    def named(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The call with such an id."""
+    def known(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with such ids; one after the other."""
+        if message.get("tool_calls"):
+            return {**message, "tool_calls": [self._named(call) for call in message["tool_calls"]]}
+        return {**message, **(self._answered(message) if _is_result(message) else {})}
+
+    def _named(self, call: Mapping[str, Any]) -> dict[str, Any]:
         name, given = str(call["function"]["name"]), call.get("id") or ""
         shown = given if self._fits(given) else ""
         if not shown and self._notation is not None:
@@ -97,7 +136,7 @@ class _Calls:
     def _fits(self, given: str) -> bool:
         return self._notation is None or re.fullmatch(self._notation.id_pattern or ".*", given) is not None
 
-    def answered(self, result: Mapping[str, Any]) -> dict[str, Any]:
+    def _answered(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Which call a result is of: the one it names, by id or function, else the first that has none."""
         of_name = [shown for shown, name in self._waiting.items() if name == result.get("name")]
         first = next(iter([*of_name, *self._waiting]), "")
@@ -126,22 +165,42 @@ def _without_content(form: Callable[[dict[str, Any]], dict[str, Any]]) -> Callab
     return lambda turn: {**form(turn), "content": None}
 
 
+def _in_content(notation: CallNotation | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Calls as the model wrote them, where that is known; else as they are."""
+
+    def form(turn: dict[str, Any]) -> dict[str, Any]:
+        functions = [call["function"] for call in turn["tool_calls"]]
+        calls = [(str(one["name"]), json.loads(_json(one.get("arguments")))) for one in functions]
+        written = notation.write(calls) if notation is not None else ""
+        if not written or not isinstance(turn.get("content") or "", str):
+            return turn
+        rest = {name: value for name, value in turn.items() if name != "tool_calls"}
+        return {**rest, "content": (turn.get("content") or "") + written}
+
+    return form
+
+
 _FORMS = (_objects, _texts, _without_content(_objects), _without_content(_texts))
 
 
-def _is_shown(form: Callable[[dict[str, Any]], dict[str, Any]], notation: CallNotation | None, render: Render) -> bool:
-    """Whether a call comes out with its arguments, neither as Python writes an object nor as JSON within JSON."""
-    number = (notation.make_id("hybrimoe", 0) if notation is not None else "") or "call_0"
-    call = {
-        "id": number,
-        "type": "function",
-        "function": {"name": "hybrimoe", "arguments": {"key": _MARK, "other": [1]}},
-    }
+def _are_shown(
+    num_calls: int,
+    form: Callable[[dict[str, Any]], dict[str, Any]],
+    notation: CallNotation | None,
+    render: Render,
+) -> bool:
+    """Whether calls come out with their arguments, neither as Python writes an object nor as JSON within JSON."""
+    ids = [(notation.make_id("hybrimoe", at) if notation else "") or f"call_{at}" for at in range(num_calls)]
+    marks = [f"{_MARK} {at}" for at in range(num_calls)]
+    calls = [
+        {"id": one, "type": "function", "function": {"name": "hybrimoe", "arguments": {"key": mark, "other": [1]}}}
+        for one, mark in zip(ids, marks, strict=True)
+    ]
     asked = {"role": "user", "content": "hello"}
-    called = form({"role": "assistant", "content": "", "tool_calls": [call]})
-    answered = {"role": "tool", "content": "ok", "tool_call_id": number, "name": "hybrimoe"}
+    called = form({"role": "assistant", "content": "", "tool_calls": calls})
+    answered = [{"role": "tool", "content": "ok", "tool_call_id": one, "name": "hybrimoe"} for one in ids]
     try:
-        text = render([asked, called, answered])
+        text = render([asked, called, *answered])
     except Exception:
         return False
-    return _MARK in text and "'key':" not in text and r"\"key\"" not in text
+    return all(mark in text for mark in marks) and "'key':" not in text and r"\"key\"" not in text

@@ -6,14 +6,20 @@ notation of templates that show none. Patterns are of the `regex` module, as in 
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .written_calls import Reader, first_of, gemma_calls, json_calls, python_calls, tagged
 
 __all__ = ["CALLS", "THOUGHTS", "WRAPPINGS", "CallNotation", "ThoughtNotation", "calls_of", "thoughts_of"]
+
+
+Called = tuple[str, Mapping[str, Any]]
+"""A function's name and the arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +54,41 @@ class CallNotation:
     """What the chat template demands of a call's id."""
     make_id: Callable[[str, int], str] = lambda name, number: ""
     """Such an id, of a function's name and how many calls came before; empty where any will do."""
+    write: Callable[[Sequence[Called]], str] = lambda calls: ""
+    """The calls as the model would have written them, for chat templates that leave them out."""
 
 
-def _marked(open_: str, close: str, read: Reader, *, tokens: tuple[str, ...] = ()) -> CallNotation:
+def _marked(
+    open_: str,
+    close: str,
+    read: Reader,
+    *,
+    tokens: tuple[str, ...] = (),
+    write: Callable[[Sequence[Called]], str] = lambda calls: "",
+) -> CallNotation:
     """Everything between two marks, of which a template shows the first."""
+
+    def written(calls: Sequence[Called]) -> str:
+        return f"{open_}{inner}{close}" if (inner := write(calls)) else ""
+
     return CallNotation(
-        marks=(open_,), open=re.escape(open_), close=re.escape(close), read=read, tokens=(open_, close, *tokens)
+        marks=(open_,), open=re.escape(open_), close=re.escape(close), read=read, tokens=(open_, close, *tokens),
+        write=written,
+    )  # fmt: skip
+
+
+def _json_list(calls: Sequence[Called]) -> str:
+    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls], ensure_ascii=False)
+
+
+def _python_list(calls: Sequence[Called]) -> str:
+    return f"[{', '.join(f'{name}({_python_arguments(arguments)})' for name, arguments in calls)}]"
+
+
+def _python_arguments(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
+        for key, value in arguments.items()
     )
 
 
@@ -73,6 +108,7 @@ _INVOKED = r"invoke name=\"(?P<name>[^\"]+)\">(?P<arguments>.*?)"
 _MISTRAL = first_of(
     tagged(r"(?P<name>[^\s\[{]+)(?:\[CALL_ID\](?P<id>[^\[]+))?(?:\[ARGS\])?\s*(?P<json>\{.*\})\s*"), json_calls
 )
+_LFM2 = _marked("<|tool_call_start|>", "<|tool_call_end|>", first_of(json_calls, python_calls), write=_python_list)
 _HARMONY = tagged(r"(?P<name>[^\s<]+)[^{]*?<\|message\|>(?P<json>.*?)(?:<\|call\|>|\Z)")
 
 CALLS: dict[str, CallNotation] = {
@@ -83,6 +119,25 @@ CALLS: dict[str, CallNotation] = {
         close=r"<\|call\|>|(?=<\|start\|>)",
         read=_HARMONY,
         tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>", "<|end|>"),
+    ),
+    "solar": CallNotation(
+        marks=("<|tool_call:begin|>",),
+        open=r"<\|tool_calls\|>",
+        close=r"<\|calls\|>",
+        read=tagged(
+            r"<\|tool_call:begin\|>(?P<id>.*?)<\|tool_call:name\|>(?P<name>.*?)<\|tool_call:args\|>(?P<json>.*?)"
+            r"(?:<\|tool_call:end\|>|\Z)"
+        ),
+        tokens=(
+            "<|tool_calls|>", "<|calls|>", "<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>",
+            "<|tool_call:end|>",
+        ),
+    ),
+    "gigachat": CallNotation(
+        marks=("<|function_call|>",),
+        open=r"<\|function_call\|>",
+        read=json_calls,
+        tokens=("<|function_call|>",),
     ),
     "gemma": _marked("<|tool_call>", "<tool_call|>", gemma_calls, tokens=('<|"|>',)),
     "kimi": CallNotation(
@@ -161,9 +216,10 @@ CALLS: dict[str, CallNotation] = {
         id_pattern="[a-zA-Z0-9]{9}",
         make_id=lambda name, number: secrets.token_hex(5)[:9],
     ),
-    "lfm2": _marked("<|tool_call_start|>", "<|tool_call_end|>", first_of(json_calls, python_calls)),
-    "nemotron": _marked("<TOOLCALL>", "</TOOLCALL>", json_calls),
-    "hunyuan": _marked("<tool_calls>", "</tool_calls>", json_calls),
+    "lfm2": _LFM2,
+    "lfm2-list": replace(_LFM2, marks=("<|tool_list_start|>",)),
+    "nemotron": _marked("<TOOLCALL>", "</TOOLCALL>", json_calls, write=_json_list),
+    "hunyuan": _marked("<tool_calls>", "</tool_calls>", json_calls, write=_json_list),
     "command": _marked("<|START_ACTION|>", "<|END_ACTION|>", json_calls),
     "granite": CallNotation(
         marks=("<|tool_call|>",),
@@ -171,6 +227,7 @@ CALLS: dict[str, CallNotation] = {
         close=r"<\|/tool_call\|>",
         read=json_calls,
         tokens=("<|tool_call|>", "<|/tool_call|>"),
+        write=lambda calls: f"<|tool_call|>{_json_list(calls)}",
     ),
     "hermes": _marked("<tool_call>", "</tool_call>", json_calls),
     "llama": CallNotation(
@@ -197,6 +254,13 @@ THOUGHTS: dict[str, ThoughtNotation] = {
     "<|channel>": ThoughtNotation(
         open="<|channel>thought\n", close="<channel|>", opens_anywhere=True, tokens=("<|channel>", "<channel|>")
     ),
+    "<|begin|>assistant<|think|>": ThoughtNotation(
+        open="<|think|>",
+        close="<|end|>",
+        dropped=r"(?:<\|begin\|>assistant)?<\|content\|>|<\|begin\|>assistant(?=<\|tool_calls)|<\|end\|>",
+        tokens=("<|begin|>", "<|content|>"),
+    ),
+    "<mm:think>": ThoughtNotation(open="<mm:think>", close="</mm:think>"),
     "<seed:think>": ThoughtNotation(open="<seed:think>", close="</seed:think>"),
     "[THINK]": ThoughtNotation(open="[THINK]", close="[/THINK]"),
     "<|START_THINKING|>": ThoughtNotation(open="<|START_THINKING|>", close="<|END_THINKING|>"),

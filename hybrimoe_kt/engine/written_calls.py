@@ -124,10 +124,14 @@ def _of_tags(match: re.Match[str], argument: re.Pattern[str] | None) -> WrittenC
 def python_calls(body: str) -> list[WrittenCall]:
     """A list of Python calls with keyword arguments (Llama 4, LFM2); JSON's `true`, `false`, `null` mean the same."""
     try:
-        tree = ast.parse(body.strip(), mode="eval").body
+        tree = ast.parse(_TEXT.sub(lambda text: text[0].replace("\n", "\\n"), body.strip()), mode="eval").body
         return _some([_of_python(call) for call in (tree.elts if isinstance(tree, ast.List) else [tree])])
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a list of calls: {error}") from None
+
+
+_TEXT = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
+"""A string, which models write over several lines as well."""
 
 
 def _of_python(call: ast.expr) -> WrittenCall:
@@ -160,7 +164,11 @@ def _key(node: ast.expr | None) -> str:
 
 
 _GEMMA_TEXT = r'<\|"\|>(?P<text>.*?)<\|"\|>'
-_GEMMA_PART = re.compile(rf'{_GEMMA_TEXT}|"(?:\\.|[^"\\])*"|(?<=[{{,])\s*(?P<key>[^\s{{}}\[\],:"<]+)\s*:', re.DOTALL)
+_GEMMA_PART = re.compile(
+    rf'{_GEMMA_TEXT}|"(?:\\.|[^"\\])*"|(?<=[{{,])\s*(?P<key>[^\s{{}}\[\],:"<]+)\s*:'
+    rf"|\b(?P<python>None|True|False)\b",
+    re.DOTALL,
+)
 _GEMMA_CALL = re.compile(r"\s*call:(?P<name>[^\s{]+)\s*(?P<arguments>\{.*\})\s*", re.DOTALL)
 
 
@@ -175,4 +183,6 @@ def gemma_calls(body: str) -> list[WrittenCall]:
 def _as_json(part: re.Match[str]) -> str:
     if part["text"] is not None:
         return json.dumps(part["text"])
+    if part["python"] is not None:  # as its chat template shows them
+        return {"None": "null", "True": "true", "False": "false"}[part["python"]]
     return part[0] if part["key"] is None else f"{json.dumps(part['key'])}:"

@@ -204,6 +204,40 @@ def test_qwens_coder_may_leave_the_first_mark_out() -> None:
         assert told(fed(row, iter(pieces))) == ("", "Now.", [("time", {})])
 
 
+def test_values_as_python_writes_them_are_what_the_schema_says() -> None:
+    text = (
+        "<tool_call><function=weather><parameter=exact>True</parameter><parameter=where>{'a': [None]}</parameter>"
+        "<parameter=days>3.0</parameter><parameter=ratio>nan</parameter><parameter=code>None</parameter>"
+        "<parameter=other>7</parameter></function></tool_call>"
+    )
+    typed = {"exact": True, "where": {"a": [None]}, "days": 3, "ratio": "nan", "code": None, "other": "7"}
+    assert told(fed(ROWS["Qwen3-Coder"], iter([text]))) == ("", "", [("weather", typed)])
+
+
+def test_gemmas_template_shows_none_as_python_does() -> None:
+    text = '<|tool_call>call:weather{where:{lat:None,tags:[True,<|"|>None<|"|>]},place:<|"|>a: b, {c}<|"|>}<tool_call|>'
+    typed = {"where": {"lat": None, "tags": [True, "None"]}, "place": "a: b, {c}"}
+    assert told(fed(ROWS["Gemma 4"], iter([text]))) == ("", "", [("weather", typed)])
+
+
+def test_python_strings_may_have_several_lines() -> None:
+    text = "<|tool_call_start|>[weather(place='one\ntwo \"three\"', days=-1)]<|tool_call_end|>"
+    typed = {"place": 'one\ntwo "three"', "days": -1}
+    assert told(fed(ROWS["LFM2"], iter([text]))) == ("", "", [("weather", typed)])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "[weather(place=open('x'))]", "[weather(**{})]", "[(1)]", "[weather(days={1: 2})]", "[weather(days=1j)]",
+        "weather(" * 500, "[weather(place=f'{x}')]", '{"name": "weather", "arguments": {"days": NaN}}',
+    ],
+)  # fmt: skip
+def test_what_json_does_not_have_is_no_call(call: str) -> None:
+    text = f"<|tool_call_start|>{call}<|tool_call_end|>"
+    assert told(fed(ROWS["LFM2"], iter([text]))) == ("", text, [])
+
+
 def test_channels_of_harmony_are_thoughts_and_answer() -> None:
     row = ROWS["gpt-oss"]
     text = (

@@ -351,6 +351,25 @@ ROWS: dict[str, Row] = {
         special=("<|tool_call>", "<tool_call|>", "<|channel>", "<channel|>", '<|"|>'),
         malformed="<|tool_call>call:weather{place}<tool_call|>",
     ),
+    "Solar Open": Row(
+        template=_template(
+            "{% if m.content %}<|begin|>assistant<|content|>{{ m.content }}<|end|>{% endif %}"
+            "{% if m.tool_calls %}<|begin|>assistant<|tool_calls|>" + _EACH
+            + "<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ f.name }}<|tool_call:args|>{{ f.arguments | tojson }}"
+            + "<|tool_call:end|>{% endfor %}<|calls|>{% endif %}",
+            thoughts="{% if m.reasoning %}<|begin|>assistant<|think|>{{ m.reasoning }}<|end|>{% endif %}",
+        ).replace("[assistant]", "<|begin|>assistant").replace("[{{ m.role }}]{% if", "{% if"),
+        special=("<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|calls|>", "<|tool_calls|>",
+                 "<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>"),
+        malformed="<|tool_calls|><|tool_call:begin|>weather<|tool_call:end|><|calls|>",
+    ),
+    "GigaChat 3.1": Row(
+        template=_template(_SAID + _EACH + "<|function_call|>" + _JSON + "{% endfor %}"),
+        special=("<|function_call|>",),
+        has_thoughts=False,
+        malformed="<|function_call|>weather",
+        calls=CALLS[:1],
+    ),
     "gpt-oss": Row(
         template=_HARMONY,
         special=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"),
