@@ -14,7 +14,7 @@ import argparse
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from hybrimoe_kt.sizes import CacheSize
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 CONTEXT_TOKENS = 8192
-F32, Q5_0, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, BF16 = 0, 6, 8, 10, 11, 12, 13, 14, 20, 30
+F32, Q5_0, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, BF16, MXFP4 = 0, 6, 8, 10, 11, 12, 13, 14, 20, 30, 39
 CARDS_GIB = (16, 24)
 BIG_PARAMS = 100e9
 """From which on files of two bits are worth a look."""
@@ -48,7 +48,7 @@ class Mixture(NamedTuple):
     """Which types a file has: of experts' gate and up, of their down in even and odd layers, and of the rest.
 
     `dense`, and `dense_more` for values and down projections in half of the layers; `fused` for queries, keys and
-    values in one. Latent attention's up-projections are Q8_0, the head is Q6_K, an embedding that is looked up Q4_K.
+    values in one. Latent attention's up-projections are Q8_0; `head` is the head's, `embedding` of one that is looked up.
     """
 
     gate_up: int
@@ -56,12 +56,16 @@ class Mixture(NamedTuple):
     dense: int
     dense_more: int
     fused: int
+    head: int = Q6_K
+    embedding: int = Q4_K
 
 
 Q4_K_M = Mixture(Q4_K, (Q4_K, Q6_K), Q4_K, Q6_K, Q5_K)
 """As llama.cpp makes it."""
 TWO_BITS = Mixture(Q2_K, (Q3_K, Q3_K), Q6_K, Q6_K, Q6_K)
 """Assumed: what files of two to three bits a weight have in common, experts small and the rest well above."""
+MXFP4_FILE = Mixture(MXFP4, (MXFP4, MXFP4), Q8_0, Q8_0, Q8_0, Q8_0, Q8_0)
+"""As gpt-oss is published in GGUF: experts as they were trained, the rest in 8 bits."""
 _NARROW = {Q4_K: Q5_0, Q5_K: Q5_0, Q6_K: Q8_0, Q2_K: IQ4_NL, Q3_K: IQ4_NL}
 """What llama.cpp takes instead where a row is no whole number of blocks of 256."""
 
@@ -83,6 +87,8 @@ class Release:
     model_type: str
     published_params: float
     dimensions: Mapping[str, Any]
+    own: Mixture | None = None
+    """What its files have, where nobody makes others."""
 
 
 def _gqa(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> dict[str, Any]:
@@ -136,6 +142,9 @@ RELEASES = (
         **_mla(27, 2048, 16, None, 102400), **_routed(64, 6, 1408, 2, 1, 10944)}),
     Release("ERNIE-4.5-21B-A3B", "ernie4_5-moe", "ernie4_5_moe", 21.8e9, {
         **_gqa(28, 2560, 20, 4, 128, 103424), **_ernie(64, 6, 1536, 2, 1, 28, 12288)}),
+    Release("gpt-oss-20b", "gpt-oss", "gpt_oss", 20.9e9, {
+        **_gqa(24, 2880, 64, 8, 64, 201088), "num_local_experts": 32, "num_experts_per_tok": 4,
+        "intermediate_size": 2880}, MXFP4_FILE),
     Release("Qwen3-30B-A3B", "qwen3moe", "qwen3_moe", 30.5e9, {
         **_gqa(48, 2048, 32, 4, 128, 151936), **_experts(128, 8, 768)}),
     Release("Qwen3.5-35B-A3B", "qwen35moe", "qwen3_5_moe_text", 35e9, {
@@ -147,6 +156,9 @@ RELEASES = (
         **_gqa(28, 3584, 28, 4, 128, 151936), **_experts(64, 8, 2560, shared_expert_intermediate_size=20480)}),
     Release("Qwen3-Next-80B-A3B", "qwen3next", "qwen3_next", 80e9, {
         **_gqa(48, 2048, 16, 2, 256, 151936), **_experts(512, 10, 512, shared_expert_intermediate_size=512)}),
+    Release("gpt-oss-120b", "gpt-oss", "gpt_oss", 116.8e9, {
+        **_gqa(36, 2880, 64, 8, 64, 201088), "num_local_experts": 128, "num_experts_per_tok": 4,
+        "intermediate_size": 2880}, MXFP4_FILE),
     Release("GLM-4.5-Air", "glm4moe", "glm4_moe", 106e9, {
         **_gqa(46, 4096, 96, 8, 128, 151552), **_routed(128, 8, 1408, 1, 1, 10944)}),
     Release("Mixtral-8x22B", "llama", "mixtral", 140.6e9, {
@@ -225,9 +237,9 @@ def build(release: Release) -> nn.Module:
 
 
 @functools.cache
-def memory(release: Release, mixture: Mixture = Q4_K_M) -> Memory:
-    """Compute one model's row."""
-    model = build(release)
+def memory(release: Release, mixture: Mixture | None = None) -> Memory:
+    """Compute one model's row, by default of its own files, or of Q4_K_M."""
+    model, mixture = build(release), mixture or release.own or Q4_K_M
     config: Any = model.config
     routed = [module for name, module in model.named_modules() if name.endswith(".experts")]
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -256,7 +268,7 @@ def _dense(model: nn.Module, config: Any, mixture: Mixture) -> Iterator[DenseTen
         if isinstance(module, nn.Embedding):
             packed.add(id(module.weight))
             if not is_tied:
-                yield _matrix(f"{name}.weight", Q4_K, *module.weight.shape, where=HOST)
+                yield _matrix(f"{name}.weight", mixture.embedding, *module.weight.shape, where=HOST)
         elif isinstance(module, nn.Linear) and _PACKED.search(name):
             packed.add(id(module.weight))
             yield from _linear(name, module, config, mixture)
@@ -274,7 +286,7 @@ def _linear(name: str, module: nn.Linear, config: Any, mixture: Mixture) -> Iter
         return
     layer = _LAYER.search(name)
     more = layer is not None and int(layer[1]) % 2 and name.endswith(("v_proj", "down_proj"))
-    kind = Q6_K if layer is None else mixture.dense_more if more else mixture.dense
+    kind = mixture.head if layer is None else mixture.dense_more if more else mixture.dense
     yield _matrix(name, mixture.fused if "in_proj_qkv" in name else kind, rows, columns)
 
 
@@ -292,7 +304,9 @@ def _file_bytes(tensor: DenseTensor) -> int:
 
 def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExperts:
     """One layer's experts as this program would load them."""
-    count, hidden, width = module.num_experts, module.hidden_dim, module.intermediate_dim
+    count = module.num_experts
+    hidden = module.hidden_dim if hasattr(module, "hidden_dim") else module.hidden_size
+    width = module.intermediate_dim if hasattr(module, "intermediate_dim") else module.intermediate_size
 
     def matrix(kind: int, rows: int, columns: int) -> ExpertMatrix:
         kind = _as_wide(kind, columns)
@@ -301,7 +315,12 @@ def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExper
 
     gate, up = matrix(mixture.gate_up, width, hidden), matrix(mixture.gate_up, width, hidden)
     down = matrix(mixture.down[number % 2], hidden, width)
-    return LayerExperts(number, count, top_k, hidden, width, gate, up, down)
+    made = LayerExperts(number, count, top_k, hidden, width, gate, up, down)
+    if not hasattr(module, "gate_up_proj_bias"):
+        return made
+    rows = (torch.empty((count, 4 * m.rows), dtype=torch.uint8, device="meta") for m in made.matrices)
+    biases = tuple(ExpertMatrix(data, F32, 1, m.rows) for data, m in zip(rows, made.matrices, strict=True))
+    return replace(made, biases=biases)
 
 
 def long_table() -> str:
@@ -312,7 +331,7 @@ def long_table() -> str:
         m = memory(release)
         sizes = (m.file, m.read_per_token, m.host_alone, m.host_beside_gpu, m.dense, m.kv_cache)
         few = ["", ""]
-        if m.params > BIG_PARAMS:
+        if m.params > BIG_PARAMS and release.own is None:
             small = memory(release, TWO_BITS)
             few = [_size(small.file), _share(small, CARDS_GIB[-1])]
         rows.append([release.name, f"{m.params / 1e9:.1f}", *map(_size, sizes), *_shares(m), *few])
@@ -332,7 +351,7 @@ def short_table() -> str:
 
 SHORT = (
     "OLMoE-1B-7B", "DeepSeek-V2-Lite", "Qwen3-30B-A3B", "Mixtral-8x7B", "Qwen2-57B-A14B", "Qwen3-Next-80B-A3B",
-    "GLM-4.5-Air", "Qwen3-235B-A22B", "DeepSeek-V3, R1",
+    "gpt-oss-120b", "GLM-4.5-Air", "Qwen3-235B-A22B", "DeepSeek-V3, R1",
 )  # fmt: skip
 _CARD_HEADS = [f"in {card} GiB" for card in CARDS_GIB]
 
