@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import deepseek, others, qwen, shared, windowed
+from . import convolved, deepseek, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -31,7 +31,14 @@ __all__ = [
 
 ARCHITECTURES: dict[str, Architecture] = {
     family.gguf: family
-    for family in (*qwen.FAMILIES, *deepseek.FAMILIES, *others.FAMILIES, *shared.FAMILIES, *windowed.FAMILIES)
+    for family in (
+        *qwen.FAMILIES,
+        *deepseek.FAMILIES,
+        *others.FAMILIES,
+        *shared.FAMILIES,
+        *windowed.FAMILIES,
+        *convolved.FAMILIES,
+    )
 }
 
 
