@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .between import PLAIN, Between
 from .combine_pairs import combine_pairs
 from .configs import combine_config, decode_config, prefill_config, quantize_config, sort_config
 from .decode_down import decode_down
@@ -31,9 +32,10 @@ class LayerKernels:
     shape: LayerShape
     memory: torch.Tensor
     tables: torch.Tensor
-    gate: MatrixInSlot
+    gate: MatrixInSlot | None
     up: MatrixInSlot
     down: MatrixInSlot
+    between: Between = PLAIN
 
     def add(
         self,
@@ -73,14 +75,16 @@ class LayerKernels:
         part = space.decode(self.shape, hidden.shape[0])
         config, quantize = decode_config(self.target), quantize_config(self.target)
         rows = part["xq"], part["xs"], part["xm"]
-        if not (self.gate.type.is_float and self.up.type.is_float):
+        if not all(matrix.type.is_float for matrix in (self.gate or self.up, self.up)):
             quantize_rows(hidden, *rows, quantize)
         act, pair_slot = part["act"], part["pair_slot"]
-        decode_gate_up(self.memory, self.tables, self.gate, self.up, slot_of, ids, hidden, rows, act, pair_slot, config)
+        slots, matrices = (self.memory, self.tables), (self.gate, self.up)
+        decode_gate_up(*slots, *matrices, slot_of, ids, hidden, rows, act, pair_slot, config, self.between)
         rows = part["aq"], part["as"], part["am"]
         if not self.down.type.is_float:
             quantize_rows(act, *rows, quantize)
-        decode_down(self.memory, self.tables, self.down, pair_slot, weights, act, rows, out, config, clears=clears)
+        given = pair_slot, weights, act, rows, out, config
+        decode_down(*slots, self.down, *given, clears=clears, between=self.between)
 
     def _prefill(
         self,
@@ -92,13 +96,14 @@ class LayerKernels:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        one_type = self.gate.type is self.up.type
+        one_type = self.gate is None or self.gate.type is self.up.type
         config = prefill_config(self.target, ids.numel() / max(num_present, 1), one_type=one_type)
         dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float16
         part = space.carve(prefill_parts(self.shape, hidden.shape[0], config.pairs, dtype))
         pairs, slots, act, answers = part["pairs"], part["slots"], part["act"], part["answers"]
         x = hidden if hidden.dtype == dtype else part["x"].copy_(hidden)
         sort_pairs(ids, slot_of, pairs, slots, config.pairs, sort_config(self.target))
-        prefill_gate_up(self.memory, self.tables, self.gate, self.up, pairs, slots, ids.shape[1], x, act, config)
-        prefill_down(self.memory, self.tables, self.down, pairs, slots, act, answers, config)
+        matrices = self.memory, self.tables, self.gate, self.up
+        prefill_gate_up(*matrices, pairs, slots, ids.shape[1], x, act, config, self.between)
+        prefill_down(self.memory, self.tables, self.down, pairs, slots, act, answers, config, self.between)
         combine_pairs(answers, ids, weights, slot_of, out, combine_config(self.target))

@@ -50,7 +50,7 @@ OWNED = {
     "cpuinfer_ext": {"backends/cpu_cpuinfer.py"},
     "triton": set(),
     "transformers.integrations": {"backends/dequantize.py"},
-    "transformers.cli": {"engine/response_format.py"},
+    "transformers.cli": set(),
     "fastapi": {"server/app.py", "server/openai_routes.py", "server/ollama_routes.py"},
     "transformers.quantizers": {"host/hf/loading.py"},
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 
 from hybrimoe_kt.device.backend import CpuBackend, Routed
-from hybrimoe_kt.device.experts import ROLES, LayerExperts
+from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
 from hybrimoe_kt.quants import QuantType
 
 from .call_checks import INTEGERS, check_call, checked_token
 from .ggml import library as ggml
+from .ggml.activations import refused_form
 from .ggml.experts import ExpertGraphs, ExpertKind, Scratch, TokenGraph
 from .ggml.pool import pool
 from .ggml.worker import Worker
@@ -49,8 +50,10 @@ class GgmlBackend(CpuBackend):
 
     @classmethod
     def refuses(cls, experts: LayerExperts) -> str | None:
+        if reason := refused_form(experts.form):
+            return f"layer {experts.layer}: {reason}; use --cpu_backend torch_reference"
         computed = {row.number for row in cls.types()}
-        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        for role, matrix in experts.named.items():
             if matrix.ggml_type not in computed:
                 return (
                     f"layer {experts.layer}: {role} experts are {matrix.type_name}, which ggml's CPU kernels do not "
@@ -108,7 +111,7 @@ class _Layer:
 
     def __init__(self, experts: LayerExperts) -> None:
         self.experts, self.kind = experts, ExpertKind.of(experts)
-        self.addresses = tuple(matrix.data.data_ptr() for matrix in experts.matrices)
+        self.addresses = tuple(tensor.data.data_ptr() for tensor in experts.tensors.values())
         self.of_a_token: dict[int, TokenGraph] = {}
         """By experts per token."""
 

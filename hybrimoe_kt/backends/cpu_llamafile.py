@@ -96,8 +96,8 @@ class LlamafileBackend(LlamafileArithmetic):
         config.group_min_len = 1  # its default of 10 runs up to 9 tokens one by one: 4x slower at 8 tokens [m]
         config.max_len = config.group_max_len = self._num_rows(experts)
         config.gate_proj, config.up_proj, config.down_proj = (data.data_ptr() for data in matrices)
-        config.gate_type, config.up_type = experts.gate.ggml_type, experts.up.ggml_type
-        config.down_type, config.hidden_type = experts.down.ggml_type, _F32
+        config.gate_type, config.up_type, config.down_type = (matrix.ggml_type for matrix in experts.matrices)
+        config.hidden_type = _F32
         with stdout_silenced():
             kernel = self._extension.moe.MOE(config)
             self._pool.submit(kernel.load_weights_task())

@@ -12,7 +12,7 @@ from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.errors import KernelError
 
-from .torch_reference import add_pairs, dequantized, expert_ffn
+from .torch_reference import add_pairs, expert_answer
 
 __all__ = ["TorchGpu", "TorchReferenceGpu"]
 
@@ -63,7 +63,7 @@ class TorchGpu(GpuBackend):
         self, experts: LayerExperts, index: int, parts: Iterable[torch.Tensor], routed: Routed, out: torch.Tensor
     ) -> None:
         weight = torch.where(routed.ids == index, routed.weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1]
-        answer = expert_ffn(routed.hidden, *dequantized(experts, parts))
+        answer = expert_answer(experts, parts, routed.hidden)
         out += torch.where(weight != 0, weight * answer, 0.0)
 
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybrimoe_kt.device.backend import GpuBackend, KernelRow, Routed
-from hybrimoe_kt.device.experts import ROLES, LayerExperts
+from hybrimoe_kt.device.experts import ROLES, LayerExperts, bias_of
 from hybrimoe_kt.device.layout import SlotLayout
 from hybrimoe_kt.device.step_graph import opaque
 from hybrimoe_kt.errors import KernelError, summary
+from hybrimoe_kt.kernels.between import Between
 from hybrimoe_kt.kernels.configs import decode_config, prefill_configs
 from hybrimoe_kt.kernels.failures import launch_failures
 from hybrimoe_kt.kernels.tables import code_words
@@ -88,7 +89,7 @@ class TritonGpu(GpuBackend):
     @classmethod
     def refuses(cls, experts: LayerExperts) -> str | None:
         """Return why the kernels do not read a layer's experts, None when they do."""
-        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        for role, matrix in experts.named.items():
             kind = TYPES[matrix.ggml_type]
             if kind.unit is None:
                 return f"{role} experts are {matrix.type_name}, which no GPU kernel reads"
@@ -107,12 +108,12 @@ class TritonGpu(GpuBackend):
         reason = cls.refuses(experts)
         if reason:
             place = f"on the CPU: {reason}"
-            return [KernelRow(role, m.type_name, place, place) for role, m in zip(ROLES, experts.matrices, strict=True)]
+            return [KernelRow(role, matrix.type_name, place, place) for role, matrix in experts.named.items()]
         target = _target_named(capability)
         dot = _DOT_NAMES[decode_config(target).form]
         pairs = " or ".join(str(config.pairs) for config in prefill_configs(target))
         rows = []
-        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        for role, matrix in experts.named.items():
             op = "down" if role == "down" else "gate_up"
             inner = "float activations" if TYPES[matrix.ggml_type].is_float else dot
             large = f"prefill_{op} ({target.name}, blocks of {pairs} tokens)"
@@ -140,7 +141,10 @@ class TritonGpu(GpuBackend):
         shape = _shape_of(experts)
         self._whole.pop(experts.layer, None)
         target, tables = self._target_of(memory.device), code_words(memory.device)
-        self._layers[experts.layer] = LayerKernels(target, shape, memory, tables, *layout.matrices)
+        gate, up, down = (layout.named.get(role) for role in ROLES)
+        assert up is not None and down is not None, "every expert has them"
+        between = _between(experts, layout)
+        self._layers[experts.layer] = LayerKernels(target, shape, memory, tables, gate, up, down, between)
         if self._max_tokens:
             self._make_room()
 
@@ -242,6 +246,14 @@ class TritonGpu(GpuBackend):
                 )
         if hidden.data_ptr() % 16 or out.data_ptr() % 16:
             raise KernelError(f"hidden and out of layer {layer} must begin at a multiple of 16 bytes")
+
+
+def _between(experts: LayerExperts, layout: SlotLayout) -> Between:
+    gate, up, down = (layout.named.get(bias_of(role)) for role in ROLES)
+    if up is None or down is None:
+        return Between(experts.form)
+    first = 0 if gate is None else gate.offsets[0]
+    return Between(experts.form, is_biased=True, biases=(first, up.offsets[0]), down_bias=down.offsets[0])
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

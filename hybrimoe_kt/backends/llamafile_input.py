@@ -8,7 +8,7 @@ import torch
 
 from hybrimoe_kt.device.backend import CpuBackend
 from hybrimoe_kt.device.cores import spinning_threads
-from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.quants import TYPES, QuantType, llamafile_types, row_bytes
 
@@ -34,7 +34,13 @@ class LlamafileArithmetic(CpuBackend):
     @classmethod
     def refuses(cls, experts: LayerExperts) -> str | None:
         layer = f"layer {experts.layer}:"
-        for role, matrix in zip(ROLES, experts.matrices, strict=True):
+        if not experts.form.is_swiglu or experts.biases:
+            said = experts.form.describe() + (", biases" if experts.biases else "")
+            return (
+                f"{layer} experts of another form ({said}) than the gated silu that the llamafile CPU backend "
+                f"computes; use --cpu_backend ggml"
+            )
+        for role, matrix in experts.named.items():
             if not TYPES[matrix.ggml_type].llamafile:
                 return (
                     f"{layer} {role} experts are {matrix.type_name}, which the llamafile CPU backend "
@@ -42,7 +48,7 @@ class LlamafileArithmetic(CpuBackend):
                 )
             if not matrix.data.is_contiguous():
                 return f"{layer} {role} experts are not contiguous in memory"
-        if experts.gate.ggml_type != experts.up.ggml_type:
+        if experts.gate is not None and experts.gate.ggml_type != experts.up.ggml_type:
             return (
                 f"{layer} gate experts are {experts.gate.type_name} and up experts {experts.up.type_name}; "
                 f"the llamafile CPU backend wants one type for both; use --cpu_backend ggml"

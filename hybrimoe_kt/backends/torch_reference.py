@@ -6,28 +6,46 @@ its pairs are the same bits whoever asks: where an expert runs never changes a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional
 
 from hybrimoe_kt.device.backend import CpuBackend, Routed
-from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.device.experts import ROLES, LayerExperts, bias_of
+from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
 
 from .dequantize import dequantize
 
-__all__ = ["TorchReferenceCpu", "add_pairs", "dequantized", "expert_ffn"]
+__all__ = ["TorchReferenceCpu", "add_pairs", "expert_answer", "expert_ffn"]
 
 
-def expert_ffn(hidden: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """`down(silu(gate(x)) * up(x))` for `hidden [num_tokens, hidden]`; the matrices are `[out, in]`."""
-    return functional.linear(functional.silu(functional.linear(hidden, gate)) * functional.linear(hidden, up), down)
+def expert_ffn(
+    hidden: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    biases: Sequence[torch.Tensor] = (),
+    form: ExpertForm = SWIGLU,
+) -> torch.Tensor:
+    """What an expert of that form answers to `hidden [num_tokens, hidden]`; the matrices are `[out, in]`.
+
+    `biases` are of gate, if there is one, up and down, or none.
+    """
+    matrices = [matrix for matrix in (gate, up, down) if matrix is not None]
+    each: Sequence[torch.Tensor | None] = biases or [None] * len(matrices)
+    *gates, product = (functional.linear(hidden, *pair) for pair in zip(matrices[:-1], each[:-1], strict=True))
+    return functional.linear(form.joined(gates[0] if gates else None, product), down, each[-1])
 
 
-def dequantized(experts: LayerExperts, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Return gate, up `[inter, hidden]` and down `[hidden, inter]` of an expert's bytes in GGUF order."""
-    for part, matrix in zip(parts, experts.matrices, strict=True):
-        yield dequantize(part, matrix.ggml_type, (matrix.rows, matrix.columns))
+def expert_answer(experts: LayerExperts, parts: Iterable[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """The same of an expert's bytes in GGUF order."""
+    named = {
+        name: dequantize(part, matrix.ggml_type, (matrix.rows, matrix.columns))
+        for (name, matrix), part in zip(experts.tensors.items(), parts, strict=True)
+    }
+    biases = [named[bias_of(role)].view(-1) for role in ROLES if bias_of(role) in named]
+    return expert_ffn(hidden, named.get("gate"), named["up"], named["down"], biases, experts.form)
 
 
 def add_pairs(
@@ -37,7 +55,7 @@ def add_pairs(
     token, place = torch.where(routed.ids == index)
     if token.numel() == 0:
         return
-    answer = expert_ffn(routed.hidden[token], *dequantized(experts, parts))
+    answer = expert_answer(experts, parts, routed.hidden[token])
     out[token, place] = answer * routed.weights[token, place, None]
 
 

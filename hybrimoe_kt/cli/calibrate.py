@@ -200,12 +200,12 @@ def _milliseconds(seconds: float) -> str:
 
 def _experts_of(path: Path) -> LayerExperts:
     """The first layer of routed experts in a file."""
+    from hybrimoe_kt.host.hf.sources import experts_of
     from hybrimoe_kt.weights.expert_layers import expert_layers
     from hybrimoe_kt.weights.gguf_file import GgufFile
-    from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
     file = GgufFile(path)
-    return GgufLoader(file).layer_experts(**expert_layers(file)[0]._asdict())
+    return experts_of(file).layer_experts(**expert_layers(file)[0]._asdict())
 
 
 def _random_experts() -> LayerExperts:

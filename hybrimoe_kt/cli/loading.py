@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from hybrimoe_kt.device.cores import let_idle_threads_sleep
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ConfigError, ModelError
 from hybrimoe_kt.models import embedded_model
 from hybrimoe_kt.weights.overrides import parse_overrides
 
@@ -45,7 +45,7 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         let_idle_threads_sleep()
         from hybrimoe_kt.engine.build import build_engine
 
-    return build_engine(
+    engine = build_engine(
         gguf_path,
         model_path=options.model_path,
         rules_path=options.optimize_rule_path,
@@ -58,6 +58,21 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         time_shares=options.verbose,
         eager=options.eager,
     )
+    if options.reasoning_effort is not None:
+        _set_effort(engine, options.reasoning_effort)
+    return engine
+
+
+def _set_effort(engine: Engine, effort: str) -> None:
+    """Make it what the chat template is told by default; ConfigError where that reads nothing of the kind."""
+    from hybrimoe_kt.engine.thinking import effort_options
+
+    given = effort_options(engine.vocabulary.takes, effort)
+    if given is None:
+        raise ConfigError(
+            f"--reasoning_effort {effort}: the chat template of {engine.model_name!r} has no such option; leave it out"
+        )
+    engine.vocabulary.default_options = given
 
 
 def _model_file(options: argparse.Namespace) -> Path:

@@ -143,6 +143,10 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     answer.add_argument(
         "--temperature", type=_number(0, 100), default=0.7, metavar="T", help="0: always the likeliest token"
     )
+    answer.add_argument(
+        "--reasoning_effort", choices=("none", "low", "medium", "high"),
+        help="how hard to think, where the model's chat template has such an option; none turns thoughts off",
+    )  # fmt: skip
     answer.add_argument("--top_p", type=_number(0, 1), default=0.95, metavar="P")
     answer.add_argument(
         "--seed",

@@ -20,7 +20,7 @@ from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.quants import TYPES, QuantType
 
 from .cores import default_expert_threads
-from .experts import ROLES, LayerExperts
+from .experts import LayerExperts
 from .layout import SlotLayout
 
 __all__ = ["CandidateSeconds", "CpuBackend", "GpuBackend", "KernelRow", "Routed"]
@@ -193,8 +193,7 @@ class GpuBackend(Protocol):
     @classmethod
     def kernels(cls, experts: LayerExperts, capability: tuple[int, int] | str) -> list[KernelRow]:
         """Say what serves gate, up and down experts on a GPU: (8, 6) for CUDA, "gfx1100" for HIP."""
-        names = zip(ROLES, experts.matrices, strict=True)
-        return [KernelRow(role, matrix.type_name, cls.name, cls.name) for role, matrix in names]
+        return [KernelRow(role, matrix.type_name, cls.name, cls.name) for role, matrix in experts.named.items()]
 
     @classmethod
     def planned_bytes(cls, experts: LayerExperts, max_tokens: int, capability: tuple[int, int] | str) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from hybrimoe_kt.cache_folder import cache_folder
 from hybrimoe_kt.core.cost import CostModel
 from hybrimoe_kt.core.profile import Profile, parse_profile
 from hybrimoe_kt.errors import CalibrationError
@@ -92,8 +92,7 @@ def compared_sample(backend: str, load: int) -> str:
 
 def profile_path(machine: str) -> Path:
     """Where the profile of `machine` is kept between runs."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "hybrimoe_kt" / f"profile-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"profile-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def trusted_profile(name_or_path: str, machine: str) -> Profile:

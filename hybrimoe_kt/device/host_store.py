@@ -37,7 +37,7 @@ class HostStore:
         self.layouts[experts.layer] = SlotLayout(experts)
 
     def parts(self, expert: ExpertId) -> ExpertParts:
-        """Return the expert's gate, up and down bytes in GGUF order, uint8 views `[num_bytes]` of the mapping."""
+        """Return the expert's tensors' bytes in GGUF order, uint8 views `[num_bytes]` of the mapping."""
         return self.layers[expert.layer].parts(expert.index)
 
     def is_copied(self, layer: int) -> bool:
@@ -78,7 +78,7 @@ class HostStore:
         """
         for layer in sorted(layers):
             locks: list[object] = []
-            for matrix in self.layers[layer].matrices:
+            for matrix in self.layers[layer].tensors.values():
                 lock = accelerator.register(matrix.data)
                 if lock is None:
                     break

@@ -1,10 +1,10 @@
-"""How matrices lie in accelerator memory, in the form that GPU kernels read, and how an expert's three lie in a slot.
+"""How matrices lie in accelerator memory, in the form that GPU kernels read, and how an expert's lie in a slot.
 
 A matrix is stored as its type's *planes* (see `quants`): first every block's quants, then every block's scales, and
 so on, each plane contiguous over the whole matrix in block order. The bytes are the file's, rearranged; a slot is as
 large as the expert but for alignment.
 
-    slot:  | gate | up | down |            each from a 128-byte boundary
+    slot:  | gate | up | down | biases |    each from a 128-byte boundary
     Q8_0 matrix:  | qs: rows * columns bytes | d: rows * columns / 32 halves |     each from a 128-byte boundary
 
 The mapped file keeps GGUF's order, which the CPU kernels read. Taking blocks apart happens on the device, between
@@ -20,7 +20,7 @@ import torch
 
 from hybrimoe_kt.quants import TYPES, Plane, QuantType
 
-from .experts import ROLES, LayerExperts
+from .experts import LayerExperts
 
 __all__ = ["ALIGNMENT_BYTES", "MatrixLayout", "Segment", "SlotLayout"]
 
@@ -30,7 +30,7 @@ ALIGNMENT_BYTES = 128
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One contiguous run of memory: one plane of one matrix (in a slot, `matrix` 0 gate, 1 up, 2 down)."""
+    """One contiguous run of memory: one plane of one matrix (in a slot, of its `matrix`th)."""
 
     matrix: int
     plane: Plane
@@ -103,11 +103,12 @@ class SlotLayout:
 
     def __init__(self, experts: LayerExperts) -> None:
         matrices: list[MatrixLayout] = []
-        for number, (name, matrix) in enumerate(zip(ROLES, experts.matrices, strict=True)):
+        for number, (name, matrix) in enumerate(experts.tensors.items()):
             begin = matrices[-1].end_bytes if matrices else 0
             matrices.append(MatrixLayout.at(begin, matrix.ggml_type, matrix.rows, matrix.columns, name, number))
         self.matrices = tuple(matrices)
-        """Gate, up, down."""
+        """All of an expert's tensors, in order: gate, up, down, and a row for each bias."""
+        self.named = {matrix.name: matrix for matrix in matrices}
         self.segments = tuple(segment for matrix in matrices for segment in matrix.segments)
         self.slot_bytes = matrices[-1].end_bytes
 
@@ -117,7 +118,7 @@ class SlotLayout:
         return all(segment.plane.width_bytes == segment.block_bytes for segment in self.segments)
 
     def write(self, parts: Sequence[torch.Tensor], slot: torch.Tensor) -> None:
-        """Lay an expert's gate, up and down bytes (GGUF order) out in `slot`, uint8 `[slot_bytes]`."""
+        """Lay an expert's parts (GGUF order) out in `slot`, uint8 `[slot_bytes]`."""
         for matrix, part in zip(self.matrices, parts, strict=True):
             matrix.write(part, slot)
 

@@ -14,8 +14,12 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from hybrimoe_kt.errors import ConfigError, ModelError, first_line
+
+from .earlier_turns import with_calls, with_thoughts
+from .notations import CallNotation
 
 __all__ = ["chat_prompt", "encode_chat", "template_takes"]
 
@@ -25,6 +29,7 @@ _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_
 }
 _MARK = "hybrimoe mark"
 _PARTS = [{"type": "text", "text": _MARK}]
+_EMPTY = {"description": "", "parameters": {"type": "object", "properties": {}}}
 _TOOL = {"name": "hybrimoe_tool", "description": _MARK, "parameters": {"type": "object", "properties": {}}}
 
 
@@ -33,12 +38,14 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    *,
+    calls: CallNotation | None = None,
 ) -> list[int]:
     """Return the token ids of a conversation, ready for the assistant's answer.
 
     A message's content is text, or a list of parts `{"type": "text", "text": ...}`. `tools` are functions in OpenAI's
-    notation, `template_options` what else the chat template reads. A tokenizer without a chat template (a base
-    model's) gets the messages' text, one after the other.
+    notation, `template_options` what else the chat template reads, `calls` how the model writes tool calls. A
+    tokenizer without a chat template (a base model's) gets the messages' text, one after the other.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(_text(message.get("content")) for message in messages))["input_ids"])
@@ -47,16 +54,40 @@ def chat_prompt(
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
     reads_parts = _shows_mark(tokenizer, _PARTS)
     reads_text = not reads_parts or _shows_mark(tokenizer, _MARK)
-    conversation = [_with_content(message, reads_text, reads_parts) for message in messages]
-    functions = [dict(tool) for tool in tools or ()]
-    if functions and _reads_bare_functions(tokenizer):
-        functions = [dict(tool.get("function", tool)) for tool in functions]
+    functions = _functions(tokenizer, tools or (), options)
+    template = "\n".join(_templates(tokenizer))
+
+    def render(turns: list[dict[str, Any]]) -> str:
+        return _render(tokenizer, turns, functions, options)
+
+    turns = [_with_content(turn, reads_text, reads_parts) for turn in with_thoughts(messages, template)]
     try:
-        text = _render(tokenizer, conversation, functions, options)
+        text = render(with_calls(turns, calls, template, render))
     except Exception as error:
         reason = first_line(error)
         raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
     return encode_chat(tokenizer, text)
+
+
+def _functions(
+    tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The tools in the form that the template reads: bare, or with all that it cannot do without."""
+    functions = [dict(tool) for tool in tools]
+    if functions and _reads_bare_functions(tokenizer):
+        return [dict(tool.get("function", tool)) for tool in functions]
+    if functions and not _takes(tokenizer, functions, options):
+        whole = [{**tool, "function": {**_EMPTY, **tool.get("function", {})}} for tool in functions]
+        return whole if _takes(tokenizer, whole, options) else functions
+    return functions
+
+
+def _takes(tokenizer: PreTrainedTokenizerBase, functions: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
+    try:
+        _render(tokenizer, [{"role": "user", "content": "hello"}], functions, options)
+    except Exception:
+        return False
+    return True
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -99,6 +130,14 @@ def _render(
 ) -> str:
     given: Any = conversation  # of text only, by Transformers' annotation
     functions: Any = tools or None
+    if any(message.get("content", "") is None for message in conversation):
+        # which Transformers' own way in would take out, and templates ask whether it is there
+        template = tokenizer.get_chat_template(tools=functions)
+        values = {**tokenizer.special_tokens_map, **options}
+        rendered: Any = render_jinja_template(
+            [given], tools=functions, chat_template=template, add_generation_prompt=True, **values
+        )
+        return str(rendered[0][0])
     return str(
         tokenizer.apply_chat_template(
             given, tools=functions, add_generation_prompt=True, tokenize=False, **options

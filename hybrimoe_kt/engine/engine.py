@@ -102,11 +102,13 @@ class Engine(TokenGenerator):
     ) -> Generator[str, None, None]:
         """Yield the text of `chat`'s answer piece by piece, thoughts left out; errors as there, before the first piece.
 
-        A piece never ends within a character. `as_written` yields all that the model writes, its thoughts too.
+        A piece never ends within a character. `as_written` yields all that the model writes, its thoughts too, these
+        between `<think>` and `</think>` whatever marks it has for them.
         Closing the iterator ends the answer; `last_run` tells what it took.
         """
         request = self._chat_request(messages, sampling, stop_strings, (), template_options, as_written=as_written)
-        return _texts(answer(self, request, stop or threading.Event()))
+        events = answer(self, request, stop or threading.Event())
+        return _with_thoughts(events) if as_written and request.parts is not None else _texts(events)
 
     def _chat_request(
         self,
@@ -127,7 +129,7 @@ class Engine(TokenGenerator):
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         prompt = vocabulary.chat_ids(given, tools or None, template_options)
         self.check_length(prompt)
-        parts = None if as_written else vocabulary.response_parts(prompt, tools)
+        parts = None if as_written and vocabulary.writes_think else vocabulary.response_parts(prompt, tools)
         return Request(prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts)
 
     def info(self) -> ModelInfo:
@@ -171,3 +173,17 @@ def _texts(events: Generator[Event, None, None]) -> Generator[str, None, None]:
         for event in events:
             if isinstance(event, TextDelta) and event.text and not event.is_thought:
                 yield event.text
+
+
+def _with_thoughts(events: Generator[Event, None, None]) -> Generator[str, None, None]:
+    """All that is said, thoughts between marks."""
+    thinks = False
+    with closing(events):
+        for event in events:
+            if isinstance(event, TextDelta) and event.text:
+                if event.is_thought != thinks:
+                    yield "<think>\n" if event.is_thought else "\n</think>\n\n"
+                thinks = event.is_thought
+                yield event.text
+    if thinks:
+        yield "\n</think>\n\n"

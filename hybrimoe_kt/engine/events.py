@@ -35,6 +35,8 @@ class ToolCall:
 
     name: str
     arguments: Mapping[str, Any]
+    id: str = ""
+    """What the model, or its chat template, wants it to be called; empty: whatever one likes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from hybrimoe_kt.errors import ModelError
 __all__ = ["FileVocabulary", "TokenType", "end_ids"]
 
 _KEY = "tokenizer.ggml."
+_MODELS = ("gpt2", "llama", "gemma4")
 
 _ENDS = frozenset(
     [
@@ -45,6 +46,8 @@ _INFILL_ENDS = {
 }
 _CONTROL_NAMES = _ENDS.union(*_INFILL_ENDS.values())
 """Texts of tokens that llama.cpp takes for ends of a generation, whatever type the file gives them."""
+_SHOWN = frozenset(["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"])
+"""Texts of Harmony's tokens that answers show, whatever type the file gives them."""
 _END_KEYS = ("eos", "eot", "eom", *_INFILL_ENDS)
 # Where a vocabulary has all of one of these, <|end|> ends a message within an answer and not the answer.
 _MESSAGES_END = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}, {"<|flush|>", "<|call|>"})
@@ -61,7 +64,7 @@ class FileVocabulary:
     """The tokenizer's part of a file's metadata."""
 
     model: str
-    """`gpt2`: bytes, merged by a list; `llama`: SentencePiece's, merged by scores."""
+    """`gpt2`: bytes, merged by a list; `llama`: SentencePiece's, merged by scores; `gemma4`: characters, by a list."""
     split: str | None
     """What cuts a text before bytes are merged, by llama.cpp's name; None where the file does not say."""
     tokens: tuple[str, ...]
@@ -81,11 +84,11 @@ class FileVocabulary:
     def of(cls, metadata: Mapping[str, Any]) -> FileVocabulary:
         """Read it; ModelError for one that is not of a kind known here."""
         model = str(metadata.get(_KEY + "model"))
-        if model not in ("gpt2", "llama"):
-            raise ModelError(f"tokenizer.ggml.model {model!r} cannot be rebuilt here; valid: gpt2, llama")
+        if model not in _MODELS:
+            raise ModelError(f"tokenizer.ggml.model {model!r} cannot be rebuilt here; valid: {', '.join(_MODELS)}")
         _check_kinds(metadata)
         tokens = _unique(metadata[_KEY + "tokens"])
-        if model == "gpt2" and not metadata.get(_KEY + "merges"):
+        if model != "llama" and not metadata.get(_KEY + "merges"):
             raise ModelError("tokenizer.ggml.merges is missing, without which every byte would be a token")
         types = _types(tokens, metadata.get(_KEY + "token_type") or ())
         ids = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
@@ -94,13 +97,13 @@ class FileVocabulary:
                 ids[name] = int(given)
         return cls(
             model=model,
-            split=metadata.get(_KEY + "pre") or None,
+            split=model if model == "gemma4" else metadata.get(_KEY + "pre") or None,
             tokens=tokens,
             types=types,
             scores=tuple(metadata.get(_KEY + "scores") or (0.0,) * len(tokens)),
             merges=tuple(_merges(metadata.get(_KEY + "merges") or ())),
             special={name: number for name, number in ids.items() if 0 <= number < len(tokens)},
-            adds_bos=metadata.get(_KEY + "add_bos_token"),
+            adds_bos=None if model == "gemma4" else metadata.get(_KEY + "add_bos_token"),
             adds_eos=bool(metadata.get(_KEY + "add_eos_token", False)),
             adds_space=bool(metadata.get(_KEY + "add_space_prefix", model == "llama")),
             chat_template=metadata.get("tokenizer.chat_template") or None,
@@ -162,10 +165,13 @@ def _types(tokens: tuple[str, ...], given: Any) -> tuple[int, ...]:
     types = list(given) or [TokenType.NORMAL] * len(tokens)
     if len(types) < len(tokens):
         raise ModelError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    return tuple(
-        TokenType.CONTROL if text in _CONTROL_NAMES and kind != TokenType.CONTROL else kind
-        for text, kind in zip(tokens, types, strict=False)
-    )
+    return tuple(_type(text, kind) for text, kind in zip(tokens, types, strict=False))
+
+
+def _type(text: str, given: int) -> int:
+    if text in _SHOWN:
+        return TokenType.USER_DEFINED
+    return TokenType.CONTROL if text in _CONTROL_NAMES else given
 
 
 def _merges(lines: Any) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 
@@ -17,8 +17,12 @@ from .quantized_states import FloatRooms
 __all__ = ["GrowingCache", "growing_cache", "layer_bytes"]
 
 
+_WHOLE = DynamicLayer, DynamicSlidingWindowLayer
+"""Layers of which all tokens are kept: those with a window too, so that a conversation can go back."""
+
+
 class GrowingCache(DynamicCache):
-    """A conversation's. Its layers of other kinds, with windows or linear attention, are Transformers' own.
+    """A conversation's. Its layers of other kinds, such as linear attention's, are Transformers' own.
 
     In a *fixed* step, one of a single token, everything stays where it is: keys and values are written at a position
     that is read on the device, and attention is given all the room there is and the length, on the device as well.
@@ -85,9 +89,9 @@ def growing_cache(
     for place, layer in enumerate(cache.layers):
         if place < len(own) and own[place] is not None:
             cache.layers[place] = own[place]
-        elif type(layer) is DynamicLayer and kv_cache_type == "q8_0":
+        elif type(layer) in _WHOLE and kv_cache_type == "q8_0":
             cache.layers[place] = QuantizedLayer(most_tokens, floats)
-        elif type(layer) is DynamicLayer:
+        elif type(layer) in _WHOLE:
             cache.layers[place] = GrowingLayer(getattr(torch, dtype) if dtype else None, most_tokens)
     return cache
 

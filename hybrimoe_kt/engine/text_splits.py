@@ -2,7 +2,7 @@
 
 The patterns mean what llama.cpp's mean, which is now and then less than the model's own tokenizer does: it counts every
 letter beyond ASCII as both upper and lower case (`tekken`, `gpt-4o`, `minimax-m2`, `kimi-k2`), and combining marks of
-these four as no part of a word.
+these four as no part of a word; to `youtu`, `tiny_aya` and `cohere2moe` all letters are both, ASCII's too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class TextSplit:
     """A word that is a token is that token, whatever merges would make of it."""
     adds_bos: bool = False
     """Texts begin with the BOS token unless the file says otherwise."""
+    merges_bytes: bool = True
+    """What is merged are bytes; else characters, a space written U+2581, and bytes of characters that are no token."""
 
 
 _CONTRACTION = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
@@ -30,21 +32,35 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(
-    letters: str = r"\p{L}", *, digits: str, signs: str = r"\s\p{L}\p{N}", contraction: str = _CONTRACTION
+    letters: str = r"\p{L}",
+    *,
+    digits: str,
+    signs: str = r"\s\p{L}\p{N}",
+    contraction: str = _CONTRACTION + "|",
+    spaces: str = _SPACES,
 ) -> str:
     """Contractions, words with the sign before them, numbers, signs with the line ends after them, white space."""
-    return rf"{contraction}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{digits}| ?[^{signs}]+[\r\n]*|{_SPACES}"
+    return rf"{contraction}[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{digits}| ?[^{signs}]+[\r\n]*|{spaces}"
 
 
 _GPT2 = rf"{_LOWER_CONTRACTION}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-_NOT_LOWER, _NOT_UPPER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
+_OPTIONAL = f"(?:{_CONTRACTION})?"
 
 
-def _cased(digits: str, contraction: str = "") -> str:
+def _cased(digits: str, contraction: str = "", letters: str = r"\p{L}") -> str:
     """Words cut where an upper case letter follows a lower case one."""
+    not_lower, not_upper = f"[{letters}&&[^a-z]]", f"[{letters}&&[^A-Z]]"
     return (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}*{_NOT_UPPER}+{contraction}"
-        rf"|[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}+{_NOT_UPPER}*{contraction}"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{not_lower}*{not_upper}+{contraction}"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{not_lower}+{not_upper}*{contraction}"
+        rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    )
+
+
+def _marked(digits: str) -> str:
+    """Words with their combining marks, whatever their case."""
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_OPTIONAL}"
         rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
     )
 
@@ -76,14 +92,27 @@ _GLM4 = TextSplit(_LLAMA3.patterns, ignore_merges=True)
 _LLAMA3_WHOLE = TextSplit(_LLAMA3.patterns, ignore_merges=True, adds_bos=True)
 _GPT2_SPLIT = TextSplit((_GPT2,))
 _GPT2_DIGITS = TextSplit((r"\p{N}", _GPT2))
-_GPT4O = TextSplit((_cased("{1,3}", f"(?:{_CONTRACTION})?"),))
-_DEEPSEEK_V3 = TextSplit(
-    (
-        r"\p{N}{1,3}",
-        _HAN_AND_KANA + "+",
-        r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+_GPT4O = TextSplit((_cased("{1,3}", _OPTIONAL),))
+_SIGNED_WORDS = r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
+_DEEPSEEK_V3 = TextSplit((r"\p{N}{1,3}", _HAN_AND_KANA + "+", rf"{_SIGNED_WORDS}[\r\n]*|{_SPACES}"))
+# Digits by three, counted from the right, together with what stands before them.
+_THREES = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+_ASIAN = _ranges(
+    "4E00-9FFF 3400-4DBF F900-FAFF 3040-309F 30A0-30FF FF65-FF9F 2F00-2FDF E40-E7F E80-EFF 1780-17FF 1000-109F "
+    "AA60-AA7F A9E0-A9FF AC00-D7AF 1100-11FF"
+)
+_YOUTU_SCRIPTS = "|".join(
+    _ranges(text) + "+"
+    for text in (
+        "AC00-D7A3 3131-318E",
+        "FF01 2026 201C 201D 2018 2019 2014 FF1A FF1B FF0C 3001-303F FE30-FE4F",
+        "3105-312F",
+        "4E00-9FA5 3040-309F 30A0-30FF",
     )
 )
+_STOPS = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{964}\x{6D4}\x{60C})]+"
+_TINY_AYA = TextSplit((_THREES, _marked("{1,3}")))
+_LINES = r"[^\n]+|\n+"
 _BAILING = TextSplit(
     (
         rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
@@ -110,10 +139,58 @@ TEXT_SPLITS: dict[str, TextSplit] = {
         )
     ),
     "seed-coder": _SEED_CODER,
+    "afmoe": TextSplit((_THREES, _ASIAN + "+", rf"{_SIGNED_WORDS}[\r\n]*|{_SPACES}")),
+    "exaone-moe": TextSplit(
+        (
+            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "laguna": TextSplit((_LINES, *_QWEN2.patterns)),
+    "ufakzeka": TextSplit((_words(digits="", contraction=""),)),
+    "youtu": TextSplit((_YOUTU_SCRIPTS, _marked("")), ignore_merges=True),
+    "spark2_5": TextSplit(
+        (
+            r"\p{N}{1,3}",
+            _HAN_AND_KANA + "+",
+            rf"{_SIGNED_WORDS}|[\r\n]|\s+(?!\S)|\s+",
+            r"\p{N}",
+        )
+    ),
+    "granite-embed-multi-97m": TextSplit(
+        (_cased("{1,3}", _OPTIONAL, letters=r"\p{L}\p{M}"),), ignore_merges=True
+    ),
+    "jais-2": TextSplit(
+        (
+            _words(
+                digits="{1,3}",
+                spaces=r"\s*[\r\n]+|"
+                + "|".join(rf"\s{{{size}}}(?!\S)" for size in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+                + r"|\s",
+            ),
+        )
+    ),
+    "superbpe": TextSplit((r"\p{N}+", r"[\s\S]+?(?=(?:[0-9]{3})+(?![0-9]))")),
+    "chameleon": TextSplit(
+        (
+            "<sentinel:[0-9]+>",
+            "IMGIMG[A-I]{1,4}Z",
+            r"[\t\n]|    |  ",
+            r"\p{N}",
+            r"[\p{P}!-/:-@\[-`{-~]",
+            _GPT2,
+        ),
+        adds_bos=True,
+    ),
+    "viking": TextSplit((_STOPS, r"\p{N}")),
+    "sarvam-moe": TextSplit((_LINES,), merges_bytes=False),
+    "gemma4": TextSplit((_LINES,), adds_bos=True, merges_bytes=False),
     "minicpm5": TextSplit((r"\p{N}{1,3}", _words(digits="+")), ignore_merges=True),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                      "jina-v5-nano"), _LLAMA3_WHOLE),
-    "glm4": _GLM4,
+    **dict.fromkeys(("glm4", "glm5"), _GLM4),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), TextSplit((_STOPS,))),
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), _TINY_AYA),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open",
                      "grok-2"), _QWEN2),
@@ -126,4 +203,7 @@ TEXT_SPLITS: dict[str, TextSplit] = {
                      "jina-v1-en", "jina-v2-code", "roberta-bpe"), _GPT2_SPLIT),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
 }  # fmt: skip
-"""By the name a file gives; names that llama.cpp knows and that are missing here are of models that do not run here."""
+"""By the name a file gives: all that llama.cpp knows but `whitespace`, `mmbert` and `granite-embed-multi-311m`.
+
+Those three are of models that write nothing.
+"""

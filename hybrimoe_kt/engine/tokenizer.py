@@ -16,6 +16,7 @@ from hybrimoe_kt.weights.checkpoint import Checkpoint
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .byte_level import byte_level_backend
+from .character_level import character_level_backend
 from .file_vocabulary import FileVocabulary, TokenType
 from .sentencepiece import sentencepiece_backend, split_into_pieces
 from .text_splits import TEXT_SPLITS, TextSplit
@@ -47,7 +48,8 @@ def _from_gguf(file: GgufFile) -> PreTrainedTokenizerBase:
         backend, adds_bos = sentencepiece_backend(vocabulary), True
     else:
         split = _text_split(file, vocabulary)
-        backend, adds_bos = byte_level_backend(vocabulary, split), split.adds_bos
+        build = byte_level_backend if split.merges_bytes else character_level_backend
+        backend, adds_bos = build(vocabulary, split), split.adds_bos
     typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
     hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
     backend.add_special_tokens([AddedToken(text, normalized=False) for text, kind in typed if kind in hidden])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat_template import chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseParts, response_format, response_parts
+from .response_format import ResponseFormat, ResponseParts, response_format
 from .spelling import Spelling
 from .token_bytes import TokenBytes
 
@@ -34,6 +34,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self._tokenizer, self._model = tokenizer, model
+        self.default_options: Mapping[str, Any] = {}
+        """What the chat template reads where a conversation comes without."""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,8 @@ class Vocabulary:
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
-        return chat_prompt(self._tokenizer, messages, tools, template_options)
+        options = {**self.default_options, **(template_options or {})}
+        return chat_prompt(self._tokenizer, messages, tools, options, calls=self._format.calls)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text that the model is to go on with."""
@@ -84,10 +87,19 @@ class Vocabulary:
         return template_takes(self._tokenizer, option)
 
     @property
+    def writes_think(self) -> bool:
+        """Whether thoughts, where there are any, stand between `<think>` and `</think>`."""
+        return self._format.writes_think
+
+    @property
     def takes_tools(self) -> bool:
         """Whether both the chat template and the notation of answers have tool calls."""
-        return self.takes("tools") and response_format(self._tokenizer, self._model, calls=True) is not None
+        return self.takes("tools") and self._format.has_calls
 
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
-        return response_parts(self._tokenizer, self._model, prompt, tools)
+        return self._format.parts(self._tokenizer, prompt, tools)
+
+    @property
+    def _format(self) -> ResponseFormat:
+        return response_format(self._tokenizer, self._model)

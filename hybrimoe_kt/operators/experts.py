@@ -11,12 +11,14 @@ from torch import nn
 
 from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.errors import ConfigError, HostCompatibilityError, ModelError
+from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 from hybrimoe_kt.runtime import Job, ModelExperts, Routed, Runtime
 from hybrimoe_kt.runtime.step_pieces import StepPieces
 
 __all__ = ["HybriMoEExperts"]
 
+_WIDTHS, _INNER_WIDTHS = ("hidden_dim", "hidden_size"), ("intermediate_dim", "intermediate_size")
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -50,14 +52,12 @@ class HybriMoEExperts(nn.Module):
             raise ConfigError(
                 f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number"
             )
-        if not all(hasattr(orig_module, name) for name in ("num_experts", "hidden_dim", "intermediate_dim")):
+        hidden, inter = _first_of(orig_module, _WIDTHS), _first_of(orig_module, _INNER_WIDTHS)
+        if not hasattr(orig_module, "num_experts") or hidden is None or inter is None:
             raise ConfigError(
                 f"{key}: HybriMoEExperts replaces a layer's routed experts (`...mlp.experts`), "
                 f"found {type(orig_module).__name__}"
             )
-        activation = getattr(config, "hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise ModelError(f"{key}: experts with activation {activation!r} are not supported; silu is")
         self.layer = int(match[1])
         self.runtime: Runtime | StepPieces | None = None
         self._logits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
@@ -66,9 +66,9 @@ class HybriMoEExperts(nn.Module):
             gguf_loader.layer_experts(
                 self.layer,
                 num_experts=orig_module.num_experts,
-                top_k=config.num_experts_per_tok,
-                hidden=orig_module.hidden_dim,
-                inter=orig_module.intermediate_dim,
+                top_k=_first_of(config, _TOP_K),
+                hidden=hidden,
+                inter=inter,
             ),
             _accelerator(options.accelerator, generate_device),
         )
@@ -110,6 +110,11 @@ class HybriMoEExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
+
+
+def _first_of(owner: object, names: tuple[str, ...]) -> Any:
+    """The first attribute of these names that is there, None without one."""
+    return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
 
 
 def _accelerator(name: str, generate_device: str | None) -> str:

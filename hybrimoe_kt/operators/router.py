@@ -79,7 +79,9 @@ class FusedRouter(Adopted):
             answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().forward(hidden_states, *inputs)
             return answer
         rows, weight = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
-        logits = logits_of(rows, weight) if form.is_wide else functional.linear(rows.to(weight.dtype), weight)
+        added = getattr(self, "bias", None)
+        logits = logits_of(rows, weight) if form.is_wide else functional.linear(rows.to(weight.dtype), weight, added)
+        logits = logits + added if form.is_wide and added is not None else logits
         ranking = replace(form.ranking, rounded_to=hidden_states.dtype) if form.rounds else form.ranking
         weights, ids, self.probabilities = choose(logits, ranking, _bias_of(self, inputs))
         return logits, weights, ids
@@ -113,6 +115,8 @@ class FusedRouter(Adopted):
 
         def stock(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             router.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            if isinstance(getattr(router, "bias", None), torch.Tensor):
+                router.bias = nn.Parameter(router.bias.to(dtype), requires_grad=False)
             answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.forward_of(
                 router, hidden.to(dtype), *further
             )
@@ -121,7 +125,8 @@ class FusedRouter(Adopted):
         logits, weights, ids = stock(torch.float32)
         if not logits.is_floating_point():  # Granite's, which gave ids first up to Transformers 5.20
             return None
-        if not torch.allclose(logits, functional.linear(hidden, weight), rtol=1e-5, atol=1e-5):
+        added = getattr(router, "bias", None)
+        if not torch.allclose(logits, functional.linear(hidden, weight, added), rtol=1e-5, atol=1e-5):
             return None
         found = choice_of(
             logits.float(),
@@ -136,7 +141,7 @@ class FusedRouter(Adopted):
             return None
         half = torch.bfloat16
         narrow_logits, narrow_weights, _ = stock(half)
-        halves = hidden.to(half), weight.to(half)
+        halves = [value.to(half) for value in (hidden, weight, added) if value is not None]
         narrow, wide = functional.linear(*halves).float(), functional.linear(*(value.float() for value in halves))
         is_wide = torch.equal(narrow_logits.float(), wide)
         if not is_wide and not torch.equal(narrow_logits.float(), narrow):

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from hybrimoe_kt.engine.events import Answer, Event, Finished, TextDelta, ToolCall
 from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.thinking import switch_options, takes_thinking
 
 from .errors import ApiError, Json, as_api_error
 from .logprobs import ShownLogprobs
@@ -112,11 +113,13 @@ def _check_model(service: Service, name: str) -> None:
 def _thinking(service: Service, think: bool | str | None) -> dict[str, Any]:
     if think is None:
         return {}
-    if not service.engine.vocabulary.takes("enable_thinking"):
-        if think is False:
-            return {}
+    takes = service.engine.vocabulary.takes
+    options = switch_options(takes, is_on=bool(think))
+    if takes("reasoning_effort") and isinstance(think, str):
+        return {**(options or {}), "reasoning_effort": think}
+    if options is None and think and not takes_thinking(takes):
         raise ApiError(400, f"{service.model_name!r} does not support thinking")
-    return {"enable_thinking": bool(think)}
+    return options or {}
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -130,7 +133,11 @@ def _message(message: Message) -> dict[str, Any]:
         shown["name"] = message.tool_name
     if message.tool_calls:
         shown["tool_calls"] = [
-            {"type": "function", "function": {"name": call.function.name, "arguments": call.function.arguments or {}}}
+            {
+                **({"id": call.id} if call.id else {}),
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments or {}},
+            }
             for call in message.tool_calls
         ]
     return shown
@@ -223,7 +230,8 @@ def _in_response(*, text: str = "", thoughts: str = "", calls: list[Any] | None 
 
 
 def _shown_call(call: ToolCall) -> dict[str, Any]:
-    return {"function": {"name": call.name, "arguments": dict(call.arguments)}}
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    return {"id": call.id, "function": function} if call.id else {"function": function}
 
 
 def _ending(reason: str, run: Mapping[str, Any], began: float) -> dict[str, Any]:
@@ -262,7 +270,7 @@ def _shown_details(service: Service, started: str) -> dict[str, Any]:
     family = info.architecture
     capabilities = ["completion"]
     capabilities += ["tools"] if service.takes_tools else []
-    capabilities += ["thinking"] if service.engine.vocabulary.takes("enable_thinking") else []
+    capabilities += ["thinking"] if takes_thinking(service.engine.vocabulary.takes) else []
     return {
         "modelfile": f"FROM {service.model_name}",
         "parameters": "",

@@ -45,6 +45,7 @@ class CalledFunction(_Model):
 class ToolCall(_Model):
     """A tool call in an assistant's earlier message."""
 
+    id: str | None = None
     function: CalledFunction
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.thinking import SWITCHES, effort_options, switch_options
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 
 from .errors import ApiError
@@ -21,8 +22,7 @@ def chat_input(request: ChatRequest, service: Service) -> ChatInput:
     _refuse(request)
     tools = [] if request.tool_choice == "none" else request.tools or []
     options = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        options |= _effort(request.reasoning_effort, service.engine.vocabulary)
+    options |= _thinking(request, service.engine.vocabulary)
     return ChatInput(
         messages=[_message(number, message) for number, message in enumerate(request.messages)],
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
@@ -31,18 +31,25 @@ def chat_input(request: ChatRequest, service: Service) -> ChatInput:
     )
 
 
-def _effort(effort: str, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What the chat template is to know of it; "medium" is what a model does that has no such choice."""
-    if vocabulary.takes("reasoning_effort"):
-        return {"reasoning_effort": effort}
-    if effort == "none" and vocabulary.takes("enable_thinking"):
-        return {"enable_thinking": False}
-    if effort in ("medium", ""):
-        return {}
-    raise ApiError(
-        400, f"reasoning_effort {effort!r} is not supported: this model's chat template has no such option",
-        param="reasoning_effort", code="unsupported_parameter",
-    )  # fmt: skip
+def _thinking(request: ChatRequest, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What the chat template is to know of how the model thinks."""
+    options: dict[str, Any] = {}
+    if (effort := request.reasoning_effort) is not None:
+        options |= _known("reasoning_effort", effort, effort_options(vocabulary.takes, effort))
+    for name in SWITCHES:
+        if (wanted := getattr(request, name)) is not None:
+            is_on = wanted if isinstance(wanted, bool) else wanted.type == "enabled"
+            options |= _known(name, is_on, switch_options(vocabulary.takes, is_on=is_on))
+    return options
+
+
+def _known(name: str, value: Any, options: dict[str, Any] | None) -> dict[str, Any]:
+    if options is None:
+        raise ApiError(
+            400, f"{name} {value!r} is not supported: this model's chat template has no such option",
+            param=name, code="unsupported_parameter",
+        )  # fmt: skip
+    return options
 
 
 def _message(number: int, message: Message) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Reply:
         self._num_calls += 1
         arguments = json.dumps(call.arguments, ensure_ascii=False)
         function = {"name": call.name, "arguments": arguments}
-        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+        return {"id": call.id or f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
     def _told(self, text: str, sampled: Sequence[Sampled]) -> dict[str, Any]:
         if self._is_chat:

@@ -105,6 +105,12 @@ class _Request(_Model):
     ignore_eos: bool | None = None
 
 
+class Thinking(_Model):
+    """Whether to think, as some services spell it."""
+
+    type: Literal["enabled", "disabled"]
+
+
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
@@ -116,6 +122,8 @@ class ChatRequest(_Request):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking: bool | Thinking | None = None
 
 
 class CompletionRequest(_Request):

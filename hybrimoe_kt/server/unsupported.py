@@ -85,13 +85,13 @@ OPENAI = (
     Unsupported(("lora", "logits_processors", "allowed_token_ids"), _LOADED),
     Unsupported(("chat_template", "documents", "continue_final_message", "truncate_prompt_tokens"), _PROMPT),
     Unsupported(("add_generation_prompt",), _PROMPT, _is(True)),
-    Unsupported(("enable_thinking", "thinking"), _THINKS, lambda _: False),
     Unsupported(("reasoning_budget", "thinking_budget_tokens"), _THINKS, _is(-1)),
     Unsupported(("reasoning_format",), _SHAPE, _is("auto", "deepseek")),
     Unsupported(("reasoning_in_content", "include_stop_str_in_output", "return_tokens_as_token_ids"), _SHAPE),
     Unsupported(("skip_special_tokens", "parse_tool_calls", "include_reasoning"), _SHAPE, _is(True)),
     Unsupported(("echo",), _OTHERS),
     Unsupported(("tools", "chat_template_kwargs", "reasoning_effort", "top_logprobs"), _OTHERS),
+    Unsupported(("enable_thinking", "thinking"), _OTHERS, lambda _: False),
 )  # fmt: skip
 """Of OpenAI's interface, also as llama.cpp's and vLLM's servers speak it; an endpoint's own fields are not asked."""
 

@@ -13,7 +13,7 @@ __all__ = ["ExpertLayer", "expert_layers", "is_expert_tensor", "num_layers"]
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down(?:_exps|\.0)\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.(nextn\.)?")
-_EXPERT = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)(?:_exps|\.\d+)\.weight")
+_EXPERT = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)(?:_exps\.(?:weight|bias)|\.\d+\.weight)")
 
 
 class ExpertLayer(NamedTuple):

@@ -41,7 +41,7 @@ def bring_in(layers: Sequence[LayerExperts], dense: Sequence[torch.Tensor] = (),
             return done
         done += data.numel()
     for layer in _shown(layers, progress):
-        for matrix in layer.matrices:
+        for matrix in layer.tensors.values():
             if not _populate(matrix.data.data_ptr(), matrix.data.numel()):
                 return done
             done += matrix.data.numel()

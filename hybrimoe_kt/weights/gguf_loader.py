@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from hybrimoe_kt.device.experts import ROLES, ExpertMatrix, LayerExperts
+from hybrimoe_kt.device.experts import FLOAT32, ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
 from hybrimoe_kt.quants import TYPES, row_bytes
 
+from .expert_layers import ExpertLayer
 from .gguf_file import GgufFile, GgufTensor
+from .lazy import values_of
 
 __all__ = ["GgufLoader"]
 
@@ -27,9 +31,12 @@ class GgufLoader:
     llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
     """
 
-    def __init__(self, file: GgufFile, find_packed: FindPacked | None = None) -> None:
-        """`find_packed(parameter, shape)` gives a dense matrix as it stands, or says why not; without it none is."""
-        self.file, self._find_packed = file, find_packed
+    def __init__(self, file: GgufFile, find_packed: FindPacked | None = None, form: ExpertForm = SWIGLU) -> None:
+        """`form` is its experts'.
+
+        `find_packed(parameter, shape)` gives a dense matrix as it stands, or says why not; without it none is.
+        """
+        self.file, self._find_packed, self._form = file, find_packed, form
         self.packed: dict[str, PackedMatrix] = {}
         """Every tensor handed out to stay as it is, by its name."""
         self.dequantised: dict[str, str] = {}
@@ -40,17 +47,39 @@ class GgufLoader:
 
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts in place; ModelError when the file lacks or contradicts them."""
-        tensors = {role: self._stacked(layer, role, num_experts) for role in ROLES}
-        self._check_shapes(tensors, num_experts, hidden, inter)
-        matrices = {role: _matrix(tensor) for role, tensor in tensors.items()}
-        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+        shape = ExpertLayer(layer, num_experts, top_k, hidden, inter)
+        return self._layer(shape, self._stacked, _matrix, _values)
 
     def layer_outline(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return what `layer_experts` does but without weights: on the meta device, read from the header alone."""
-        tensors = {role: self._without_data(layer, role, num_experts) for role in ROLES}
+        shape = ExpertLayer(layer, num_experts, top_k, hidden, inter)
+        return self._layer(shape, self._without_data, _outline, lambda bias: _outline(replace(bias, ggml_type=FLOAT32)))
+
+    def _layer(
+        self,
+        shape: ExpertLayer,
+        find: Callable[[int, str, int], GgufTensor],
+        matrix: Callable[[GgufTensor], ExpertMatrix],
+        bias: Callable[[GgufTensor], ExpertMatrix],
+    ) -> LayerExperts:
+        """`find` gives one role's tensor of a layer and number of experts."""
+        layer, num_experts, hidden, inter = shape.layer, shape.num_experts, shape.hidden, shape.inter
+        roles = ROLES if self._form.is_gated else ROLES[1:]
+        tensors = {role: find(layer, role, num_experts) for role in roles}
         self._check_shapes(tensors, num_experts, hidden, inter)
-        matrices = {role: _outline(tensor) for role, tensor in tensors.items()}
-        return LayerExperts(layer, num_experts, top_k, hidden, inter, **matrices)
+        named = {role: matrix(tensor) for role, tensor in tensors.items()}
+        biases = [self.file.tensors.get(f"blk.{layer}.ffn_{role}_exps.bias") for role in roles]
+        there = [found.name for found in biases if found is not None]
+        if there and len(there) < len(roles):
+            raise ModelError(f"{self.file.path}: {', '.join(there)} without biases of the experts' other matrices")
+        return LayerExperts(
+            *shape,
+            named.get("gate"),
+            named["up"],
+            named["down"],
+            self._form,
+            tuple(bias(_row_each(found)) for found in biases if found is not None),
+        )
 
     def packed_weight(
         self, parameter: str, shape: tuple[int, ...], refuses: Callable[[PackedWeight], str | None] | None = None
@@ -144,6 +173,20 @@ class GgufLoader:
                 f"{first.type_name} {list(first.shape)}; the experts of a layer must be alike"
             )
         return parts
+
+
+def _row_each(tensor: GgufTensor) -> GgufTensor:
+    """Biases `[num_experts, features]` as a matrix of one row for each expert."""
+    return replace(tensor, shape=(tensor.shape[0], 1, *tensor.shape[1:]))
+
+
+def _values(tensor: GgufTensor) -> ExpertMatrix:
+    """As float32: in place where it is that."""
+    if tensor.ggml_type == FLOAT32:
+        return _matrix(tensor)
+    num_experts, rows, columns = tensor.shape
+    values = values_of(tensor, torch.float32, torch.device("cpu")).reshape(num_experts, -1)
+    return ExpertMatrix(values.contiguous().view(torch.uint8), FLOAT32, rows, columns)
 
 
 def _matrix(tensor: GgufTensor) -> ExpertMatrix:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrimoe_kt.kernels.between import PLAIN, Between
 from hybrimoe_kt.kernels.configs import DecodeConfig
 from hybrimoe_kt.kernels.quants.dispatch import unit_dots, values_per_unit
 from hybrimoe_kt.kernels.workspace import MatrixInSlot
@@ -31,8 +32,10 @@ def decode_down_kernel(
     o1,
     o2,
     o3,
+    down_bias,
     out,
     CLEARS: tl.constexpr,
+    BIASED: tl.constexpr,
     DOWN: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -44,6 +47,7 @@ def decode_down_kernel(
     rows = tl.minimum(row, hidden - 1)[:, None]
     num_units = inter // values_per_unit(DOWN)
     total = tl.zeros([ROWS, UNITS], tl.float32)
+    biases = tl.zeros([ROWS], tl.float32)
     for place in range(0, top_k):
         pair = token * top_k + place
         slot = tl.load(pair_slot + pair)
@@ -61,8 +65,13 @@ def decode_down_kernel(
                     DOWN, FORM, mem, tables, o0, o1, o2, o3, rows, inside, inter, pair_x, pair_xq, pair_xs, pair_xm
                 )
                 total += tl.where(unit < num_units, weight * dots, 0.0)
+            if BIASED:
+                bias_at = (mem + down_bias).to(tl.pointer_type(tl.float32)) + tl.minimum(row, hidden - 1)
+                biases += weight * tl.load(bias_at)
     out_at = out + token * hidden + row
     answer = tl.sum(total, axis=1)
+    if BIASED:
+        answer += biases
     if not CLEARS:
         answer += tl.load(out_at, mask=row < hidden, other=0.0)
     tl.store(out_at, answer, mask=row < hidden)
@@ -80,6 +89,7 @@ def decode_down(
     config: DecodeConfig,
     *,
     clears: bool = False,
+    between: Between = PLAIN,
 ) -> None:
     """Add the weighted sum over pairs that have a slot to `out` float32 `[T, H]`, or write it there: `clears`.
 
@@ -103,8 +113,10 @@ def decode_down(
         down.columns,
         down.rows,
         *down.offsets,
+        between.down_bias,
         out,
         CLEARS=clears,
+        BIASED=between.is_biased,
         DOWN=down.type.number,
         FORM=config.form,
         ROWS=config.rows,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrimoe_kt.kernels.between import PLAIN, Between
 from hybrimoe_kt.kernels.configs import PrefillConfig
 from hybrimoe_kt.kernels.quants.dispatch import step_columns, step_tiles
 from hybrimoe_kt.kernels.workspace import MatrixInSlot
@@ -27,8 +28,10 @@ def prefill_down_kernel(
     o1,
     o2,
     o3,
+    down_bias,
     answers,
     DOWN: tl.constexpr,
+    BIASED: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -52,6 +55,8 @@ def prefill_down_kernel(
         w_low, w_high = step_tiles(DOWN, FORM, mem, tables, o0, o1, o2, o3, rows, step, inter)
         total = tl.dot(w_low.to(x_low.dtype), x_low, total)
         total = tl.dot(w_high.to(x_low.dtype), x_high, total)
+    if BIASED:
+        total += tl.load((mem + down_bias).to(tl.pointer_type(tl.float32)) + rows)[:, None]
     features = hidden // 8 * 8
     at = (place * features)[:, None] + row[None, :]  # [PAIRS, ROWS]
     tl.store(answers + at, tl.trans(total), mask=(pair >= 0)[:, None] & (row < features)[None, :])
@@ -66,8 +71,9 @@ def prefill_down(
     act: torch.Tensor,
     answers: torch.Tensor,
     config: PrefillConfig,
+    between: Between = PLAIN,
 ) -> None:
-    """Write `down act` to the rows of `answers` float32 `[T * K, H]` that `pairs` names; others are left alone.
+    """Write `down act` and the bias, if any, to the rows of `answers` float32 `[T * K, H]` that `pairs` names.
 
     `pairs`, `slots` and `act [T * K, inter]` as prefill_gate_up had and wrote them.
     """
@@ -82,8 +88,10 @@ def prefill_down(
         down.columns,
         down.rows,
         *down.offsets,
+        between.down_bias,
         answers,
         DOWN=down.type.number,
+        BIASED=between.is_biased,
         FORM=config.form,
         ROWS=config.rows,
         PAIRS=config.pairs,

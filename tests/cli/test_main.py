@@ -242,6 +242,11 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 
 
+def test_an_effort_that_the_model_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, "--prompt", "hi", "--reasoning_effort", "high")
+    assert "--reasoning_effort high: the chat template of" in said and "has no such option" in said
+
+
 @needs_full
 def test_output_that_cannot_be_written_is_one_sentence(
     engine: FakeEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

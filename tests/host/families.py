@@ -151,6 +151,10 @@ FAMILIES: dict[str, Family] = {
         residual_multiplier=0.7,
         logits_scaling=2.0,
     ),
+    "gpt-oss": _family(
+        "gpt_oss", _LOCAL_EXPERTS, num_hidden_layers=4, head_dim=64, sliding_window=32,
+        rope_parameters=_YARN | {"truncate": False}, rms_norm_eps=1e-5,
+    ),
     "granitemoeshared": _family(
         "granitemoeshared",
         _LOCAL_EXPERTS,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hybrimoe_kt.engine.chat_template import chat_prompt, template_takes
+from hybrimoe_kt.engine.notations import CALLS as NOTATIONS
 from hybrimoe_kt.errors import ConfigError, ModelError
 from tests.server.scripted import byte_tokenizer
 from tests.support.generated_model import GeneratedModel, Shape
@@ -90,6 +91,101 @@ TOOL = {"type": "function", "function": FUNCTION}
 def test_tools_come_in_the_form_that_the_template_reads(read: str, wanted: str) -> None:
     template = "{% for t in tools or [] %}" + read + "{% endfor %}"
     assert shown(template, [{"role": "user", "content": "hi"}], tools=[TOOL]) == wanted
+
+
+WEATHER = {"name": "weather", "arguments": {"place": "Z\u00fcrich", "sunny": True}}
+TIME = {"name": "time", "arguments": {}}
+
+
+def called(*functions: dict[str, Any], content: str = "I look.") -> list[dict[str, Any]]:
+    """A question, an answer with calls, and their results, the last one first."""
+    calls = [{"id": f"of {one['name']}", "type": "function", "function": one} for one in functions]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": f"<{call['id']}>"} for call in calls]
+    return [
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": content, "tool_calls": calls},
+        *reversed(results),
+    ]
+
+
+RESULTS = "{% elif m.role == 'tool' %}({{ m.name }} {{ m.tool_call_id }}: {{ m.content }}){% endif %}"
+CALLS = "{% for c in m.tool_calls %}[{{ c.function.name }} {{ ARGUMENTS }}]{% endfor %}"
+TURNS = "{% for m in messages %}{% if m.tool_calls %}{{ m.content or '' }}" + CALLS + RESULTS + "{% endfor %}"
+AS_OBJECT = TURNS.replace("ARGUMENTS", "c.function.arguments | tojson")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        AS_OBJECT,
+        TURNS.replace("ARGUMENTS", "c.function.arguments"),
+        TURNS.replace("{{ ARGUMENTS }}", "{{ '' + c.function.arguments }}"),
+    ],
+    ids=["an object", "any text", "a text"],
+)
+def test_arguments_are_what_the_template_reads(template: str) -> None:
+    shown_as = 'I look.[weather {"place": "Z\u00fcrich", "sunny": true}][time {}](time of time: <of time>)'
+    assert shown(template, called(WEATHER, TIME)) == shown_as + "(weather of weather: <of weather>)"
+
+
+def test_calls_that_are_shown_without_content_alone_go_without() -> None:
+    template = AS_OBJECT.replace("{% if m.tool_calls %}", "{% if m.content is none and m.tool_calls %}")
+    assert shown(template, called(TIME, content="")) == "[time {}](time of time: <of time>)"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("granite", '<|tool_call|>[{"name": "weather", "arguments": {"place": "Z\u00fcrich", "sunny": true}}]'),
+        ("lfm2-list", '<|tool_call_start|>[weather(place="Z\u00fcrich", sunny=True)]<|tool_call_end|>'),
+    ],
+)
+def test_calls_that_the_template_leaves_out_are_written_into_the_content(name: str, wanted: str) -> None:
+    text = shown(TEXT, called(WEATHER), calls=NOTATIONS[name])
+    assert f"[assistant] I look.{wanted} [tool]" in text
+
+
+REFUSES = "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call at once') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        AS_OBJECT.replace("in m.tool_calls", "in m.tool_calls[:1]"),
+        AS_OBJECT.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}" + REFUSES),
+    ],
+    ids=["the first call alone", "no more than one"],
+)
+def test_calls_come_one_by_one_where_a_turn_has_one(template: str) -> None:
+    text = 'I look.[weather {"place": "Z\u00fcrich", "sunny": true}](weather of weather: <of weather>)'
+    assert shown(template, called(WEATHER, TIME)) == text + "[time {}](time of time: <of time>)"
+
+
+def test_results_stand_within_the_turn_of_their_calls_where_they_are_read_there() -> None:
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}" + CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
+        + "{% for r in m.tool_responses or [] %}({{ r.name }}: {{ r.response }}){% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )  # fmt: skip
+    assert shown(template, called(TIME)) == "Well?[time {}](time: <of time>)"
+
+
+def test_ids_are_such_that_the_template_takes_them() -> None:
+    text = shown(AS_OBJECT.replace("[{{", "[{{ c.id }} {{"), called(WEATHER, TIME), calls=NOTATIONS["kimi"])
+    assert "[functions.weather:0 weather" in text and "(time functions.time:1: <of time>)" in text
+
+
+def test_thoughts_come_under_the_name_that_the_template_reads() -> None:
+    turns = [{"role": "assistant", "content": "four", "reasoning_content": "2 + 2"}]
+    for name in ("reasoning_content", "thinking", "reasoning", "tool_plan"):
+        template = "{% for m in messages %}{{ m." + name + " }}: {{ m.content }}{% endfor %}"
+        assert shown(template, turns) == "2 + 2: four"
+
+
+def test_a_tool_has_a_description_where_the_template_cannot_do_without() -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name + ':' + t.function.description }}{% endfor %}"
+    bare = {"type": "function", "function": {"name": "time"}}
+    assert shown(template, [{"role": "user", "content": "hi"}], tools=[bare, TOOL]) == "time:weather:Tells it"
 
 
 def test_an_option_is_one_that_the_template_reads_not_one_that_it_mentions() -> None:

@@ -133,6 +133,28 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_the_engine_answers_alike_however_the_text_is_cut(converted: Callable[[str], Path], name: str) -> None:
+    """By graphs where layers are any, else by modules; longer than windows, and after going back."""
+    text = random.Random(11).choices(range(250), k=60)
+    wanted = logits_of(random_model(name), text)
+    span = wanted.max() - wanted.min()
+    options = {"cpu_backend": "torch_reference", "accelerator": "none"}
+    engine = TokenGenerator(
+        load_model(converted(name), option_overrides=options, progress=False, kv_cache_type="f32"), set()
+    )
+    for size in (1, 40):
+        engine.reset()
+        for at in range(0, len(text), size):
+            piece = text[at : at + size]
+            logits = engine.append(piece)
+            assert (logits - wanted[at + len(piece) - 1]).abs().max() <= 1e-3 * span, (size, at)
+    list(engine.tokens([*text[:50], *(7, 8) * 5], Sampling(max_new_tokens=2, temperature=0)))
+    engine._reuse(text)
+    logits = engine.append(text[len(engine._cached_ids) :])
+    assert (logits - wanted[-1]).abs().max() <= 1e-3 * span, "after going back"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_configuration_of_the_directory_gives_the_same_model(converted: Callable[[str], Path], name: str) -> None:
     """`--model_path` and the metadata alone describe one model."""
     file = converted(name)

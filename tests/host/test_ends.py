@@ -37,10 +37,24 @@ def engine_of(model: GeneratedModel) -> Engine:
         ("<\uff5cend\u2581of\u2581sentence\uff5c>", {"eos_token_id": 256}),
         ("[EOT]", {"eos_token_id": 256}),
         ("[e~[", {"eos_token_id": 256}),
+        ("<|call|>", {"eos_token_id": 256}),
+        ("<turn|>", {"eos_token_id": 256}),
         ("<|nobody's end|>", {"eos_token_id": 256, "eot_token_id": 257}),
         ("<|nobody's end|>", {"eos_token_id": 256, "eom_token_id": 257}),
     ],
-    ids=["ChatML", "text", "llama-3", "gemma", "deepseek", "kimi", "minimax", "eot key", "eom key"],
+    ids=[
+        "ChatML",
+        "text",
+        "llama-3",
+        "gemma",
+        "deepseek",
+        "kimi",
+        "minimax",
+        "harmony",
+        "gemma-4",
+        "eot key",
+        "eom key",
+    ],
 )
 def test_an_answer_ends_where_llama_cpps_does(generated: Generated, end: str, keys: dict[str, int]) -> None:
     """However the file names its end: by a key, or only by what the token is called."""
@@ -61,6 +75,26 @@ def test_other_control_tokens_do_not_end_it(generated: Generated) -> None:
     theirs = LlamaCpp(model.path).chat(HI, 3, biases)
     ours = engine_of(model).chat(HI, sampling=Sampling(max_new_tokens=3, temperature=0, logit_bias=biases))
     assert theirs["choices"][0]["finish_reason"] == ours.reason == "length"
+
+
+@pytest.mark.parametrize("special", [("<|return|>", "<|call|>"), ("<|return|>", "x")], ids=["harmony", "other"])
+def test_the_end_of_a_message_ends_the_answer_where_it_does_in_llama_cpp(
+    generated: Generated, special: tuple[str, str]
+) -> None:
+    vocabulary = byte_level("qwen2", special=("<|endoftext|>", "<|end|>", "<|bos|>", *special))
+    model = generated(Shape(vocabulary=vocabulary, **SMALL))
+    biases = {vocabulary.id("<|end|>"): 100.0}
+    theirs = LlamaCpp(model.path).chat(HI, 3, biases)
+    ours = engine_of(model).chat(HI, sampling=Sampling(max_new_tokens=3, temperature=0, logit_bias=biases))
+    assert ours.reason == theirs["choices"][0]["finish_reason"] == ("length" if "<|call|>" in special else "stop")
+
+
+def test_answers_show_harmonys_channels_as_llama_cpps_do(generated: Generated) -> None:
+    vocabulary = byte_level("gpt-4o", special=("<|endoftext|>", "<|channel|>", "<|bos|>", "<|im_end|>"))
+    model = generated(Shape(vocabulary=vocabulary, **SMALL))
+    biases = {vocabulary.id("<|channel|>"): 100.0}
+    ours = engine_of(model).complete("hi", sampling=Sampling(max_new_tokens=2, temperature=0, logit_bias=biases))
+    assert ours.text == LlamaCpp(model.path).complete("hi", 2, biases) == "<|channel|>" * 2
 
 
 def test_end_ids_by_key_and_by_name() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, Qwen3MoeConfig
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3NextConfig
+from transformers.cache_utils import LinearAttentionLayer
 
 from hybrimoe_kt.engine.growing_cache import growing_cache, layer_bytes
+from hybrimoe_kt.engine.growing_layers import GrowingLayer
 from hybrimoe_kt.engine.quantized_states import QuantizedStates
 from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 
@@ -102,14 +104,19 @@ def test_a_conversation_begun_anew_takes_the_same_memory() -> None:
     assert torch.equal(cache.update(new, new, 0)[0], new)
 
 
-def test_layers_of_other_kinds_stay() -> None:
+def test_layers_with_a_window_keep_all_and_layers_of_other_kinds_stay() -> None:
     config = Qwen3MoeConfig(num_hidden_layers=2, use_sliding_window=True, sliding_window=8)
     config.layer_types = ["full_attention", "sliding_attention"]
-    stock, ours = DynamicCache(config=config), growing_cache(config)
-    if type(stock.layers[0]) is type(stock.layers[1]):
-        pytest.skip("this version of Transformers has one kind of layer for both")
-    assert type(ours.layers[1]) is type(stock.layers[1])
-    assert type(ours.layers[0]) is not type(stock.layers[0])
+    ours = growing_cache(config)
+    assert [type(layer) for layer in ours.layers] == [GrowingLayer, GrowingLayer]
+    assert ours.refuses_fixed_steps() is None
+    new = torch.randn(1, 2, 30, 32)
+    for layer in range(2):
+        ours.update(new, new, layer)
+    assert ours.layers[1].get_seq_length() == 30 and torch.equal(ours.layers[1].keys, new)
+    hybrid = Qwen3NextConfig(num_hidden_layers=4)
+    stock, other = DynamicCache(config=hybrid), growing_cache(hybrid)
+    assert type(other.layers[0]) is type(stock.layers[0]) is LinearAttentionLayer
 
 
 def fixed(kv_cache_type: str, read_as_kept: set[int]) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:

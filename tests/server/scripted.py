@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +27,13 @@ QWEN = (
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
 
 
-def byte_tokenizer(chat_template: str | None = QWEN) -> PreTrainedTokenizerFast:
-    """Token id n is byte n in the order of the byte-level alphabet; the marks of Qwen's notation follow."""
+def byte_tokenizer(chat_template: str | None = QWEN, special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """Token id n is byte n in the order of the byte-level alphabet; `special` tokens follow, by default Qwen's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -58,9 +58,10 @@ class ScriptedEngine:
         chat_template: str | None = QWEN,
         context_tokens: int = 4096,
         model_type: str = "qwen3_moe",
+        special: Sequence[str] = SPECIAL,
     ) -> None:
         self.script, self.before_token, self.context_tokens = script, before_token, context_tokens
-        self.tokenizer = byte_tokenizer(chat_template)
+        self.tokenizer = byte_tokenizer(chat_template, special)
         model: Any = SimpleNamespace(
             config=SimpleNamespace(model_type=model_type),
             get_input_embeddings=lambda: SimpleNamespace(num_embeddings=len(self.tokenizer)),

@@ -103,7 +103,7 @@ REAL = {
     "mirostat": 2, "typical_p": 0.7, "n": 2, "best_of": 3.0, "response_format": {"type": "json_object"},
     "grammar": "root ::= x", "json_schema": {"type": "object"}, "tool_choice": "required", "top_n_sigma": 1.0,
     "adaptive_target": 0.5, "min_keep": 2, "samplers": ["top_k"], "n_indent": 1, "prompt_logprobs": 0,
-    "add_generation_prompt": False, "enable_thinking": False, "reasoning_budget": 0, "reasoning_format": "none",
+    "add_generation_prompt": False, "reasoning_budget": 0, "reasoning_format": "none",
     "skip_special_tokens": False, "verbosity": "low", "modalities": ["text", "audio"], "length_penalty": 0.5,
     "xtc_probability": 0.1, "t_max_predict_ms": 500, "echo": True, "tools": [{}], "function_call": {"name": "f"},
 }  # fmt: skip

@@ -183,6 +183,36 @@ def test_content_may_be_missing_beside_tool_calls() -> None:
         assert '<tool_call>{"name": "now", "arguments": {}}</tool_call>' in engine.prompts[-1]
 
 
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_thoughts_are_turned_on_and_off_by_the_variable_that_the_template_has(name: str) -> None:
+    knows = "{% for m in messages %}{{ m.content }}{% endfor %} {{ " + name + " is defined and " + name + " }}"
+    engine = ScriptedEngine(lambda prompt: "ok", chat_template=knows)
+    with serving(engine) as running:
+        for asked in ({"enable_thinking": True}, {"thinking": True}, {"thinking": {"type": "enabled"}}):
+            assert running.ask("hi", **asked).status_code == 200
+            assert engine.prompts[-1] == "hi True"
+        for asked in ({"enable_thinking": False}, {"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}):
+            assert running.ask("hi", **asked).status_code == 200
+            assert engine.prompts[-1] == "hi False"
+        assert running.ask("hi", reasoning_effort="medium").status_code == 200
+        assert engine.prompts[-1] == f"hi {name == 'thinking'}"
+        body = {"model": "scripted", "messages": HI, "stream": False}
+        assert running.post(OLLAMA, body | {"think": True}).status_code == 200
+        assert engine.prompts[-1].endswith(" True")
+    with serving(ScriptedEngine(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")) as running:
+        assert shape(running.ask("hi", **{name: True}))["param"] == name
+
+
+def test_ollamas_think_is_an_effort_where_the_template_has_efforts() -> None:
+    knows = "{% for m in messages %}{{ m.content }}{% endfor %} effort: {{ reasoning_effort or 'medium' }}"
+    engine = ScriptedEngine(lambda prompt: "ok", chat_template=knows)
+    with serving(engine) as running:
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+        for think, shown in (("high", "high"), ("low", "low"), (True, "medium"), (False, "medium")):
+            assert running.post(OLLAMA, body | {"think": think}).status_code == 200
+            assert engine.prompts[-1] == f"hi effort: {shown}"
+
+
 def test_effort_is_what_the_template_knows_of_it() -> None:
     knows = "{% for m in messages %}{{ m.content }}{% endfor %} effort: {{ reasoning_effort }}"
     engine = ScriptedEngine(lambda prompt: "ok", chat_template=knows)

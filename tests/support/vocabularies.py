@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any
 
 from gguf import GGUFWriter
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["TEXTS", "WrittenVocabulary", "byte_level", "mixed_texts", "sentencepiece"]
+__all__ = ["TEXTS", "WrittenVocabulary", "byte_level", "character_level", "mixed_texts", "sentencepiece"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPECIAL = ("<|im_end|>", "<|im_start|>", "<|bos|>", "<|endoftext|>")
@@ -120,6 +120,31 @@ def _learnt_merges() -> tuple[tuple[str, str], ...]:
 def _trained(backend: Tokenizer, trainer: trainers.BpeTrainer) -> tuple[tuple[str, str], ...]:
     backend.train_from_iterator([*TEXTS * 3, *mixed_texts(300)], trainer)
     return tuple((a, b) for a, b in json.loads(backend.to_str())["model"]["merges"])
+
+
+def character_level(pre: str, *, model: str = "gpt2", **keys: Any) -> WrittenVocabulary:
+    """Bytes, pieces learnt without regard to words, up to three empty lines, and the special tokens of Gemma 4."""
+    special = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": UNKNOWN, "<turn|>": CONTROL}
+    bytes_ = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+    merges = _learnt_merges_of_characters()
+    pieces = [
+        *sorted({character for pair in merges for character in "".join(pair)}),
+        *("".join(pair) for pair in merges),
+    ]
+    tokens = {**special, **bytes_, **dict.fromkeys(["\n", "\n\n", "\n\n\n", "\n\n\n\n", *pieces], NORMAL)}
+    return WrittenVocabulary(
+        model=model, tokens=tuple(tokens), types=tuple(tokens.values()), merges=merges,
+        keys={"eos_token_id": 1, "bos_token_id": 2, "unknown_token_id": 3, "padding_token_id": 0, "pre": pre} | keys,
+    )  # fmt: skip
+
+
+@cache
+def _learnt_merges_of_characters() -> tuple[tuple[str, str], ...]:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+    learnt = _trained(backend, trainers.BpeTrainer(vocab_size=1500, limit_alphabet=120, show_progress=False))
+    return tuple(pair for pair in learnt if "\n" not in "".join(pair))
 
 
 def sentencepiece(*, scores_per_piece: int = 1, **keys: Any) -> WrittenVocabulary:

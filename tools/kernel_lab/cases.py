@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hybrimoe_kt.expert_form import ExpertForm
+from hybrimoe_kt.kernels.between import PLAIN, Between
 from hybrimoe_kt.kernels.configs import (
     DecodeConfig,
     PrefillConfig,
@@ -115,52 +117,82 @@ def _quantize(target: Target) -> Iterator[Case]:
             yield Case("quantize_rows", variant, constants, pointers, config.num_warps, 1, Claims(), Work())
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Experts of another form than gated SiLU: whose, what kernels are told, and in which types files have them."""
+
+    whose: str
+    between: Between
+    types: tuple[str, ...]
+
+
+_FORMS = (
+    _Form("gpt-oss", Between(ExpertForm(alpha=1.702, limit=7.0, up_offset=1.0), is_biased=True), ("MXFP4", "Q8_0")),
+    _Form("gemma4", Between(ExpertForm("gelu_tanh")), ("Q4_0", "Q4_K")),
+    _Form("nemotron", Between(ExpertForm("relu2", is_gated=False)), ("Q4_K", "Q8_0")),
+    _Form("deepseek4", Between(ExpertForm(limit=10.0)), ("MXFP4",)),
+)
+
+
+def _typed_forms() -> list[tuple[_Form, QuantType]]:
+    named = {row.name: row for row in kernel_types()}
+    return [(form, named[name]) for form in _FORMS for name in form.types]
+
+
 def _decode(target: Target) -> Iterator[Case]:
-    for form in kernel_types():
-        yield _gate_up(target, form, form, "fp32")
-        for x in ("fp16", "bf16") if form.is_float else ():
-            yield _gate_up(target, form, form, x)
-    for form in kernel_types():
-        yield _down(target, form)
+    for kind in kernel_types():
+        yield _gate_up(target, kind, kind, "fp32")
+        for x in ("fp16", "bf16") if kind.is_float else ():
+            yield _gate_up(target, kind, kind, x)
+    for kind in kernel_types():
+        yield _down(target, kind)
+    for form, kind in _typed_forms():
+        yield _gate_up(target, kind, kind, "fp32", form)
+        if form.between.is_biased:
+            yield _down(target, kind, form)
 
 
-def _gate_up(target: Target, gate: QuantType, up: QuantType, x: str) -> Case:
-    config = decode_config(target)
-    constants = (("GATE", gate.number), ("UP", up.number), ("FORM", config.form))
+def _gate_up(target: Target, gate: QuantType, up: QuantType, x: str, form: _Form | None = None) -> Case:
+    config, between = decode_config(target), form.between if form else PLAIN
+    constants = (("GATE", gate.number), ("UP", up.number), *between.constants.items(), ("FORM", config.form))
     shape = (("ROWS", config.rows), ("UNITS", config.units))
-    together = 2 if gate is up else 1  # two types have a loop each; either may be the one that is looked at
+    # two types have a loop each; either may be the one that is looked at
+    together = 2 if gate is up and between.form.is_gated else 1
     wide = min(
         together * _unit(form).loads + (0 if form.is_float and x != "fp32" else _unit(form).x_loads)
         for form in (gate, up)
     )
     claims = Claims(
         wide,
-        _narrow(gate, 2) if gate is up else None,
+        _narrow(gate, together) if gate is up else None,
         dot=not (gate.is_float or up.is_float),
         max_conversions=together * max(_conversions(gate), _conversions(up)),
     )
-    variant = _variant(gate, up) if x == "fp32" else f"{_variant(gate, up)} {x}"
+    variant = _variant(gate, up, form) if x == "fp32" else f"{_variant(gate, up, form)} {x}"
     pointers = (("x", f"*{x}"), ("act", "*fp32"))
-    work = _unit_work(config, up, 2) if gate is up else Work()
+    work = _unit_work(config, up, together) if gate is up else Work()
     return Case("decode_gate_up", variant, constants + shape, pointers, config.num_warps, 3, claims, work)
 
 
-def _variant(gate: QuantType, up: QuantType) -> str:
-    return gate.name if gate is up else f"{gate.name}+{up.name}"
+def _variant(gate: QuantType, up: QuantType, form: _Form | None = None) -> str:
+    types = gate.name if gate is up else f"{gate.name}+{up.name}"
+    return f"{types} of {form.whose}" if form else types
 
 
-def _down(target: Target, form: QuantType) -> Case:
+def _down(target: Target, kind: QuantType, form: _Form | None = None) -> Case:
     config = decode_config(target)
-    constants = (("DOWN", form.number), ("FORM", config.form), ("ROWS", config.rows), ("UNITS", config.units))
+    constants = (("DOWN", kind.number), ("FORM", config.form), ("ROWS", config.rows), ("UNITS", config.units))
     claims = Claims(
-        _unit(form).loads + _unit(form).x_loads,
-        _narrow(form, 1),
-        dot=not form.is_float,
-        max_conversions=_conversions(form),
+        _unit(kind).loads + _unit(kind).x_loads,
+        _narrow(kind, 1),
+        dot=not kind.is_float,
+        max_conversions=_conversions(kind),
     )
-    work = _unit_work(config, form, 1)
-    constants += (("CLEARS", True),)
-    return Case("decode_down", form.name, constants, (("x", "*fp32"),), config.num_warps, 3, claims, work)
+    work = _unit_work(config, kind, 1)
+    constants += (("CLEARS", True), ("BIASED", form is not None))
+    return Case(
+        "decode_down", _variant(kind, kind, form), constants, (("x", "*fp32"),), config.num_warps, 3, claims, work
+    )
 
 
 def _unit(form: QuantType) -> Unit:
@@ -188,41 +220,49 @@ def _unit_work(config: DecodeConfig, form: QuantType, num_matrices: int) -> Work
 def _prefill(target: Target) -> Iterator[Case]:
     for config in prefill_configs(target):
         for x in ("fp16", "bf16"):
-            for form in kernel_types():
-                yield _grouped(target, config, form, form, x)
-            for form in kernel_types():
-                yield _grouped_down(target, config, form, x)
+            for kind in kernel_types():
+                yield _grouped(target, config, kind, kind, x)
+            for kind in kernel_types():
+                yield _grouped_down(target, config, kind, x)
+            for form, kind in _typed_forms():
+                yield _grouped(target, config, kind, kind, x, form)
+                if form.between.is_biased:
+                    yield _grouped_down(target, config, kind, x, form)
 
 
 _LIMITS = MappingProxyType({"fp16": 65504.0, "bf16": math.ldexp(255, 120)})
 
 
-def _grouped(target: Target, config: PrefillConfig, gate: QuantType, up: QuantType, x: str) -> Case:
-    types = (("GATE", gate.number), ("UP", up.number), ("FORM", config.form))
+def _grouped(
+    target: Target, config: PrefillConfig, gate: QuantType, up: QuantType, x: str, form: _Form | None = None
+) -> Case:
+    between = form.between if form else PLAIN
+    types = (("GATE", gate.number), ("UP", up.number), *between.constants.items(), ("FORM", config.form))
     constants = (*types, ("ROWS", config.rows), ("PAIRS", config.pairs))
-    variant = f"{_variant(gate, up)} {x} x{config.pairs}"
+    variant = f"{_variant(gate, up, form)} {x} x{config.pairs}"
     return Case(
         "prefill_gate_up",
         variant,
-        (*constants, ("LIMIT", _LIMITS[x])),
+        (*constants, ("LARGEST", _LIMITS[x])),
         (("x", f"*{x}"), ("act", f"*{x}")),
         config.num_warps,
         config.num_stages,
         _step_claims(target, config, gate, up),
-        _step_work(target, config, up, 2) if gate is up else Work(),
+        _step_work(target, config, up, 1 + between.form.is_gated) if gate is up else Work(),
     )
 
 
-def _grouped_down(target: Target, config: PrefillConfig, form: QuantType, x: str) -> Case:
+def _grouped_down(target: Target, config: PrefillConfig, kind: QuantType, x: str, form: _Form | None = None) -> Case:
+    types = (("DOWN", kind.number), ("BIASED", form is not None), ("FORM", config.form))
     return Case(
         "prefill_down",
-        f"{form.name} {x} x{config.pairs}",
-        (("DOWN", form.number), ("FORM", config.form), ("ROWS", config.rows), ("PAIRS", config.pairs)),
+        f"{_variant(kind, kind, form)} {x} x{config.pairs}",
+        (*types, ("ROWS", config.rows), ("PAIRS", config.pairs)),
         (("act", f"*{x}"),),
         config.num_warps,
         config.num_stages,
-        _step_claims(target, config, form),
-        _step_work(target, config, form, 1),
+        _step_claims(target, config, kind),
+        _step_work(target, config, kind, 1),
     )
 
 

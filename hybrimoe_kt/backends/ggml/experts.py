@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from hybrimoe_kt.device.experts import LayerExperts
+from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
 
+from .activations import Chain, join
 from .library import F32, I32, Context, data_of
 from .pool import FEW_TOKENS, Graph, Pool
 
 __all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind", "Scratch", "TokenGraph"]
 
+_MOST_TENSORS = 24
+"""Of one graph: its inputs, and what each operation makes."""
 _MOST_GRAPHS = 64
 """Kept, the latest used; one takes 30 us to make."""
 
@@ -26,15 +30,15 @@ class ExpertKind:
     num_experts: int
     hidden: int
     inter: int
-    types: tuple[int, int, int]
-    """Of gate, up and down."""
-    activation: str = "swiglu"
-    """What joins gate and up: `silu(gate) * up`."""
+    types: tuple[int, ...]
+    """Of gate, if there is one, up and down."""
+    form: ExpertForm = SWIGLU
+    has_biases: bool = False
 
     @classmethod
     def of(cls, experts: LayerExperts) -> ExpertKind:
-        gate, up, down = (matrix.ggml_type for matrix in experts.matrices)
-        return cls(experts.num_experts, experts.hidden, experts.inter, (gate, up, down))
+        types = tuple(matrix.ggml_type for matrix in experts.matrices)
+        return cls(experts.num_experts, experts.hidden, experts.inter, types, experts.form, bool(experts.biases))
 
 
 class Scratch:
@@ -54,20 +58,26 @@ class _Nodes:
     """The tensors of a graph from hidden states to what each expert makes of them; fields say where values are."""
 
     def __init__(self, context: Context, kind: ExpertKind, per_token: int, tokens: int) -> None:
-        library = context.library
-        shapes = (kind.hidden, kind.inter), (kind.hidden, kind.inter), (kind.inter, kind.hidden)
+        shapes = [(kind.hidden, kind.inter)] * (len(kind.types) - 1) + [(kind.inter, kind.hidden)]
         weights = [
             context.tensor(ggml_type, *shape, kind.num_experts)
             for ggml_type, shape in zip(kind.types, shapes, strict=True)
         ]
+        biases = [context.tensor(F32, rows, kind.num_experts) for _, rows in shapes if kind.has_biases]
         hidden, ids = context.tensor(F32, kind.hidden, 1, tokens), context.tensor(I32, per_token, tokens)
-        product = library.ggml_mul_mat_id
-        gate, up = (product(context.pointer, weight, hidden, ids) for weight in weights[:2])
-        joined = _ACTIVATIONS[kind.activation](context, gate, up)
-        self.out: int = product(context.pointer, weights[2], joined, ids)
-        self.weights = [data_of(weight) for weight in weights]
+
+        def product(number: int, states: int) -> Chain:
+            chain = Chain(context)
+            chain.then("mul_mat_id", weights[number], states, ids, is_first=True)
+            return chain.then("add_id", biases[number], ids) if biases else chain
+
+        self._first, *rest = (product(number, hidden) for number in range(len(weights) - 1))
+        self._second = rest[0] if rest else Chain(context)
+        join(kind.form, self._first, self._second)
+        self._answers = product(len(weights) - 1, self._first.last)
+        self.out = self._answers.last
+        self.weights = [data_of(weight) for weight in (*weights, *biases)]
         self.hidden, self.ids = data_of(hidden), data_of(ids)
-        self._between = [data_of(gate), data_of(up), data_of(joined), data_of(self.out)]
         self._inner, self._shape = per_token * tokens * kind.inter, (tokens, per_token, kind.hidden)
 
     def place_between(self, scratch: Scratch) -> torch.Tensor:
@@ -75,9 +85,8 @@ class _Nodes:
         tokens, per_token, width = self._shape
         memory = scratch.take(2 * self._inner + tokens * per_token * width)
         address = memory.data_ptr()
-        gate, up, joined, out = self._between
-        gate.value = joined.value = address  # element by element, so in place
-        up.value, out.value = address + 4 * self._inner, address + 8 * self._inner
+        for number, chain in enumerate((self._first, self._second, self._answers)):
+            chain.place(address + 4 * number * self._inner)
         return memory[2 * self._inner :].view(self._shape)
 
 
@@ -85,7 +94,7 @@ class ExpertGraph:
     """Experts of one kind for `tokens` tokens of `per_token` experts each; answers are unweighted."""
 
     def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
-        context = Context(on.library, 9)
+        context = Context(on.library, _MOST_TENSORS)
         self._nodes = _Nodes(context, kind, per_token, tokens)
         self._graph = Graph(on, context, self._nodes.out, is_short=tokens <= FEW_TOKENS)
 
@@ -94,8 +103,8 @@ class ExpertGraph:
     ) -> torch.Tensor:
         """Say where everything is; return where answers will be, `[tokens, per_token, hidden]`.
 
-        `weights` are the addresses of gate, up and down, `hidden` float32 `[tokens, hidden]`, `ids` int32
-        `[tokens, per_token]`, all contiguous and alive until `compute` has ended.
+        `weights` are the addresses of matrices and biases, in the order of `LayerExperts.tensors`, `hidden` float32
+        `[tokens, hidden]`, `ids` int32 `[tokens, per_token]`, all contiguous and alive until `compute` has ended.
         """
         nodes = self._nodes
         for field, weight in zip(nodes.weights, weights, strict=True):
@@ -114,7 +123,7 @@ class TokenGraph:
     """
 
     def __init__(self, on: Pool, kind: ExpertKind, per_token: int) -> None:
-        context = Context(on.library, 11)
+        context = Context(on.library, _MOST_TENSORS)
         nodes = self._nodes = _Nodes(context, kind, per_token, 1)
         shares = context.tensor(F32, 1, per_token)
         out = on.library.ggml_out_prod(context.pointer, nodes.out, shares)
@@ -131,8 +140,8 @@ class TokenGraph:
         `weights` and `hidden` as of `ExpertGraph`.
         """
         nodes = self._nodes
-        gate, up, down = nodes.weights
-        gate.value, up.value, down.value = weights
+        for field, weight in zip(nodes.weights, weights, strict=True):
+            field.value = weight
         nodes.hidden.value, self._out.value = hidden.data_ptr(), out.data_ptr()
         self._chosen[:], self._shares[:] = chosen, shares  # type: ignore[assignment]  # typeshed: not of numbers alone
 
@@ -166,11 +175,3 @@ class ExpertGraphs:
         else:
             self._made.move_to_end(key)
         return found
-
-
-def _swiglu(context: Context, gate: int, up: int) -> int:
-    joined: int = context.library.ggml_swiglu_split(context.pointer, gate, up)
-    return joined
-
-
-_ACTIVATIONS = {"swiglu": _swiglu}

@@ -187,6 +187,8 @@ class _LayerBuilder:
         num_experts, width = parts.router.shape
         builder = self.builder
         logits = builder.product(builder.constant(parts.router, width, num_experts), normed)
+        if parts.router_bias is not None:
+            logits = builder.plus(logits, builder.constant(parts.router_bias, num_experts))
         found = {"logits": (logits, num_experts)}
         if parts.choice is not None:
             chosen = chosen_in(builder, parts.choice, logits, num_experts, self._tokens)

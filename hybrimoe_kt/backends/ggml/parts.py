@@ -192,6 +192,8 @@ class LayerParts:
     """In place of experts."""
     router: torch.Tensor | None = None
     """float32 `[num_experts, hidden]`."""
+    router_bias: torch.Tensor | None = None
+    """Added to the logits, float32 `[num_experts]`."""
     choice: Choice | None = None
     """How experts follow from the router's logits; None where nobody knows but the router itself."""
     shared: Sequence[SharedExpert] = ()

@@ -18,10 +18,10 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.architectures import architecture_of
 from hybrimoe_kt.host.hf.card_plans import Card, Context
 from hybrimoe_kt.host.hf.loading import plan_of, unused_of
+from hybrimoe_kt.host.hf.sources import experts_of
 from hybrimoe_kt.quants import TYPES
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
-from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 __all__ = ["host_expert_bytes", "report_model"]
 
@@ -46,7 +46,7 @@ def report_model(
     """
     file = GgufFile(path, changes)
     family = architecture_of(file)
-    layers, loader = expert_layers(file), GgufLoader(file)
+    layers, loader = expert_layers(file), experts_of(file)
     outlines = [loader.layer_outline(**layer._asdict()) for layer in layers]
     first = outlines[0]
     report = {
@@ -95,7 +95,7 @@ def _kinds(outlines: list[LayerExperts], machine: Mapping[str, Any]) -> list[dic
     """Layers by what their experts look like, in order of their first layer: who serves each tensor."""
     groups: dict[tuple[Any, ...], list[LayerExperts]] = {}
     for experts in outlines:
-        key = tuple((matrix.ggml_type, matrix.rows, matrix.columns) for matrix in experts.matrices)
+        key = tuple((matrix.ggml_type, matrix.rows, matrix.columns) for matrix in experts.tensors.values())
         groups.setdefault((experts.num_experts, key), []).append(experts)
     return [{"layers": [e.layer for e in group], **_kind(group[0], machine)} for group in groups.values()]
 

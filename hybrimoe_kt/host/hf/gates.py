@@ -63,6 +63,12 @@ class Gate:
         given = [value for value in (*own, *self.inputs) if isinstance(value, torch.Tensor)]
         return given[0].detach().float().flatten() if given else None
 
+    @property
+    def logit_bias(self) -> torch.Tensor | None:
+        """What its product adds to the logits, `[num_experts]`, where it has such a thing."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, torch.Tensor) else None
+
 
 def logits_and_ids(output: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """What a router returns beside the weights in the middle; Granite's had them in the other order up to 5.20."""
@@ -86,7 +92,8 @@ class GateRow:
         if self._weights is None or len(set(choices)) > 1:
             return _OneByOne(numbers, gates, ratios)
         kernel = getattr(gates[0].module, "kernel", "torch")
-        return _Together(numbers, self._weights[ahead], ratios, choices[0], [gate.bias for gate in gates], kernel)
+        biases, added = [gate.bias for gate in gates], [gate.logit_bias for gate in gates]
+        return _Together(numbers, self._weights[ahead], ratios, choices[0], biases, added, kernel)
 
 
 class _OneByOne:
@@ -118,9 +125,13 @@ class _Together:
         ratios: Sequence[torch.Tensor | None],
         choice: _Choice | None,
         biases: Sequence[torch.Tensor | None],
+        added: Sequence[torch.Tensor | None],
         kernel: str = "torch",
     ) -> None:
-        """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type; `kernel` as of FusedRouter."""
+        """`weights [num_layers, num_experts, hidden]`; ratios `[hidden]` in their type; `kernel` as of FusedRouter.
+
+        `biases` are of the choice, `added` to the logits.
+        """
         assert choice is not None, "gates that choose otherwise are asked one by one"
         self.layers: Sequence[int] = layers
         self.num_experts = weights.shape[1]
@@ -128,18 +139,19 @@ class _Together:
         known = [ratio for ratio in ratios if ratio is not None]
         ones = [torch.ones_like(known[0]) if ratio is None else ratio for ratio in ratios] if known else []
         self._ratios = torch.stack(ones)[:, None] if ones else None
-        present = [bias for bias in biases if bias is not None]
-        self._biases = torch.stack(present)[:, None] if len(present) == len(biases) else None
+        self._biases, self._added = _stacked(biases), _stacked(added)
         self._is_one_launch = is_used(kernel, weights.device) and takes_ranking(Ranking(1), self.num_experts)
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         if self._is_one_launch and len(hidden) == 1 and takes_gates(hidden, self._weights):
             factors = None if self._ratios is None else self._ratios[:, 0]
-            self._choose_at_once(gates_of(hidden.detach(), self._weights, factors).transpose(0, 1), ids, scores)
+            logits = gates_of(hidden.detach(), self._weights, factors).transpose(0, 1)
+            self._choose_at_once(logits if self._added is None else logits + self._added, ids, scores)
             return
         hidden = hidden.detach() if hidden.dtype == self._weights.dtype else hidden.detach().to(self._weights.dtype)
         corrected = hidden.expand(len(self.layers), -1, -1) if self._ratios is None else hidden * self._ratios
         logits = torch.bmm(corrected, self._transposed)  # [num_layers, num_tokens, num_experts]
+        logits = logits if self._added is None else logits + self._added
         if self._is_one_launch:
             self._choose_at_once(logits, ids, scores)
             return
@@ -160,6 +172,12 @@ class _Together:
         choose_into(flat_logits, ranking, biases, None, flat_ids, flat_probabilities)
         if not is_one:
             torch.mean(probabilities, dim=1, out=scores)
+
+
+def _stacked(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """`[num_layers, 1, num_experts]`, None where some gate has none."""
+    present = [value for value in values if value is not None]
+    return torch.stack(present)[:, None] if len(present) == len(values) else None
 
 
 _Choice = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -189,7 +207,7 @@ def _choice_of(gate: Gate) -> _Choice | None:
     hidden = torch.randn(_TRIED, weight.shape[-1], generator=generator).to(weight)
     hidden /= nn.functional.linear(hidden, weight).float().std().clamp_min(1e-6)  # logits of ordinary size: no ties
     logits, ids = gate.ask(hidden)
-    product = nn.functional.linear(hidden, weight).float()
+    product = nn.functional.linear(hidden, weight, gate.logit_bias).float()
     if not torch.allclose(product, logits.float(), rtol=0.05, atol=0.05):
         return None
     bias = gate.bias

@@ -24,7 +24,7 @@ from hybrimoe_kt.operators.norm import FusedRMSNorm
 from hybrimoe_kt.operators.rotary import FusedRotary
 from hybrimoe_kt.operators.router import FusedRouter
 from hybrimoe_kt.runtime import ModelExperts
-from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
 
 from .architectures import Architecture

@@ -124,6 +124,7 @@ class _Reader:
             parts,
             norms[1],
             router=float32_of(Gate(router, None, ()).weight, "its router"),
+            router_bias=optional_of(Gate(router, None, ()).logit_bias),
             choice=_choice(router, further),
             shared=_shared(layer) or _shared(body),
             residual_factor=factor,
@@ -242,14 +243,14 @@ def _window(attention: Any, config: Any, kind: LayerKind) -> int:
 def _choice(router: Any, further: tuple[Any, ...]) -> Choice | None:
     """Ask a router about random states, and find the choice that answers alike."""
     gate = Gate(router, None, further)
-    weight = gate.weight
+    weight, added = gate.weight, gate.logit_bias
     generator = torch.Generator(device="cpu").manual_seed(20250405)
     hidden = torch.randn(_TRIED, weight.shape[1], generator=generator).to(weight)
     hidden *= 2 / nn.functional.linear(hidden, weight).float().std().clamp_min(1e-6)
     with torch.no_grad():
         answer = router.forward(hidden, *further)
     logits, ids = logits_and_ids(answer)
-    if not torch.allclose(nn.functional.linear(hidden, weight).float(), logits.float(), rtol=1e-3, atol=1e-4):
+    if not torch.allclose(nn.functional.linear(hidden, weight, added).float(), logits.float(), rtol=1e-3, atol=1e-4):
         return None
     return choice_of(
         logits.float(),

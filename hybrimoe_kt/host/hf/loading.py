@@ -32,10 +32,11 @@ from hybrimoe_kt.host.rules import injection as rule_engine
 from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
+from hybrimoe_kt.operators.sink_attention import implementation_for
 from hybrimoe_kt.operators.stored_layer import StoredLayer
 from hybrimoe_kt.operators.stored_state import StoredState
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
-from hybrimoe_kt.weights.checkpoint import CheckpointLoader
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.file_pages import bring_in
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -296,7 +297,7 @@ def _build(
         quantization_config=_Config(lambda model: inject(model)),  # a function, as configurations are copied deeply
         dtype=dtype,
         device_map=placement.device_map,
-        attn_implementation="sdpa",
+        attn_implementation=implementation_for(cls),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, in one sentence
     )

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from hybrimoe_kt.host.config_file import read_config
-from hybrimoe_kt.weights.checkpoint import Checkpoint, CheckpointLoader, is_checkpoint
+from hybrimoe_kt.weights.checkpoint import Checkpoint, is_checkpoint
+from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -24,7 +25,7 @@ from .architectures import Architecture, architecture_of, architecture_of_type
 from .architectures.rotary import Rotary
 from .dense_weights import dense_state_dict, packed_weight
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "experts_of", "open_source"]
 
 State = Callable[[Mapping[str, tuple[int, ...]], torch.dtype, Where], dict[str, LazyTensor]]
 
@@ -64,19 +65,30 @@ def _gguf(path: str | Path, model_path: str | Path | None, metadata: Mapping[str
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
     rotary = architecture.rotary(file) if model_path is None else None
-    loader = GgufLoader(file, partial(packed_weight, file, architecture))
+    loader = GgufLoader(file, partial(packed_weight, file, architecture), architecture.expert_form(config))
     return Source(file, architecture, config, loader, state, rotary)
+
+
+def experts_of(file: GgufFile) -> GgufLoader:
+    """What hands out a file's experts alone, also of a file that nothing else could be made of.
+
+    ModelError for an architecture that is not supported, or experts of an unknown form.
+    """
+    architecture = architecture_of(file)
+    return GgufLoader(file, form=architecture.expert_form(_config_from_metadata(file, architecture)))
 
 
 def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     config = _directory_config(Path(model_path or path))
     architecture = architecture_of_type(str(path), config.model_type)
     file = Checkpoint(path, architecture.checkpoint_names)
+    quantized = config.__dict__.pop("quantization_config", None) or {}  # of the files; the model is not told
+    file.scale_block = tuple(quantized.get("weight_block_size") or file.scale_block)
 
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)
 
-    return Source(file, architecture, config, CheckpointLoader(file), state)
+    return Source(file, architecture, config, CheckpointLoader(file, architecture.expert_form(config)), state)
 
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:

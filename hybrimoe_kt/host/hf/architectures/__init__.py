@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import convolved, deepseek, others, qwen, shared, windowed
+from . import convolved, deepseek, openai, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -34,6 +34,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for family in (
         *qwen.FAMILIES,
         *deepseek.FAMILIES,
+        *openai.FAMILIES,
         *others.FAMILIES,
         *shared.FAMILIES,
         *windowed.FAMILIES,
@@ -53,9 +54,6 @@ class Refused:
 
 
 REFUSED = {
-    "gpt-oss": Refused(
-        "its experts have biases and a clamped activation, which no expert backend here computes", ("gpt_oss",)
-    ),
     "llama4": Refused(
         "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
         ("llama4", "llama4_text"),

@@ -11,15 +11,15 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.tensor_mapping import TensorNameMap
 from torch import nn
 
-from hybrimoe_kt.device.experts import ROLES
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.expert_form import Activation, ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform"]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform", "gated_form"]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
@@ -54,6 +54,25 @@ class Transform:
     """What of a matrix is put in another order, if it is done to nothing else: blocks then stay as they are."""
 
 
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+
+
+def gated_form(config: Any, *, is_gated: bool = True) -> ExpertForm:
+    """Experts with the activation that the configuration names, and nothing else; ModelError for an unknown one."""
+    named = next((name for key in _ACTIVATION_KEYS if (name := getattr(config, key, None)) is not None), "silu")
+    if named not in _ACTIVATIONS:
+        raise ModelError(f"experts with activation {named!r} are not supported; {', '.join(_ACTIVATIONS)} are")
+    return ExpertForm(_ACTIVATIONS[named], is_gated=is_gated)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKind:
     """What a class of decoder layers does that its modules do not tell."""
@@ -68,7 +87,7 @@ class LayerKind:
     """Whether layers that look at everything rotate nothing, in a model that has others."""
 
 
-ONE_EACH = ExpertNames(*(f"mlp.experts.{{expert}}.{role}_proj.weight" for role in ROLES))
+ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -98,6 +117,8 @@ class Architecture:
     """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of `tokenizer.ggml.pre` that no other family has -> the patterns of a `TextSplit`."""
+    answer_format: str = ""
+    """Notation of its models' tool calls (`engine.notations`), for chat templates that do not show one."""
     tensor_table: str = ""
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +156,10 @@ class Architecture:
     """What layers call the norm in front of their experts."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
+    rounds_yarn: bool = True
+    """Whether the range in which YaRN blends frequencies is rounded to whole ones."""
+    expert_form: Callable[[Any], ExpertForm] = gated_form
+    """What experts compute between their matrices, by Transformers' configuration."""
 
     @property
     def name(self) -> str:
@@ -179,7 +204,8 @@ class Architecture:
 
     def rotary(self, file: GgufFile, read: set[str] | None = None) -> Rotary:
         """Return how the file has positions rotated."""
-        return rotary_of(file, self.key(file, read), is_latent="kv_lora_rank" in self.keys)
+        is_latent = "kv_lora_rank" in self.keys
+        return rotary_of(file, self.key(file, read), is_latent=is_latent, rounds=self.rounds_yarn)
 
     def key(self, file: GgufFile, read: set[str] | None = None) -> Key:
         """Return the reader of this family's metadata in `file`; it adds the names it is asked for to `read`.

@@ -128,6 +128,7 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[i
 
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
+    answer_format="deepseek",
     model_type="deepseek_v2",
     layers={"DeepseekV2DecoderLayer": LayerKind(is_paired=True)},
     shared_experts={"DeepseekV2Moe": "shared_experts"},
@@ -225,6 +226,7 @@ FAMILIES = (
     Architecture(
         gguf="glm4moe",
         model_type="glm4_moe",
+        answer_format="glm",
         other_types=("solar_open",),
         restated=_solar_open,
         layers={"Glm4MoeDecoderLayer": LayerKind()},

@@ -27,7 +27,7 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_local_experts": "expert_count",
 }
 _PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
-_W1_W3_W2 = ExpertNames(*(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")))
+_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 _INPUT_OUTPUT = ExpertNames(
     "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.input_linear.weight",
@@ -58,6 +58,7 @@ def _ernie(key: Key) -> Mapping[str, Any]:
 _GRANITE = Architecture(
     gguf="granitemoe",
     model_type="granitemoe",
+    answer_format="granite",
     layers={"GraniteMoeDecoderLayer": LayerKind()},
     pre_tokenizers=("refact",),
     skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
@@ -97,6 +98,7 @@ FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
         model_type="mixtral",
+        answer_format="mistral",
         layers={"MixtralDecoderLayer": LayerKind(takes_models_window=True)},
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
@@ -119,6 +121,7 @@ FAMILIES = (
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
+        answer_format="minimax",
         layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
         checkpoint_names=(_W1_W3_W2, STACKED),
@@ -132,6 +135,7 @@ FAMILIES = (
     Architecture(
         gguf="ernie4_5-moe",
         model_type="ernie4_5_moe",
+        answer_format="hermes",
         layers={"Ernie4_5_MoeDecoderLayer": LayerKind(is_paired=True)},
         shared_experts={"Ernie4_5_MoeSparseMoeBlock": "shared_experts"},
         skeleton=without(GQA_SKELETON, "num_experts_per_tok")

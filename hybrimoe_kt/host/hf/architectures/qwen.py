@@ -128,6 +128,7 @@ _HYBRID_NAMES = {_LINEAR + "A_log": "blk.{layer}.ssm_a", _LINEAR + "dt_bias": "b
 _QWEN3 = Architecture(  # and of Qwen3-VL the part that writes, which is the same for text alone
     gguf="qwen3moe",
     model_type="qwen3_moe",
+    answer_format="hermes",
     other_types=("qwen3_vl_moe_text",),
     restated=_normalised,
     layers={"Qwen3MoeDecoderLayer": LayerKind()},
@@ -146,6 +147,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen2moe",
         model_type="qwen2_moe",
+        answer_format="hermes",
         layers={"Qwen2MoeDecoderLayer": LayerKind()},
         shared_experts={"Qwen2MoeSparseMoeBlock": "shared_expert"},
         skeleton=_SKELETON | {"num_hidden_layers": 28, "shared_expert_intermediate_size": 32},
@@ -159,6 +161,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen3next",
         model_type="qwen3_next",
+        answer_format="hermes",
         layers={"Qwen3NextDecoderLayer": LayerKind(is_gated=True)},
         shared_experts={"Qwen3NextSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
@@ -182,6 +185,7 @@ FAMILIES = (
     Architecture(
         gguf="qwen35moe",
         model_type="qwen3_5_moe_text",
+        answer_format="qwen-xml",
         layers={"Qwen3_5MoeDecoderLayer": LayerKind(is_gated=True)},
         shared_experts={"Qwen3_5MoeSparseMoeBlock": "shared_expert"},
         skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},

@@ -42,6 +42,8 @@ class Rotary:
     """One for every frequency, float32 `[rotated // 2]`."""
     is_latent: bool = False
     """Whether YaRN also sharpens the softmax, as in DeepSeek's attention."""
+    rounds: bool = True
+    """Whether the range between kept and interpolated frequencies has whole ends."""
     window_base: float = 0.0
     """The base in layers with windows, where it is another; nothing is stretched there."""
 
@@ -69,8 +71,8 @@ class Rotary:
         stretched = 1.0 / (self.factor * wavelengths)
         if self.kind != "yarn":
             return stretched
-        first = math.floor(self._place(_BETA_FAST, rotated))
-        last = math.ceil(self._place(_BETA_SLOW, rotated))
+        first, last = self._place(_BETA_FAST, rotated), self._place(_BETA_SLOW, rotated)
+        first, last = (math.floor(first), math.ceil(last)) if self.rounds else (first, last)
         first, last = max(first, 0), min(last, rotated - 1)
         pairs = torch.arange(rotated // 2, dtype=torch.float32)
         kept = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
@@ -122,7 +124,7 @@ class Rotary:
         setattr(module, f"{kind}attention_scaling", self.magnitude)
 
 
-def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
+def rotary_of(file: GgufFile, key: Any, *, is_latent: bool, rounds: bool = True) -> Rotary:
     """Read a file's rotary positions; `key` reads its metadata. ModelError for what cannot be."""
 
     def number(name: str, default: float) -> float:
@@ -150,5 +152,6 @@ def rotary_of(file: GgufFile, key: Any, *, is_latent: bool) -> Rotary:
         log_multiplier=multiplier,
         divisors=None if stored is None else values_of(stored, torch.float32, torch.device("cpu")),
         is_latent=is_latent,
+        rounds=rounds,
         window_base=number("rope.freq_base_swa", 0.0),
     )
