@@ -13,7 +13,7 @@ from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, only_gated_by, 
 __all__ = ["FAMILIES"]
 
 _BIAS, _BLOCK = "feed_forward.expert_bias", "feed_forward.experts."
-_ONE_EACH = ExpertNames(*(_BLOCK + f"{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")))
+_ONE_EACH = ExpertNames(_BLOCK + "{expert}.w1.weight", _BLOCK + "{expert}.w3.weight", _BLOCK + "{expert}.w2.weight")
 _STACKED = ExpertNames(_BLOCK + "gate_up_proj", _BLOCK + "gate_up_proj", _BLOCK + "down_proj")
 
 
