@@ -73,11 +73,18 @@ def kept_of(config: Any, dtype_bytes: int) -> list[Kept]:
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if getattr(config, "kv_lora_rank", None):
-        each = Kept(int(config.kv_lora_rank), int(config.qk_rope_head_dim))
+        indexed = int(getattr(config, "index_head_dim", None) or 0)
+        each = Kept(int(config.kv_lora_rank) + indexed, int(config.qk_rope_head_dim))
     else:
         width = int(config.num_key_value_heads) * _head_dim(config)
         each = Kept(width, width)
-    return [_state(config, dtype_bytes) if kind == "linear_attention" else each for kind in kinds]
+    states = {"linear_attention": _state, "conv": _convolved}
+    return [states[kind](config, dtype_bytes) if kind in states else each for kind in kinds]
+
+
+def _convolved(config: Any, dtype_bytes: int) -> Kept:
+    """A short convolution's: the last columns of what enters it."""
+    return Kept(state_bytes=int(config.hidden_size) * int(config.conv_L_cache) * dtype_bytes)
 
 
 def _state(config: Any, dtype_bytes: int) -> Kept:

@@ -228,6 +228,15 @@ FAMILIES: dict[str, Family] = {
         routed_scaling_factor=2.5, norm_topk_prob=True, indexer_types=["full", "full", "shared", "full"],
         written=_SIGMOID | {"first_k_dense_replace": 1},
     ),
+    "afmoe": _family(  # four layers a period, as its files do not say
+        "afmoe", _NUM_EXPERTS, num_hidden_layers=5, head_dim=64, num_shared_experts=1, num_dense_layers=1,
+        route_scale=2.5, sliding_window=8, global_attn_every_n_layers=4, mup_enabled=True,
+        written={"score_func": "sigmoid", "route_norm": True},
+    ),
+    "lfm2moe": _family(
+        "lfm2_moe", _NUM_EXPERTS, num_hidden_layers=4, num_dense_layers=1, norm_eps=1e-6, tie_word_embeddings=True,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+    ),
     "kimi-k2": _family(  # DeepSeek-V3 without groups
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,

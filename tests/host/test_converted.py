@@ -41,6 +41,8 @@ NO_GRAPHS = {
     "hunyuan-moe": "normalises queries and keys after it has turned them",
     "deepseek32": "looks at what an indexer finds",
     "glm-dsa": "looks at what an indexer finds",
+    "afmoe": "gates its attention beside, and has norms behind both halves of a layer",
+    "lfm2moe": "convolves",
 }
 
 

@@ -43,7 +43,7 @@ def attach_dense_layers(model: nn.Module, family: Architecture) -> DenseModel | 
     memory = DenseMemory(int(causal.config.hidden_size))
     for layer in layers:
         try:
-            read = layer_parts(layer.stock, causal.config, causal.model.rotary_emb, family)
+            read = layer_parts(layer.stock, causal.config, getattr(causal.model, "rotary_emb", None), family)
         except NotDescribed as refused:
             reasons.setdefault(str(refused), []).append(layer.layer)
             continue

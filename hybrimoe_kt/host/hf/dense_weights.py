@@ -132,8 +132,8 @@ def _num_blocks(parameters: Iterable[str]) -> int:
 def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> str | None:
     """Return what the family calls a parameter in a file, None where the parameter has no name there."""
     own, layer = _recipe(architecture.names, name), _LAYER.search(name)
-    if own is not None and layer is not None:
-        return own.format(layer=layer[1])
+    if own is not None:
+        return own.format(layer=layer[1] if layer else "")
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     suffix = name.rpartition(".")[2]
     return found if found is None or found.endswith(suffix) else f"{found}.{suffix}"

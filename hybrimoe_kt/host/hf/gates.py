@@ -31,6 +31,8 @@ class Gate:
     module: nn.Module
     norm: torch.Tensor | None
     inputs: tuple[Any, ...]
+    takes_texts: bool = False
+    """Whether it is asked with states `[batch, tokens, hidden]`."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -46,12 +48,12 @@ class Gate:
             return self
         norm = None if self.norm is None else self.norm.to(device)
         inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in self.inputs)
-        return Gate(copy.deepcopy(self.module).to(device), norm, inputs)
+        return Gate(copy.deepcopy(self.module).to(device), norm, inputs, self.takes_texts)
 
     def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[num_tokens, num_experts]` and ids `[num_tokens, top_k]` for `hidden`, normalised for this gate."""
         # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
-        return logits_and_ids(self.module.forward(hidden, *self.inputs))
+        return logits_and_ids(self.module.forward(hidden[None] if self.takes_texts else hidden, *self.inputs))
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -67,7 +67,7 @@ class ReadLayer:
     router: tuple[nn.Module, tuple[Any, ...]] | None
 
 
-def layer_parts(layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture) -> ReadLayer:
+def layer_parts(layer: nn.Module, config: Any, rotary: nn.Module | None, family: Architecture) -> ReadLayer:
     """Read a decoder layer of a loaded model; NotDescribed where something is not known here."""
     name = type(layer).__name__
     kind = family.layers.get(name)
@@ -85,7 +85,9 @@ def head_parts(model: nn.Module, family: Architecture) -> HeadParts:
 
 
 class _Reader:
-    def __init__(self, layer: nn.Module, config: Any, rotary: nn.Module, family: Architecture, kind: LayerKind) -> None:
+    def __init__(
+        self, layer: nn.Module, config: Any, rotary: nn.Module | None, family: Architecture, kind: LayerKind
+    ) -> None:
         self._layer, self._config, self._family, self._kind = layer, config, family, kind
         self._stock_rotary = rotary
 

@@ -61,7 +61,7 @@ def moe_gates(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMo
             norm = getattr(layer, family.expert_norm, None)
             owner = next(module for module in layer.modules() if gate in module.children())
             inputs = tuple(getattr(owner, name) for name in family.router_inputs)
-            found[number] = experts, Gate(gate, _factor(norm, family.norm_offset), inputs)
+            found[number] = experts, Gate(gate, _factor(norm, family.norm_offset), inputs, family.routes_texts)
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import deepseek, openai, others, qwen, shared, windowed
+from . import convolved, deepseek, openai, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *others.FAMILIES,
         *shared.FAMILIES,
         *windowed.FAMILIES,
+        *convolved.FAMILIES,
     )
 }
 

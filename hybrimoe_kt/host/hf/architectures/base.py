@@ -150,6 +150,8 @@ class Architecture:
     """Classes of MoE blocks that are the sum of routed and shared experts -> what they call the shared ones."""
     router_inputs: tuple[str, ...] = ()
     """What the MoE block hands its router beside the hidden states: names of the block's own buffers."""
+    routes_texts: bool = False
+    """Whether its router takes hidden states `[batch, tokens, hidden]` alone."""
     expert_norm: str = "post_attention_layernorm"
     """What layers call the norm in front of their experts."""
     norm_offset: float = 0.0

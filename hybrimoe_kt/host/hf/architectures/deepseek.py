@@ -190,8 +190,8 @@ _SPARSE = replace(
     skeleton=_LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1}
     | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
-    keys=_DEEPSEEK3.keys
-    | {
+    keys={
+        **_DEEPSEEK3.keys,
         "index_n_heads": "attention.indexer.head_count",
         "index_head_dim": "attention.indexer.key_length",
         "index_topk": "attention.indexer.top_k",

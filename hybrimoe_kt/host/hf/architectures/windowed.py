@@ -1,9 +1,11 @@
-"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2."""
+"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2, Trinity."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from hybrimoe_kt.errors import ModelError
 
 from .base import Architecture, Key, LayerKind
 from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, only_gated_by, scale, windows
@@ -25,6 +27,13 @@ def _exaone(key: Key) -> Mapping[str, Any]:
     }
 
 
+def _afmoe(key: Key) -> Mapping[str, Any]:
+    only_gated_by("afmoe", SIGMOID, key)
+    if not key("expert_weights_norm", True):
+        raise ModelError("afmoe without normalised routing weights is not supported; every released model has them so")
+    return windows(key, 4) | {"route_scale": scale(key)}
+
+
 def _mellum(key: Key) -> Mapping[str, Any]:
     only_gated_by("mellum", SOFTMAX, key)
     return windows(key, 4)
@@ -44,6 +53,29 @@ FAMILIES = (
         derive=_exaone,
         names={_GATE_BIAS: CORRECTION},
         float32=(_GATE_BIAS, "mlp.gate.weight"),
+    ),
+    Architecture(
+        gguf="afmoe",
+        model_type="afmoe",
+        shared_experts={},  # added in front of the routed ones
+        pre_tokenizers=("afmoe",),
+        skeleton=_SKELETON | {"num_hidden_layers": 32, "num_shared_experts": 1, "num_dense_layers": 1},
+        keys=_KEYS | {"num_dense_layers": "leading_dense_block_count"},
+        optional_keys={"num_shared_experts": "expert_shared_count"},
+        constants={"mup_enabled": True},  # in every file: llama.cpp scales what it looks up
+        derive=_afmoe,
+        names={
+            "mlp.expert_bias": CORRECTION,
+            "mlp.router.gate.weight": "blk.{layer}.ffn_gate_inp.weight",
+            "self_attn.gate_proj.weight": "blk.{layer}.attn_gate.weight",
+            "post_attention_layernorm.weight": "blk.{layer}.post_attention_norm.weight",
+            "pre_mlp_layernorm.weight": "blk.{layer}.ffn_norm.weight",
+            "post_mlp_layernorm.weight": "blk.{layer}.post_ffw_norm.weight",
+        },
+        float32=("mlp.expert_bias",),
+        router_inputs=("expert_bias",),
+        routes_texts=True,
+        expert_norm="pre_mlp_layernorm",
     ),
     Architecture(
         gguf="mellum",
