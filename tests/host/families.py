@@ -82,6 +82,7 @@ _TWO_BASES = {
     "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
 }
+_INDEXED = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 16}  # few would often be alike, at nothing
 _VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -217,6 +218,16 @@ FAMILIES: dict[str, Family] = {
         routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, written=_SIGMOID,
     ),
     "mellum": _family("mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES),
+    "deepseek32": _family(
+        "deepseek_v32", _LATENT, _INDEXED, q_lora_rank=64, n_group=4, topk_group=2, routed_scaling_factor=1.5,
+        norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        written=_SIGMOID | {"first_k_dense_replace": 1},
+    ),
+    "glm-dsa": _family(
+        "glm_moe_dsa", _LATENT, _INDEXED, num_hidden_layers=4, q_lora_rank=64, n_group=1, topk_group=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, indexer_types=["full", "full", "shared", "full"],
+        written=_SIGMOID | {"first_k_dense_replace": 1},
+    ),
     "kimi-k2": _family(  # DeepSeek-V3 without groups
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,

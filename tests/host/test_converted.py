@@ -37,7 +37,11 @@ LLAMA_CPP_DIFFERS = {
     "deepseek2": "decides by the number of layers whether queries are low-rank",
     "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
 }
-NO_GRAPHS = {"hunyuan-moe": "normalises queries and keys after it has turned them"}
+NO_GRAPHS = {
+    "hunyuan-moe": "normalises queries and keys after it has turned them",
+    "deepseek32": "looks at what an indexer finds",
+    "glm-dsa": "looks at what an indexer finds",
+}
 
 
 @pytest.fixture(scope="module")

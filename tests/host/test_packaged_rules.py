@@ -89,7 +89,7 @@ def test_packaged_rules_match_experts_and_latent_attention(skeletons, name, rule
     }
     modules = dict(model.named_modules())
     assert by_class[aliases.EXPERTS] == [path for path, module in modules.items() if is_experts(module)]
-    latent = [path for path, module in modules.items() if hasattr(module, "kv_b_proj")]
+    latent = [path for path, m in modules.items() if hasattr(m, "kv_b_proj") and not hasattr(m, "indexer")]
     assert by_class[aliases.MLA] == ([] if rules.file.endswith(f"{DEFAULT}.yaml") else latent)
 
 

@@ -15,7 +15,7 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Composed, Key, LayerKind
-from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, scale
+from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, only_gated_by, scale
 from .softmax_router import choose_by_softmax
 
 __all__ = ["FAMILIES"]
@@ -56,6 +56,16 @@ def _deepseek2(key: Key) -> Mapping[str, Any]:
 
 def _deepseek3(key: Key) -> Mapping[str, Any]:
     return _latent(key) | {"norm_topk_prob": key("expert_weights_norm", False), "rope_interleave": True}
+
+
+def _sparse(key: Key) -> Mapping[str, Any]:
+    only_gated_by("sparse attention", SIGMOID, key)
+    found = _deepseek3(key)
+    layers = key("attention.indexer.types", None)
+    if isinstance(layers, list):
+        kinds = ["full" if is_full else "shared" for is_full in layers[: key("block_count")]]
+        return dict(found) | {"indexer_types": kinds}
+    return found
 
 
 def _latent(key: Key) -> dict[str, Any]:
@@ -164,7 +174,54 @@ def _routing(file: GgufFile, key: Key) -> str:
     return "corrected softmax" if key("expert_gating_func", SOFTMAX) == SOFTMAX and corrected else "softmax"
 
 
+_INDEXER = "self_attn.indexer."
+_SPARSE = replace(
+    _DEEPSEEK3,
+    gguf="deepseek32",
+    alias="",
+    model_type="deepseek_v32",
+    other_types=(),
+    restated=dict,
+    layers={},
+    shared_experts={"DeepseekV32MoE": "shared_experts"},
+    rules="",
+    tensor_table="deepseek2",
+    pre_tokenizers=("deepseek-v3",),
+    skeleton=_LATENT_SKELETON
+    | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1}
+    | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
+    keys=_DEEPSEEK3.keys
+    | {
+        "index_n_heads": "attention.indexer.head_count",
+        "index_head_dim": "attention.indexer.key_length",
+        "index_topk": "attention.indexer.top_k",
+    },
+    derive=_sparse,
+    names={
+        _BIAS: CORRECTION,
+        _INDEXER + "wq_b.weight": "blk.{layer}.indexer.attn_q_b.weight",
+        _INDEXER + "wk.weight": "blk.{layer}.indexer.attn_k.weight",
+        _INDEXER + "k_norm.weight": "blk.{layer}.indexer.k_norm.weight",
+        _INDEXER + "k_norm.bias": "blk.{layer}.indexer.k_norm.bias",
+        _INDEXER + "weights_proj.weight": "blk.{layer}.indexer.proj.weight",
+    },
+    zero=(),
+    float32=(_BIAS, "mlp.gate.weight", _INDEXER + "weights_proj.weight"),
+)
+"""Each query sees the tokens that an indexer finds, as Transformers has it."""
+
 FAMILIES = (
+    _SPARSE,
+    replace(
+        _SPARSE,
+        gguf="glm-dsa",
+        model_type="glm_moe_dsa",
+        rules="deepseek32",
+        tensor_table="",
+        shared_experts={"GlmMoeDsaMoE": "shared_experts"},
+        pre_tokenizers=("glm4",),
+        skeleton={**_SPARSE.skeleton, "num_hidden_layers": 78},
+    ),
     replace(_DEEPSEEK2, variant=_routing, variants={"sigmoid": _DEEPSEEK3, "corrected softmax": _CORRECTED_SOFTMAX}),
     Architecture(
         gguf="glm4moe",
