@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hybrimoe_kt.engine.answer import Request, answer
+from hybrimoe_kt.engine.call_notations import CALLS as NOTATIONS
 from hybrimoe_kt.engine.events import Answer, Event, TextDelta
-from hybrimoe_kt.engine.notations import CALLS as NOTATIONS
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.host.hf.architectures import every_architecture
 from tests.support.notations import CALLS, CONTENT, ROWS, THOUGHT, TOOLS, Row, conversation
