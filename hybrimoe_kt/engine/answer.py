@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from .detokenizer import IncrementalDetokenizer
 from .events import Event, Finished, PromptRead, TextDelta, ToolCall
-from .response_format import ResponseParts
+from .response_parts import ResponseParts
 from .sampler import Sampled
 from .sampling import Sampling
 from .stop_strings import StopStrings

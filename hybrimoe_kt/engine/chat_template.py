@@ -18,8 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 
-from .earlier_turns import with_calls, with_thoughts
-from .notations import CallNotation
+from .call_notations import CallNotation
+from .earlier_turns import with_calls, with_thoughts, with_tools
 
 __all__ = ["chat_prompt", "encode_chat", "template_takes"]
 
@@ -54,6 +54,8 @@ def chat_prompt(
         raise ConfigError(f"{taken[0]!r} is not for the chat template to read; leave it out of its options")
     reads_parts = _shows_mark(tokenizer, _PARTS)
     reads_text = not reads_parts or _shows_mark(tokenizer, _MARK)
+    if tools and calls is not None and calls.describes and not template_takes(tokenizer, "tools"):
+        messages, tools = with_tools(messages, tools, calls.describes), ()
     functions = _functions(tokenizer, tools or (), options)
     template = "\n".join(_templates(tokenizer))
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .notations import CallNotation, thoughts_of
+from .call_notations import CallNotation
+from .thought_notations import thoughts_of
 
-__all__ = ["Render", "with_calls", "with_thoughts"]
+__all__ = ["Render", "with_calls", "with_thoughts", "with_tools"]
 
 Render = Callable[[list[dict[str, Any]]], str]
 """Writes a conversation as the chat template does; raises what the template raises."""
@@ -54,6 +55,22 @@ def _renamed(message: Mapping[str, Any], name: str, *, splits: bool, alone: bool
     if alone and turn.get("tool_calls") and turn.get(name):
         turn["content"] = ""
     return turn
+
+
+def with_tools(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], how: str
+) -> list[dict[str, Any]]:
+    """Return the messages with `tools`, and `how` to call them, told in the system message."""
+    functions = [tool.get("function", tool) for tool in tools]
+    told = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+    text = f"You have these tools, a JSON object each:\n{told}\n\n{how}"
+    first, rest = (messages[0], messages[1:]) if messages and messages[0].get("role") == "system" else ({}, messages)
+    content = first.get("content") or ""
+    if isinstance(content, list):
+        said: Any = [*content, {"type": "text", "text": text}]
+    else:
+        said = f"{content}\n\n{text}" if content else text
+    return [{"role": "system", **first, "content": said}, *map(dict, rest)]
 
 
 def with_calls(

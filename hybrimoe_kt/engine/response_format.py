@@ -1,15 +1,13 @@
 """What an answer's text says beside its content: thoughts and tool calls, in the model family's own notation.
 
 Transformers' parser finds what stands between marks as text comes; this is the only file that asks for it. A tokenizer
-may bring Transformers' description of its notation along (`response_template`); else the one of `notations` counts.
+may bring Transformers' description of its notation along (`response_template`); else the one of our tables counts.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrimoe_kt.host.hf.architectures import every_architecture
 
-from .argument_types import typed_arguments
-from .events import TextDelta, ToolCall
-from .notations import WRAPPINGS, CallNotation, ThoughtNotation, calls_of, thoughts_of
+from .call_notations import CallNotation, calls_of
+from .response_parts import ResponseParts, padded
+from .thought_notations import WRAPPINGS, ThoughtNotation, thoughts_of
 
-__all__ = ["ResponseFormat", "ResponseParts", "response_format"]
+__all__ = ["ResponseFormat", "response_format"]
 
-logger = logging.getLogger(__name__)
-
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _ANSWER = "<answer>"  # the anchor that the parser wants, in front of what the chat template wrote of the answer
 _PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
 
@@ -39,6 +34,8 @@ class ResponseFormat:
     wrappings: tuple[tuple[str, str], ...]
     own: Mapping[str, Any] | None
     """Transformers' description, where the tokenizer has one; it then counts instead of all else."""
+    is_shown: bool = False
+    """Whether the chat template shows the calls, so that they need no family's entry."""
     shown_tokens: tuple[str, ...] = ()
     """Texts of calls that the chat template has: they are not left out where calls are content."""
 
@@ -46,6 +43,11 @@ class ResponseFormat:
     def has_calls(self) -> bool:
         """Whether it has tool calls."""
         return self.calls is not None if self.own is None else "tool_calls" in self.own["fields"]
+
+    @property
+    def describes_tools(self) -> bool:
+        """Whether tools can be told of in words where the chat template takes none."""
+        return self.calls is not None and self.is_shown and self.calls.describes != ""
 
     @property
     def writes_think(self) -> bool:
@@ -82,8 +84,8 @@ class ResponseFormat:
             opens = rf"{at}\s*{re.escape(self.thoughts.open.rstrip())}\s*"
             fields["reasoning_content"] = {"open_pattern": opens, "close_pattern": "|".join(ends), "repeats": True}
         if calls is not None:
-            fields["tool_calls"] = {"open_pattern": _padded(calls.open), "content_args": {"strip": False}}
-            fields["tool_calls"] |= {"close_pattern": _padded(calls.close)} if calls.close else {}
+            fields["tool_calls"] = {"open_pattern": padded(calls.open), "content_args": {"strip": False}}
+            fields["tool_calls"] |= {"close_pattern": padded(calls.close)} if calls.close else {}
         dropped = "|".join(self._dropped())
         fields["content"] = {"content": "text"} | ({"close_pattern": dropped} if dropped else {})
         return {"start_anchor": _ANSWER, "fields": fields}
@@ -113,15 +115,11 @@ def response_format(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     return ResponseFormat(
         thoughts=thoughts_of(template, tokenizer.added_tokens_encoder),
         calls=calls,
+        is_shown=calls is not None and calls_of(template) is calls,
         shown_tokens=tuple(text for text in (calls.tokens if calls else ()) if text in template),
         wrappings=tuple(pair for pair in WRAPPINGS if all(mark in template for mark in pair)),
         own=getattr(tokenizer, "response_template", None),
     )
-
-
-def _padded(pattern: str) -> str:
-    """White space around marks is of no meaning."""
-    return rf"\s*(?:{pattern})\s*" if not pattern.startswith(r"\A") else pattern
 
 
 def _without_calls(template: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,113 +134,3 @@ def _parser(
     tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], prefix: str, tools: Sequence[Mapping[str, Any]]
 ) -> Any:
     return tokenizer.get_response_parser(dict(template), prefix=prefix, tools=[dict(tool) for tool in tools] or None)
-
-
-class ResponseParts:
-    """Splits one answer as it comes. Text that is not what the notation promises stays content, as it is."""
-
-    def __init__(
-        self,
-        parser: Any,
-        marks: Collection[str] | None = None,
-        calls: CallNotation | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """`parser` is Transformers' own, which has read what the chat template wrote of the answer.
-
-        `marks` are the special tokens it must see, by default all; without `calls` it reads calls itself.
-        """
-        self.marks = True if marks is None else marks
-        self._parser, self._calls, self._tools = parser, calls, tools
-        self._names = {tool.get("function", tool).get("name") for tool in tools}
-        self._pending: list[str] = []  # pieces of a tool call that is still open
-        self._unsaid = ""  # what was fed and is not yet in a part or a call
-        self._num_calls = 0
-
-    def feed(self, text: str) -> list[TextDelta | ToolCall]:
-        """Return what `text` completes."""
-        self._unsaid += text
-        return self._read(text)
-
-    def flush(self) -> list[TextDelta | ToolCall]:
-        """Return what was held back, at the end."""
-        return self._read(None)
-
-    def _read(self, text: str | None) -> list[TextDelta | ToolCall]:
-        """Feed text, or end the answer; a parser that fails is done with, and all text content from there on."""
-        said: list[TextDelta | ToolCall] = []
-        if self._parser is not None:
-            try:
-                events = self._parser.finalize()[1] if text is None else self._parser.feed(text)
-                for event in events:
-                    said += self._say(event)
-                return said
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                logger.info("the answer is not in the model's notation: %s", error)
-                self._parser = None
-        rest, self._unsaid = self._unsaid, ""
-        return [*said, TextDelta(rest)] if rest else said
-
-    def _say(self, event: dict[str, Any]) -> Iterator[TextDelta | ToolCall]:
-        field, kind = event.get("field"), event["type"]
-        if field == "tool_calls":
-            if kind == "region_chunk":
-                self._pending.append(event["text"])
-            elif kind == "region_close":
-                yield from self._said_calls(event["value"])
-        elif kind == "region_chunk" and not event.get("dirty"):
-            self._forget(event["text"])
-            if field == "content" or field in _THOUGHTS:
-                yield TextDelta(event["text"], is_thought=field in _THOUGHTS)
-
-    def _forget(self, text: str) -> None:
-        """Events hand over what was fed piece by piece, in order, without the marks between."""
-        self._unsaid = self._unsaid[self._unsaid.index(text) + len(text) :]
-
-    def _said_calls(self, value: Any) -> list[TextDelta | ToolCall]:
-        body = "".join(self._pending)
-        if self._calls is None:
-            calls = [_call(one) for one in (value if isinstance(value, list) else [value])]
-            self._forget(body)
-            self._pending.clear()
-            return list(calls)
-        self._pending.clear()
-        written = self._written(body, self._calls)
-        try:
-            calls = self._read_calls(body, self._calls)
-        except (ValueError, RecursionError) as error:
-            logger.info("a tool call is not in the model's notation: %s", error)
-            return [TextDelta(written)]
-        return list(calls)
-
-    def _written(self, body: str, calls: CallNotation) -> str:
-        """Take what was written of the calls, their marks too, from what is unsaid."""
-        opened = re.search(_padded(calls.open), self._unsaid)
-        at = self._unsaid.index(body, opened.end() if opened else 0)
-        closed = re.compile(_padded(calls.close)).match(self._unsaid, at + len(body)) if calls.close else None
-        start, end = opened.start() if opened else at, closed.end() if closed else at + len(body)
-        written, self._unsaid = self._unsaid[start:end], self._unsaid[end:]
-        return written
-
-    def _read_calls(self, body: str, notation: CallNotation) -> list[ToolCall]:
-        calls = []
-        for number, call in enumerate(notation.read(body), self._num_calls):
-            if notation.known_tools_only and call.name not in self._names:
-                raise ValueError(f"{call.name!r} is none of the tools")
-            arguments = typed_arguments(call.name, call.arguments, self._tools) if call.are_texts else call.arguments
-            json.dumps(arguments, allow_nan=False)
-            calls.append(ToolCall(call.name, arguments, call.id or notation.make_id(call.name, number)))
-        self._num_calls += len(calls)
-        return calls
-
-
-def _call(value: Any) -> ToolCall:
-    function = value.get("function") if isinstance(value, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError("a tool call needs a name")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(arguments, Mapping):
-        raise ValueError("a tool call's arguments are an object")
-    return ToolCall(function["name"], arguments)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat_template import chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseFormat, ResponseParts, response_format
+from .response_format import ResponseFormat, response_format
+from .response_parts import ResponseParts
 from .spelling import Spelling
 from .token_bytes import TokenBytes
 
@@ -94,7 +95,7 @@ class Vocabulary:
     @property
     def takes_tools(self) -> bool:
         """Whether both the chat template and the notation of answers have tool calls."""
-        return self.takes("tools") and self._format.has_calls
+        return self._format.has_calls and (self.takes("tools") or self._format.describes_tools)
 
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""

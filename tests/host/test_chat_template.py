@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from hybrimoe_kt.engine.call_notations import CALLS as NOTATIONS
 from hybrimoe_kt.engine.chat_template import chat_prompt, template_takes
-from hybrimoe_kt.engine.notations import CALLS as NOTATIONS
 from hybrimoe_kt.errors import ConfigError, ModelError
 from tests.server.scripted import byte_tokenizer
 from tests.support.generated_model import GeneratedModel, Shape
@@ -168,6 +168,19 @@ def test_results_stand_within_the_turn_of_their_calls_where_they_are_read_there(
         "{% endif %}{% endfor %}"
     )  # fmt: skip
     assert shown(template, called(TIME)) == "Well?[time {}](time: <of time>)"
+
+
+def test_tools_are_told_of_in_words_where_the_template_shows_calls_and_takes_no_tools() -> None:
+    deepseek = NOTATIONS["deepseek"]
+    system = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
+    for messages, begins in ((system, "[system] Be brief\n\nYou have"), (system[1:], "[system] You have")):
+        text = shown(TEXT, messages, tools=[TOOL], calls=deepseek)
+        assert text.startswith(begins) and '"name": "weather"' in text and text.endswith("[user] hi ")
+        assert "<\uff5ctool\u2581calls\u2581begin\uff5c>" in text
+        fenced = shown(TEXT, messages, tools=[TOOL], calls=NOTATIONS["deepseek-v3"])
+        assert "function<\uff5ctool\u2581sep\uff5c>NAME\n```json\nARGUMENTS\n```" in fenced
+    takes = "{{ tools | length }}" + TEXT
+    assert shown(takes, system, tools=[TOOL], calls=deepseek) == "1[system] Be brief [user] hi "
 
 
 def test_ids_are_such_that_the_template_takes_them() -> None:

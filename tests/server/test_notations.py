@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from hybrimoe_kt.engine.answer import Request, answer
+from hybrimoe_kt.engine.call_notations import CALLS as NOTATIONS
 from hybrimoe_kt.engine.events import Answer, Event, TextDelta
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.host.hf.architectures import every_architecture
 from tests.support.notations import CALLS, CONTENT, ROWS, THOUGHT, TOOLS, Row, conversation
 
 from .scripted import ScriptedEngine
@@ -122,6 +125,32 @@ def test_without_tools_nothing_is_a_call(row: Row) -> None:
 
 
 @each_row
+def test_into_the_next_turn(row: Row) -> None:
+    """What was parsed is written by the template as the model wrote it; so it is with ids of other programs."""
+    text = written(row)
+    said = fed(row, iter([text]))
+    for make_id in (lambda call: call.id or "call_1", lambda call: f"call_{call.name}", lambda call: None):
+        calls = [
+            {"id": make_id(call), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in said.tool_calls
+        ]
+        turn = {"role": "assistant", "content": said.text, "tool_calls": calls}
+        turn |= {"reasoning_content": said.thoughts} if said.thoughts else {}
+        result = {"role": "tool", "content": "sunny", "tool_call_id": make_id(said.tool_calls[0])}
+        engine = engine_of(row)
+        prompt = str(engine.tokenizer.decode(engine.vocabulary.chat_ids([*ASKED, turn, result], TOOLS)))
+        assert _without_ids(text) in _without_ids(prompt)
+        assert "sunny" in prompt
+
+
+def _without_ids(text: str) -> str:
+    """Mistral's and Solar's are new ones each time."""
+    return re.sub(r'"id": "\w+"|(?<=tool_call:begin\|>)[\w.:]+', "", text)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name, marks=[] if name in FEW else pytest.mark.slow) for name, row in ROWS.items()]
+)
 def test_through_openais_interface_and_into_the_next_turn(row: Row) -> None:
     text = written(row)
     engine = engine_of(row, lambda prompt: text)
@@ -173,6 +202,27 @@ def test_through_ollamas_interface_and_into_the_next_turn(row: Row) -> None:
         answered = {"role": "tool", "tool_name": row.calls[0][0], "content": "sunny"}
         running.http.post("/api/chat", json=body | {"messages": [*ASKED, message, answered]})
     assert text in engine.prompts[-1]
+
+
+@each_row
+def test_pieces_make_no_difference_whatever_is_said(row: Row) -> None:
+    """Made-up answers of marks and words: the same however they are cut, and no word of them gets lost."""
+    draw = random.Random(7)
+    text = written(row)
+    marks = [*row.special, "<think>", "</think>", *re.findall(r"<[^>\n]{1,40}>|\[[A-Z_]+\]", text)]
+    words = ["word", " ", "\n", "{", '"}', "\u5929", "time", text, row.malformed, '{"name": "time", "arguments": {}}']
+    for _ in range(12):
+        said = "".join(draw.choice(draw.choice((marks, words))) for _ in range(draw.randint(1, 12)))
+        whole = fed(row, iter([said]))
+        assert told(fed(row, iter(list(said)))) == told(whole), said
+        kept = whole.thoughts + whole.text + json.dumps([call.arguments for call in whole.tool_calls])
+        assert kept.count("word") == said.count("word"), said
+
+
+def test_the_notation_that_a_family_names_is_known() -> None:
+    named = {family.name: family.answer_format for family in every_architecture() if family.answer_format}
+    assert set(named.values()) <= NOTATIONS.keys()
+    assert named["gpt-oss"] == "harmony" and named["exaone-moe"] == "hermes"
 
 
 def test_several_calls_have_ids_that_their_template_takes() -> None:

@@ -210,6 +210,13 @@ ROWS: dict[str, Row] = {
         malformed="<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>weather"
         "<\uff5ctool\u2581sep\uff5c>{place<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>",
     ),
+    "DeepSeek-V3.1, no tools in the template": Row(
+        template=_template(
+            _DEEPSEEK.replace("CALL", "{{ f.name + '" + _SEP + "' + f.arguments }}"), thoughts=_THINK.replace("\n", "")
+        ).replace("{% if tools %}[tools]{{ tools | tojson }}{% endif %}", ""),
+        special=(*_DEEPSEEK_TOKENS, *_THINKS),
+        malformed="<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>",
+    ),
     "DeepSeek-V3.2": Row(
         template=_template(
             _SAID + f"{{% if m.tool_calls %}}\n\n<{_DSML}function_calls>\n" + _EACH

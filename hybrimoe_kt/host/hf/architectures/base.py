@@ -118,7 +118,7 @@ class Architecture:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values of `tokenizer.ggml.pre` that no other family has -> the patterns of a `TextSplit`."""
     answer_format: str = ""
-    """Notation of its models' tool calls (`engine.notations`), for chat templates that do not show one."""
+    """Notation of its models' tool calls (`engine.call_notations`), for chat templates that do not show one."""
     tensor_table: str = ""
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)

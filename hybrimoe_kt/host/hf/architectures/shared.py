@@ -84,6 +84,7 @@ FAMILIES = (
     Architecture(
         gguf="dots1",
         model_type="dots1",
+        answer_format="hermes",
         layers={"Dots1DecoderLayer": LayerKind()},
         shared_experts={"Dots1MoE": "shared_experts"},
         rules="glm4moe",
@@ -99,6 +100,7 @@ FAMILIES = (
     Architecture(  # of Ling and Ring 2 Transformers has no model of their own: they are GLM-4.5 with groups
         gguf="bailingmoe2",
         model_type="sarvam_moe",
+        answer_format="hermes",
         other_types=("bailing_moe", "bailing_moe_v2"),
         layers={"Glm4MoeDecoderLayer": LayerKind()},
         shared_experts={"Glm4MoeMoE": "shared_experts"},
@@ -116,6 +118,7 @@ FAMILIES = (
     Architecture(
         gguf="hunyuan-moe",
         model_type="hunyuan_v1_moe",
+        answer_format="hunyuan",
         other_types=("hunyuan_v1_moe", "hunyuan"),
         restated=_one_for_all,
         shared_experts={"HunYuanMoEV1Moe": "shared_mlp"},
@@ -142,6 +145,7 @@ FAMILIES = (
     Architecture(
         gguf="hy_v3",
         model_type="hy_v3",
+        answer_format="hunyuan-xml",
         layers={"HYV3DecoderLayer": LayerKind()},
         shared_experts={"HYV3MoE": "shared_experts"},
         rules="glm4moe",

@@ -43,6 +43,7 @@ FAMILIES = (
     Architecture(
         gguf="exaone-moe",
         model_type="exaone_moe",
+        answer_format="hermes",
         layers={"ExaoneMoeDecoderLayer": LayerKind(turns_in_windows_only=True)},
         shared_experts={"ExaoneMoeSparseMoEBlock": "shared_experts"},
         rules="glm4moe",

@@ -1,4 +1,4 @@
-"""How model families write thoughts and tool calls, one entry each, and which of them a chat template means.
+"""How model families write tool calls, one entry each, and which of them a chat template means.
 
 A template is recognised by the marks that stand in it; a family's entry (`Architecture.answer_format`) names the
 notation of templates that show none. Patterns are of the `regex` module, as in Transformers' response templates.
@@ -9,30 +9,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .written_calls import Reader, first_of, gemma_calls, json_calls, python_calls, tagged
 
-__all__ = ["CALLS", "THOUGHTS", "WRAPPINGS", "CallNotation", "ThoughtNotation", "calls_of", "thoughts_of"]
-
+__all__ = ["CALLS", "CallNotation", "calls_of"]
 
 Called = tuple[str, Mapping[str, Any]]
 """A function's name and the arguments."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThoughtNotation:
-    """Thoughts between two marks, at the beginning of an answer unless `opens_anywhere`."""
-
-    open: str
-    close: str
-    opens_anywhere: bool = False
-    dropped: str = ""
-    """Pattern of what else is no content."""
-    tokens: tuple[str, ...] = ()
-    """Texts of further tokens that `dropped` needs to see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +42,8 @@ class CallNotation:
     """Such an id, of a function's name and how many calls came before; empty where any will do."""
     write: Callable[[Sequence[Called]], str] = lambda calls: ""
     """The calls as the model would have written them, for chat templates that leave them out."""
+    describes: str = ""
+    """How to call a tool, in words, for models whose chat templates show calls and yet take no tools."""
 
 
 def _marked(
@@ -100,6 +88,20 @@ _DEEPSEEK = tagged(
     r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^<\n]+)(?:<｜tool▁sep｜>|\n)"
     r"\s*(?:```json\s)?(?P<json>.*?)(?:\s*```)?\s*(?:<｜tool▁call▁end｜>|\Z)"
 )
+_DEEPSEEK_CALLS = CallNotation(
+    marks=("<｜tool▁call▁begin｜>",),
+    open="<｜tool▁calls▁begin｜>",
+    close="<｜tool▁calls▁end｜>",
+    read=_DEEPSEEK,
+    tokens=(
+        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+    ),
+    describes="To call tools, write this and nothing behind it, a call between begin and end for each:\n"
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>\n"
+    "NAME is the name of the tool, ARGUMENTS are a JSON object of its parameters.",
+)  # fmt: skip
+_FENCED = "function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```"
 _KIMI = tagged(
     r"<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>[^\s<:]+)(?::\d+)?)\s*"
     r"<\|tool_call_argument_begin\|>(?P<json>.*?)(?:<\|tool_call_end\|>|\Z)"
@@ -164,16 +166,12 @@ CALLS: dict[str, CallNotation] = {
         ),
         tokens=("｜DSML｜",),
     ),
-    "deepseek": CallNotation(
-        marks=("<｜tool▁call▁begin｜>",),
-        open="<｜tool▁calls▁begin｜>",
-        close="<｜tool▁calls▁end｜>",
-        read=_DEEPSEEK,
-        tokens=(
-            "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-            "<｜tool▁sep｜>",
-        ),
+    "deepseek-v3": replace(
+        _DEEPSEEK_CALLS,
+        marks=(*_DEEPSEEK_CALLS.marks, "```json"),
+        describes=_DEEPSEEK_CALLS.describes.replace("NAME<｜tool▁sep｜>ARGUMENTS", _FENCED),
     ),
+    "deepseek": _DEEPSEEK_CALLS,
     "minimax": _marked(
         "<minimax:tool_call>", "</minimax:tool_call>",
         tagged(rf"<{_INVOKED}</invoke>", r"<parameter name=\"(?P<key>[^\"]+)\">(?P<value>.*?)</parameter>"),
@@ -241,43 +239,6 @@ CALLS: dict[str, CallNotation] = {
 }  # fmt: skip
 """By name, in the order in which a chat template is asked for their marks."""
 
-_THINK = ThoughtNotation(open="<think>", close="</think>")
-THOUGHTS: dict[str, ThoughtNotation] = {
-    "<|channel|>": ThoughtNotation(
-        open="<|channel|>analysis<|message|>",
-        close="<|end|>",
-        opens_anywhere=True,
-        dropped=r"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>)?\w*<\|message\|>"
-        r"|<\|(?:end|return)\|>|<\|start\|>assistant(?=<\|channel\|>(?:analysis|final|commentary)\s*<\|message\|>)",
-        tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>"),
-    ),
-    "<|channel>": ThoughtNotation(
-        open="<|channel>thought\n", close="<channel|>", opens_anywhere=True, tokens=("<|channel>", "<channel|>")
-    ),
-    "<|begin|>assistant<|think|>": ThoughtNotation(
-        open="<|think|>",
-        close="<|end|>",
-        dropped=r"(?:<\|begin\|>assistant)?<\|content\|>|<\|begin\|>assistant(?=<\|tool_calls)|<\|end\|>",
-        tokens=("<|begin|>", "<|content|>"),
-    ),
-    "<mm:think>": ThoughtNotation(open="<mm:think>", close="</mm:think>"),
-    "<seed:think>": ThoughtNotation(open="<seed:think>", close="</seed:think>"),
-    "[THINK]": ThoughtNotation(open="[THINK]", close="[/THINK]"),
-    "<|START_THINKING|>": ThoughtNotation(open="<|START_THINKING|>", close="<|END_THINKING|>"),
-    "<thought>": ThoughtNotation(open="<thought>", close="</thought>"),
-    "<think>": _THINK,
-    "</think>": _THINK,
-}
-"""By the mark in a chat template that means it."""
-
-WRAPPINGS = (
-    ("<response>", "</response>"),
-    ("<answer>", "</answer>"),
-    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-    ("<|START_TEXT|>", "<|END_TEXT|>"),
-)
-"""What stands around the content of an answer, where a chat template has both."""
-
 
 def calls_of(template: str, format_name: str = "") -> CallNotation | None:
     """Return the notation of tool calls that a chat template shows, else that of `format_name`; None without either."""
@@ -285,11 +246,3 @@ def calls_of(template: str, format_name: str = "") -> CallNotation | None:
         if notation.marks and all(mark in template for mark in notation.marks):
             return notation
     return CALLS.get(format_name)
-
-
-def thoughts_of(template: str, special: Collection[str] = ()) -> ThoughtNotation | None:
-    """Return the notation of thoughts that a chat template shows, else one whose mark is among the `special` tokens."""
-    for mark, notation in THOUGHTS.items():
-        if mark in template:
-            return notation
-    return _THINK if _THINK.open in special else None
