@@ -48,7 +48,8 @@ class Mixture(NamedTuple):
     """Which types a file has: of experts' gate and up, of their down in even and odd layers, and of the rest.
 
     `dense`, and `dense_more` for values and down projections in half of the layers; `fused` for queries, keys and
-    values in one. Latent attention's up-projections are Q8_0; `head` is the head's, `embedding` of one that is looked up.
+    values in one. Latent attention's up-projections are Q8_0; `head` is the head's, `embedding` an
+    embedding's that is looked up.
     """
 
     gate_up: int

@@ -74,12 +74,26 @@ def kept_of(config: Any, dtype_bytes: int) -> list[Kept]:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if getattr(config, "kv_lora_rank", None):
         indexed = int(getattr(config, "index_head_dim", None) or 0)
-        each = Kept(int(config.kv_lora_rank) + indexed, int(config.qk_rope_head_dim))
+        each: Kept | None = Kept(int(config.kv_lora_rank) + indexed, int(config.qk_rope_head_dim))
     else:
-        width = int(config.num_key_value_heads) * _head_dim(config)
-        each = Kept(width, width)
+        each = None
     states = {"linear_attention": _state, "conv": _convolved}
-    return [states[kind](config, dtype_bytes) if kind in states else each for kind in kinds]
+    return [
+        states[kind](config, dtype_bytes) if kind in states else each or _keys_and_values(config, layer)
+        for layer, kind in enumerate(kinds)
+    ]
+
+
+def _keys_and_values(config: Any, layer: int) -> Kept:
+    """A layer's, where some have other heads than the rest, too."""
+    own = _config_of(config, layer)
+    width = int(own.num_key_value_heads) * _head_dim(own)
+    return Kept(width, width)
+
+
+def _config_of(config: Any, layer: int) -> Any:
+    """The model's, or a layer's own where layers differ."""
+    return config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
 
 
 def _convolved(config: Any, dtype_bytes: int) -> Kept:
@@ -99,10 +113,14 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _widest_head(config: Any) -> int:
+    return max(_head_dim(_config_of(config, layer)) for layer in range(config.num_hidden_layers))
+
+
 def kept_widths(config: Any) -> tuple[int, int]:
     """Return how wide a head's keys and values are, or latents and their rotated part."""
     latent = getattr(config, "kv_lora_rank", None)
-    return (int(latent), int(config.qk_rope_head_dim)) if latent else (_head_dim(config),) * 2
+    return (int(latent), int(config.qk_rope_head_dim)) if latent else (_widest_head(config),) * 2
 
 
 def check_kv_widths(config: Any, kv_cache_type: str) -> None:
@@ -129,7 +147,8 @@ def step_shape(config: Any, chunk_tokens: int, dtype_bytes: int, *, converts_cac
         query = int(config.qk_nope_head_dim + config.qk_rope_head_dim) + int(config.v_head_dim)
         attention = {"projected": heads * (query + 2 * int(latent)) + kept, "scores": heads}
     else:
-        query, grouped = heads * _head_dim(config), heads > int(config.num_key_value_heads)
+        fewest = min(int(_config_of(config, layer).num_key_value_heads) for layer in range(config.num_hidden_layers))
+        query, grouped = heads * _widest_head(config), heads > fewest
         attention = {"projected": 2 * query + kept, "repeated": 2 * query if grouped else 0}
     shared, counted = _first(config, _SHARED_WIDTHS), _first(config, _SHARED_COUNTS)
     widths = (_first(config, ("intermediate_size",)), shared, counted * _expert_width(config))

@@ -18,8 +18,12 @@ from hybrimoe_kt.errors import ConfigError
 __all__ = ["QuantizedEmbedding"]
 
 
+_FACTOR = "scalar_embed_scale"
+"""What Transformers' embeddings have that multiply what is looked up."""
+
+
 class QuantizedEmbedding(nn.Module):
-    """In place of `torch.nn.Embedding`: the table stays in host memory, where the file is mapped.
+    """In place of `torch.nn.Embedding`, or one with a factor: the table stays in host memory, where the file is mapped.
 
     On an accelerator rows are looked up and dequantised on the CPU, and only they cross the link.
     """
@@ -34,10 +38,12 @@ class QuantizedEmbedding(nn.Module):
         generate_device: str = "cpu",
     ) -> None:
         super().__init__()
-        if type(orig_module) is not nn.Embedding:
+        if type(orig_module) is not nn.Embedding and not hasattr(orig_module, _FACTOR):
             raise ConfigError(
                 f"{key}: QuantizedEmbedding replaces torch.nn.Embedding, found {type(orig_module).__name__}"
             )
+        assert isinstance(orig_module, nn.Embedding), "also with a factor"
+        self._factor = float(getattr(orig_module, _FACTOR, 1.0))
         self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
         self._packed: PackedWeight | None = None
         self._device = device_at(generate_device)
@@ -57,7 +63,7 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Ids `[...]`, on any device -> `[..., embedding_dim]`, in the model's dtype, where the layers stand."""
         if self._packed is None:
-            return functional.embedding(input, self.weight)
+            return self._scaled(functional.embedding(input, self.weight))
         (part,) = self._packed.parts
         rows = part.data.view(part.rows, -1)[input.flatten().cpu()]
         if self._by_ggml:
@@ -65,7 +71,11 @@ class QuantizedEmbedding(nn.Module):
             dequantize_into(rows.data_ptr(), part.ggml_type, len(rows), part.columns, values)
         else:
             values = dequantize(rows.flatten(), part.ggml_type, (len(rows), part.columns))
-        return values.to(self._dtype).to(self._device).view(*input.shape, part.columns)
+        return self._scaled(values.to(self._dtype).to(self._device).view(*input.shape, part.columns))
+
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """By the factor as the dtype has it."""
+        return values if self._factor == 1.0 else values * torch.tensor(self._factor, dtype=values.dtype).item()
 
     def extra_repr(self) -> str:
         kept = "float" if self._packed is None else self._packed.parts[0].name

@@ -151,6 +151,12 @@ FAMILIES: dict[str, Family] = {
         residual_multiplier=0.7,
         logits_scaling=2.0,
     ),
+    "gemma4": _family(
+        "gemma4_text", num_hidden_layers=6, head_dim=32, global_head_dim=64, num_global_key_value_heads=1,
+        num_experts=8, top_k_experts=2, moe_intermediate_size=256, intermediate_size=512, enable_moe_block=True,
+        hidden_size_per_layer_input=0, attention_k_eq_v=True, sliding_window=32, final_logit_softcapping=20.0,
+        tie_word_embeddings=True, rope_parameters=None,
+    ),
     "gpt-oss": _family(
         "gpt_oss", _LOCAL_EXPERTS, num_hidden_layers=4, head_dim=64, sliding_window=32,
         rope_parameters=_YARN | {"truncate": False}, rms_norm_eps=1e-5,
@@ -254,11 +260,11 @@ def random_model(name: str) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
         noise = torch.randn(value.shape, generator=generator)
-        if "embed_tokens" in key:
+        if "embed_tokens.weight" in key:
             value.data = noise
         elif value.ndim >= 2 and "e_score" not in key:
             value.data = noise * value.shape[-1] ** -0.5
-        elif "inv_freq" not in key:
+        elif "inv_freq" not in key and "embed_scale" not in key:
             value.data = value.data + 0.15 * noise
     return model.eval()
 

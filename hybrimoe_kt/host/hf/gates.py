@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,13 +33,18 @@ class Gate:
     inputs: tuple[Any, ...]
     takes_texts: bool = False
     """Whether it is asked with states `[batch, tokens, hidden]`."""
+    normalises: bool = False
+    """Whether it takes states as they are and normalises them itself; `norm` is then of the experts alone."""
+    gives_probabilities: bool = False
+    """Whether it returns the softmax of its logits in their place."""
 
     @property
     def weight(self) -> torch.Tensor:
         """What hidden states are multiplied by, `[num_experts, hidden]`."""
         weight = getattr(self.module, "weight", None)  # or within a linear layer of its own
-        found = weight if isinstance(weight, torch.Tensor) else next(iter(self.module.parameters()), None)
-        assert found is not None and found.dim() == 2, "routers have a weight"
+        own = [weight] if isinstance(weight, torch.Tensor) else self.module.parameters()
+        found = next((value for value in own if value.dim() == 2), None)
+        assert found is not None, "routers have a weight"
         return found
 
     def on(self, device: torch.device) -> Gate:
@@ -48,12 +53,18 @@ class Gate:
             return self
         norm = None if self.norm is None else self.norm.to(device)
         inputs = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in self.inputs)
-        return Gate(copy.deepcopy(self.module).to(device), norm, inputs, self.takes_texts)
+        return replace(self, module=copy.deepcopy(self.module).to(device), norm=norm, inputs=inputs)
 
     def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[num_tokens, num_experts]` and ids `[num_tokens, top_k]` for `hidden`, normalised for this gate."""
         # `forward`, not a call: the hook that notes scores must not take a prediction for the real thing
-        return logits_and_ids(self.module.forward(hidden[None] if self.takes_texts else hidden, *self.inputs))
+        answer = self.module.forward(hidden[None] if self.takes_texts else hidden, *self.inputs)
+        logits, ids = logits_and_ids(answer)
+        return self.logits_of(logits), ids
+
+    def logits_of(self, returned: torch.Tensor) -> torch.Tensor:
+        """What it returned as logits; of probabilities their logarithms, whose softmax they are."""
+        return returned.log() if self.gives_probabilities else returned
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -87,7 +98,7 @@ class GateRow:
     def predictor(self, place: int, layers: Sequence[int], ahead: slice) -> _Together | _OneByOne:
         """What asks the gates of `layers[ahead]` for the hidden states entering layer `layers[place]`."""
         gates, numbers = self._gates[ahead], list(layers[ahead])
-        ratios = [_ratio(self._gates[place].norm, gate.norm) for gate in gates]
+        ratios = [_ratio(self._gates[place].norm, gate) for gate in gates]
         choices = self._choices[ahead]
         if self._weights is None or len(set(choices)) > 1:
             return _OneByOne(numbers, gates, ratios)
@@ -238,8 +249,9 @@ def _write_scores(logits: torch.Tensor, scores: torch.Tensor) -> None:
         scores.copy_(torch.softmax(logits.float(), dim=-1).mean(dim=1))
 
 
-def _ratio(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:
-    """What turns a state normalised by `ours` into one normalised by `theirs`, `[hidden]`."""
-    if ours is None or theirs is None or bool((ours == 0).any()):
+def _ratio(ours: torch.Tensor | None, gate: Gate) -> torch.Tensor | None:
+    """What turns a state normalised by `ours` into one that `gate` takes, `[hidden]`."""
+    if ours is None or gate.norm is None or bool((ours == 0).any()):
         return None
-    return (theirs.float() / ours.float()).detach().to(theirs.dtype)
+    theirs = torch.ones_like(ours) if gate.normalises else gate.norm
+    return (theirs.float() / ours.float()).detach().to(gate.norm.dtype)

@@ -19,7 +19,7 @@ __all__ = ["look_ahead", "moe_gates", "note_routers"]
 def note_routers(model: nn.Module, family: Architecture) -> None:
     """Give every layer's experts their router's logits from now on."""
     for experts, gate in moe_gates(model, family).values():
-        gate.module.register_forward_hook(_noting(experts))
+        gate.module.register_forward_hook(_noting(experts, gate))
 
 
 def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: int) -> None:
@@ -40,10 +40,11 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
             runtime.look_ahead(layer, rows[device].predictor(place, layers, ahead))
 
 
-def _noting(experts: HybriMoEExperts) -> Any:
+def _noting(experts: HybriMoEExperts, gate: Gate) -> Any:
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if experts.runtime is not None and experts.runtime.wants_scores:
-            experts.note_logits(logits_and_ids(output)[0], getattr(module, "probabilities", None))
+            logits = gate.logits_of(logits_and_ids(output)[0])
+            experts.note_logits(logits, getattr(module, "probabilities", None))
 
     return note
 
@@ -61,7 +62,17 @@ def moe_gates(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMo
             norm = getattr(layer, family.expert_norm, None)
             owner = next(module for module in layer.modules() if gate in module.children())
             inputs = tuple(getattr(owner, name) for name in family.router_inputs)
-            found[number] = experts, Gate(gate, _factor(norm, family.norm_offset), inputs, family.routes_texts)
+            found[number] = (
+                experts,
+                Gate(
+                    gate,
+                    _factor(norm, family.norm_offset),
+                    inputs,
+                    family.routes_texts,
+                    family.router_normalises,
+                    family.router_gives_probabilities,
+                ),
+            )
     return found
 
 

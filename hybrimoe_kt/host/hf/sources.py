@@ -120,10 +120,10 @@ def _check_consistent(file: GgufFile, architecture: Architecture, config: Any) -
     stated = architecture.key(file)("expert_used_count")
     if config.num_hidden_layers != found:
         raise ModelError(f"{file.path}: holds {found} layers, its configuration says {config.num_hidden_layers}")
-    if config.num_experts_per_tok != stated or not (isinstance(stated, int) and 1 <= stated <= (experts or stated)):
+    routed = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)  # Gemma's
+    if routed != stated or not (isinstance(stated, int) and 1 <= stated <= (experts or stated)):
         raise ModelError(
-            f"{file.path}: routes each token to {stated} of {experts} experts, "
-            f"its configuration says {config.num_experts_per_tok}"
+            f"{file.path}: routes each token to {stated} of {experts} experts, its configuration says {routed}"
         )
     groups, used = (getattr(config, name, None) or 1 for name in ("n_group", "topk_group"))
     if experts and (experts % groups or not 1 <= used <= groups):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import convolved, deepseek, openai, others, qwen, shared, windowed
+from . import convolved, deepseek, gemma, openai, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -34,6 +34,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for family in (
         *qwen.FAMILIES,
         *deepseek.FAMILIES,
+        *gemma.FAMILIES,
         *openai.FAMILIES,
         *others.FAMILIES,
         *shared.FAMILIES,

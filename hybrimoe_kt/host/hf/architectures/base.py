@@ -154,6 +154,10 @@ class Architecture:
     """Whether its router takes hidden states `[batch, tokens, hidden]` alone."""
     expert_norm: str = "post_attention_layernorm"
     """What layers call the norm in front of their experts."""
+    router_normalises: bool = False
+    """Whether its router takes the residual stream, and has a norm of its own."""
+    router_gives_probabilities: bool = False
+    """Whether it returns the softmax of its logits in their place."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
     rounds_yarn: bool = True
