@@ -77,7 +77,7 @@ def kept_of(config: Any, dtype_bytes: int) -> list[Kept]:
         each: Kept | None = Kept(int(config.kv_lora_rank) + indexed, int(config.qk_rope_head_dim))
     else:
         each = None
-    states = {"linear_attention": _state, "conv": _convolved}
+    states = {"linear_attention": _state, "conv": _convolved, "moe": _nothing, "mlp": _nothing}
     return [
         states[kind](config, dtype_bytes) if kind in states else each or _keys_and_values(config, layer)
         for layer, kind in enumerate(kinds)
@@ -96,6 +96,11 @@ def _config_of(config: Any, layer: int) -> Any:
     return config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
 
 
+def _nothing(config: Any, dtype_bytes: int) -> Kept:
+    """A layer of experts alone."""
+    return Kept()
+
+
 def _convolved(config: Any, dtype_bytes: int) -> Kept:
     """A short convolution's: the last columns of what enters it."""
     return Kept(state_bytes=int(config.hidden_size) * int(config.conv_L_cache) * dtype_bytes)
@@ -103,6 +108,12 @@ def _convolved(config: Any, dtype_bytes: int) -> Kept:
 
 def _state(config: Any, dtype_bytes: int) -> Kept:
     """Linear attention's: the last columns of its convolution, and a float32 matrix for each head of values."""
+    if hasattr(config, "ssm_state_size"):  # a state space's
+        inner = int(config.mamba_num_heads * config.mamba_head_dim)
+        columns = inner + 2 * int(config.n_groups * config.ssm_state_size)
+        return Kept(
+            state_bytes=columns * int(config.conv_kernel) * dtype_bytes + 4 * inner * int(config.ssm_state_size)
+        )
     keys = int(config.linear_num_key_heads * config.linear_key_head_dim)
     values = int(config.linear_num_value_heads * config.linear_value_head_dim)
     convolved = (2 * keys + values) * int(config.linear_conv_kernel_dim) * dtype_bytes

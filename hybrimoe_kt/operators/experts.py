@@ -52,7 +52,7 @@ class HybriMoEExperts(nn.Module):
             raise ConfigError(
                 f"{key}: HybriMoEExperts replaces `...layers.N....experts`, this name has no layer number"
             )
-        hidden, inter = _first_of(orig_module, _WIDTHS), _first_of(orig_module, _INNER_WIDTHS)
+        hidden, inter = _sizes_of(orig_module)
         if not hasattr(orig_module, "num_experts") or hidden is None or inter is None:
             raise ConfigError(
                 f"{key}: HybriMoEExperts replaces a layer's routed experts (`...mlp.experts`), "
@@ -110,6 +110,14 @@ class HybriMoEExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
+
+
+def _sizes_of(module: nn.Module) -> tuple[int | None, int | None]:
+    """What goes into its experts and what lies between: by their matrices where these may be narrower than the model."""
+    up = getattr(module, "up_proj", None)
+    if isinstance(up, torch.Tensor) and up.dim() == 3:
+        return up.shape[2], up.shape[1]
+    return _first_of(module, _WIDTHS), _first_of(module, _INNER_WIDTHS)
 
 
 def _first_of(owner: object, names: tuple[str, ...]) -> Any:

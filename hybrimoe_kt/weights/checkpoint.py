@@ -85,8 +85,9 @@ class Checkpoint:
                 raise ModelError(f"{file}: damaged safetensors file ({reason}); download it again") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         # a model that also sees has its language model one level deeper
-        prefixes = ("model.language_model.", "language_model.model.", "model.")
-        self._prefix = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in self._files), "model.")
+        prefixes = ("model.language_model.", "language_model.model.", "model.", "backbone.")
+        ends = [(prefix, f"{prefix}{norm}.weight") for prefix in prefixes for norm in ("norm", "norm_f")]
+        self._prefix = next((prefix for prefix, norm in ends if norm in self._files), "model.")
         self.scale_block = _BLOCK
         """Rows and columns of FP8 numbers that share a scale."""
         heads = ("lm_head.", "language_model.lm_head.")

@@ -94,6 +94,23 @@ _VISION = {
 }
 
 
+_STATE_SPACES = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "head_dim": 64,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "expand": 1,
+    "routed_scaling_factor": 1.5,
+    "vocab_size": 264,
+    "layer_norm_epsilon": 1e-6,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write.
@@ -157,6 +174,8 @@ FAMILIES: dict[str, Family] = {
         hidden_size_per_layer_input=0, attention_k_eq_v=True, sliding_window=32, final_logit_softcapping=20.0,
         tie_word_embeddings=True, rope_parameters=None,
     ),
+    "nemotron": _family("nemotron_h", _STATE_SPACES),
+    "nemotron-latent": _family("nemotron_h", _STATE_SPACES, moe_latent_size=128),
     "gpt-oss": _family(
         "gpt_oss", _LOCAL_EXPERTS, num_hidden_layers=4, head_dim=64, sliding_window=32,
         rope_parameters=_YARN | {"truncate": False}, rms_norm_eps=1e-5,

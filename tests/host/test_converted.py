@@ -38,6 +38,8 @@ LLAMA_CPP_DIFFERS = {
     "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
 }
 NO_GRAPHS = {
+    "nemotron": "has state spaces",
+    "nemotron-latent": "has state spaces",
     "gemma4": "has a dense layer beside its experts, and norms around both",
     "hunyuan-moe": "normalises queries and keys after it has turned them",
     "deepseek32": "looks at what an indexer finds",
@@ -64,7 +66,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 
 def test_every_architecture_is_converted_here() -> None:
     """A family added to the package without a row in the table would go untested."""
-    covered = {"qwen35moe-fused": "qwen35moe", "mixtral": "llama"}
+    covered = {
+        "nemotron": "nemotron_h_moe",
+        "nemotron-latent": "nemotron_h_moe",
+        "qwen35moe-fused": "qwen35moe",
+        "mixtral": "llama",
+    }
     covered |= dict.fromkeys(("deepseek2-groups", "deepseek3", "kimi-k2", "glm4-moe-lite"), "deepseek2")
     covered |= {
         "granitemoeshared": "granitemoe",

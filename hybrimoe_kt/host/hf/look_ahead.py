@@ -26,14 +26,15 @@ def look_ahead(model: nn.Module, runtime: Runtime, family: Architecture, depth: 
     """Ask the gates of `depth` layers after each MoE layer from now on.
 
     A gate expects its own layer's normalised input; the one at hand was normalised for another layer. Both
-    norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it.
+    norms divide by the same root mean square, so multiplying by the ratio of their factors corrects it. What enters
+    experts of another width than the gates' says nothing to them.
     """
     blocks = {layer: gate for layer, (_, gate) in moe_gates(model, family).items()}
     layers = sorted(blocks)
     rows: dict[torch.device, GateRow] = {}
     for place, layer in enumerate(layers):
         ahead = slice(place + 1, place + 1 + depth)
-        if layers[ahead]:
+        if layers[ahead] and runtime.store.layers[layer].hidden == blocks[layer].weight.shape[1]:
             device = runtime.device_of(layer) or blocks[layer].weight.device
             if device not in rows:
                 rows[device] = GateRow([blocks[number] for number in layers], device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import convolved, deepseek, gemma, openai, others, qwen, shared, windowed
+from . import convolved, deepseek, gemma, nemotron, openai, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *qwen.FAMILIES,
         *deepseek.FAMILIES,
         *gemma.FAMILIES,
+        *nemotron.FAMILIES,
         *openai.FAMILIES,
         *others.FAMILIES,
         *shared.FAMILIES,
