@@ -15,8 +15,11 @@ from .families import FAMILIES, random_model, save_checkpoint
 from .test_converted import LLAMA_CPP_DIFFERS
 from .test_file_contents import OTHER, SHAPES, USED, Keys, assert_as_llama_cpp
 
+APART = {"mellum": "beyond a window llama.cpp is 0.06 away, with a base of its own in layers with windows"}
 UNGENERATED = [
-    name for name in FAMILIES if name not in {*SHAPES, *LLAMA_CPP_DIFFERS, "mixtral", "kimi-k2", "qwen35moe-fused"}
+    name
+    for name in FAMILIES
+    if name not in {*SHAPES, *LLAMA_CPP_DIFFERS, *APART, "mixtral", "kimi-k2", "qwen35moe-fused"}
 ]
 
 
