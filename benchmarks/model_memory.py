@@ -40,7 +40,7 @@ BIG_PARAMS = 100e9
 """From which on files of two bits are worth a look."""
 _GPU = "cuda"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_PACKED = re.compile(r"lm_head$|_proj\w*$")
+_PACKED = re.compile(r"lm_head$|(?<!weights)_proj\w*$|\.feed_forward\.w[123]$|\.indexer\.w(q_b|k)$")
 """The linear layers that the rule files leave as the file has them."""
 
 
@@ -81,7 +81,10 @@ class _EveryType(TritonGpu):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Release:
-    """A released model: its Transformers model type, published dimensions, and published number of parameters."""
+    """A released model: its Transformers model type, published dimensions, and published number of parameters.
+
+    Dimensions that are Transformers' own defaults for the type are left out.
+    """
 
     name: str
     gguf: str
@@ -137,15 +140,24 @@ RELEASES = (
         "intermediate_size": 512, "tie_word_embeddings": True}),
     Release("OLMoE-1B-7B", "olmoe", "olmoe", 6.92e9, {
         **_gqa(16, 2048, 16, 16, 128, 50304), **_experts(64, 8, 1024), "intermediate_size": 1024}),
+    Release("LFM2-8B-A1B", "lfm2moe", "lfm2_moe", 8.3e9, {
+        "num_hidden_layers": 24, "layer_types": [
+            "full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]}),
+    Release("Mellum2-12B-A2.5B", "mellum", "mellum", 12.1e9, {}),
     Release("Qwen1.5-MoE-A2.7B", "qwen2moe", "qwen2_moe", 14.3e9, {
         **_gqa(24, 2048, 16, 16, 128, 151936), **_experts(60, 4, 1408, shared_expert_intermediate_size=5632)}),
     Release("DeepSeek-V2-Lite", "deepseek2", "deepseek_v2", 15.7e9, {
         **_mla(27, 2048, 16, None, 102400), **_routed(64, 6, 1408, 2, 1, 10944)}),
+    Release("Ling-mini-2.0", "bailingmoe2", "sarvam_moe", 16.3e9, {
+        **_gqa(20, 2048, 16, 4, 128, 157184), **_routed(256, 8, 512, 1, 1, 5120)}),
     Release("ERNIE-4.5-21B-A3B", "ernie4_5-moe", "ernie4_5_moe", 21.8e9, {
         **_gqa(28, 2560, 20, 4, 128, 103424), **_ernie(64, 6, 1536, 2, 1, 28, 12288)}),
     Release("gpt-oss-20b", "gpt-oss", "gpt_oss", 20.9e9, {
         **_gqa(24, 2880, 64, 8, 64, 201088), "num_local_experts": 32, "num_experts_per_tok": 4,
         "intermediate_size": 2880}, MXFP4_FILE),
+    Release("GLM-4.7-Flash", "deepseek2", "deepseek_v3", 29.9e9, {
+        **_mla(47, 2048, 20, 768, 154880), **_routed(64, 4, 1536, 1, 1, 10240), "qk_nope_head_dim": 192,
+        "v_head_dim": 256}),
     Release("Qwen3-30B-A3B", "qwen3moe", "qwen3_moe", 30.5e9, {
         **_gqa(48, 2048, 32, 4, 128, 151936), **_experts(128, 8, 768)}),
     Release("Qwen3.5-35B-A3B", "qwen35moe", "qwen3_5_moe_text", 35e9, {
@@ -160,11 +172,18 @@ RELEASES = (
     Release("gpt-oss-120b", "gpt-oss", "gpt_oss", 116.8e9, {
         **_gqa(36, 2880, 64, 8, 64, 201088), "num_local_experts": 128, "num_experts_per_tok": 4,
         "intermediate_size": 2880}, MXFP4_FILE),
+    Release("Hunyuan-A13B", "hunyuan-moe", "hunyuan_v1_moe", 80.4e9, {
+        **_gqa(32, 4096, 32, 8, 128, 128167), "num_experts": 64, "moe_topk": 8, "intermediate_size": 3072,
+        "tie_word_embeddings": True}),
+    Release("Solar-Open-100B", "glm4moe", "glm4_moe", 102.6e9, {
+        **_gqa(48, 4096, 64, 8, 128, 196608), **_routed(128, 8, 1280, 1, 0, 10240)}),
     Release("GLM-4.5-Air", "glm4moe", "glm4_moe", 106e9, {
         **_gqa(46, 4096, 96, 8, 128, 151552), **_routed(128, 8, 1408, 1, 1, 10944)}),
     Release("Mixtral-8x22B", "llama", "mixtral", 140.6e9, {
         **_gqa(56, 6144, 48, 8, 128, 32768), "num_local_experts": 8, "num_experts_per_tok": 2,
         "intermediate_size": 16384}),
+    Release("dots.llm1", "dots1", "dots1", 142.8e9, {
+        **_gqa(62, 4096, 32, 32, 128, 152064), **_routed(128, 6, 1408, 2, 1, 10944)}),
     Release("MiniMax-M2", "minimax-m2", "minimax_m2", 230e9, {
         **_gqa(62, 3072, 48, 8, 128, 200064), "num_local_experts": 256, "num_experts_per_tok": 8,
         "intermediate_size": 1536}),
@@ -172,12 +191,15 @@ RELEASES = (
         **_gqa(94, 4096, 64, 4, 128, 151936), **_experts(128, 8, 1536)}),
     Release("DeepSeek-V2", "deepseek2", "deepseek_v2", 236e9, {
         **_mla(60, 5120, 128, 1536, 102400), **_routed(160, 6, 1536, 2, 1, 12288)}),
+    Release("Hy3", "hy_v3", "hy_v3", 295e9, {}),
     Release("ERNIE-4.5-300B-A47B", "ernie4_5-moe", "ernie4_5_moe", 300e9, {
         **_gqa(54, 8192, 64, 8, 128, 103424), **_ernie(64, 8, 3584, 0, 3, 54, 28672)}),
     Release("GLM-4.5", "glm4moe", "glm4_moe", 355e9, {
         **_gqa(92, 5120, 96, 8, 128, 151552), **_routed(160, 8, 1536, 1, 3, 12288)}),
     Release("DeepSeek-V3, R1", "deepseek2", "deepseek_v3", 671e9, {
         **_mla(61, 7168, 128, 1536, 129280), **_routed(256, 8, 2048, 1, 3, 18432)}),
+    Release("DeepSeek-V3.2", "deepseek32", "deepseek_v32", 671.9e9, {}),
+    Release("GLM-5", "glm-dsa", "glm_moe_dsa", 744e9, {}),
     Release("Kimi-K2", "deepseek2", "deepseek_v3", 1.03e12, {
         **_mla(61, 7168, 64, 1536, 163840), **_routed(384, 8, 2048, 1, 1, 18432)}),
 )  # fmt: skip

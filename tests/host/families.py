@@ -106,7 +106,7 @@ _STATE_SPACES = {
     "n_groups": 2,
     "expand": 1,
     "routed_scaling_factor": 1.5,
-    "vocab_size": 264,
+    "vocab_size": 264,  # its converter pads to a multiple of 8
     "layer_norm_epsilon": 1e-6,
 }
 
@@ -242,7 +242,10 @@ FAMILIES: dict[str, Family] = {
         "exaone_moe", _NUM_EXPERTS, _WINDOWS, head_dim=64, num_shared_experts=1, n_group=1, topk_group=1,
         routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, written=_SIGMOID,
     ),
-    "mellum": _family("mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES),
+    "mellum": _family(  # in the order that llama.cpp knows, whatever a file says
+        "mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES,
+        layer_types=["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
+    ),
     "deepseek32": _family(
         "deepseek_v32", _LATENT, _INDEXED, q_lora_rank=64, n_group=4, topk_group=2, routed_scaling_factor=1.5,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
@@ -262,6 +265,19 @@ FAMILIES: dict[str, Family] = {
         "lfm2_moe", _NUM_EXPERTS, num_hidden_layers=4, num_dense_layers=1, norm_eps=1e-6, tie_word_embeddings=True,
         layer_types=["conv", "full_attention", "conv", "full_attention"],
     ),
+    **{
+        name: _family(
+            "laguna", _NUM_EXPERTS, num_hidden_layers=5, head_dim=64, sliding_window=8, gating=gating,
+            layer_types=["full_attention"] + ["sliding_attention"] * 3 + ["full_attention"],
+            num_attention_heads_per_layer=[4, 8, 8, 8, 4], shared_expert_intermediate_size=256,
+            moe_routed_scaling_factor=2.0,
+            rope_parameters={
+                kind: values | {"partial_rotary_factor": 0.5 if kind == "full_attention" else 1.0}
+                for kind, values in _TWO_BASES.items()
+            },
+        )
+        for name, gating in (("laguna", True), ("laguna-m", "per-element"))
+    },
     "kimi-k2": _family(  # DeepSeek-V3 without groups
         "deepseek_v3", _LATENT, q_lora_rank=64, n_group=1, topk_group=1, routed_scaling_factor=2.827,
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,

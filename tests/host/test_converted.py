@@ -46,6 +46,8 @@ NO_GRAPHS = {
     "glm-dsa": "looks at what an indexer finds",
     "afmoe": "gates its attention beside, and has norms behind both halves of a layer",
     "lfm2moe": "convolves",
+    "laguna": "gates its attention beside",
+    "laguna-m": "gates its attention beside",
 }
 
 
@@ -78,6 +80,7 @@ def test_every_architecture_is_converted_here() -> None:
         "solar-open": "glm4moe",
         "sarvam-moe": "bailingmoe2",
         "ling-2": "bailingmoe2",
+        "laguna-m": "laguna",
     }
     assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
 

@@ -60,6 +60,25 @@ REFUSED = {
         "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
         ("llama4", "llama4_text"),
     ),
+    "bailingmoe3": Refused("its linear attention decays by channel, which nothing here reads", ("bailing_hybrid",)),
+    "kimi-linear": Refused("its linear attention decays by channel, which nothing here reads", ("kimi_linear",)),
+    "deepseek4": Refused(
+        "it keeps several streams of hidden states, and attends to compressed tokens, which nothing here reads",
+        ("deepseek_v4",),
+    ),
+    "qwen4exp": Refused(
+        "it keeps several streams of hidden states and looks up runs of tokens, which nothing here reads",
+        ("qwen4_exp", "qwen4_exp_text"),
+    ),
+    "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
+    "minimax-m3": Refused(
+        "it attends to blocks of tokens, in a form that nothing here reads", ("minimax_m3_vl", "minimax_m3_vl_text")
+    ),
+    "granitehybrid": Refused("most of its layers are Mamba's, which nothing here reads", ("granitemoehybrid",)),
+    "longcat-flash": Refused(
+        "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
+        ("longcat_flash",),
+    ),
 }
 """By the name of the architecture in GGUF files."""
 

@@ -73,10 +73,10 @@ def partial_rotary(key: Key) -> float:
     return float(key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"))
 
 
-def windows(key: Key, period: int) -> dict[str, Any]:
-    """Which layers look back at a window; without a list of them the last of every `period` does not."""
+def windows(key: Key, *, full: int = 3) -> dict[str, Any]:
+    """Which layers look back at a window; without a list of them all but this one of every four."""
     window, count = key("attention.sliding_window", 0) or 0, key("block_count")
-    given = key("attention.sliding_window_pattern", [(layer + 1) % period != 0 for layer in range(count)])
+    given = key("attention.sliding_window_pattern", [layer % 4 != full for layer in range(count)])
     if not isinstance(given, list) or len(given) < count:
         raise ModelError(f"attention.sliding_window_pattern {given} is not of {count} layers")
     kinds = ["sliding_attention" if window and is_windowed else "full_attention" for is_windowed in given[:count]]

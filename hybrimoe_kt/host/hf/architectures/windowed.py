@@ -1,14 +1,16 @@
-"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2, Trinity."""
+"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2, Trinity, Laguna."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Key, LayerKind
-from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, only_gated_by, scale, windows
+from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, only_gated_by, scale, windows, without
 
 __all__ = ["FAMILIES"]
 
@@ -19,7 +21,7 @@ _SKELETON = GQA_SKELETON | {"num_experts": 4, "head_dim": 16}
 
 def _exaone(key: Key) -> Mapping[str, Any]:
     only_gated_by("exaone-moe", SIGMOID, key)
-    return windows(key, 4) | {
+    return windows(key) | {
         "n_group": key("expert_group_count", 1),
         "topk_group": key("expert_group_used_count", 1),
         "norm_topk_prob": key("expert_weights_norm", False),
@@ -31,15 +33,59 @@ def _afmoe(key: Key) -> Mapping[str, Any]:
     only_gated_by("afmoe", SIGMOID, key)
     if not key("expert_weights_norm", True):
         raise ModelError("afmoe without normalised routing weights is not supported; every released model has them so")
-    return windows(key, 4) | {"route_scale": scale(key)}
+    return windows(key) | {"route_scale": scale(key)}
+
+
+def _laguna(key: Key) -> Mapping[str, Any]:
+    only_gated_by("laguna", SIGMOID, key)
+    if not key("expert_weights_norm", True):
+        raise ModelError("laguna without normalised routing weights is not supported; every released model has them so")
+    count, dense, width = key("block_count"), key("leading_dense_block_count", 1), key("attention.key_length")
+    heads = key("attention.head_count", of_each_layer=True)[:count]
+    rotated = {"full_attention": key("rope.dimension_count", width)}
+    rotated |= {"sliding_attention": key("rope.dimension_count_swa", rotated["full_attention"])}
+    return windows(key, full=0) | {
+        "num_attention_heads": max(heads),
+        "num_attention_heads_per_layer": heads,
+        "mlp_layer_types": ["dense"] * dense + ["sparse"] * (count - dense),
+        "moe_routed_scaling_factor": scale(key),
+        "rope_parameters": {kind: {"partial_rotary_factor": dims / width} for kind, dims in rotated.items()},
+    }
+
+
+def _gates(file: GgufFile, key: Key) -> str | None:
+    """Whether attention's gates are of each head, or of each of its values."""
+    heads = key("attention.head_count", of_each_layer=True)
+    return None if file.tensor("blk.0.attn_gate.weight").shape[0] == heads[0] else "per-element"
 
 
 def _mellum(key: Key) -> Mapping[str, Any]:
     only_gated_by("mellum", SOFTMAX, key)
-    return windows(key, 4)
+    return windows(key)
 
+
+_LAGUNA = Architecture(
+    gguf="laguna",
+    model_type="laguna",
+    rules="afmoe",
+    pre_tokenizers=("laguna",),
+    skeleton=_SKELETON | {"num_hidden_layers": 40, "shared_expert_intermediate_size": 32},
+    tensor_table="dots1",
+    keys=without(_KEYS, "num_attention_heads")
+    | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+    constants={"gating": True},
+    derive=_laguna,
+    names={_GATE_BIAS: CORRECTION, "self_attn.g_proj.weight": "blk.{layer}.attn_gate.weight"},
+    float32=(_GATE_BIAS,),
+    has_rotary_kinds=True,
+)
 
 FAMILIES = (
+    replace(
+        _LAGUNA,
+        variant=_gates,
+        variants={"per-element": replace(_LAGUNA, alias="laguna-m", constants={"gating": "per-element"})},
+    ),
     Architecture(
         gguf="exaone-moe",
         model_type="exaone_moe",
