@@ -113,7 +113,7 @@ class HybriMoEExperts(nn.Module):
 
 
 def _sizes_of(module: nn.Module) -> tuple[int | None, int | None]:
-    """What goes into its experts and what lies between: by their matrices where these may be narrower than the model."""
+    """How wide what enters experts is, and what lies between: of those without a gate their matrices say it."""
     up = getattr(module, "up_proj", None)
     if isinstance(up, torch.Tensor) and up.dim() == 3:
         return up.shape[2], up.shape[1]

@@ -106,7 +106,6 @@ _STATE_SPACES = {
     "n_groups": 2,
     "expand": 1,
     "routed_scaling_factor": 1.5,
-    "vocab_size": 264,  # its converter pads to a multiple of 8
     "layer_norm_epsilon": 1e-6,
 }
 

@@ -106,12 +106,15 @@ def test_layers_as_graphs_equal_the_stock_model(converted: Callable[[str], Path]
     assert (ours.dense is None) == (name in NO_GRAPHS)
     text = PROMPT * 4  # beyond what graphs take at once
     wanted = logits_of(random_model(name), text)
+    within = float(
+        1e-3 * (wanted.max() - wanted.min())
+    )  # stock state spaces are 5e-4 apart, token by token and at once
     for size in (1, 6, 80):
         engine = TokenGenerator(ours, set())
         for at in range(0, len(text), size):
             piece = text[at : at + size]
             found = engine.append(piece)
-            torch.testing.assert_close(found, wanted[at + len(piece) - 1], rtol=0, atol=2e-3, msg=f"{size}, {at}")
+            torch.testing.assert_close(found, wanted[at + len(piece) - 1], rtol=0, atol=within, msg=f"{size}, {at}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -81,9 +81,10 @@ SERVED = sorted(
 
 @pytest.mark.parametrize(("name", "rules"), SERVED)
 def test_packaged_rules_match_experts_and_latent_attention(skeletons, name, rules):
-    rules, model = load_rules(list_packaged_rules()[rules]), skeletons[name]
+    is_default, rules, model = rules == DEFAULT, load_rules(list_packaged_rules()[rules]), skeletons[name]
     found = match_modules(model, rules, default_device="cpu")
-    assert unused_rules(rules, found) == []
+    unused = unused_rules(rules, found)
+    assert unused == [] or (is_default and rules.rules[0] not in unused), "the default's experts match in every family"
     by_class = {
         cls: [path for path, item in found.items() if item.cls == cls] for cls in (aliases.EXPERTS, aliases.MLA)
     }

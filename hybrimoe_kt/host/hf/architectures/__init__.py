@@ -1,18 +1,19 @@
 """Model families as data: how a GGUF architecture becomes a Transformers configuration and its tensor names.
 
-A family is one entry in its module's `FAMILIES`. Adding one means describing it there, not branching elsewhere:
-rules, tokenizer and checkpoints ask the entry.
+A family is one entry in its module's `FAMILIES`, and a module of this folder that has any is found. Adding one means
+describing it there, not branching elsewhere: rules, tokenizer and checkpoints ask the entry.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from . import convolved, deepseek, gemma, nemotron, openai, others, qwen, shared, windowed
 from .base import Architecture, Composed, Key, LayerKind, Transform
 
 __all__ = [
@@ -29,20 +30,14 @@ __all__ = [
     "every_architecture",
 ]
 
-ARCHITECTURES: dict[str, Architecture] = {
-    family.gguf: family
-    for family in (
-        *qwen.FAMILIES,
-        *deepseek.FAMILIES,
-        *gemma.FAMILIES,
-        *nemotron.FAMILIES,
-        *openai.FAMILIES,
-        *others.FAMILIES,
-        *shared.FAMILIES,
-        *windowed.FAMILIES,
-        *convolved.FAMILIES,
-    )
-}
+
+def _families() -> Iterator[Architecture]:
+    """Of every module here that has any."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        yield from getattr(importlib.import_module(f"{__name__}.{name}"), "FAMILIES", ())
+
+
+ARCHITECTURES: dict[str, Architecture] = {family.gguf: family for family in _families()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ FAMILIES = (
     Architecture(
         gguf="lfm2moe",
         model_type="lfm2_moe",
+        answer_format="lfm2",
         pre_tokenizers=("lfm2",),
         skeleton=GQA_SKELETON
         | {"num_hidden_layers": 24, "num_experts": 4, "num_dense_layers": 2}

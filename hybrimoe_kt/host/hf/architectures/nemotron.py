@@ -32,6 +32,10 @@ def _without_a_gate(config: Any) -> ExpertForm:
 
 def _nemotron(key: Key) -> Mapping[str, Any]:
     only_gated_by("nemotron_h_moe", SIGMOID, key)
+    if key("attention.layer_norm_epsilon", key("attention.layer_norm_rms_epsilon")) != key(
+        "attention.layer_norm_rms_epsilon"
+    ):
+        raise ModelError("nemotron_h_moe with two epsilons of norms is not supported; they are one and the same")
     heads = key("attention.head_count_kv", of_each_layer=True)[: key("block_count")]
     widths = key("feed_forward_length", of_each_layer=True)[: key("block_count")]
     if any(head and width for head, width in zip(heads, widths, strict=True)):

@@ -104,6 +104,7 @@ FAMILIES = (
     Architecture(
         gguf="afmoe",
         model_type="afmoe",
+        answer_format="hermes",
         shared_experts={},  # added in front of the routed ones
         pre_tokenizers=("afmoe",),
         skeleton=_SKELETON | {"num_hidden_layers": 32, "num_shared_experts": 1, "num_dense_layers": 1},
