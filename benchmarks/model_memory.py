@@ -26,6 +26,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.card_needs import CardNeeds
 from hybrimoe_kt.core.memory_plan import CONTEXT_BYTES, LIBRARY_BYTES, MemoryPlan, plan_card
 from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
+from hybrimoe_kt.expert_form import ExpertForm
 from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs
 from hybrimoe_kt.host.doctor.model import host_expert_bytes
 from hybrimoe_kt.quants import TYPES, row_bytes
@@ -343,7 +344,7 @@ def _layer(number: int, module: Any, top_k: int, mixture: Mixture) -> LayerExper
         return made
     rows = (torch.empty((count, 4 * m.rows), dtype=torch.uint8, device="meta") for m in made.matrices)
     biases = tuple(ExpertMatrix(data, F32, 1, m.rows) for data, m in zip(rows, made.matrices, strict=True))
-    return replace(made, biases=biases)
+    return replace(made, biases=biases, form=ExpertForm(has_biases=True))
 
 
 def long_table() -> str:

@@ -18,10 +18,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu2")
 
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
-    """`down(activation(gate x) * (up x + up_offset))`, or `down(activation(up x))` for experts without a gate.
-
-    Biases are not said here: they are among an expert's tensors, or not.
-    """
+    """`down(activation(gate x) * (up x + up_offset))`, or `down(activation(up x))` for experts without a gate."""
 
     activation: Activation = "silu"
     """`relu2` is the square of ReLU, `gelu_tanh` GELU by its tangent. silu(x) is x * sigmoid(alpha * x)."""
@@ -30,6 +27,8 @@ class ExpertForm:
     limit: float | None = None
     """Before anything else the gate is cut to at most this, up to between its negative and itself."""
     up_offset: float = 0.0
+    has_biases: bool = False
+    """Each matrix has one."""
     weighs_input: bool = False
     """The routing weight multiplies what enters the expert, not what leaves it."""
 
@@ -46,7 +45,7 @@ class ExpertForm:
     @property
     def is_swiglu(self) -> bool:
         """Whether gate and up are joined as in most models: `silu(gate x) * up x`."""
-        return replace(self, weighs_input=False) == SWIGLU
+        return replace(self, weighs_input=False, has_biases=False) == SWIGLU
 
     @property
     def is_clamped_swiglu(self) -> bool:
@@ -75,6 +74,7 @@ class ExpertForm:
         said += [] if self.is_gated else ["no gate"]
         said += [] if self.limit is None else [f"limit {self.limit:g}"]
         said += [f"{self.up_offset:+g} on up"] if self.up_offset else []
+        said += ["biases"] if self.has_biases else []
         return ", ".join(said)
 
 

@@ -35,10 +35,9 @@ class LlamafileArithmetic(CpuBackend):
     def refuses(cls, experts: LayerExperts) -> str | None:
         layer = f"layer {experts.layer}:"
         if not experts.form.is_swiglu or experts.biases:
-            said = experts.form.describe() + (", biases" if experts.biases else "")
             return (
-                f"{layer} experts of another form ({said}) than the gated silu that the llamafile CPU backend "
-                f"computes; use --cpu_backend ggml"
+                f"{layer} experts of another form ({experts.form.describe()}) than the gated silu that the llamafile "
+                f"CPU backend computes; use --cpu_backend ggml"
             )
         for role, matrix in experts.named.items():
             if not TYPES[matrix.ggml_type].llamafile:

@@ -63,7 +63,7 @@ class LayerExperts:
     down: ExpertMatrix
     form: ExpertForm = SWIGLU
     biases: tuple[ExpertMatrix, ...] = ()
-    """None, or one for each matrix, in order: float32, one row."""
+    """One for each matrix where the form has them, in order: float32, one row."""
 
     def __post_init__(self) -> None:
         if (self.gate is not None) != self.form.is_gated:
@@ -72,8 +72,9 @@ class LayerExperts:
         wide, narrow = (self.inter, self.hidden), (self.hidden, self.inter)
         for name, matrix in self.named.items():
             self._check(name, matrix, narrow if name == "down" else wide)
-        if self.biases and len(self.biases) != len(self.matrices):
-            raise ModelError(f"layer {self.layer}: {len(self.matrices)} expert matrices, {len(self.biases)} biases")
+        wanted = len(self.matrices) if self.form.has_biases else 0
+        if len(self.biases) != wanted:
+            raise ModelError(f"layer {self.layer}: {len(self.biases)} biases of experts, their form has {wanted}")
         for name, matrix, bias in zip(self.named, self.matrices, self.biases, strict=False):
             self._check(bias_of(name), bias, (1, matrix.rows))
             if bias.ggml_type != FLOAT32:

@@ -36,6 +36,8 @@ class CallNotation:
     """Calls may come before the thoughts' closing mark."""
     known_tools_only: bool = False
     """What calls another function than the request's is content: nothing but its shape tells a call from it."""
+    must_close: bool = False
+    """What its closing mark does not follow is content: half a name would be a name, and half the arguments some."""
     id_pattern: str = ""
     """What the chat template demands of a call's id."""
     make_id: Callable[[str, int], str] = lambda name, number: ""
@@ -203,6 +205,7 @@ CALLS: dict[str, CallNotation] = {
         open="<tool_call>",
         close="</tool_call>",
         read=tagged(rf"\s*(?P<name>[^\s<]+){_ARGUMENTS}", _ARGUMENT),
+        must_close=True,
         tokens=("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     ),
     "mistral": CallNotation(

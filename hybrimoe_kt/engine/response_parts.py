@@ -95,6 +95,8 @@ class ResponseParts:
         self._pending.clear()
         written = self._written(body, self._calls)
         try:
+            if self._calls.must_close and not re.search(rf"{self._calls.close}\s*\Z", written):
+                raise ValueError("it was cut off")
             calls = self._read_calls(body, self._calls)
         except (ValueError, RecursionError) as error:
             logger.info("a tool call is not in the model's notation: %s", error)

@@ -113,7 +113,10 @@ def _of_tags(match: re.Match[str], argument: re.Pattern[str] | None) -> WrittenC
     groups = match.groupdict()
     name, number = _name((groups["name"] or "").strip()), groups.get("id") or ""
     if argument is None:
-        return WrittenCall(name, _object((groups["json"] or "").strip() or None), number)
+        written_json = (groups["json"] or "").strip()
+        if not written_json:
+            raise ValueError("a call without arguments, which are written even where there are none, was cut off")
+        return WrittenCall(name, _object(written_json), number)
     written = [one.groupdict() for one in _matches(argument, groups["arguments"] or "")]
     values = {
         one["key"]: json.loads(one["value"]) if one.get("is_text") == "false" else one["value"] for one in written

@@ -138,7 +138,8 @@ class Checkpoint:
         scales = self._scales_of(name) if values.dtype == torch.float8_e4m3fn else None
         if scales is None:
             return values
-        factors = self._part(scales, expert if len(self.stored(scales)[1]) > 2 else None)
+        of_each = expert is not None and self.stored(scales)[1][:1] == self.stored(name)[1][:1]
+        factors = self._part(scales, expert if of_each else None)
         block = self._block(name, values.shape[-2:], factors)
         return scaled(values, factors, block)
 

@@ -73,7 +73,7 @@ class CheckpointLoader:
             roles = self._roles(layer, hidden, inter)
             with torch.device("cpu"):  # operators are constructed where everything lands on the meta device
                 matrices = self._matrices(layer, roles, num_experts)
-                biases = [self._bias(role, num_experts) for role in roles if self._bias_name(role) in self.file]
+                biases = [self._bias(role, num_experts) for role in roles if self._form.has_biases]
             self._layers[layer] = LayerExperts(
                 layer,
                 num_experts,
@@ -136,8 +136,8 @@ class CheckpointLoader:
             return data
 
         if _Q8_0 in types.values():
-            parts = {role.name: role for role in roles}
-            made = self._converted.layer(layer, lambda: {name: make(role) for name, role in parts.items()})
+            parts, made_of = {role.name: role for role in roles}, (num_experts, roles, types)
+            made = self._converted.layer(layer, made_of, lambda: {name: make(role) for name, role in parts.items()})
         else:
             made = {role.name: make(role) for role in roles}
         return {role.name: ExpertMatrix(made[role.name], types[role.name], role.rows, role.columns) for role in roles}
@@ -200,17 +200,18 @@ def _encoder(ggml_type: int, file: Checkpoint, role: _Role) -> Callable[[int], t
     def plain(expert: int) -> torch.Tensor:
         dtype = torch.float32 if ggml_type == FLOAT32 else torch.float16
         found = values(expert)
-        return _in_range(file, role.tensor(expert), found).to(dtype).contiguous().view(torch.uint8).flatten()
+        return _in_range(file, role.tensor(expert), found, dtype).to(dtype).contiguous().view(torch.uint8).flatten()
 
     if ggml_type == _MXFP4:
         return packed
     return (lambda expert: q8_0_blocks(values(expert)).flatten()) if ggml_type == _Q8_0 else plain
 
 
-def _in_range(file: Checkpoint, name: str, values: torch.Tensor) -> torch.Tensor:
-    if values.dtype == torch.bfloat16 and not float(values.abs().max()) <= torch.finfo(torch.float16).max:
+def _in_range(file: Checkpoint, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    largest = float(values.abs().max()) if dtype == torch.float16 != values.dtype else 0.0
+    if not largest <= torch.finfo(torch.float16).max:
         raise ModelError(
-            f"{file.path}: {name} holds {float(values.abs().max()):.3g}, beyond the 65504 of F16 that BF16 experts are "
+            f"{file.path}: {name} holds {largest:.3g}, beyond the 65504 of F16 that these experts are "
             f"converted to; use a GGUF file of the model"
         )
     return values

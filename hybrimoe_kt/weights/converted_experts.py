@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -42,9 +43,15 @@ class ConvertedExperts:
         told = repr((_VERSION, str(self._file.path.resolve()), stated))
         return cache_folder() / f"experts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
-    def layer(self, layer: int, convert: Callable[[], Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
-        """Return a layer's matrices by role, uint8: those that are kept, or what `convert` makes, kept if it can be."""
-        path = self.folder / f"layer-{layer}.safetensors"
+    def layer(
+        self, layer: int, made_of: object, convert: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> Mapping[str, torch.Tensor]:
+        """Return a layer's matrices by role, uint8: those that are kept, or what `convert` makes, kept if it can be.
+
+        `made_of` is all beside the files that decides what they are; its representation counts.
+        """
+        told = hashlib.sha256(repr((self._file.scale_block, made_of)).encode()).hexdigest()[:8]
+        path = self.folder / f"layer-{layer}-{told}.safetensors"
         found = _read(path)
         if found is not None:
             return found
@@ -58,12 +65,12 @@ class ConvertedExperts:
         beginning = path.with_suffix(f".{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path.parent)
             if shutil.disk_usage(path.parent).free < 1.1 * needed:
                 raise OSError(f"no room for {needed:,} bytes")
             save_file(dict(made), beginning)
             beginning.replace(path)
         except (OSError, SafetensorError) as error:
-            beginning.unlink(missing_ok=True)
             if self._has_room:
                 logger.warning(
                     "converted experts cannot be kept in %s (%s): they stay in memory and are converted anew in every "
@@ -72,6 +79,9 @@ class ConvertedExperts:
                     error,
                 )
             self._has_room = False
+        finally:  # whatever came in between
+            with contextlib.suppress(OSError):
+                beginning.unlink(missing_ok=True)
 
     def _tell(self) -> None:
         from tqdm.auto import tqdm
@@ -85,6 +95,14 @@ class ConvertedExperts:
         self._bar.update()
         if self._bar.n >= (self._bar.total or 0):
             self._bar.close()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that are gone had begun to write."""
+    for part in folder.glob("*.part"):
+        number = part.suffixes[-2].lstrip(".") if len(part.suffixes) > 1 else ""
+        if number.isdigit() and int(number) != os.getpid() and not Path(f"/proc/{number}").exists():
+            part.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

@@ -68,17 +68,20 @@ class GgufLoader:
         tensors = {role: find(layer, role, num_experts) for role in roles}
         self._check_shapes(tensors, num_experts, hidden, inter)
         named = {role: matrix(tensor) for role, tensor in tensors.items()}
-        biases = [self.file.tensors.get(f"blk.{layer}.ffn_{role}_exps.bias") for role in roles]
-        there = [found.name for found in biases if found is not None]
-        if there and len(there) < len(roles):
-            raise ModelError(f"{self.file.path}: {', '.join(there)} without biases of the experts' other matrices")
+        names = [f"blk.{layer}.ffn_{role}_exps.bias" for role in roles]
+        if not self._form.has_biases and (found := next((name for name in names if name in self.file.tensors), None)):
+            raise ModelError(
+                f"{self.file.path}: tensor {found} is not used by {self.file.architecture} models here; without it the "
+                f"model would be another one"
+            )
+        biases = [bias(_row_each(self.file.tensor(name))) for name in names if self._form.has_biases]
         return LayerExperts(
             *shape,
             named.get("gate"),
             named["up"],
             named["down"],
             self._form,
-            tuple(bias(_row_each(found)) for found in biases if found is not None),
+            tuple(biases),
         )
 
     def packed_weight(

@@ -24,23 +24,24 @@ from hybrimoe_kt.expert_form import ExpertForm
 from tests.kernels.layers import DEVICE, relative_error
 from tests.support.random_blocks import Type, random_blocks
 
-GPT_OSS = ExpertForm(alpha=1.702, limit=7.0, up_offset=1.0)
+PLAIN_GPT_OSS = ExpertForm(alpha=1.702, limit=7.0, up_offset=1.0)
+GPT_OSS = replace(PLAIN_GPT_OSS, has_biases=True)
 FORMS = {
-    "silu, biases": (ExpertForm(), True),
-    "gpt-oss": (GPT_OSS, True),
-    "gpt-oss without biases": (GPT_OSS, False),
-    "limited silu": (ExpertForm(limit=0.5), False),
-    "gelu": (ExpertForm("gelu"), False),
-    "tanh gelu": (ExpertForm("gelu_tanh"), False),
-    "relu squared without a gate": (ExpertForm("relu2", is_gated=False), False),
-    "tanh gelu without a gate, biases": (ExpertForm("gelu_tanh", is_gated=False), True),
+    "silu, biases": ExpertForm(has_biases=True),
+    "gpt-oss": GPT_OSS,
+    "gpt-oss without biases": PLAIN_GPT_OSS,
+    "limited silu": ExpertForm(limit=0.5),
+    "gelu": ExpertForm("gelu"),
+    "tanh gelu": ExpertForm("gelu_tanh"),
+    "relu squared without a gate": ExpertForm("relu2", is_gated=False),
+    "tanh gelu without a gate, biases": ExpertForm("gelu_tanh", is_gated=False, has_biases=True),
 }
 each_form = pytest.mark.parametrize("name", FORMS)
 EXPERTS, TOP_K = 6, 3
 
 
 def layer(name: str, kind: Type = Type.Q8_0, hidden: int = 352, inter: int = 96) -> LayerExperts:
-    form, has_biases = FORMS[name]
+    form = FORMS[name]
     random = np.random.default_rng(5)
 
     def matrix(rows: int, columns: int) -> ExpertMatrix:
@@ -51,13 +52,11 @@ def layer(name: str, kind: Type = Type.Q8_0, hidden: int = 352, inter: int = 96)
         return ExpertMatrix(data, int(kind), rows, columns)
 
     gate = matrix(inter, hidden) if form.is_gated else None
-    made = LayerExperts(0, EXPERTS, TOP_K, hidden, inter, gate, matrix(inter, hidden), matrix(hidden, inter), form)
-    if not has_biases:
-        return made
-    sizes = [m.rows for m in made.matrices]
+    up, down = matrix(inter, hidden), matrix(hidden, inter)
+    sizes = [m.rows for m in (gate, up, down) if m is not None and form.has_biases]
     values = [torch.from_numpy(random.standard_normal((EXPERTS, size), dtype=np.float32)) for size in sizes]
-    biases = (ExpertMatrix(v.view(torch.uint8), 0, 1, v.shape[1]) for v in values)
-    return replace(made, biases=tuple(biases))
+    biases = tuple(ExpertMatrix(v.view(torch.uint8), 0, 1, v.shape[1]) for v in values)
+    return LayerExperts(0, EXPERTS, TOP_K, hidden, inter, gate, up, down, form, biases)
 
 
 def step(hidden: int, num_tokens: int) -> Routed:
@@ -172,7 +171,7 @@ def test_triton(name: str, num_tokens: int) -> None:
 @each_form
 def test_llamafile_refuses_with_the_reason(name: str) -> None:
     reason = LlamafileBackend.refuses(layer(name, Type.Q8_0, 256, 256))
-    assert reason is not None and FORMS[name][0].describe() in reason and "--cpu_backend ggml" in reason
+    assert reason is not None and FORMS[name].describe() in reason and "--cpu_backend ggml" in reason
     assert candidates_for(layer(name)) == ["ggml"] and left_to_torch(layer(name)) is None
 
 
@@ -188,7 +187,11 @@ def test_descriptions_that_cannot_be() -> None:
         (lambda: ExpertForm(is_gated=False, limit=1.0), "without a gate"),
         (lambda: ExpertForm(limit=0.0), "leaves nothing"),
         (lambda: replace(layer("gelu"), gate=None), "have no gate in the file"),
-        (lambda: replace(layer("gpt-oss"), biases=layer("gpt-oss").biases[:2]), "3 expert matrices, 2 biases"),
+        (lambda: replace(layer("gelu"), biases=layer("gpt-oss").biases), "3 biases of experts, their form has 0"),
+        (
+            lambda: replace(layer("gpt-oss"), biases=layer("gpt-oss").biases[:2]),
+            "2 biases of experts, their form has 3",
+        ),
     ):
         with pytest.raises(ModelError, match=said):
             wrong()

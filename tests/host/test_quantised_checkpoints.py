@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.weights import converted_experts
+from hybrimoe_kt.weights.checkpoint import Checkpoint
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from hybrimoe_kt.weights.packed_formats import mxfp4_blocks, q8_0_blocks, scaled
 
@@ -99,6 +101,64 @@ def test_fp8_is_converted_once(tmp_path: Path, kept_in: Path, monkeypatch: pytes
     (tmp_path / "model.safetensors").touch()
     load_model(tmp_path, option_overrides=EXACT, progress=False)
     assert len(list(kept_in.glob("experts-*"))) == 2, "of other files it says nothing"
+
+
+def test_another_size_of_blocks_is_another_conversion(tmp_path: Path) -> None:
+    """The same files under another configuration are other numbers, though there are as many scales."""
+    in_fp8(tmp_path, (128, 128))
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def experts(rows: int) -> torch.Tensor:
+        quantized = {"quant_method": "fp8", "weight_block_size": [rows, rows]}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+        return load_model(tmp_path, option_overrides=EXACT, progress=False).runtime.store.layers[1].down.data.clone()
+
+    wrong, right = experts(200), experts(128)
+    assert not torch.equal(wrong, right)
+    assert torch.equal(experts(200), wrong) and torch.equal(experts(128), right)
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, kept_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fp8(tmp_path, (128, 128))
+
+    def interrupted(data: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(converted_experts, "save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_model(tmp_path, option_overrides=EXACT, progress=False)
+    (folder,) = kept_in.glob("experts-*")
+    assert list(folder.iterdir()) == []
+    (folder / "layer-0-abc.99999999.part").write_bytes(b"of a process that is gone")
+    load_model(tmp_path, option_overrides=EXACT, progress=False)
+    assert not list(folder.glob("*.part")) and len(list(folder.glob("layer-*"))) == 3
+
+
+def test_a_cache_that_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_fp8(tmp_path, (128, 128))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        load_model(tmp_path, option_overrides=EXACT, progress=False)
+    assert sum("cannot be kept" in record.message for record in caplog.records) == 1
+
+
+def test_a_scale_for_each_stacked_expert(tmp_path: Path) -> None:
+    """As many experts as blocks of rows, so that the scales could be taken for those."""
+    numbers = torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    for shape in ((2,), (2, 1), (2, 1, 1)):
+        scales = torch.tensor([0.5, 2.0]).view(shape)
+        tensors = {"model.norm.weight": torch.ones(1), "experts.up": numbers, "experts.up_scale": scales}
+        save_file(tensors, tmp_path / "model.safetensors")
+        file = Checkpoint(tmp_path)
+        for expert, factor in enumerate((0.5, 2.0)):
+            assert torch.equal(file.read("experts.up", expert), numbers[expert].float() * factor)
 
 
 def test_no_room_for_what_is_converted(
@@ -188,6 +248,28 @@ def test_a_missing_part_of_packed_experts_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"{name} is U8 \[8, 255, 8\], the configuration wants U8 \[8, 256, 8\]"):
         load_model(tmp_path, option_overrides=EXACT, progress=False)
+
+
+@pytest.mark.parametrize("lacking", ["both", "down_proj"])
+def test_a_layer_without_biases_is_not_another_form(tmp_path: Path, lacking: str) -> None:
+    in_mxfp4(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("gate_up_proj", "down_proj") if lacking == "both" else (lacking,):
+        del tensors[f"model.layers.1.mlp.experts.{name}_bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"tensor 'model\.layers\.1\.mlp\.experts\.\w+_bias' is missing"):
+        load_model(tmp_path, option_overrides=EXACT, progress=False)
+
+
+def test_tensors_without_a_place_are_told(tmp_path: Path) -> None:
+    save_checkpoint("qwen3moe", random_model("qwen3moe"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert load_model(tmp_path, option_overrides=EXACT, progress=False).warnings == []
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(256)
+    tensors["model.layers.3.embed_tokens.weight"] = torch.ones(4)  # of a layer that only guesses
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (told,) = load_model(tmp_path, option_overrides=EXACT, progress=False).warnings
+    assert "1 tensors have no place in this model" in told and "layers.1.self_attn.q_proj.bias" in told
 
 
 def test_blocks_are_ggufs() -> None:

@@ -112,6 +112,16 @@ def test_a_call_that_breaks_off_stays_content(row: Row) -> None:
 
 
 @each_row
+def test_wherever_an_answer_ends_no_call_is_made_up(row: Row) -> None:
+    """The longest answer may end behind any letter: a call is then one of those written, or none."""
+    text = written(row)
+    cuts = random.Random(3).sample(range(len(text)), min(60, len(text)))
+    for cut in cuts:
+        _, _, calls = told(fed(row, iter([text[:cut]])))
+        assert calls == list(row.calls)[: len(calls)], text[:cut][-60:]
+
+
+@each_row
 def test_without_tools_nothing_is_a_call(row: Row) -> None:
     engine = engine_of(row, lambda prompt: written(row))
     engine.context_tokens = 9999

@@ -20,6 +20,7 @@ from hybrimoe_kt.host.hf.card_plans import Card, Context
 from hybrimoe_kt.host.hf.loading import plan_of, unused_of
 from hybrimoe_kt.host.hf.sources import experts_of
 from hybrimoe_kt.quants import TYPES
+from hybrimoe_kt.weights.checkpoint import is_checkpoint
 from hybrimoe_kt.weights.expert_layers import expert_layers, is_expert_tensor
 from hybrimoe_kt.weights.gguf_file import GgufFile, GgufTensor
 
@@ -44,6 +45,8 @@ def report_model(
     `changes` are metadata in the place of the file's own. `card_bytes` is the size of a card to plan for, which need
     not be there; 0: what is free on the first.
     """
+    if is_checkpoint(path):
+        raise ModelError(f"{path}: a checkpoint of safetensors; the doctor reads GGUF files, ktransformers runs both")
     file = GgufFile(path, changes)
     family = architecture_of(file)
     layers, loader = expert_layers(file), experts_of(file)

@@ -135,7 +135,7 @@ class _Reader:
         router = body.gate if hasattr(body, "gate") else body.router
         if Gate(router, None, ()).weight.dtype != torch.float32:
             router = copy.deepcopy(router).float()  # as what it is asked about is
-        return router, tuple(getattr(body, name) for name in self._family.router_inputs)
+        return router, tuple(getattr(body, name, None) for name in self._family.router_inputs)
 
     # Attention.
 

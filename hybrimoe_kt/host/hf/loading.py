@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def load_model(
     kernels = kernels_of(skeleton)
     plans = plan_model(source, inject.experts, inject.placement, parameters, context, attention=kernels)
     with _progress(progress):
-        model = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
+        model, unexpected = _build(type(skeleton), config, state, inject, dtype, inject.placement, source, parameters)
+    told += _told_of(source, unexpected)
     if source.rotary is not None:
         source.rotary.apply(model)
     if isinstance(source.file, GgufFile):
@@ -272,6 +274,17 @@ def _told(source: Source, unused: list[Unused]) -> list[str]:
     return [f"{source.file.path}: not used here, nor by llama.cpp: {some}; hybrimoe doctor --model lists all"]
 
 
+def _told_of(source: Source, unexpected: Sequence[str]) -> list[str]:
+    """One sentence on what a checkpoint holds and the model has no place for, beyond layers that only guess."""
+    numbered, layers = re.compile(r"\.layers\.(\d+)\."), source.config.num_hidden_layers
+    ahead = [name for name in unexpected if (found := numbered.search(name)) and int(found[1]) >= layers]
+    names = [name for name in unexpected if name not in ahead and not name.endswith("inv_freq")]
+    if not names:
+        return []
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [f"{source.file.path}: {len(names)} tensors have no place in this model, which may be another one: {some}"]
+
+
 def _rules_file(path: str | Path | None, architecture: Architecture) -> Path:
     """The rule file that was named, by its path or as a packaged one, or the architecture's own."""
     if path is None:
@@ -288,7 +301,8 @@ def _build(
     placement: Placement,
     source: Source,
     parameters: Mapping[str, tuple[int, ...]],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of what it has no place for."""
     different = "the weights and the configuration belong to different models"
     loaded: Any = cls.from_pretrained(  # a pair, with `output_loading_info`
         None,
@@ -309,7 +323,7 @@ def _build(
     if mismatched := sorted(report["mismatched_keys"]) or _mismatched(model, parameters):
         name, found, wanted = mismatched[0]
         raise ModelError(f"{source.file.path}: {name} is {list(found)}, expected {list(wanted)}; {different}")
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def _mismatched(model: nn.Module, parameters: Mapping[str, tuple[int, ...]]) -> list[tuple[str, Any, Any]]:

@@ -62,7 +62,7 @@ def moe_gates(model: nn.Module, family: Architecture) -> dict[int, tuple[HybriMo
         if experts is not None and gate is not None:
             norm = getattr(layer, family.expert_norm, None)
             owner = next(module for module in layer.modules() if gate in module.children())
-            inputs = tuple(getattr(owner, name) for name in family.router_inputs)
+            inputs = tuple(getattr(owner, name, None) for name in family.router_inputs)
             found[number] = (
                 experts,
                 Gate(

@@ -18,7 +18,7 @@ _NAMES = ExpertNames(_GATE_UP, _GATE_UP, "mlp.experts.down_proj", is_transposed=
 
 
 def _clamped(config: Any) -> ExpertForm:
-    return ExpertForm(alpha=config.swiglu_alpha, limit=config.swiglu_limit, up_offset=1.0)
+    return ExpertForm(alpha=config.swiglu_alpha, limit=config.swiglu_limit, up_offset=1.0, has_biases=True)
 
 
 FAMILIES = (
