@@ -108,12 +108,12 @@ def _convolved(config: Any, dtype_bytes: int) -> Kept:
 
 def _state(config: Any, dtype_bytes: int) -> Kept:
     """Linear attention's: the last columns of its convolution, and a float32 matrix for each head of values."""
-    if hasattr(config, "ssm_state_size"):  # a state space's
-        inner = int(config.mamba_num_heads * config.mamba_head_dim)
-        columns = inner + 2 * int(config.n_groups * config.ssm_state_size)
-        return Kept(
-            state_bytes=columns * int(config.conv_kernel) * dtype_bytes + 4 * inner * int(config.ssm_state_size)
-        )
+    if heads := _first(config, ("mamba_num_heads", "mamba_n_heads")):  # a state space's
+        inner = heads * _first(config, ("mamba_head_dim", "mamba_d_head"))
+        width = _first(config, ("ssm_state_size", "mamba_d_state"))
+        columns = inner + 2 * _first(config, ("n_groups", "mamba_n_groups")) * width
+        convolved = columns * _first(config, ("conv_kernel", "mamba_d_conv")) * dtype_bytes
+        return Kept(state_bytes=convolved + 4 * inner * width)
     keys = int(config.linear_num_key_heads * config.linear_key_head_dim)
     values = int(config.linear_num_value_heads * config.linear_value_head_dim)
     convolved = (2 * keys + values) * int(config.linear_conv_kernel_dim) * dtype_bytes
