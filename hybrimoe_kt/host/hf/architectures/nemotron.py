@@ -14,7 +14,7 @@ from hybrimoe_kt.weights.checkpoint import ExpertNames
 from .base import Architecture, Key, Transform, gated_form
 from .common import CORRECTION, SIGMOID, SKELETON, only_gated_by, scale, without
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "STATE_SPACE_TRANSFORMS"]
 
 _BLOCK, _EXPERTS = "blk.{layer}.", "mixer.experts."
 _ONE_EACH = ExpertNames("", _EXPERTS + "{expert}.up_proj.weight", _EXPERTS + "{expert}.down_proj.weight")
@@ -24,6 +24,8 @@ _FLAT = Transform(lambda tensor, key: tensor.reshape(-1), lambda shape: (torch.S
 _LOG = Transform(lambda tensor, key: torch.log(-tensor).reshape(-1), _FLAT.shape)
 """Decay, stored as -exp(A_log)."""
 _CHANNELS = Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
+STATE_SPACE_TRANSFORMS = {"A_log": _LOG, "D": _FLAT, "norm.weight": _FLAT, "conv1d.weight": _CHANNELS}
+"""Of a state space's parameters, by how their names end."""
 
 
 def _without_a_gate(config: Any) -> ExpertForm:
@@ -110,12 +112,7 @@ FAMILIES = (
             "mixer.fc1_latent_proj.weight": _BLOCK + "ffn_latent_down.weight",
             "mixer.fc2_latent_proj.weight": _BLOCK + "ffn_latent_up.weight",
         },
-        transforms={
-            "mixer.A_log": _LOG,
-            "mixer.D": _FLAT,
-            "mixer.norm.weight": _FLAT,
-            "mixer.conv1d.weight": _CHANNELS,
-        },
+        transforms={f"mixer.{name}": how for name, how in STATE_SPACE_TRANSFORMS.items()},
         float32=(_BIAS, "mixer.gate.weight"),
         expert_norm="norm",
         expert_form=_without_a_gate,

@@ -15,7 +15,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from .base import STACKED, Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "GRANITE_SHARED"]
 
 _PAIRED_ROTARY = {
     "self_attn.q_proj.weight": unpermuted("attention.head_count"),
@@ -74,7 +74,7 @@ _GRANITE = Architecture(
     names={"block_sparse_moe.router.weight": "blk.{layer}.ffn_gate_inp.weight"},
     transforms=_PAIRED_ROTARY,
 )
-_GRANITE_SHARED = replace(
+GRANITE_SHARED = replace(
     _GRANITE,
     alias="granitemoeshared",
     model_type="granitemoeshared",
@@ -117,7 +117,7 @@ FAMILIES = (
         keys=without(GQA_KEYS, "moe_intermediate_size") | {"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
-    replace(_GRANITE, variant=_shared_width, variants={"shared": _GRANITE_SHARED}),
+    replace(_GRANITE, variant=_shared_width, variants={"shared": GRANITE_SHARED}),
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
