@@ -38,6 +38,7 @@ LLAMA_CPP_DIFFERS = {
     "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
 }
 NO_GRAPHS = {
+    "granitehybrid": "has state spaces",
     "nemotron": "has state spaces",
     "nemotron-latent": "has state spaces",
     "gemma4": "has a dense layer beside its experts, and norms around both",

@@ -69,7 +69,6 @@ REFUSED = {
     "minimax-m3": Refused(
         "it attends to blocks of tokens, in a form that nothing here reads", ("minimax_m3_vl", "minimax_m3_vl_text")
     ),
-    "granitehybrid": Refused("most of its layers are Mamba's, which nothing here reads", ("granitemoehybrid",)),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),
