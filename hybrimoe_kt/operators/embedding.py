@@ -44,6 +44,7 @@ class QuantizedEmbedding(nn.Module):
             )
         assert isinstance(orig_module, nn.Embedding), "also with a factor"
         self._factor = float(getattr(orig_module, _FACTOR, 1.0))
+        self._rounded: dict[torch.dtype, float] = {}
         self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
         self._packed: PackedWeight | None = None
         self._device = device_at(generate_device)
@@ -75,7 +76,11 @@ class QuantizedEmbedding(nn.Module):
 
     def _scaled(self, values: torch.Tensor) -> torch.Tensor:
         """By the factor as the dtype has it."""
-        return values if self._factor == 1.0 else values * torch.tensor(self._factor, dtype=values.dtype).item()
+        if self._factor == 1.0:
+            return values
+        if values.dtype not in self._rounded:
+            self._rounded[values.dtype] = float(torch.tensor(self._factor, dtype=values.dtype, device="cpu"))
+        return values * self._rounded[values.dtype]
 
     def extra_repr(self) -> str:
         kept = "float" if self._packed is None else self._packed.parts[0].name
