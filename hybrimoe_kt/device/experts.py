@@ -5,7 +5,8 @@ Some have no gate, some have a bias for every matrix, float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 
@@ -64,8 +65,10 @@ class LayerExperts:
     form: ExpertForm = SWIGLU
     biases: tuple[ExpertMatrix, ...] = ()
     """One for each matrix where the form has them, in order: float32, one row."""
+    _data: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_data", tuple(matrix.data for matrix in (*self.matrices, *self.biases)))
         if (self.gate is not None) != self.form.is_gated:
             have = "a gate" if self.gate is not None else "no gate"
             raise ModelError(f"layer {self.layer}: experts have {have} in the file and not in the configuration")
@@ -106,7 +109,7 @@ class LayerExperts:
 
     def parts(self, index: int) -> ExpertParts:
         """Return one expert's bytes in GGUF order, uint8 views `[num_bytes]`, as `tensors` names them."""
-        return tuple(matrix.data[index] for matrix in (*self.matrices, *self.biases))
+        return tuple(map(itemgetter(index), self._data))  # without a call of ours
 
     @property
     def expert_bytes(self) -> int:

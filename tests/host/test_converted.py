@@ -37,6 +37,12 @@ LLAMA_CPP_DIFFERS = {
     "deepseek2": "decides by the number of layers whether queries are low-rank",
     "deepseek2-groups": "chooses DeepSeek-V2's groups by the sum of two experts (V3's rule), not by the best expert",
 }
+QUICK = {
+    "qwen3moe", "mixtral", "granitemoe", "minimax-m2", "ernie4_5-moe", "glm4moe", "deepseek2", "deepseek3", "gpt-oss",
+    "gemma4", "nemotron", "exaone-moe",
+}  # fmt: skip
+EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+"""Every family; those that are like another one where it takes minutes."""
 NO_GRAPHS = {
     "granitehybrid": "has state spaces",
     "nemotron": "has state spaces",
@@ -99,7 +105,7 @@ def test_logits_and_greedy_tokens_equal_the_stock_model(converted: Callable[[str
         assert not ours.warnings
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_layers_as_graphs_equal_the_stock_model(converted: Callable[[str], Path], name: str) -> None:
     """Token by token, and in pieces; a family without graphs is named here with the reason."""
     options = {"cpu_backend": "torch_reference", "accelerator": "none"}
@@ -118,7 +124,7 @@ def test_layers_as_graphs_equal_the_stock_model(converted: Callable[[str], Path]
             torch.testing.assert_close(found, wanted[at + len(piece) - 1], rtol=0, atol=within, msg=f"{size}, {at}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 @torch.inference_mode()
 def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path], name: str) -> None:
     """Look-ahead knows every router, what it takes, and the norm in front of it."""
@@ -150,7 +156,7 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
         torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_configuration_of_the_directory_gives_the_same_model(converted: Callable[[str], Path], name: str) -> None:
     """`--model_path` and the metadata alone describe one model."""
     file = converted(name)

@@ -15,7 +15,7 @@ from hybrimoe_kt.quants import QuantType, kernel_types
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 FILES = sorted(KERNELS.rglob("*.py"))
-KNOWN = ("hybrimoe_kt.kernels", "hybrimoe_kt.quants")
+KNOWN = ("hybrimoe_kt.kernels", "hybrimoe_kt.quants", "hybrimoe_kt.expert_form")
 OPS = sorted(file.parent for file in KERNELS.glob("*/kernel.py"))
 
 
