@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "Family", "random_model", "save_checkpoint"]
+__all__ = ["FAMILIES", "QUICK", "Family", "random_model", "save_checkpoint"]
 
 SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 MERGED = ("t", "h")
@@ -298,6 +298,13 @@ FAMILIES: dict[str, Family] = {
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, written=_SIGMOID,
     ),
 }  # fmt: skip
+
+
+QUICK = {
+    "qwen3moe", "mixtral", "granitemoe", "minimax-m2", "ernie4_5-moe", "glm4moe", "deepseek2", "deepseek3", "gpt-oss",
+    "gemma4", "nemotron", "exaone-moe",
+}  # fmt: skip
+"""Of each kind one, for what takes seconds a family; the slow tests have all."""
 
 
 def random_model(name: str) -> torch.nn.Module:

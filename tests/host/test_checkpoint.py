@@ -16,7 +16,7 @@ from hybrimoe_kt.cli.main import main
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.hf.loading import load_model
 
-from .families import FAMILIES, random_model, save_checkpoint
+from .families import FAMILIES, QUICK, random_model, save_checkpoint
 from .stock import greedy, logits_of
 
 PROMPT = random.Random(7).choices(range(250), k=23)
@@ -49,7 +49,9 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Non
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+)
 def test_every_family_equals_the_stock_model(saved: Callable[[str], Path], name: str) -> None:
     stock = random_model(name)
     ours = load_model(

@@ -164,7 +164,7 @@ def test_without_its_rule_a_model_is_transformers_own(generated: Make, tmp_path:
     assert loaded.kv_cache_type == "f32" and not loaded.warnings
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", "deepseek2"])
+@pytest.mark.parametrize("name", ["qwen3moe", pytest.param("deepseek2", marks=pytest.mark.slow)])
 def test_memory_is_flat_but_for_keys_and_values(generated: Make, name: str) -> None:
     """2,000 tokens in one conversation, then many conversations: memory grows by the cache and little else."""
     model = generated(dataclasses.replace(SHAPES[name], context=4096))

@@ -67,8 +67,14 @@ def shared_of(block: torch.nn.Module) -> torch.nn.Module:
     return found if found is not None else block.get_submodule("shared_expert")
 
 
+HYBRIDS = "qwen3next", "qwen35moe"
+"""Which take a minute each."""
+
+
 @pytest.mark.parametrize("place", ["none", "emulated-half"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=[pytest.mark.slow] if name in HYBRIDS else []) for name in SHAPES]
+)
 def test_every_bit_is_the_models_own(generated: Make, tmp_path: Path, shape: str, place: str) -> None:
     model = generated(replace(SHAPES[shape], types=(Type.Q8_0,) * 3))
     plain, ours = (load(model, tmp_path, with_block=given, **PLACES[place]) for given in (False, True))
