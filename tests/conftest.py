@@ -47,8 +47,29 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.mend()
 
 
+SLOWEST = (
+    "tests/benchmarks/test_launches.py::test_a_layer_takes_few_launches[DeepSeek-V2-Lite]",
+    "tests/host/test_captured_kernels.py::test_all_kernels_are_captured[0.5-qwen3moe]",
+    "tests/host/test_dense_on_accelerators.py::test_packaged_rules_for_two_cards_give_the_same_model[qwen3next]",
+    "tests/host/test_dense_on_accelerators.py::test_packaged_rules_for_two_cards_give_the_same_model[deepseek3]",
+    "tests/host/test_file_contents.py::test_keys_that_every_family_uses[deepseek3]",
+    "tests/host/test_moe_block.py::test_an_error_between_the_doors_abandons_the_step[deepseek2-emulated:adversarial:3]",
+    "tests/host/test_moe_block.py::test_every_bit_is_the_models_own[deepseek2-emulated-half]",
+    "tests/host/test_moe_block.py::test_every_bit_is_the_models_own[deepseek2-old-kv_b-q_lora-yarn-none]",
+    "tests/host/test_row_kernels.py::test_logits_and_tokens_are_the_stock_models[deepseek3]",
+    "tests/runtime/test_runtime.py::test_an_accelerator_that_fails_changes_no_answer[gpu-llamafile]",
+    "tests/runtime/test_runtime.py::test_an_accelerator_that_fails_changes_no_answer[transfer-llamafile]",
+    "tests/tools/test_kernel_lab.py::test_a_bad_configuration_is_rejected",
+)
+"""Cases of ten seconds and more whose like is tried in the quick tests as well; with the slow ones all are."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """A run for devices that finds none says so, instead of spending minutes in the interpreter."""
+    for item in items:
+        if item.nodeid in SLOWEST:
+            item.add_marker(pytest.mark.slow)
     if is_for_devices(config.getoption("markexpr", "")) and not (torch.cuda.is_available() or torch.xpu.is_available()):
         missing = pytest.mark.skip(reason="torch sees no CUDA, HIP or XPU device on this machine")
         for item in items:
