@@ -29,8 +29,6 @@ class ExpertForm:
     up_offset: float = 0.0
     has_biases: bool = False
     """Each matrix has one."""
-    weighs_input: bool = False
-    """The routing weight multiplies what enters the expert, not what leaves it."""
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -45,7 +43,7 @@ class ExpertForm:
     @property
     def is_swiglu(self) -> bool:
         """Whether gate and up are joined as in most models: `silu(gate x) * up x`."""
-        return replace(self, weighs_input=False, has_biases=False) == SWIGLU
+        return replace(self, has_biases=False) == SWIGLU
 
     @property
     def is_clamped_swiglu(self) -> bool:

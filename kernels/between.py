@@ -12,10 +12,9 @@ __all__ = ["PLAIN", "Between"]
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """`biases` are first bytes of the float32 biases of gate and up in a slot, of down `down_bias`."""
+    """`biases` are first bytes of the float32 biases of gate and up in a slot, of down `down_bias`; 0 without any."""
 
     form: ExpertForm = SWIGLU
-    is_biased: bool = False
     biases: tuple[int, int] = (0, 0)
     down_bias: int = 0
     constants: dict[str, Any] = field(init=False)
@@ -25,7 +24,7 @@ class Between:
         form = self.form
         constants = {
             "GATED": form.is_gated,
-            "BIASED": self.is_biased,
+            "BIASED": form.has_biases,
             "ACTIVATION": ACTIVATIONS.index(form.activation),
             "ALPHA": form.alpha,
             "LIMIT": form.limit or 0.0,

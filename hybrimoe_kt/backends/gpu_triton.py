@@ -253,7 +253,7 @@ def _between(experts: LayerExperts, layout: SlotLayout) -> Between:
     if up is None or down is None:
         return Between(experts.form)
     first = 0 if gate is None else gate.offsets[0]
-    return Between(experts.form, is_biased=True, biases=(first, up.offsets[0]), down_bias=down.offsets[0])
+    return Between(experts.form, biases=(first, up.offsets[0]), down_bias=down.offsets[0])
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -98,7 +98,9 @@ class ConvertedExperts:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that are gone had begun to write."""
+    """Remove what processes that are gone had begun to write, where a system tells which are."""
+    if not Path("/proc/self").exists():
+        return
     for part in folder.glob("*.part"):
         number = part.suffixes[-2].lstrip(".") if len(part.suffixes) > 1 else ""
         if number.isdigit() and int(number) != os.getpid() and not Path(f"/proc/{number}").exists():

@@ -116,7 +116,7 @@ def decode_down(
         between.down_bias,
         out,
         CLEARS=clears,
-        BIASED=between.is_biased,
+        BIASED=between.form.has_biases,
         DOWN=down.type.number,
         FORM=config.form,
         ROWS=config.rows,

@@ -91,7 +91,7 @@ def prefill_down(
         between.down_bias,
         answers,
         DOWN=down.type.number,
-        BIASED=between.is_biased,
+        BIASED=between.form.has_biases,
         FORM=config.form,
         ROWS=config.rows,
         PAIRS=config.pairs,

@@ -127,7 +127,7 @@ class _Form:
 
 
 _FORMS = (
-    _Form("gpt-oss", Between(ExpertForm(alpha=1.702, limit=7.0, up_offset=1.0), is_biased=True), ("MXFP4", "Q8_0")),
+    _Form("gpt-oss", Between(ExpertForm(alpha=1.702, limit=7.0, up_offset=1.0, has_biases=True)), ("MXFP4", "Q8_0")),
     _Form("gemma4", Between(ExpertForm("gelu_tanh")), ("Q4_0", "Q4_K")),
     _Form("nemotron", Between(ExpertForm("relu2", is_gated=False)), ("Q4_K", "Q8_0")),
     _Form("deepseek4", Between(ExpertForm(limit=10.0)), ("MXFP4",)),
@@ -148,7 +148,7 @@ def _decode(target: Target) -> Iterator[Case]:
         yield _down(target, kind)
     for form, kind in _typed_forms():
         yield _gate_up(target, kind, kind, "fp32", form)
-        if form.between.is_biased:
+        if form.between.form.has_biases:
             yield _down(target, kind, form)
 
 
@@ -226,7 +226,7 @@ def _prefill(target: Target) -> Iterator[Case]:
                 yield _grouped_down(target, config, kind, x)
             for form, kind in _typed_forms():
                 yield _grouped(target, config, kind, kind, x, form)
-                if form.between.is_biased:
+                if form.between.form.has_biases:
                     yield _grouped_down(target, config, kind, x, form)
 
 

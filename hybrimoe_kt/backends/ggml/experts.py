@@ -33,12 +33,11 @@ class ExpertKind:
     types: tuple[int, ...]
     """Of gate, if there is one, up and down."""
     form: ExpertForm = SWIGLU
-    has_biases: bool = False
 
     @classmethod
     def of(cls, experts: LayerExperts) -> ExpertKind:
         types = tuple(matrix.ggml_type for matrix in experts.matrices)
-        return cls(experts.num_experts, experts.hidden, experts.inter, types, experts.form, bool(experts.biases))
+        return cls(experts.num_experts, experts.hidden, experts.inter, types, experts.form)
 
 
 class Scratch:
@@ -63,7 +62,7 @@ class _Nodes:
             context.tensor(ggml_type, *shape, kind.num_experts)
             for ggml_type, shape in zip(kind.types, shapes, strict=True)
         ]
-        biases = [context.tensor(F32, rows, kind.num_experts) for _, rows in shapes if kind.has_biases]
+        biases = [context.tensor(F32, rows, kind.num_experts) for _, rows in shapes if kind.form.has_biases]
         hidden, ids = context.tensor(F32, kind.hidden, 1, tokens), context.tensor(I32, per_token, tokens)
 
         def product(number: int, states: int) -> Chain:

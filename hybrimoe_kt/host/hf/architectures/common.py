@@ -12,6 +12,7 @@ from hybrimoe_kt.errors import ModelError
 from .base import Composed, Key, Transform
 
 __all__ = [
+    "CHANNELS",
     "CORRECTION",
     "DECODER_KEYS",
     "GQA_KEYS",
@@ -20,6 +21,7 @@ __all__ = [
     "SIGMOID",
     "SKELETON",
     "SOFTMAX",
+    "STATE_SPACE_TRANSFORMS",
     "fused_qkv",
     "only_gated_by",
     "partial_rotary",
@@ -53,6 +55,14 @@ SKELETON: dict[str, Any] = {
 GQA_SKELETON = SKELETON | {"num_key_value_heads": 2}
 
 CORRECTION = "blk.{layer}.exp_probs_b.bias"
+
+CHANNELS = Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
+"""A depthwise kernel, stored without its dimension of one."""
+_FLAT = Transform(lambda tensor, key: tensor.reshape(-1), lambda shape: (torch.Size(shape).numel(),))
+_DECAY = Transform(lambda tensor, key: torch.log(-tensor).reshape(-1), _FLAT.shape)
+"""Stored as -exp(A_log)."""
+STATE_SPACE_TRANSFORMS = {"A_log": _DECAY, "D": _FLAT, "norm.weight": _FLAT, "conv1d.weight": CHANNELS}
+"""Of a state space's parameters, by how their names end."""
 
 ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
 """A matrix of one row, which some converters store as a vector."""

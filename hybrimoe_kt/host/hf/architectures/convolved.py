@@ -7,8 +7,8 @@ from typing import Any
 
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import Architecture, Key, Transform
-from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, only_gated_by, scale, without
+from .base import Architecture, Key
+from .common import CHANNELS, CORRECTION, GQA_KEYS, GQA_SKELETON, SIGMOID, only_gated_by, scale, without
 
 __all__ = ["FAMILIES"]
 
@@ -64,9 +64,7 @@ FAMILIES = (
             "lm_head.weight": "output.weight",
         },
         float32=(_BIAS,),
-        transforms={
-            "conv.conv.weight": Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
-        },
+        transforms={"conv.conv.weight": CHANNELS},
         router_inputs=("expert_bias",),
         expert_norm="ffn_norm",
     ),

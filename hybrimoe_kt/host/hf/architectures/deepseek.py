@@ -38,8 +38,7 @@ _LATENT_SKELETON = SKELETON | {
 
 
 def _glm4moe(key: Key) -> Mapping[str, Any]:
-    if key("expert_gating_func", SIGMOID) != SIGMOID:
-        raise ModelError("glm4moe with softmax routing is not supported; every released model routes by sigmoid")
+    only_gated_by("glm4moe", SIGMOID, key)
     return {
         "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length"),
         "routed_scaling_factor": scale(key),

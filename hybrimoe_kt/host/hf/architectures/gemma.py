@@ -11,7 +11,7 @@ from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Key
-from .common import GQA_SKELETON, without
+from .common import DECODER_KEYS, GQA_SKELETON, without
 
 __all__ = ["FAMILIES"]
 
@@ -68,13 +68,9 @@ _GEMMA4 = Architecture(
         "num_global_key_value_heads": 2,
     },
     checkpoint_names=(_STACKED,),
-    keys={
-        "hidden_size": "embedding_length",
-        "num_attention_heads": "attention.head_count",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-        "max_position_embeddings": "context_length",
+    keys=without(DECODER_KEYS, "num_experts_per_tok")
+    | {
         "intermediate_size": "feed_forward_length",
-        "moe_intermediate_size": "expert_feed_forward_length",
         "num_experts": "expert_count",
         "top_k_experts": "expert_used_count",
         "sliding_window": "attention.sliding_window",

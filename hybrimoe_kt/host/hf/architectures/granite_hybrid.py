@@ -9,7 +9,7 @@ from typing import Any
 from hybrimoe_kt.errors import ModelError
 
 from .base import Key
-from .nemotron import STATE_SPACE_TRANSFORMS
+from .common import STATE_SPACE_TRANSFORMS
 from .others import GRANITE_SHARED
 
 __all__ = ["FAMILIES"]

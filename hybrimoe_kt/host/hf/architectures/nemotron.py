@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import Architecture, Key, Transform, gated_form
-from .common import CORRECTION, SIGMOID, SKELETON, only_gated_by, scale, without
+from .base import Architecture, Key, gated_form
+from .common import CORRECTION, DECODER_KEYS, SIGMOID, SKELETON, STATE_SPACE_TRANSFORMS, only_gated_by, scale, without
 
-__all__ = ["FAMILIES", "STATE_SPACE_TRANSFORMS"]
+__all__ = ["FAMILIES"]
 
 _BLOCK, _EXPERTS = "blk.{layer}.", "mixer.experts."
 _ONE_EACH = ExpertNames("", _EXPERTS + "{expert}.up_proj.weight", _EXPERTS + "{expert}.down_proj.weight")
 _STACKED = ExpertNames("", _EXPERTS + "up_proj", _EXPERTS + "down_proj")
 _BIAS = "mixer.gate.e_score_correction_bias"
-_FLAT = Transform(lambda tensor, key: tensor.reshape(-1), lambda shape: (torch.Size(shape).numel(),))
-_LOG = Transform(lambda tensor, key: torch.log(-tensor).reshape(-1), _FLAT.shape)
-"""Decay, stored as -exp(A_log)."""
-_CHANNELS = Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
-STATE_SPACE_TRANSFORMS = {"A_log": _LOG, "D": _FLAT, "norm.weight": _FLAT, "conv1d.weight": _CHANNELS}
-"""Of a state space's parameters, by how their names end."""
 
 
 def _without_a_gate(config: Any) -> ExpertForm:
@@ -75,15 +67,11 @@ FAMILIES = (
             "n_groups": 2,
         },
         checkpoint_names=(_ONE_EACH, _STACKED),
-        keys={
-            "hidden_size": "embedding_length",
-            "num_attention_heads": "attention.head_count",
+        keys=without(DECODER_KEYS, "rms_norm_eps")
+        | {
             "head_dim": "attention.key_length",
             "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
-            "max_position_embeddings": "context_length",
             "n_routed_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "moe_intermediate_size": "expert_feed_forward_length",
             "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
             "mamba_num_heads": "ssm.time_step_rank",
             "ssm_state_size": "ssm.state_size",

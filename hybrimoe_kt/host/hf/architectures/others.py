@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
-from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import STACKED, Architecture, Composed, Key, LayerKind
-from .common import CORRECTION, DECODER_KEYS, GQA_KEYS, GQA_SKELETON, SIGMOID, SOFTMAX, unpermuted, without
+from .common import (
+    CORRECTION,
+    DECODER_KEYS,
+    GQA_KEYS,
+    GQA_SKELETON,
+    SIGMOID,
+    SOFTMAX,
+    only_gated_by,
+    unpermuted,
+    without,
+)
 
 __all__ = ["FAMILIES", "GRANITE_SHARED"]
 
@@ -42,16 +51,14 @@ def _shared_width(file: GgufFile, key: Key) -> str | None:
 
 
 def _minimax(key: Key) -> Mapping[str, Any]:
-    if key("expert_gating_func", SIGMOID) != SIGMOID:
-        raise ModelError("minimax-m2 with softmax routing is not supported; every released model routes by sigmoid")
+    only_gated_by("minimax-m2", SIGMOID, key)
     return {
         "partial_rotary_factor": key("rope.dimension_count", key("attention.key_length")) / key("attention.key_length")
     }
 
 
 def _ernie(key: Key) -> Mapping[str, Any]:
-    if key("expert_gating_func", SOFTMAX) != SOFTMAX:
-        raise ModelError("ernie4_5-moe with sigmoid routing is not supported; every released model routes by softmax")
+    only_gated_by("ernie4_5-moe", SOFTMAX, key)
     return {}
 
 

@@ -11,7 +11,7 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
-from .common import GQA_KEYS, GQA_SKELETON, ROW
+from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, ROW
 
 __all__ = ["FAMILIES"]
 
@@ -74,8 +74,6 @@ _HYBRID_TRANSFORMS = {
     "k_norm.weight": _NORM,
     "model.norm.weight": _NORM,
 }
-_CHANNELS = Transform(lambda tensor, key: tensor[:, None], lambda shape: (shape[0], 1, *shape[1:]))
-"""A depthwise kernel, stored without its dimension of one."""
 
 
 def _qkvz(qkv: torch.Tensor, gate: torch.Tensor, key: Key) -> torch.Tensor:
@@ -179,7 +177,7 @@ FAMILIES = (
                 moves="rows",
             )
         },
-        transforms=_HYBRID_TRANSFORMS | {_LINEAR + "A_log": _LOG, _LINEAR + "conv1d.weight": _CHANNELS},
+        transforms=_HYBRID_TRANSFORMS | {_LINEAR + "A_log": _LOG, _LINEAR + "conv1d.weight": CHANNELS},
         norm_offset=1.0,
     ),
     Architecture(
@@ -197,7 +195,7 @@ FAMILIES = (
         | {
             _LINEAR + "A_log": _then(_LOG, _grouped(_one)),
             _LINEAR + "dt_bias": _grouped(_one),
-            _LINEAR + "conv1d.weight": _then(_CHANNELS, _grouped(_value_dim, after=_after_keys)),
+            _LINEAR + "conv1d.weight": _then(CHANNELS, _grouped(_value_dim, after=_after_keys)),
             _LINEAR + "in_proj_qkv.weight": _grouped(_value_dim, after=_after_keys),
             _LINEAR + "in_proj_z.weight": _grouped(_value_dim),
             _LINEAR + "in_proj_a.weight": _grouped(_one),
