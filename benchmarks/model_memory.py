@@ -195,6 +195,9 @@ RELEASES = (
     Release("Hy3", "hy_v3", "hy_v3", 295e9, {}),
     Release("ERNIE-4.5-300B-A47B", "ernie4_5-moe", "ernie4_5_moe", 300e9, {
         **_gqa(54, 8192, 64, 8, 128, 103424), **_ernie(64, 8, 3584, 0, 3, 54, 28672)}),
+    Release("MiniMax-M3", "minimax-m3", "minimax_m3_vl_text", 428e9, {
+        "layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57,
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57}),
     Release("GLM-4.5", "glm4moe", "glm4_moe", 355e9, {
         **_gqa(92, 5120, 96, 8, 128, 151552), **_routed(160, 8, 1536, 1, 3, 12288)}),
     Release("DeepSeek-V3, R1", "deepseek2", "deepseek_v3", 671e9, {

@@ -102,5 +102,6 @@ def layer_bytes(layer: Any) -> int:
     if own is not None:
         return own
     states = (*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values())
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None), *states)
+    names = ("keys", "values", "indexer_keys", "idx_keys")  # the last two of DeepSeek-V3.2's and MiniMax-M3's indexers
+    held = (*(getattr(layer, name, None) for name in names), *states)
     return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, torch.Tensor))

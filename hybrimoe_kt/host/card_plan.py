@@ -88,7 +88,9 @@ def _keys_and_values(config: Any, layer: int) -> Kept:
     """A layer's, where some have other heads than the rest, too."""
     own = _config_of(config, layer)
     width = int(own.num_key_value_heads) * _head_dim(own)
-    return Kept(width, width)
+    kinds = getattr(config, "layer_types", None) or []
+    indexed = int(own.index_head_dim) if kinds and kinds[layer] == "minimax_m3_sparse" else 0
+    return Kept(width + indexed, width)
 
 
 def _config_of(config: Any, layer: int) -> Any:

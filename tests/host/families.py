@@ -130,6 +130,14 @@ def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | N
     return Family(model_type, merged | values, written or {})
 
 
+def _blocks_of_four(num_blocks: int) -> dict[str, Any]:
+    """MiniMax-M3's attention to so many blocks of four tokens."""
+    return {
+        "sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_block_size": 4, "sparse_topk_blocks": num_blocks,
+        "sparse_local_block": 1, "sparse_attention_freq": [0, 1, 1, 1],
+    }  # fmt: skip
+
+
 _SIGMOID = {"scoring_func": "sigmoid"}
 _BAILING = {  # what such a config.json calls these
     "model_type": "bailing_moe_v2",
@@ -206,6 +214,27 @@ FAMILIES: dict[str, Family] = {
     ),
     "minimax-m2": _family("minimax_m2", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5,
                           written={"rotary_dim": 32} | _SIGMOID),
+    **{
+        name: Family(
+            "minimax_m3_vl",
+            {
+                "text_config": _DECODER | _LOCAL_EXPERTS | {
+                    "num_hidden_layers": 4, "head_dim": 64, "rotary_dim": 32, "partial_rotary_factor": 0.5,
+                    "dense_intermediate_size": 512, "shared_intermediate_size": 256, "routed_scaling_factor": 1.5,
+                    "moe_layer_freq": [0, 1, 1, 1], "sparse_attention_config": _blocks_of_four(num_blocks),
+                },
+                "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                                  "num_attention_heads": 2},
+                "projector_hidden_size": 32,
+                "tie_word_embeddings": False,
+            },
+            {
+                "eos_token_id": 257, "pad_token_id": 260, "n_shared_experts": 1, "moe_layer_freq": [0, 1, 1, 1],
+                "sparse_attention_config": _blocks_of_four(num_blocks),
+            } | _SIGMOID,
+        )
+        for name, num_blocks in (("minimax-m3", 3), ("minimax-m3-wide", 64))
+    },
     "ernie4_5-moe": _family(
         "ernie4_5_moe",
         moe_num_experts=8,

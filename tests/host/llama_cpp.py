@@ -25,14 +25,15 @@ _UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 class LlamaCpp:
     """One model, one thread, F32 KV cache, no flash attention: as close to plain arithmetic as it gets."""
 
-    def __init__(self, path: Path, context: int = 512) -> None:
+    def __init__(self, path: Path, context: int = 512, *, flash_attention: bool = False) -> None:
         xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (test extra) is not installed")
         parameters = xllamacpp.CommonParams()
         parameters.model.path, parameters.verbosity = str(path), -1
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        is_flash = f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash_attention else 'DISABLED'}"
+        parameters.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, is_flash)
         parameters.use_jinja = True
         self._server = xllamacpp.Server(parameters)
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=60)

@@ -47,6 +47,8 @@ NO_GRAPHS = {
     "hunyuan-moe": "normalises queries and keys after it has turned them",
     "deepseek32": "looks at what an indexer finds",
     "glm-dsa": "looks at what an indexer finds",
+    "minimax-m3": "looks at what an indexer finds",
+    "minimax-m3-wide": "looks at what an indexer finds",
     "afmoe": "gates its attention beside, and has norms behind both halves of a layer",
     "lfm2moe": "convolves",
     "laguna": "gates its attention beside",
@@ -84,6 +86,7 @@ def test_every_architecture_is_converted_here() -> None:
         "sarvam-moe": "bailingmoe2",
         "ling-2": "bailingmoe2",
         "laguna-m": "laguna",
+        "minimax-m3-wide": "minimax-m3",
     }
     assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
 
@@ -178,6 +181,20 @@ def test_llama_cpp_reads_the_same_model_in_the_file(converted: Callable[[str], P
     assert compared >= 4
 
 
+@pytest.mark.parametrize("name", ["minimax-m3"])
+def test_llama_cpp_looks_at_the_same_blocks_of_tokens(converted: Callable[[str], Path], name: str) -> None:
+    """It does with flash attention, whose numbers are rounded; else at all of them, which is 0.2 to 1.4 away here."""
+    ours = load_model(converted(name), option_overrides={"cpu_backend": "torch_reference"}, progress=False)
+    theirs, compared = LlamaCpp(converted(name), flash_attention=True), 0
+    for start in range(8):
+        prompt = random.Random(start).choices(range(32, 127), k=40)
+        expected = torch.log_softmax(logits_of(ours.model, prompt)[-1], dim=-1)
+        for token, logarithm in theirs.next_token(prompt).items():
+            assert abs(float(expected[token]) - logarithm) < 0.05, (start, token)
+            compared += 1
+    assert compared >= 8
+
+
 @pytest.mark.parametrize("name", ["qwen35moe-fused"])
 def test_fused_experts_are_held_once(converted: Callable[[str], Path], name: str) -> None:
     file = GgufFile(converted(name))
@@ -218,6 +235,19 @@ def test_a_state_that_cannot_go_back_is_not_reused(converted: Callable[[str], Pa
     assert engine.last_run()["reused_tokens"] >= len(PROMPT)
     engine.reset()
     assert list(engine.tokens(longer, sampling)) == continued
+
+
+@pytest.mark.parametrize("name", ["minimax-m3"])
+def test_what_an_indexer_has_kept_goes_back_with_the_conversation(converted: Callable[[str], Path], name: str) -> None:
+    options = {"cpu_backend": "torch_reference", "accelerator": "none"}
+    engine = build_engine(converted(name), option_overrides=options, progress=False)
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    other = [*PROMPT[:17], *PROMPT[:9]]
+    fresh = list(engine.tokens(other, sampling))
+    engine.reset()
+    list(engine.tokens(PROMPT, sampling))
+    assert list(engine.tokens(other, sampling)) == fresh
+    assert engine.last_run()["reused_tokens"] == 17
 
 
 @pytest.mark.parametrize("name", REFUSED)

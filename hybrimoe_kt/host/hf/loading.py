@@ -20,6 +20,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -130,9 +131,10 @@ class _Config(QuantizationConfigMixin):
 
     quant_method: Any  # one of Transformers' own by its annotation
 
-    def __init__(self, inject: Callable[[nn.Module], None] | None = None, **_: Any) -> None:
+    def __init__(self, inject: Callable[[nn.Module], None] | None = None, checkpoint_type: str = "", **_: Any) -> None:
         self.quant_method = _METHOD
         self.inject = inject
+        self.checkpoint_type = checkpoint_type
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": _METHOD}
@@ -152,6 +154,13 @@ class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.quantization_config.inject is not None:
             self.quantization_config.inject(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Add what brings the names of the type that the checkpoint is of to the model's, but for whole prefixes."""
+        others = get_checkpoint_conversion_mapping(self.quantization_config.checkpoint_type) or []
+        within = [each for each in others if not any(name.startswith("^") for name in each.source_patterns)]
+        base: Any = super()
+        return [*within, *base.update_weight_conversions(weight_conversions, model)]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -308,7 +317,8 @@ def _build(
         None,
         config=config,
         state_dict=state,
-        quantization_config=_Config(lambda model: inject(model)),  # a function, as configurations are copied deeply
+        # a function, as configurations are copied deeply
+        quantization_config=_Config(lambda model: inject(model), source.checkpoint_type),
         dtype=dtype,
         device_map=placement.device_map,
         attn_implementation=implementation_for(cls),

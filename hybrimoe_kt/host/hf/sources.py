@@ -41,6 +41,8 @@ class Source:
     state: State
     rotary: Rotary | None = None
     """How the file has positions rotated, where the configuration does not say it."""
+    checkpoint_type: str = ""
+    """Of `Architecture`, where names are a checkpoint's."""
 
 
 def open_source(path: str | Path, model_path: str | Path | None, metadata: Mapping[str, Any] | None = None) -> Source:
@@ -88,7 +90,8 @@ def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)
 
-    return Source(file, architecture, config, CheckpointLoader(file, architecture.expert_form(config)), state)
+    loader = CheckpointLoader(file, architecture.expert_form(config))
+    return Source(file, architecture, config, loader, state, checkpoint_type=architecture.checkpoint_type)
 
 
 def _config(file: GgufFile, architecture: Architecture, model_path: str | Path | None) -> Any:

@@ -66,9 +66,6 @@ REFUSED = {
         ("qwen4_exp", "qwen4_exp_text"),
     ),
     "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
-    "minimax-m3": Refused(
-        "it attends to blocks of tokens, in a form that nothing here reads", ("minimax_m3_vl", "minimax_m3_vl_text")
-    ),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),

@@ -113,6 +113,8 @@ class Architecture:
     """Packaged rule file, where it has not the family's name; a family without a file is served by the default one."""
     checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
     """What a checkpoint may call a layer's experts, tried in this order."""
+    checkpoint_type: str = ""
+    """The model type whose names its checkpoints have, where that is not `model_type`: of the model that also sees."""
     pre_tokenizers: tuple[str, ...] = ()
     """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

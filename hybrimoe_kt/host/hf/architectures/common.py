@@ -17,6 +17,7 @@ __all__ = [
     "DECODER_KEYS",
     "GQA_KEYS",
     "GQA_SKELETON",
+    "OFFSET_NORMS",
     "ROW",
     "SIGMOID",
     "SKELETON",
@@ -63,6 +64,19 @@ _DECAY = Transform(lambda tensor, key: torch.log(-tensor).reshape(-1), _FLAT.sha
 """Stored as -exp(A_log)."""
 STATE_SPACE_TRANSFORMS = {"A_log": _DECAY, "D": _FLAT, "norm.weight": _FLAT, "conv1d.weight": CHANNELS}
 """Of a state space's parameters, by how their names end."""
+
+_OFFSET_NORM = Transform(lambda tensor, key: tensor - 1)
+OFFSET_NORMS = dict.fromkeys(
+    (
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "q_norm.weight",
+        "k_norm.weight",
+        "model.norm.weight",
+    ),
+    _OFFSET_NORM,
+)
+"""Norms stored as the factor they multiply by, of which Transformers keeps the distance from one."""
 
 ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
 """A matrix of one row, which some converters store as a vector."""

@@ -11,7 +11,7 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
-from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, ROW
+from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, OFFSET_NORMS, ROW
 
 __all__ = ["FAMILIES"]
 
@@ -64,16 +64,7 @@ def _hybrid(key: Key) -> Mapping[str, Any]:
     }
 
 
-# Norms are stored as the factor they multiply by; Transformers keeps its distance from one.
-_NORM = Transform(lambda tensor, key: tensor - 1)
-_HYBRID_TRANSFORMS = {
-    "mlp.shared_expert_gate.weight": ROW,
-    "input_layernorm.weight": _NORM,
-    "post_attention_layernorm.weight": _NORM,
-    "q_norm.weight": _NORM,
-    "k_norm.weight": _NORM,
-    "model.norm.weight": _NORM,
-}
+_HYBRID_TRANSFORMS = OFFSET_NORMS | {"mlp.shared_expert_gate.weight": ROW}
 
 
 def _qkvz(qkv: torch.Tensor, gate: torch.Tensor, key: Key) -> torch.Tensor:
