@@ -29,6 +29,7 @@ from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.expert_form import ExpertForm
 from hybrimoe_kt.host.card_plan import HOST, DenseTensor, card_needs
 from hybrimoe_kt.host.doctor.model import host_expert_bytes
+from hybrimoe_kt.host.hf.language_models import language_model
 from hybrimoe_kt.quants import TYPES, row_bytes
 from hybrimoe_kt.sizes import CacheSize
 
@@ -185,6 +186,9 @@ RELEASES = (
         "intermediate_size": 16384}),
     Release("dots.llm1", "dots1", "dots1", 142.8e9, {
         **_gqa(62, 4096, 32, 32, 128, 152064), **_routed(128, 6, 1408, 2, 1, 10944)}),
+    Release("Step-3.5-Flash", "step35", "step3p5", 196e9, {
+        "vocab_size": 128896, "num_sliding_attention_heads": 96, "sliding_window": 512,
+        "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 11 + ["full_attention"]}),
     Release("MiniMax-M2", "minimax-m2", "minimax_m2", 230e9, {
         **_gqa(62, 3072, 48, 8, 128, 200064), "num_local_experts": 256, "num_experts_per_tok": 8,
         "intermediate_size": 1536}),
@@ -254,12 +258,10 @@ class Memory:
 
 def build(release: Release) -> nn.Module:
     """Return the model without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(release.model_type, **release.dimensions)
-        )
+        model: nn.Module = language_model(AutoConfig.for_model(release.model_type, **release.dimensions))
     return model
 
 

@@ -28,6 +28,7 @@ class Between:
             "ACTIVATION": ACTIVATIONS.index(form.activation),
             "ALPHA": form.alpha,
             "LIMIT": form.limit or 0.0,
+            "GATE_LIMIT": form.gate_limit or 0.0,
             "OFFSET": form.up_offset,
         }
         object.__setattr__(self, "constants", constants)

@@ -147,20 +147,21 @@ def check_kv_widths(config: Any, kv_cache_type: str) -> None:
         )
 
 
-_SHARED_WIDTHS = "shared_expert_intermediate_size", "shared_intermediate_size"
+_SHARED_WIDTHS = "shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"
 _SHARED_COUNTS = "n_shared_experts", "moe_num_shared_experts", "num_shared_experts"
 """What families call how wide shared experts are together, and how many of an expert's width there are."""
 
 
 def step_shape(config: Any, chunk_tokens: int, dtype_bytes: int, *, converts_cache: bool = False) -> StepShape:
     """Return the widths of a model's widest layers; `converts_cache`: keys and values are kept in another dtype."""
-    heads, latent = int(config.num_attention_heads), getattr(config, "kv_lora_rank", None)
+    own = [_config_of(config, layer) for layer in range(config.num_hidden_layers)]
+    heads, latent = max(int(each.num_attention_heads) for each in own), getattr(config, "kv_lora_rank", None)
     kept = max((each.keys + each.values for each in kept_of(config, dtype_bytes)), default=0)
     if latent:
         query = int(config.qk_nope_head_dim + config.qk_rope_head_dim) + int(config.v_head_dim)
         attention = {"projected": heads * (query + 2 * int(latent)) + kept, "scores": heads}
     else:
-        fewest = min(int(_config_of(config, layer).num_key_value_heads) for layer in range(config.num_hidden_layers))
+        fewest = min(int(each.num_key_value_heads) for each in own)
         query, grouped = heads * _widest_head(config), heads > fewest
         attention = {"projected": 2 * query + kept, "repeated": 2 * query if grouped else 0}
     shared, counted = _first(config, _SHARED_WIDTHS), _first(config, _SHARED_COUNTS)

@@ -18,9 +18,11 @@ from .linear import QuantizedLinear
 __all__ = ["FusedMLP"]
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
-_are_swiglu: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}
-"""Class of MLPs and of their activation -> whether they compute what is known here."""
+_are_swiglu: dict[frozenset[Any], bool] = {}
+"""Class of MLPs and of their activation, and their numbers -> whether they compute what is known here."""
 _TRIED, _WIDTH = 16, 32
+_LARGE = 1024
+"""How much larger every other try is: beyond what a family that clamps lets through."""
 
 
 class FusedMLP(Adopted):
@@ -61,9 +63,10 @@ class FusedMLP(Adopted):
         return answer
 
     def _is_swiglu(self) -> bool:
-        """Whether the stock module is `down(silu(gate(x)) * up(x))` bit for bit; asked once for each class."""
+        """Whether the stock module is `down(silu(gate(x)) * up(x))` bit for bit; asked once for each kind."""
         activation: Any = self.act_fn
-        kind = self.stock_class, type(activation)
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        kind = frozenset([*plain.items(), ("", self.stock_class), ("act_fn", type(activation))])
         if kind not in _are_swiglu:
             _are_swiglu[kind] = self._asked(activation)
         return _are_swiglu[kind]
@@ -80,6 +83,7 @@ class FusedMLP(Adopted):
             modules[name] = nn.Linear(_WIDTH, _WIDTH, bias=False, device="cpu", dtype=torch.bfloat16)
             modules[name].weight.data = drawn(_WIDTH, _WIDTH) / _WIDTH**0.5
         given = drawn(_TRIED, _WIDTH)
+        given[::2] *= _LARGE
         gate, up, down = (modules[name] for name in _PARTS)
         found: torch.Tensor = self.stock_copy(_modules=modules).forward(given)
         return torch.equal(found, down(functional.silu(gate(given)) * up(given)))

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from hybrimoe_kt.device.experts import FLOAT32, ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.packed import PackedMatrix
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
+from hybrimoe_kt.expert_form import FormOf, plain_form
 from hybrimoe_kt.quants import row_bytes
 
 from .checkpoint import Checkpoint, ExpertNames
@@ -57,9 +57,9 @@ class _Role:
 class CheckpointLoader:
     """What operators are given as `gguf_loader`: the checkpoint's experts."""
 
-    def __init__(self, file: Checkpoint, form: ExpertForm = SWIGLU) -> None:
-        """`form` is its experts'."""
-        self.file, self._form = file, form
+    def __init__(self, file: Checkpoint, form_of: FormOf = plain_form) -> None:
+        """`form_of` a layer's experts."""
+        self.file, self._form_of = file, form_of
         self.tensor_device_map: dict[str, dict[str, Any]] = {}
         self._layers: dict[int, LayerExperts] = {}
         self._converted = ConvertedExperts(file)
@@ -70,10 +70,11 @@ class CheckpointLoader:
     def layer_experts(self, layer: int, *, num_experts: int, top_k: int, hidden: int, inter: int) -> LayerExperts:
         """Return one layer's routed experts, gathered once; ModelError when the files lack or contradict them."""
         if layer not in self._layers:
+            form = self._form_of(layer)
             roles = self._roles(layer, hidden, inter)
             with torch.device("cpu"):  # operators are constructed where everything lands on the meta device
                 matrices = self._matrices(layer, roles, num_experts)
-                biases = [self._bias(role, num_experts) for role in roles if self._form.has_biases]
+                biases = [self._bias(role, num_experts) for role in roles if form.has_biases]
             self._layers[layer] = LayerExperts(
                 layer,
                 num_experts,
@@ -83,7 +84,7 @@ class CheckpointLoader:
                 matrices.get("gate"),
                 matrices["up"],
                 matrices["down"],
-                self._form,
+                form,
                 tuple(biases),
             )
         return self._layers[layer]
@@ -106,7 +107,7 @@ class CheckpointLoader:
         names = self._names(layer)
         shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
         roles = []
-        for role in ROLES if self._form.is_gated else ROLES[1:]:
+        for role in ROLES if self._form_of(layer).is_gated else ROLES[1:]:
             pattern, (rows, columns) = getattr(names, role), shapes[role]
             place, total = slice(0, rows), rows
             if names.gate == names.up and role != "down":

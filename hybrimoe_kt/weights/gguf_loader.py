@@ -12,7 +12,7 @@ import torch
 from hybrimoe_kt.device.experts import FLOAT32, ROLES, ExpertMatrix, LayerExperts
 from hybrimoe_kt.device.packed import PackedMatrix, PackedWeight
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
+from hybrimoe_kt.expert_form import FormOf, plain_form
 from hybrimoe_kt.quants import TYPES, row_bytes
 
 from .expert_layers import ExpertLayer
@@ -31,12 +31,12 @@ class GgufLoader:
     llama.cpp's converter), are the exceptions: see `_gather` and `_half`.
     """
 
-    def __init__(self, file: GgufFile, find_packed: FindPacked | None = None, form: ExpertForm = SWIGLU) -> None:
-        """`form` is its experts'.
+    def __init__(self, file: GgufFile, find_packed: FindPacked | None = None, form_of: FormOf = plain_form) -> None:
+        """`form_of` a layer's experts.
 
         `find_packed(parameter, shape)` gives a dense matrix as it stands, or says why not; without it none is.
         """
-        self.file, self._find_packed, self._form = file, find_packed, form
+        self.file, self._find_packed, self._form_of = file, find_packed, form_of
         self.packed: dict[str, PackedMatrix] = {}
         """Every tensor handed out to stay as it is, by its name."""
         self.dequantised: dict[str, str] = {}
@@ -64,23 +64,24 @@ class GgufLoader:
     ) -> LayerExperts:
         """`find` gives one role's tensor of a layer and number of experts."""
         layer, num_experts, hidden, inter = shape.layer, shape.num_experts, shape.hidden, shape.inter
-        roles = ROLES if self._form.is_gated else ROLES[1:]
+        form = self._form_of(layer)
+        roles = ROLES if form.is_gated else ROLES[1:]
         tensors = {role: find(layer, role, num_experts) for role in roles}
         self._check_shapes(tensors, num_experts, hidden, inter)
         named = {role: matrix(tensor) for role, tensor in tensors.items()}
         names = [f"blk.{layer}.ffn_{role}_exps.bias" for role in roles]
-        if not self._form.has_biases and (found := next((name for name in names if name in self.file.tensors), None)):
+        if not form.has_biases and (found := next((name for name in names if name in self.file.tensors), None)):
             raise ModelError(
                 f"{self.file.path}: tensor {found} is not used by {self.file.architecture} models here; without it the "
                 f"model would be another one"
             )
-        biases = [bias(_row_each(self.file.tensor(name))) for name in names if self._form.has_biases]
+        biases = [bias(_row_each(self.file.tensor(name))) for name in names if form.has_biases]
         return LayerExperts(
             *shape,
             named.get("gate"),
             named["up"],
             named["down"],
-            self._form,
+            form,
             tuple(biases),
         )
 

@@ -40,16 +40,17 @@ def joined(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """`activation(gate) * (up + OFFSET)`, gate cut at LIMIT and up at both sides where that is not 0; float32.
+    """`activation(gate) * (up + OFFSET)`, gate cut at GATE_LIMIT and up at both sides of LIMIT, 0 for none; float32.
 
     Without a gate it is `activation(up)`. ACTIVATION is a place in `ACTIVATIONS` of the experts' form.
     """
     if not GATED:
         return _activated(up, ACTIVATION, ALPHA)
     if LIMIT > 0:
-        gate = tl.minimum(gate, LIMIT)
+        gate = tl.minimum(gate, GATE_LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     if OFFSET != 0:
         up = up + OFFSET

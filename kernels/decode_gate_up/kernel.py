@@ -49,6 +49,7 @@ def decode_gate_up_kernel(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,7 +99,7 @@ def decode_gate_up_kernel(
         up_sum += tl.load((mem + up_bias).to(tl.pointer_type(tl.float32)) + bias_at)
         if GATED:
             gate_sum += tl.load((mem + gate_bias).to(tl.pointer_type(tl.float32)) + bias_at)
-    values = joined(gate_sum, up_sum, GATED, ACTIVATION, ALPHA, LIMIT, OFFSET)
+    values = joined(gate_sum, up_sum, GATED, ACTIVATION, ALPHA, LIMIT, GATE_LIMIT, OFFSET)
     tl.store(act_at, values, mask=row < inter)
 
 

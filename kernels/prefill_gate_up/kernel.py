@@ -44,6 +44,7 @@ def prefill_gate_up_kernel(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -87,7 +88,7 @@ def prefill_gate_up_kernel(
         up += tl.load((mem + up_bias).to(tl.pointer_type(tl.float32)) + rows)[:, None]
         if GATED:
             gate += tl.load((mem + gate_bias).to(tl.pointer_type(tl.float32)) + rows)[:, None]
-    values = joined(gate, up, GATED, ACTIVATION, ALPHA, LIMIT, OFFSET)
+    values = joined(gate, up, GATED, ACTIVATION, ALPHA, LIMIT, GATE_LIMIT, OFFSET)
     values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST).to(act.dtype.element_ty)
     features = inter // 8 * 8
     at = (tl.maximum(pair, 0).to(tl.int64) * features)[:, None] + row[None, :]  # [PAIRS, ROWS]

@@ -31,6 +31,7 @@ FORMS = {
     "gpt-oss": GPT_OSS,
     "gpt-oss without biases": PLAIN_GPT_OSS,
     "limited silu": ExpertForm(limit=0.5),
+    "silu limited behind it": ExpertForm(limit=0.5, cuts_activated=True),
     "gelu": ExpertForm("gelu"),
     "tanh gelu": ExpertForm("gelu_tanh"),
     "relu squared without a gate": ExpertForm("relu2", is_gated=False),
@@ -105,6 +106,10 @@ STOCK: dict[str, tuple[str, str, dict[str, Any], ExpertForm]] = {
         {"n_routed_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 48, "swiglu_limit": 0.7},
         ExpertForm(limit=0.7),
     ),
+    "step": (
+        "step3p5", "Step3p7Experts", {"n_routed_experts": 2, "moe_intermediate_size": 48},
+        ExpertForm(limit=0.7, cuts_activated=True),
+    ),
 }  # fmt: skip
 
 
@@ -113,10 +118,11 @@ def test_the_reference_computes_what_transformers_does(name: str) -> None:
     """On the same numbers, in every form that a family of Transformers has."""
     model_type, class_name, sizes, form = STOCK[name]
     config = AutoConfig.for_model(model_type, hidden_size=32, **sizes)
-    folder = model_type.removesuffix("_text")
+    folder = {"step3p5": "step3p7"}.get(model_type, model_type.removesuffix("_text"))
     module = __import__(f"transformers.models.{folder}.modeling_{folder}", fromlist=[class_name])
     generator = torch.Generator().manual_seed(2)
     stock = getattr(module, class_name)(config).float()
+    stock.limit = form.limit  # Step's is given its layer's
     for parameter in stock.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     x = torch.randn(5, 32, generator=generator)

@@ -305,6 +305,36 @@ FAMILIES: dict[str, Family] = {
         route_scale=2.5, sliding_window=8, global_attn_every_n_layers=4, mup_enabled=True,
         written={"score_func": "sigmoid", "route_norm": True},
     ),
+    "step35": Family(
+        "step3p7",
+        {
+            "text_config": _DECODER | _ROUTED | {
+                "num_hidden_layers": 5, "head_dim": 64, "share_expert_dim": 256, "sliding_window": 8,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention",
+                                "full_attention"],
+                "mlp_layer_types": ["dense"] + ["sparse"] * 4, "num_sliding_attention_heads": 6,
+                "moe_router_scaling_factor": 1.5, "swiglu_limits": [0.0, 0.0, 0.0, 0.5, 0.75],
+                "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.625],
+                "rope_parameters": {
+                    "full_attention": {
+                        "rope_type": "llama3", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 2.0,
+                        "low_freq_factor": 1.0, "high_freq_factor": 1.2, "original_max_position_embeddings": 50,
+                    },
+                    "sliding_attention": {
+                        "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0,
+                    },
+                },
+            },
+            "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1.0},
+            "tie_word_embeddings": False,
+        },
+        {
+            "eos_token_id": 257, "pad_token_id": 260, "num_attention_groups": 2, "moe_num_experts": 8, "moe_top_k": 2,
+            "attention_other_setting": {"num_attention_heads": 6, "num_attention_groups": 2},
+            "rope_theta": [10000.0, 5000.0, 5000.0, 5000.0, 10000.0], "norm_expert_weight": True,
+            "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5], "moe_layers_enum": "1,2,3,4",
+        } | _SIGMOID,
+    ),
     "lfm2moe": _family(
         "lfm2_moe", _NUM_EXPERTS, num_hidden_layers=4, num_dense_layers=1, norm_eps=1e-6, tie_word_embeddings=True,
         layer_types=["conv", "full_attention", "conv", "full_attention"],

@@ -20,6 +20,10 @@ _ANSWER = "ANSWER "
 PRINTABLE = range(32, 127)
 _UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 """Of vocabularies that begin with all bytes."""
+_BEYOND = range(256, 300)
+"""Their special tokens; one that ends the answer would leave nothing of it."""
+_WHOLE = range(32, 94)
+"""Printable in vocabularies in the order of byte-level tokenizers as well."""
 
 
 class LlamaCpp:
@@ -79,7 +83,7 @@ class LlamaCpp:
                 "n_probs": 1,
                 "cache_prompt": False,
                 "ignore_eos": True,
-                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *range(256, 300))],
+                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *_BEYOND)],
             }
         )
         return [(step["id"], step["logprob"]) for step in answer["choices"][0]["logprobs"]["content"]]
@@ -130,5 +134,6 @@ def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
 if __name__ == "__main__":
     file, texts = json.loads(sys.argv[1])
     oracle = LlamaCpp(Path(file), 256)
-    print(_ANSWER + json.dumps([oracle.next_token(text, _UNPRINTABLE) for text in texts]), flush=True)
+    unwanted = [token for token in range(300) if token not in _WHOLE]
+    print(_ANSWER + json.dumps([oracle.next_token(text, unwanted) for text in texts]), flush=True)
     os._exit(0)  # its threads need not end

@@ -52,6 +52,7 @@ NO_GRAPHS = {
     "afmoe": "gates its attention beside, and has norms behind both halves of a layer",
     "lfm2moe": "convolves",
     "laguna": "gates its attention beside",
+    "step35": "gates its attention beside",
     "laguna-m": "gates its attention beside",
 }
 

@@ -116,6 +116,17 @@ def test_another_activation_stays_the_stock_module() -> None:
     assert not module._is_swiglu()
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.5, 16.0, 100.0])
+def test_a_clamped_one_is_told_from_another_of_its_class(limit: float) -> None:
+    """Step's, which clamps in some layers."""
+    from transformers import AutoConfig
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
+
+    limits = {"swiglu_limits_shared": [limit]}
+    config = AutoConfig.for_model("step3p5", hidden_size=64, share_expert_dim=96, num_hidden_layers=1, **limits)
+    assert FusedMLP(*CONTRACT, Step3p7MLP(config, 0, is_shared_expert=True))._is_swiglu() == (limit == 0)
+
+
 def test_what_it_does_not_replace_is_told() -> None:
     with pytest.raises(ConfigError, match="FusedMLP replaces a gated MLP, found Linear"):
         FusedMLP(*CONTRACT, nn.Linear(2, 2))

@@ -53,7 +53,7 @@ def join(form: ExpertForm, gate: Chain, up: Chain) -> None:
         gate.then("swiglu_oai", up.last, form.alpha, form.limit)
     else:
         if form.limit is not None:
-            gate.then("clamp", -math.inf, form.limit)
+            gate.then("clamp", -math.inf, form.gate_limit)
             up.then("clamp", -form.limit, form.limit)
         if form.up_offset:
             up.then("scale_bias", 1.0, form.up_offset)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -49,6 +49,7 @@ from .dense_layers import DenseModel, attach_dense_layers
 from .dense_upload import DenseOnAccelerators
 from .fixed_steps import kernels_of
 from .injector import Injector
+from .language_models import language_model
 from .look_ahead import look_ahead, note_routers
 from .placement import Crossings, Placement
 from .sources import Source, open_source
@@ -346,7 +347,7 @@ def _skeleton(config: Any) -> PreTrainedModel:
     """The model without weights, built once to learn its parameters and to fail before anything is loaded."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = language_model(config)
             return model
     except Exception as error:  # whatever Transformers or torch make of dimensions that cannot be
         raise ModelError(

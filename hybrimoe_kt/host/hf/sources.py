@@ -67,7 +67,7 @@ def _gguf(path: str | Path, model_path: str | Path | None, metadata: Mapping[str
         return dense_state_dict(file, architecture, parameters, dtype, where)
 
     rotary = architecture.rotary(file) if model_path is None else None
-    loader = GgufLoader(file, partial(packed_weight, file, architecture), architecture.expert_form(config))
+    loader = GgufLoader(file, partial(packed_weight, file, architecture), partial(architecture.expert_form, config))
     return Source(file, architecture, config, loader, state, rotary)
 
 
@@ -77,7 +77,8 @@ def experts_of(file: GgufFile) -> GgufLoader:
     ModelError for an architecture that is not supported, or experts of an unknown form.
     """
     architecture = architecture_of(file)
-    return GgufLoader(file, form=architecture.expert_form(_config_from_metadata(file, architecture)))
+    config = _config_from_metadata(file, architecture)
+    return GgufLoader(file, form_of=partial(architecture.expert_form, config))
 
 
 def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
@@ -90,7 +91,7 @@ def _checkpoint(path: str | Path, model_path: str | Path | None) -> Source:
     def state(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, where: Where) -> dict[str, LazyTensor]:
         return file.dense_state(dtype, architecture.float32, where)
 
-    loader = CheckpointLoader(file, architecture.expert_form(config))
+    loader = CheckpointLoader(file, partial(architecture.expert_form, config))
     return Source(file, architecture, config, loader, state, checkpoint_type=architecture.checkpoint_type)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from hybrimoe_kt.errors import ModelError, unknown_name
 from hybrimoe_kt.host.config_file import read_config
 from hybrimoe_kt.host.hf.architectures import Architecture, every_architecture
+from hybrimoe_kt.host.hf.language_models import language_model
 
 __all__ = ["build_skeleton", "skeleton_from_directory", "skeleton_names"]
 
@@ -49,8 +50,6 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _on_meta(config: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = language_model(config)
     return model

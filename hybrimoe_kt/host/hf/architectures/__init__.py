@@ -65,7 +65,6 @@ REFUSED = {
         "it keeps several streams of hidden states and looks up runs of tokens, which nothing here reads",
         ("qwen4_exp", "qwen4_exp_text"),
     ),
-    "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),

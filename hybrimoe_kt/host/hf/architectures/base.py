@@ -19,7 +19,18 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform", "gated_form"]
+__all__ = [
+    "ONE_EACH",
+    "STACKED",
+    "W1_W3_W2",
+    "Architecture",
+    "Composed",
+    "Key",
+    "LayerKind",
+    "Moves",
+    "Transform",
+    "gated_form",
+]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
@@ -65,7 +76,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 
 
-def gated_form(config: Any, *, is_gated: bool = True) -> ExpertForm:
+def gated_form(config: Any, layer: int = 0, *, is_gated: bool = True) -> ExpertForm:
     """Experts with the activation that the configuration names, and nothing else; ModelError for an unknown one."""
     named = next((name for key in _ACTIVATION_KEYS if (name := getattr(config, key, None)) is not None), "silu")
     if named not in _ACTIVATIONS:
@@ -88,6 +99,7 @@ class LayerKind:
 
 
 ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
+W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -164,8 +176,8 @@ class Architecture:
     """Added to a norm's weight before it multiplies."""
     rounds_yarn: bool = True
     """Whether the range in which YaRN blends frequencies is rounded to whole ones."""
-    expert_form: Callable[[Any], ExpertForm] = gated_form
-    """What experts compute between their matrices, by Transformers' configuration."""
+    expert_form: Callable[[Any, int], ExpertForm] = gated_form
+    """What a layer's experts compute between their matrices, by Transformers' configuration and the layer's number."""
 
     @property
     def name(self) -> str:
@@ -190,7 +202,8 @@ class Architecture:
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
-        config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
+        config |= dict(self.constants) | dict(self.derive(key))
+        config |= {ours: value for ours, value in _common(file, key).items() if value is not None or ours not in config}
         plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
         kinds = self.rotary_kinds(config)
         config["rope_parameters"] = {

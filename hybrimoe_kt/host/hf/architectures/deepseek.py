@@ -18,7 +18,7 @@ from .base import Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, only_gated_by, scale
 from .softmax_router import choose_by_softmax
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "UP_PROJECTIONS", "even_out_norms"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 _SHARED_EXPERT_KEYS = {
@@ -83,7 +83,7 @@ def _latent(key: Key) -> dict[str, Any]:
     }
 
 
-def _even_out_norms(model: nn.Module) -> None:
+def even_out_norms(model: nn.Module) -> None:
     """Give the norms within latent attention the file's epsilon; Transformers has a fixed one there."""
     for module in model.modules():
         if hasattr(module, "kv_b_proj"):
@@ -95,7 +95,7 @@ def _even_out_norms(model: nn.Module) -> None:
 
 
 def _with_softmax(model: nn.Module) -> None:
-    _even_out_norms(model)
+    even_out_norms(model)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
             module.forward = partial(choose_by_softmax, module)
@@ -125,6 +125,13 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[i
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
+UP_PROJECTIONS = {
+    "self_attn.kv_b_proj.weight": Composed(
+        ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+    )
+}
+"""Of latent attention."""
+
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     answer_format="deepseek",
@@ -136,12 +143,8 @@ _DEEPSEEK2 = Architecture(
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
     derive=_deepseek2,
-    finish=_even_out_norms,
-    composed={
-        "self_attn.kv_b_proj.weight": Composed(
-            ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
-        )
-    },
+    finish=even_out_norms,
+    composed=UP_PROJECTIONS,
 )
 _DEEPSEEK3 = replace(
     _DEEPSEEK2,

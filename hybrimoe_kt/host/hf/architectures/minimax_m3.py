@@ -9,9 +9,8 @@ import torch
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import ExpertForm
-from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import STACKED, Architecture, Composed, Key
+from .base import STACKED, W1_W3_W2, Architecture, Composed, Key
 from .common import (
     CORRECTION,
     GQA_KEYS,
@@ -28,10 +27,9 @@ __all__ = ["FAMILIES"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 _INDEXER = "self_attn.indexer."
-_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 
 
-def _clamped(config: Any) -> ExpertForm:
+def _clamped(config: Any, layer: int) -> ExpertForm:
     return ExpertForm(alpha=config.swiglu_alpha, limit=config.swiglu_limit, up_offset=1.0)
 
 
@@ -81,7 +79,7 @@ FAMILIES = (
             "index_head_dim": 16,
         },
         checkpoint_type="minimax_m3_vl",
-        checkpoint_names=(_W1_W3_W2, STACKED),
+        checkpoint_names=(W1_W3_W2, STACKED),
         tensor_table="dots1",
         keys=without(GQA_KEYS, "moe_intermediate_size", "num_experts")
         | {

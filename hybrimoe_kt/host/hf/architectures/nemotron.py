@@ -20,7 +20,7 @@ _STACKED = ExpertNames("", _EXPERTS + "up_proj", _EXPERTS + "down_proj")
 _BIAS = "mixer.gate.e_score_correction_bias"
 
 
-def _without_a_gate(config: Any) -> ExpertForm:
+def _without_a_gate(config: Any, layer: int) -> ExpertForm:
     return gated_form(config, is_gated=False)
 
 

@@ -17,7 +17,7 @@ _GATE_UP = "mlp.experts.gate_up_proj"
 _NAMES = ExpertNames(_GATE_UP, _GATE_UP, "mlp.experts.down_proj", is_transposed=True, is_interleaved=True)
 
 
-def _clamped(config: Any) -> ExpertForm:
+def _clamped(config: Any, layer: int) -> ExpertForm:
     return ExpertForm(alpha=config.swiglu_alpha, limit=config.swiglu_limit, up_offset=1.0, has_biases=True)
 
 

@@ -7,7 +7,7 @@ and YaRN after Peng et al. (arXiv 2309.00071), with llama.cpp's defaults where a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,11 +109,15 @@ class Rotary:
                 self._set(module, "")
             for kind in ("full_attention", "sliding_attention"):
                 if hasattr(module, f"{kind}_inv_freq"):
-                    self.of(kind)._set(module, f"{kind}_")
+                    self.of(kind)._for(getattr(module, f"{kind}_inv_freq").numel())._set(module, f"{kind}_")
             if self.is_latent and hasattr(module, "kv_b_proj"):
                 config: Any = module.config
                 head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
                 module.scaling = head_dim**-0.5 * self.sharpening * self.sharpening
+
+    def _for(self, num_pairs: int) -> Rotary:
+        """The same with the first of `divisors`, which are as many as the widest kind of layers needs."""
+        return self if self.divisors is None else replace(self, divisors=self.divisors[:num_pairs])
 
     def _set(self, module: nn.Module, kind: str) -> None:
         inverse = getattr(module, f"{kind}inv_freq")
