@@ -19,7 +19,7 @@ from .packed_formats import scaled
 
 __all__ = ["Checkpoint", "ExpertNames", "is_checkpoint"]
 
-_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 _FP8 = "F8_E4M3"
 _SCALES = "_scale_inv", "_scale"
 """What follows an FP8 tensor's name in that of its scales; both multiply."""
@@ -86,7 +86,8 @@ class Checkpoint:
             self._files |= dict.fromkeys(opened.keys(), opened)
         # a model that also sees has its language model one level deeper
         prefixes = ("model.language_model.", "language_model.model.", "model.", "backbone.")
-        ends = [(prefix, f"{prefix}{norm}.weight") for prefix in prefixes for norm in ("norm", "norm_f")]
+        norms = "norm", "norm_f", "hyper_connection_mixer.hc_norm"
+        ends = [(prefix, f"{prefix}{norm}.weight") for prefix in prefixes for norm in norms]
         self._prefix = next((prefix for prefix, norm in ends if norm in self._files), "model.")
         self.scale_block = _BLOCK
         """Rows and columns of FP8 numbers that share a scale."""
@@ -176,8 +177,9 @@ class Checkpoint:
         routed = self._routed()
         for name in self.names():
             if name.startswith((self._prefix, self._head)) and not routed.fullmatch(name) and not self._is_scale(name):
-                _, shape = self.describe(name)
+                stored, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
+                kept = kept if stored.is_floating_point else stored
                 plain = f"model.{name.removeprefix(self._prefix)}"
                 plain = plain if name.startswith(self._prefix) else f"lm_head.{name.removeprefix(self._head)}"
                 state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))

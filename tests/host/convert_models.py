@@ -23,9 +23,12 @@ def convert(folder: Path) -> None:
     cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
     cls.set_vocab = write_vocabulary
+    if str(hparams.get("model_type")).startswith("qwen4"):  # a released config.json has the word that it looks for
+        hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
-        cls(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf", fuse_gate_up_exps=fused).write()
+        kind, file = gguf.LlamaFileType.ALL_F32, folder / "model.gguf"
+        cls(folder, kind, file, fuse_gate_up_exps=fused, hparams=hparams).write()
 
 
 def write_vocabulary(model: Any) -> None:

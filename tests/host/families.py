@@ -144,6 +144,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3next": _family("qwen3_next", _NUM_EXPERTS, _SHARED, _HYBRID, norm_topk_prob=True),
     "qwen35moe": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID),
     "qwen35moe-fused": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID, written={"fuse_gate_up": True}),
+    "qwen4exp": _family(
+        "qwen4_exp_text", _NUM_EXPERTS, _SHARED, _HYBRID, hc_count=4, hc_lowrank=32, ple_layer_ids=[2],
+        ple_embed_dim=256, ngram_vocab_size_base=500, split_ngram_parts=4, heads_per_ngram=4, indexer_n_heads=16,
+        indexer_kv_heads=1, indexer_head_dim=64, indexer_budget=8, indexer_compress_ratio=4, norm_topk_prob=True, output_gate_type="sigmoid",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    ),
     "qwen3vlmoe": Family(
         "qwen3_vl_moe",
         {
@@ -316,6 +322,8 @@ def random_model(name: str) -> torch.nn.Module:
     model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
+        if not value.is_floating_point():
+            continue
         noise = torch.randn(value.shape, generator=generator)
         if "embed_tokens.weight" in key:
             value.data = noise

@@ -39,7 +39,10 @@ LLAMA_CPP_DIFFERS = {
 }
 EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
 """Every family; those that are like another one where it takes minutes."""
+STREAMS = {"qwen4exp"}
+"""Families of several streams of hidden states, which are mixed in front of experts and not normalised alone."""
 NO_GRAPHS = {
+    "qwen4exp": "has several streams of hidden states",
     "granitehybrid": "has state spaces",
     "nemotron": "has state spaces",
     "nemotron-latent": "has state spaces",
@@ -147,6 +150,9 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
         assert torch.equal(logits, gate.logits_of(theirs)) and torch.equal(
             ids.sort(-1).values, their_ids.sort(-1).values
         )
+        if name in STREAMS:
+            assert gate.norm is None
+            continue
         assert gate.norm is not None
         factor = 1.0 if gate.normalises else gate.norm
         scaled = normed[layer].reshape(len(PROMPT), -1) * factor  # what enters is this, but for the tokens' sizes

@@ -61,10 +61,6 @@ REFUSED = {
         "it keeps several streams of hidden states, and attends to compressed tokens, which nothing here reads",
         ("deepseek_v4",),
     ),
-    "qwen4exp": Refused(
-        "it keeps several streams of hidden states and looks up runs of tokens, which nothing here reads",
-        ("qwen4_exp", "qwen4_exp_text"),
-    ),
     "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
     "minimax-m3": Refused(
         "it attends to blocks of tokens, in a form that nothing here reads", ("minimax_m3_vl", "minimax_m3_vl_text")

@@ -123,6 +123,8 @@ class Architecture:
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    row_counts: Mapping[str, str] = field(default_factory=dict)
+    """Configuration values that no key holds -> the tensor that has as many rows."""
     present: Mapping[str, str] = field(default_factory=dict)
     """Configuration switches that no key holds -> the tensor whose presence in the file means true."""
     derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
@@ -140,6 +142,8 @@ class Architecture:
     """Whether layers with windows have rotary positions of their own in its configuration."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """Ending of the name of a buffer of whole numbers -> the GGUF key that lists them."""
     zero: tuple[str, ...] = ()
     """Endings of the parameters that are zero where the file has no tensor for them."""
     finish: Callable[[nn.Module], None] = lambda model: None
@@ -160,6 +164,8 @@ class Architecture:
     """Whether it returns the softmax of its logits in their place."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
+    layers_take_ids: bool = False
+    """Whether layers are given the tokens' ids beside their hidden states."""
     rounds_yarn: bool = True
     """Whether the range in which YaRN blends frequencies is rounded to whole ones."""
     expert_form: Callable[[Any], ExpertForm] = gated_form
@@ -188,6 +194,7 @@ class Architecture:
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
+        config |= {ours: file.tensors[name].shape[0] for ours, name in self.row_counts.items() if name in file.tensors}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
         plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
         kinds = self.rotary_kinds(config)
