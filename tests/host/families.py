@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from .published import deepseek4_as_published, in_mxfp4
+
 __all__ = ["FAMILIES", "QUICK", "Family", "random_model", "save_checkpoint"]
 
 SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
@@ -83,6 +85,32 @@ _TWO_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
 }
 _INDEXED = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 16}  # few would often be alike, at nothing
+_DEEPSEEK4 = {
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "q_lora_rank": 64,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+    ],
+    "mlp_layer_types": ["hash_moe"] + ["moe"] * 4,
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": _YARN,
+    "sliding_window": 16,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "index_n_heads": 16,
+    "index_head_dim": 128,  # as wide as heads, llama.cpp divides by nothing
+    "index_topk": 3,
+    "hc_mult": 4,
+    "swiglu_limit": 1.0,
+}
 _VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -114,20 +142,22 @@ _STATE_SPACES = {
 class Family:
     """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write.
 
-    `stored` is what released checkpoints have instead of a tensor as Transformers writes it.
+    `stored` gives what released checkpoints have instead of the tensors as Transformers writes them.
     """
 
     model_type: str
     values: dict[str, Any]
     written: dict[str, Any]
-    stored: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    stored: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
-def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, **values: Any) -> Family:
+def _family(
+    model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, stored: Any = None, **values: Any
+) -> Family:
     merged: dict[str, Any] = dict(_DECODER)
     for part in parts:
         merged |= part
-    return Family(model_type, merged | values, written or {})
+    return Family(model_type, merged | values, written or {}, stored)
 
 
 _SIGMOID = {"scoring_func": "sigmoid"}
@@ -161,7 +191,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": False,
         },
         {"eos_token_id": 257, "pad_token_id": 260},
-        lambda key, value: value.transpose(1, 2) if ".mlp.experts." in key else value,
+        lambda tensors: {key: value.transpose(1, 2) if ".mlp.experts." in key else value for key, value in tensors.items()},
     ),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
@@ -272,6 +302,11 @@ FAMILIES: dict[str, Family] = {
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         written=_SIGMOID | {"first_k_dense_replace": 1},
     ),
+    "deepseek4": _family(
+        "deepseek_v4", _DEEPSEEK4, num_hidden_layers=5, stored=deepseek4_as_published,
+        written={"compress_ratios": [0, 4, 128, 4, 0], "num_hash_layers": 1, "qk_rope_head_dim": 32,
+                 "rope_theta": 10000.0, "rope_scaling": _YARN | {"type": "yarn"}},
+    ),
     "glm-dsa": _family(
         "glm_moe_dsa", _LATENT, _INDEXED, num_hidden_layers=4, q_lora_rank=64, n_group=1, topk_group=1,
         routed_scaling_factor=2.5, norm_topk_prob=True, indexer_types=["full", "full", "shared", "full"],
@@ -322,6 +357,8 @@ def random_model(name: str) -> torch.nn.Module:
     model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
+        if key.endswith("tid2eid"):
+            value.copy_(torch.rand(len(value), 8, generator=generator).argsort(-1)[:, : value.shape[1]])
         if not value.is_floating_point():
             continue
         noise = torch.randn(value.shape, generator=generator)
@@ -331,6 +368,10 @@ def random_model(name: str) -> torch.nn.Module:
             value.data = noise * value.shape[-1] ** -0.5
         elif "inv_freq" not in key and "embed_scale" not in key:
             value.data = value.data + 0.15 * noise
+    if name == "deepseek4":
+        for key, value in model.named_parameters():
+            if ".mlp.experts." in key:
+                value.data = in_mxfp4(value)[2]
     return model.eval()
 
 
@@ -343,7 +384,7 @@ def save_checkpoint(name: str, model: torch.nn.Module, folder: Path) -> Path:
     stored = FAMILIES[name].stored
     if stored is not None:
         weights = folder / "model.safetensors"
-        tensors = {key: stored(key, value).contiguous() for key, value in load_file(weights).items()}
+        tensors = {key: value.contiguous() for key, value in stored(load_file(weights)).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
     return folder
 

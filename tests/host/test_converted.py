@@ -41,7 +41,10 @@ EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) fo
 """Every family; those that are like another one where it takes minutes."""
 STREAMS = {"qwen4exp"}
 """Families of several streams of hidden states, which are mixed in front of experts and not normalised alone."""
+BY_ID = {"deepseek4": 1}
+"""Families whose first layers, so many, route by a token's id and have no gate to ask."""
 NO_GRAPHS = {
+    "deepseek4": "has several streams of hidden states",
     "qwen4exp": "has several streams of hidden states",
     "granitehybrid": "has state spaces",
     "nemotron": "has state spaces",
@@ -142,7 +145,7 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
     for layer, (_, gate) in gates.items():
         note(layer, gate.module, getattr(body.layers[layer], expert_norm))
     logits_of(ours.model, PROMPT)
-    assert list(gates) == list(ours.runtime.store.layers)
+    assert list(gates) == list(ours.runtime.store.layers)[BY_ID.get(name, 0) :]
     for layer, (_, gate) in gates.items():
         given, answer = routed[layer]
         logits, ids = gate.ask(given.reshape(len(PROMPT), -1))

@@ -311,7 +311,7 @@ def _build(
         quantization_config=_Config(lambda model: inject(model)),  # a function, as configurations are copied deeply
         dtype=dtype,
         device_map=placement.device_map,
-        attn_implementation=implementation_for(cls),
+        attn_implementation=source.architecture.attention or implementation_for(cls),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, in one sentence
     )

@@ -140,6 +140,8 @@ class Architecture:
     """Endings of the parameters that stay float32 whatever the model's dtype."""
     has_rotary_kinds: bool = False
     """Whether layers with windows have rotary positions of their own in its configuration."""
+    own_rotary_kinds: tuple[str, ...] = ()
+    """What its configuration calls the kinds of rotary positions, where these are not the kinds of layers."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
     stated: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +166,8 @@ class Architecture:
     """Whether it returns the softmax of its logits in their place."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
+    attention: str = ""
+    """What Transformers is told attends, where neither torch's fused kernels nor `sink_attention` can."""
     layers_take_ids: bool = False
     """Whether layers are given the tokens' ids beside their hidden states."""
     rounds_yarn: bool = True
@@ -204,7 +208,9 @@ class Architecture:
         return config | {"model_type": self.model_type}
 
     def rotary_kinds(self, config: Mapping[str, Any]) -> list[str]:
-        """The kinds of layers that the configuration names with positions of their own."""
+        """The kinds that the configuration names with positions of their own."""
+        if self.own_rotary_kinds:
+            return list(self.own_rotary_kinds)
         return sorted(set(config["layer_types"])) if self.has_rotary_kinds else []
 
     def _check_rotated(self, file: GgufFile) -> None:
