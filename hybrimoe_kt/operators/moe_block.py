@@ -62,9 +62,7 @@ class MoEBlock(nn.Module):
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kernel(kwargs.get("kernel", "auto"))
 
-    def forward(
-        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None
-    ) -> torch.Tensor | PendingSum:
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor | PendingSum:
         """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned.
 
         The tokens' ids `[batch, tokens]` are for routers that choose by them.

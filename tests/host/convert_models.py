@@ -1,4 +1,4 @@
-"""Converts Hugging Face directories with llama.cpp's published converter: `convert_models.py LLAMA_CPP FOLDER...`.
+"""Converts Hugging Face directories with llama.cpp's published converter: `convert_models.py LLAMA_CPP KIND FOLDER...`.
 
 Runs in a process of its own, because the converter brings its own `gguf`. The generated models' vocabulary is none
 that it knows, so only the vocabulary is written here; every tensor and every other key is the converter's.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 
-def convert(folder: Path) -> None:
-    """Write `folder`'s model to `folder/model.gguf`, in F32."""
+def convert(folder: Path, kind: str) -> None:
+    """Write `folder`'s model to `folder/model.gguf`; `kind` is the converter's name of the types in the file."""
     import gguf
     import torch
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -27,8 +27,7 @@ def convert(folder: Path) -> None:
         hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
-        kind, file = gguf.LlamaFileType.ALL_F32, folder / "model.gguf"
-        cls(folder, kind, file, fuse_gate_up_exps=fused, hparams=hparams).write()
+        cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, hparams=hparams).write()
 
 
 def write_vocabulary(model: Any) -> None:
@@ -49,5 +48,5 @@ def write_vocabulary(model: Any) -> None:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py"]
-    for name in sys.argv[2:]:
-        convert(Path(name))
+    for name in sys.argv[3:]:
+        convert(Path(name), sys.argv[2])

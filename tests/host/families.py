@@ -177,7 +177,8 @@ FAMILIES: dict[str, Family] = {
     "qwen4exp": _family(
         "qwen4_exp_text", _NUM_EXPERTS, _SHARED, _HYBRID, hc_count=4, hc_lowrank=32, ple_layer_ids=[2],
         ple_embed_dim=256, ngram_vocab_size_base=500, split_ngram_parts=4, heads_per_ngram=4, indexer_n_heads=16,
-        indexer_kv_heads=1, indexer_head_dim=64, indexer_budget=8, indexer_compress_ratio=4, norm_topk_prob=True, output_gate_type="sigmoid",
+        indexer_kv_heads=1, indexer_head_dim=64, indexer_budget=8, indexer_compress_ratio=4, norm_topk_prob=True,
+        output_gate_type="sigmoid",
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     ),
     "qwen3vlmoe": Family(
@@ -191,7 +192,9 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": False,
         },
         {"eos_token_id": 257, "pad_token_id": 260},
-        lambda tensors: {key: value.transpose(1, 2) if ".mlp.experts." in key else value for key, value in tensors.items()},
+        lambda tensors: {
+            key: value.transpose(1, 2) if ".mlp.experts." in key else value for key, value in tensors.items()
+        },
     ),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),

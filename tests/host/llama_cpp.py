@@ -20,6 +20,10 @@ _ANSWER = "ANSWER "
 PRINTABLE = range(32, 127)
 _UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 """Of vocabularies that begin with all bytes."""
+_OTHERS = range(256, 300)
+"""What follows the bytes in the tests' vocabularies, some of which end an answer."""
+_UNSURE = [token for token in range(300) if token not in range(32, 94)]
+"""What is no printable character where all bytes come first, or where the characters of byte-level BPE are sorted."""
 
 
 class LlamaCpp:
@@ -78,7 +82,7 @@ class LlamaCpp:
                 "n_probs": 1,
                 "cache_prompt": False,
                 "ignore_eos": True,
-                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *range(256, 300))],
+                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *_OTHERS)],
             }
         )
         return [(step["id"], step["logprob"]) for step in answer["choices"][0]["logprobs"]["content"]]
@@ -129,5 +133,5 @@ def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
 if __name__ == "__main__":
     file, texts = json.loads(sys.argv[1])
     oracle = LlamaCpp(Path(file), 256)
-    print(_ANSWER + json.dumps([oracle.next_token(text, _UNPRINTABLE) for text in texts]), flush=True)
+    print(_ANSWER + json.dumps([oracle.next_token(text, _UNSURE) for text in texts]), flush=True)
     os._exit(0)  # its threads need not end

@@ -8,14 +8,16 @@ from typing import Any
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import ExpertForm
+from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import Architecture, Key, gated_form
+from .base import ONE_EACH, STACKED, Architecture, Key, gated_form
 from .common import CORRECTION, DECODER_KEYS, SKELETON, scale
 
 __all__ = ["FAMILIES"]
 
 _SQRT_SOFTPLUS = 4  # of the GGUF key expert_gating_func
 _SPARSE, _HEAVY = 4, 128
+_ROTARY = "main", "compress"
 _KINDS = {0: "sliding_attention", _SPARSE: "compressed_sparse_attention", _HEAVY: "heavily_compressed_attention"}
 """What a layer does, by how many tokens it compresses into one."""
 
@@ -35,7 +37,7 @@ def _deepseek4(key: Key) -> Mapping[str, Any]:
         "layer_types": [_KINDS[ratio] for ratio in ratios],
         "mlp_layer_types": ["hash_moe" if layer < hashed else "moe" for layer in range(len(ratios))],
         "partial_rotary_factor": rotated,
-        "rope_parameters": dict.fromkeys(("main", "compress"), {"partial_rotary_factor": rotated}),
+        "rope_parameters": {kind: {"partial_rotary_factor": rotated} for kind in _ROTARY},
         "swiglu_limit": limit,
         "routed_scaling_factor": scale(key),
     }
@@ -65,11 +67,22 @@ FAMILIES = (
     Architecture(
         gguf="deepseek4",
         model_type="deepseek_v4",
-        answer_format="deepseek",
+        answer_format="dsml",
         shared_experts={"DeepseekV4SparseMoeBlock": "shared_experts"},
-        pre_tokenizers=("joyai-llm", "deepseek-v3"),
+        pre_tokenizers=("deepseek-v3", "joyai-llm"),
+        checkpoint_names=(
+            ExpertNames.like("ffn.experts.{expert}.{matrix}.weight", gate="w1", up="w3", down="w2"),
+            ONE_EACH,
+            STACKED,
+        ),
         skeleton=SKELETON
-        | {"num_hidden_layers": 43, "head_dim": 16, "q_lora_rank": 16, "n_routed_experts": 4, "partial_rotary_factor": 0.5}
+        | {
+            "num_hidden_layers": 43,
+            "head_dim": 16,
+            "q_lora_rank": 16,
+            "n_routed_experts": 4,
+            "partial_rotary_factor": 0.5,
+        }
         | {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "hc_mult": 2},
         keys={
             **DECODER_KEYS,
@@ -108,10 +121,18 @@ FAMILIES = (
             **_streams("ffn_hc", "ffn"),
         },
         float32=(
-            _BIAS, "_hc.fn", "_hc.base", "_hc.scale", "hc_head.hc_fn", "hc_head.hc_base", "hc_head.hc_scale", "sinks",
-            "position_bias", "norm.weight",
+            _BIAS,
+            "_hc.fn",
+            "_hc.base",
+            "_hc.scale",
+            "hc_head.hc_fn",
+            "hc_head.hc_base",
+            "hc_head.hc_scale",
+            "sinks",
+            "position_bias",
+            "norm.weight",
         ),
-        own_rotary_kinds=("main", "compress"),
+        own_rotary_kinds=_ROTARY,
         attention="eager",
         layers_take_ids=True,
         expert_form=_cut,

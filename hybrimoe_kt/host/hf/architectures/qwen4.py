@@ -92,15 +92,31 @@ FAMILIES = (
         derive=_qwen4,
         tensor_table="qwen35moe",
         names=HYBRID_NAMES
-        | {f"{half}_hyper_connection.{ours}.weight": f"blk.{{layer}}.hc_{theirs}_{name}.weight"
-           for half, theirs in (("attn", "attn"), ("mlp", "ffn"))
-           for ours, name in (("hc_norm", "norm"), ("input_mix_weight_down", "down"),
-                              ("input_mix_weight_up", "up"), ("block_inject_weight", "inject"))}
-        | {f"hyper_connection_mixer.{ours}.weight": f"output_hc_{name}.weight"
-           for ours, name in (("hc_norm", "norm"), ("input_mix_weight_down", "down"), ("input_mix_weight_up", "up"))}
-        | {f"ple.{ours}.weight": f"blk.{{layer}}.ple_{name}.weight"
-           for ours, name in (("key_proj", "key"), ("value_proj", "value"), ("norm_key", "norm_key"),
-                              ("norm_query", "norm_query"), ("norm_conv", "norm_conv"), ("conv1d", "conv1d"))}
+        | {
+            f"{half}_hyper_connection.{ours}.weight": f"blk.{{layer}}.hc_{theirs}_{name}.weight"
+            for half, theirs in (("attn", "attn"), ("mlp", "ffn"))
+            for ours, name in (
+                ("hc_norm", "norm"),
+                ("input_mix_weight_down", "down"),
+                ("input_mix_weight_up", "up"),
+                ("block_inject_weight", "inject"),
+            )
+        }
+        | {
+            f"hyper_connection_mixer.{ours}.weight": f"output_hc_{name}.weight"
+            for ours, name in (("hc_norm", "norm"), ("input_mix_weight_down", "down"), ("input_mix_weight_up", "up"))
+        }
+        | {
+            f"ple.{ours}.weight": f"blk.{{layer}}.ple_{name}.weight"
+            for ours, name in (
+                ("key_proj", "key"),
+                ("value_proj", "value"),
+                ("norm_key", "norm_key"),
+                ("norm_query", "norm_query"),
+                ("norm_conv", "norm_conv"),
+                ("conv1d", "conv1d"),
+            )
+        }
         | {
             _RUNS + "ngram_embedding.weight": "per_layer_token_embd.weight",
             _INDEXER + "q_layernorm.weight": "blk.{layer}.indexer.q_norm.weight",
@@ -121,8 +137,16 @@ FAMILIES = (
         },
         transforms=LINEAR_TRANSFORMS
         | dict.fromkeys(
-            ("hc_norm.weight", "q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight",
-             "norm_key.weight", "norm_query.weight", "norm_conv.weight"),
+            (
+                "hc_norm.weight",
+                "q_norm.weight",
+                "k_norm.weight",
+                "q_layernorm.weight",
+                "k_layernorm.weight",
+                "norm_key.weight",
+                "norm_query.weight",
+                "norm_conv.weight",
+            ),
             NORM,
         )
         | {"mlp.shared_expert_gate.weight": ROW, "ple.conv1d.weight": CHANNELS},

@@ -54,7 +54,9 @@ class Rotary:
         if kind == "main":
             return Rotary(base=self.base)
         if kind == "compress":
-            return replace(self, base=self.compressed_base, attention_factor=1.0 / self._own)
+            return replace(
+                self, base=self.compressed_base, attention_factor=1.0 / self._own if self.kind == "yarn" else 1.0
+            )
         if kind != "sliding_attention":
             return self
         return Rotary(base=self.window_base or self.base)
