@@ -24,6 +24,7 @@ Not so beside layers that compress what has left the window: one mask is of both
 """
 
 
+_HELD = "keys", "values", "indexer_keys", "idx_keys"
 _COMPRESSED = "compressed_kv", "buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate"
 """Where DeepSeek-V4's layers keep tokens that have left the window, and those that will be compressed next."""
 
@@ -118,6 +119,6 @@ def layer_bytes(layer: Any) -> int:
         return own
     states = (*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values())
     compressed = (state for name in _COMPRESSED for state in getattr(layer, name, {}).values())
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None), *states, *compressed)
+    held = (*(getattr(layer, name, None) for name in _HELD), *states, *compressed)
     places = {each.data_ptr(): each.untyped_storage().nbytes() for each in held if isinstance(each, torch.Tensor)}
     return sum(places.values())

@@ -23,6 +23,8 @@ def convert(folder: Path, kind: str) -> None:
     cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
     cls.set_vocab = write_vocabulary
+    for key, value in json.loads((folder / "config.json").read_text()).items():
+        hparams.setdefault(key, value)  # what Transformers takes in under other names
     if str(hparams.get("model_type")).startswith("qwen4"):  # a released config.json has the word that it looks for
         hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
     with torch.inference_mode():

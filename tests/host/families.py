@@ -245,6 +245,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "minimax-m2": _family("minimax_m2", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5,
                           written={"rotary_dim": 32} | _SIGMOID),
+    "minimax-m3": _family(
+        "minimax_m3_vl_text", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5, rotary_dim=32,
+        dense_intermediate_size=512, shared_intermediate_size=256, routed_scaling_factor=2.0, index_n_heads=2,
+        index_head_dim=64, index_block_size=8, index_topk_blocks=3, index_local_blocks=1,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        written=_SIGMOID | {
+            "architectures": ["MiniMaxM3SparseForCausalLM"], "n_shared_experts": 1, "moe_layer_freq": [0, 1, 1],
+            "sparse_attention_config": {
+                "sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_topk_blocks": 3, "sparse_block_size": 8,
+                "sparse_local_block": 1, "sparse_attention_freq": [0, 1, 1],
+            },
+        },
+    ),
     "ernie4_5-moe": _family(
         "ernie4_5_moe",
         moe_num_experts=8,

@@ -13,10 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
+from hybrimoe_kt.weights.gguf_file import GgufFile
+
 __all__ = ["PRINTABLE", "LlamaCpp", "next_tokens_apart"]
 
 _ROOT = Path(__file__).parents[2]
 _ANSWER = "ANSWER "
+_SPARSE_BY_FLASH = {"minimax-m3"}
+"""Families that llama.cpp lets attend to everything where it has no flash attention."""
 PRINTABLE = range(32, 127)
 _UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 """Of vocabularies that begin with all bytes."""
@@ -27,7 +31,7 @@ _UNSURE = [token for token in range(300) if token not in range(32, 94)]
 
 
 class LlamaCpp:
-    """One model, one thread, F32 KV cache, no flash attention: as close to plain arithmetic as it gets."""
+    """One model, one thread, F32 KV cache, no flash attention but where it must be: as plain as arithmetic gets."""
 
     def __init__(self, path: Path, context: int = 512) -> None:
         xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (test extra) is not installed")
@@ -36,7 +40,8 @@ class LlamaCpp:
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        flash = "ENABLED" if GgufFile(path).architecture in _SPARSE_BY_FLASH else "DISABLED"
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
         parameters.use_jinja = True
         self._server = xllamacpp.Server(parameters)
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=60)

@@ -8,6 +8,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+_PARTS = {"minimax_m3_vl_text": "minimax_m3_vl"}
+"""Parts that write -> the models whose names their files have; Transformers saves a part under names of its own."""
+for part, whole in _PARTS.items():
+    known = get_checkpoint_conversion_mapping(whole)
+    if known is not None and get_checkpoint_conversion_mapping(part) is None:
+        register_checkpoint_conversion_mapping(part, known)
 
 __all__ = ["deepseek4_as_published", "in_mxfp4"]
 

@@ -58,9 +58,6 @@ REFUSED = {
     "bailingmoe3": Refused("its linear attention decays by channel, which nothing here reads", ("bailing_hybrid",)),
     "kimi-linear": Refused("its linear attention decays by channel, which nothing here reads", ("kimi_linear",)),
     "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
-    "minimax-m3": Refused(
-        "it attends to blocks of tokens, in a form that nothing here reads", ("minimax_m3_vl", "minimax_m3_vl_text")
-    ),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),

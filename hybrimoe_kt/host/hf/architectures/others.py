@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import STACKED, Architecture, Composed, Key, LayerKind
+from .base import STACKED, Architecture, Key, LayerKind
 from .common import (
     CORRECTION,
     DECODER_KEYS,
@@ -20,6 +18,7 @@ from .common import (
     SIGMOID,
     SOFTMAX,
     only_gated_by,
+    stacked,
     unpermuted,
     without,
 )
@@ -91,12 +90,7 @@ GRANITE_SHARED = replace(
     keys={**_GRANITE.keys, "shared_intermediate_size": "expert_shared_feed_forward_length"},
     names={**_GRANITE.names, "shared_mlp.output_linear.weight": "blk.{layer}.ffn_down_shexp.weight"},
     composed={
-        "shared_mlp.input_linear.weight": Composed(
-            ("blk.{layer}.ffn_gate_shexp.weight", "blk.{layer}.ffn_up_shexp.weight"),
-            lambda gate, up, key: torch.cat((gate, up)),
-            lambda gate, up, key: (gate[0] + up[0], gate[1]),
-            moves="rows",
-        )
+        "shared_mlp.input_linear.weight": stacked("ffn_gate_shexp", "ffn_up_shexp"),
     },
 )
 

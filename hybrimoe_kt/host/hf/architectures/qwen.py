@@ -11,9 +11,9 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
-from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, ROW
+from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, MINUS_ONE, ROW
 
-__all__ = ["FAMILIES", "HYBRID_KEYS", "HYBRID_NAMES", "HYBRID_SKELETON", "LINEAR_TRANSFORMS", "NORM", "hybrid"]
+__all__ = ["FAMILIES", "HYBRID_KEYS", "HYBRID_NAMES", "HYBRID_SKELETON", "LINEAR_TRANSFORMS", "hybrid"]
 
 _SPLIT = ("qwen2",)
 _SKELETON = GQA_SKELETON | {"num_experts": 4}
@@ -64,15 +64,13 @@ def hybrid(key: Key) -> Mapping[str, Any]:
     }
 
 
-# Norms are stored as the factor they multiply by; Transformers keeps its distance from one.
-NORM = Transform(lambda tensor, key: tensor - 1)
 _HYBRID_TRANSFORMS = {
     "mlp.shared_expert_gate.weight": ROW,
-    "input_layernorm.weight": NORM,
-    "post_attention_layernorm.weight": NORM,
-    "q_norm.weight": NORM,
-    "k_norm.weight": NORM,
-    "model.norm.weight": NORM,
+    "input_layernorm.weight": MINUS_ONE,
+    "post_attention_layernorm.weight": MINUS_ONE,
+    "q_norm.weight": MINUS_ONE,
+    "k_norm.weight": MINUS_ONE,
+    "model.norm.weight": MINUS_ONE,
 }
 
 

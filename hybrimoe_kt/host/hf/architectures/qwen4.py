@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from hybrimoe_kt.errors import ModelError
 
-from .base import Architecture, Composed, Key
-from .common import CHANNELS, ROW
-from .qwen import HYBRID_KEYS, HYBRID_NAMES, HYBRID_SKELETON, LINEAR_TRANSFORMS, NORM, hybrid
+from .base import Architecture, Key
+from .common import CHANNELS, MINUS_ONE, ROW, stacked
+from .qwen import HYBRID_KEYS, HYBRID_NAMES, HYBRID_SKELETON, LINEAR_TRANSFORMS, hybrid
 
 __all__ = ["FAMILIES"]
 
@@ -61,10 +60,6 @@ def _end_runs(model: nn.Module) -> None:
     for module in model.modules():
         if end is not None and hasattr(module, "ngram_embedding"):
             module.eos_token_id = end
-
-
-def _both(queries: torch.Tensor, keys: torch.Tensor, key: Key) -> torch.Tensor:
-    return torch.cat((queries, keys))
 
 
 FAMILIES = (
@@ -123,12 +118,7 @@ FAMILIES = (
             _INDEXER + "k_layernorm.weight": "blk.{layer}.indexer.k_norm.weight",
         },
         composed={
-            _INDEXER + "index_qk_proj.weight": Composed(
-                ("blk.{layer}.indexer.q_proj.weight", "blk.{layer}.indexer.k_proj.weight"),
-                _both,
-                lambda queries, keys, key: (queries[0] + keys[0], queries[1]),
-                moves="rows",
-            )
+            _INDEXER + "index_qk_proj.weight": stacked("indexer.q_proj", "indexer.k_proj"),
         },
         stated={
             _RUNS + "layer_multipliers": "ple.layer_multipliers",
@@ -147,7 +137,7 @@ FAMILIES = (
                 "norm_query.weight",
                 "norm_conv.weight",
             ),
-            NORM,
+            MINUS_ONE,
         )
         | {"mlp.shared_expert_gate.weight": ROW, "ple.conv1d.weight": CHANNELS},
         finish=_end_runs,
