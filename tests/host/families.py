@@ -196,6 +196,10 @@ FAMILIES: dict[str, Family] = {
             key: value.transpose(1, 2) if ".mlp.experts." in key else value for key, value in tensors.items()
         },
     ),
+    "llama4": _family(
+        "llama4_text", _LOCAL_EXPERTS, num_hidden_layers=5, num_experts_per_tok=1, head_dim=64,
+        intermediate_size_mlp=512, interleave_moe_layer_step=2,
+    ),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
     "granitemoe": _family(

@@ -51,10 +51,6 @@ class Refused:
 
 
 REFUSED = {
-    "llama4": Refused(
-        "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
-        ("llama4", "llama4_text"),
-    ),
     "bailingmoe3": Refused("its linear attention decays by channel, which nothing here reads", ("bailing_hybrid",)),
     "kimi-linear": Refused("its linear attention decays by channel, which nothing here reads", ("kimi_linear",)),
     "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
