@@ -25,11 +25,24 @@ def convert(folder: Path, kind: str) -> None:
     cls.set_vocab = write_vocabulary
     for key, value in json.loads((folder / "config.json").read_text()).items():
         hparams.setdefault(key, value)  # what Transformers takes in under other names
-    if str(hparams.get("model_type")).startswith("qwen4"):  # a released config.json has the word that it looks for
-        hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
+    _AS_RELEASED.get(str(hparams.get("model_type")), lambda hparams: None)(hparams)
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
         cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, hparams=hparams).write()
+
+
+def _qwen4(hparams: dict[str, Any]) -> None:
+    hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
+
+
+def _mimo(hparams: dict[str, Any]) -> None:
+    kinds = hparams["rope_parameters"]
+    hparams["rope_parameters"] = kinds["full_attention"]
+    hparams["swa_rope_theta"] = kinds["sliding_attention"]["rope_theta"]
+
+
+_AS_RELEASED = {"qwen4_exp_text": _qwen4, "mimo_v2_flash": _mimo}
+"""Says a configuration as a released config.json does, where Transformers puts it in other words as it reads it."""
 
 
 def write_vocabulary(model: Any) -> None:

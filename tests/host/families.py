@@ -338,6 +338,20 @@ FAMILIES: dict[str, Family] = {
         route_scale=2.5, sliding_window=8, global_attn_every_n_layers=4, mup_enabled=True,
         written={"score_func": "sigmoid", "route_norm": True},
     ),
+    "mimo2": _family(
+        "mimo_v2_flash", _ROUTED, num_hidden_layers=4, num_attention_heads=8, head_dim=48, v_head_dim=32,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"], sliding_window=8,
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"], attention_value_scale=0.707,
+        norm_topk_prob=True, n_group=1, topk_group=1,
+        rope_parameters={
+            kind: values | {"partial_rotary_factor": 0.34} for kind, values in _TWO_BASES.items()
+        },
+        written=_SIGMOID | {
+            "swa_head_dim": 48, "swa_num_attention_heads": 8, "swa_v_head_dim": 32, "topk_method": "noaux_tc",
+            "swa_num_key_value_heads": 4, "hybrid_layer_pattern": [0, 1, 1, 0], "partial_rotary_factor": 0.34,
+            "layernorm_epsilon": 1e-6,
+        },
+    ),
     "lfm2moe": _family(
         "lfm2_moe", _NUM_EXPERTS, num_hidden_layers=4, num_dense_layers=1, norm_eps=1e-6, tie_word_embeddings=True,
         layer_types=["conv", "full_attention", "conv", "full_attention"],

@@ -123,8 +123,8 @@ class Architecture:
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
-    row_counts: Mapping[str, str] = field(default_factory=dict)
-    """Configuration values that no key holds -> the tensor that has as many rows."""
+    told_by_tensors: Mapping[str, Callable[[GgufFile], Any]] = field(default_factory=dict)
+    """Configuration values that no key holds; what is None is left out."""
     present: Mapping[str, str] = field(default_factory=dict)
     """Configuration switches that no key holds -> the tensor whose presence in the file means true."""
     derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
@@ -198,7 +198,8 @@ class Architecture:
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
-        config |= {ours: file.tensors[name].shape[0] for ours, name in self.row_counts.items() if name in file.tensors}
+        told = {ours: tell(file) for ours, tell in self.told_by_tensors.items()}
+        config |= {ours: value for ours, value in told.items() if value is not None}
         config |= dict(self.constants) | dict(self.derive(key)) | _common(file, key)
         plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
         kinds = self.rotary_kinds(config)

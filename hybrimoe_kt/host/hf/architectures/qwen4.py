@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Key
 from .common import CHANNELS, MINUS_ONE, ROW, stacked
@@ -15,7 +16,7 @@ from .qwen import HYBRID_KEYS, HYBRID_NAMES, HYBRID_SKELETON, LINEAR_TRANSFORMS,
 
 __all__ = ["FAMILIES"]
 
-_INDEXER, _RUNS = "self_attn.indexer.", "ple.ple_embedding."
+_INDEXER, _RUNS, _TABLE = "self_attn.indexer.", "ple.ple_embedding.", "per_layer_token_embd.weight"
 
 
 def _qwen4(key: Key) -> Mapping[str, Any]:
@@ -54,6 +55,11 @@ def _runs(key: Key) -> dict[str, Any]:
     }
 
 
+def _rows(file: GgufFile) -> int | None:
+    """How many rows the table has, none of them more than its heads want but to be a round number."""
+    return file.tensors[_TABLE].shape[0] if _TABLE in file.tensors else None
+
+
 def _end_runs(model: nn.Module) -> None:
     """Let runs of tokens end where the file says, which may be one of several tokens that end an answer."""
     end = getattr(model.config, "run_end_token_id", None)
@@ -82,7 +88,7 @@ FAMILIES = (
             "indexer_head_dim": "attention.indexer.key_length",
         },
         optional_keys={"indexer_budget": "attention.indexer.top_k"},
-        row_counts={"make_ngram_vocab_size_divisible_by": "per_layer_token_embd.weight"},
+        told_by_tensors={"make_ngram_vocab_size_divisible_by": _rows},
         constants={"norm_topk_prob": True, "output_gate_type": "sigmoid"},  # no key says it; llama.cpp knows no other
         derive=_qwen4,
         tensor_table="qwen35moe",
@@ -113,7 +119,7 @@ FAMILIES = (
             )
         }
         | {
-            _RUNS + "ngram_embedding.weight": "per_layer_token_embd.weight",
+            _RUNS + "ngram_embedding.weight": _TABLE,
             _INDEXER + "q_layernorm.weight": "blk.{layer}.indexer.q_norm.weight",
             _INDEXER + "k_layernorm.weight": "blk.{layer}.indexer.k_norm.weight",
         },
