@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from .published import deepseek4_as_published, in_mxfp4
+from .published import deepseek4_as_published, in_mxfp4, kimi_linear_as_published
 
 __all__ = ["FAMILIES", "QUICK", "Family", "random_model", "save_checkpoint"]
 
@@ -350,6 +350,21 @@ FAMILIES: dict[str, Family] = {
             "swa_head_dim": 48, "swa_num_attention_heads": 8, "swa_v_head_dim": 32, "topk_method": "noaux_tc",
             "swa_num_key_value_heads": 4, "hybrid_layer_pattern": [0, 1, 1, 0], "partial_rotary_factor": 0.34,
             "layernorm_epsilon": 1e-6,
+        },
+    ),
+    "kimi-linear": _family(
+        "kimi_linear", num_hidden_layers=4, num_key_value_heads=4, num_local_experts=8, n_shared_experts=1,
+        moe_intermediate_size=256, intermediate_size=512, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32, linear_head_dim=32, linear_num_heads=4, routed_scaling_factor=2.446,
+        norm_topk_prob=True, n_group=1, topk_group=1, mlp_layer_types=["dense"] + ["sparse"] * 3,
+        layer_types=["linear_attention"] * 2 + ["full_attention", "linear_attention"], rope_parameters=None,
+        stored=kimi_linear_as_published,
+        written=_SIGMOID | {
+            "num_shared_experts": 1, "first_k_dense_replace": 1,
+            "linear_attn_config": {
+                "head_dim": 32, "num_heads": 4, "short_conv_kernel_size": 4, "full_attn_layers": [3],
+                "kda_layers": [1, 2, 4],
+            },
         },
     ),
     "lfm2moe": _family(

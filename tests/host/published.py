@@ -20,7 +20,7 @@ for part, whole in _PARTS.items():
     if known is not None and get_checkpoint_conversion_mapping(part) is None:
         register_checkpoint_conversion_mapping(part, known)
 
-__all__ = ["deepseek4_as_published", "in_mxfp4"]
+__all__ = ["deepseek4_as_published", "in_mxfp4", "kimi_linear_as_published"]
 
 _EXPERT = re.compile(r".*\.ffn\.experts\.\d+\.w[123]\.weight")
 
@@ -33,6 +33,12 @@ def in_mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     halves = torch.cat((parts[..., 1:] & 15, parts[..., 1:] >> 4), dim=-1).unflatten(-1, (-1, 2))  # in order, by twos
     numbers = halves[..., 0] | halves[..., 1] << 4
     return numbers.flatten(-2), parts[..., 0], said
+
+
+def kimi_linear_as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dense layers keep their name, which Transformers takes for that of the others as it saves them."""
+    dense = re.compile(r"block_sparse_moe(?=\.\w+_proj\.)")
+    return {dense.sub("mlp", key): value for key, value in tensors.items()}
 
 
 def deepseek4_as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

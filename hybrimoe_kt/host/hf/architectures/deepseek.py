@@ -18,7 +18,7 @@ from .base import Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, only_gated_by, scale
 from .softmax_router import choose_by_softmax
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "KV_B", "LATENT_SKELETON", "even_out_norms"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 _SHARED_EXPERT_KEYS = {
@@ -26,7 +26,7 @@ _SHARED_EXPERT_KEYS = {
     "intermediate_size": "feed_forward_length",
     "first_k_dense_replace": "leading_dense_block_count",
 }
-_LATENT_SKELETON = SKELETON | {
+LATENT_SKELETON = SKELETON | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,
@@ -83,7 +83,7 @@ def _latent(key: Key) -> dict[str, Any]:
     }
 
 
-def _even_out_norms(model: nn.Module) -> None:
+def even_out_norms(model: nn.Module) -> None:
     """Give the norms within latent attention the file's epsilon; Transformers has a fixed one there."""
     for module in model.modules():
         if hasattr(module, "kv_b_proj"):
@@ -95,7 +95,7 @@ def _even_out_norms(model: nn.Module) -> None:
 
 
 def _with_softmax(model: nn.Module) -> None:
-    _even_out_norms(model)
+    even_out_norms(model)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
             module.forward = partial(choose_by_softmax, module)
@@ -125,6 +125,13 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[i
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
+KV_B = {
+    "self_attn.kv_b_proj.weight": Composed(
+        ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
+    )
+}
+"""Up-projections of latent attention, which newer files have apart."""
+
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
     answer_format="deepseek",
@@ -132,16 +139,12 @@ _DEEPSEEK2 = Architecture(
     layers={"DeepseekV2DecoderLayer": LayerKind(is_paired=True)},
     shared_experts={"DeepseekV2Moe": "shared_experts"},
     pre_tokenizers=("deepseek-llm",),
-    skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
+    skeleton=LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
     derive=_deepseek2,
-    finish=_even_out_norms,
-    composed={
-        "self_attn.kv_b_proj.weight": Composed(
-            ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
-        )
-    },
+    finish=even_out_norms,
+    composed=KV_B,
 )
 _DEEPSEEK3 = replace(
     _DEEPSEEK2,
@@ -152,7 +155,7 @@ _DEEPSEEK3 = replace(
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
     other_types=("kimi_k2", "glm4_moe_lite"),
     restated=_dense_first,
-    skeleton=_LATENT_SKELETON
+    skeleton=LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     rules="deepseek2",
     derive=_deepseek3,
@@ -187,7 +190,7 @@ _SPARSE = replace(
     rules="",
     tensor_table="deepseek2",
     pre_tokenizers=("deepseek-v3",),
-    skeleton=_LATENT_SKELETON
+    skeleton=LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1}
     | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
     keys={
