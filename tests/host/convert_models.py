@@ -41,7 +41,11 @@ def _mimo(hparams: dict[str, Any]) -> None:
     hparams["swa_rope_theta"] = kinds["sliding_attention"]["rope_theta"]
 
 
-_AS_RELEASED = {"qwen4_exp_text": _qwen4, "mimo_v2_flash": _mimo}
+def _ling(hparams: dict[str, Any]) -> None:
+    hparams["head_dim"] = hparams["linear_head_dim"]
+
+
+_AS_RELEASED = {"qwen4_exp_text": _qwen4, "mimo_v2_flash": _mimo, "bailing_hybrid": _ling}
 """Says a configuration as a released config.json does, where Transformers puts it in other words as it reads it."""
 
 

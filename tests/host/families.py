@@ -367,6 +367,19 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
+    "bailingmoe3": _family(
+        "bailing_hybrid", num_hidden_layers=4, num_key_value_heads=4, num_local_experts=8, n_shared_experts=1,
+        moe_intermediate_size=256, intermediate_size=512, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32, head_dim=32, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        norm_topk_prob=True, first_k_dense_replace=1, layer_group_size=3, kda_lower_bound=-2.0,
+        layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
+        written=_SIGMOID | {
+            "architectures": ["BailingMoeV3ForCausalLM"], "no_kda_lora": True, "score_function": "sigmoid",
+            "gated_attention_proj_granularity_type": "head_wise", "num_experts": 8, "num_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": 256, "num_nextn_predict_layers": 0, "norm_topk_prob": True,
+            "n_group": 4, "topk_group": 2, "head_dim": 32,
+        },
+    ),
     "lfm2moe": _family(
         "lfm2_moe", _NUM_EXPERTS, num_hidden_layers=4, num_dense_layers=1, norm_eps=1e-6, tie_word_embeddings=True,
         layer_types=["conv", "full_attention", "conv", "full_attention"],

@@ -45,6 +45,7 @@ BY_ID = {"deepseek4": 1}
 """Families whose first layers, so many, route by a token's id and have no gate to ask."""
 NO_GRAPHS = {
     "kimi-linear": "has linear attention that decays by channel",
+    "bailingmoe3": "has linear attention that decays by channel",
     "mimo2": "has values narrower than keys",
     "llama4": "attends in chunks",
     "minimax-m3": "looks at the blocks that an indexer finds",

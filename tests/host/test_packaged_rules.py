@@ -90,7 +90,7 @@ def test_packaged_rules_match_experts_and_latent_attention(skeletons, name, rule
     }
     modules = dict(model.named_modules())
     assert by_class[aliases.EXPERTS] == [path for path, module in modules.items() if is_experts(module)]
-    others = {"KimiLinearAttention"}  # without positions
+    others = {"KimiLinearAttention", "BailingHybridAttention"}  # without positions, with gates
     latent = [
         path
         for path, module in modules.items()

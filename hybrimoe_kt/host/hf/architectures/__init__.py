@@ -51,7 +51,6 @@ class Refused:
 
 
 REFUSED = {
-    "bailingmoe3": Refused("its linear attention decays by channel, which nothing here reads", ("bailing_hybrid",)),
     "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
