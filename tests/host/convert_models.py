@@ -23,29 +23,40 @@ def convert(folder: Path, kind: str) -> None:
     cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
     cls.set_vocab = write_vocabulary
-    for key, value in json.loads((folder / "config.json").read_text()).items():
-        hparams.setdefault(key, value)  # what Transformers takes in under other names
-    _AS_RELEASED.get(str(hparams.get("model_type")), lambda hparams: None)(hparams)
+    given: dict[str, Any] = {}
+    if (restate := _AS_RELEASED.get(str(hparams.get("model_type")))) is not None:
+        restate(hparams, json.loads((folder / "config.json").read_text()))
+        given = {"hparams": hparams}
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
-        cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, hparams=hparams).write()
+        cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, **given).write()
 
 
-def _qwen4(hparams: dict[str, Any]) -> None:
+def _qwen4(hparams: dict[str, Any], written: dict[str, Any]) -> None:
     hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
 
 
-def _mimo(hparams: dict[str, Any]) -> None:
+def _mimo(hparams: dict[str, Any], written: dict[str, Any]) -> None:
     kinds = hparams["rope_parameters"]
     hparams["rope_parameters"] = kinds["full_attention"]
     hparams["swa_rope_theta"] = kinds["sliding_attention"]["rope_theta"]
 
 
-def _ling(hparams: dict[str, Any]) -> None:
-    hparams["head_dim"] = hparams["linear_head_dim"]
+def _ling(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    hparams |= written
 
 
-_AS_RELEASED = {"qwen4_exp_text": _qwen4, "mimo_v2_flash": _mimo, "bailing_hybrid": _ling}
+def _minimax(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    for key, value in written.items():
+        hparams.setdefault(key, value)
+
+
+_AS_RELEASED = {
+    "qwen4_exp_text": _qwen4,
+    "mimo_v2_flash": _mimo,
+    "bailing_hybrid": _ling,
+    "minimax_m3_vl_text": _minimax,
+}
 """Says a configuration as a released config.json does, where Transformers puts it in other words as it reads it."""
 
 

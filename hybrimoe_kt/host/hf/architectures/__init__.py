@@ -51,7 +51,10 @@ class Refused:
 
 
 REFUSED = {
-    "step35": Refused("the experts of some of its layers are clamped, and those of the others not", ("step3p7",)),
+    "step35": Refused(
+        "Transformers has no model of its text part alone, and some layers' experts are cut behind their activation",
+        ("step3p7", "step3p5"),
+    ),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),
