@@ -196,6 +196,7 @@ RELEASES = (
         **_gqa(94, 4096, 64, 4, 128, 151936), **_experts(128, 8, 1536)}),
     Release("DeepSeek-V2", "deepseek2", "deepseek_v2", 236e9, {
         **_mla(60, 5120, 128, 1536, 102400), **_routed(160, 6, 1536, 2, 1, 12288)}),
+    Release("DeepSeek-V4-Flash", "deepseek4", "deepseek_v4", 284e9, {}, MXFP4_FILE),
     Release("Hy3", "hy_v3", "hy_v3", 295e9, {}),
     Release("ERNIE-4.5-300B-A47B", "ernie4_5-moe", "ernie4_5_moe", 300e9, {
         **_gqa(54, 8192, 64, 8, 128, 103424), **_ernie(64, 8, 3584, 0, 3, 54, 28672)}),

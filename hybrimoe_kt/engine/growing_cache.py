@@ -18,7 +18,15 @@ __all__ = ["GrowingCache", "growing_cache", "layer_bytes"]
 
 
 _WHOLE = DynamicLayer, DynamicSlidingWindowLayer
-"""Layers of which all tokens are kept: those with a window too, so that a conversation can go back."""
+"""Layers of which all tokens are kept: those with a window too, so that a conversation can go back.
+
+Not so beside layers that compress what has left the window: one mask is of both.
+"""
+
+
+_HELD = "keys", "values", "indexer_keys", "idx_keys"
+_COMPRESSED = "compressed_kv", "buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate"
+"""Where DeepSeek-V4's layers keep tokens that have left the window, and those that will be compressed next."""
 
 
 class GrowingCache(DynamicCache):
@@ -35,6 +43,12 @@ class GrowingCache(DynamicCache):
         A prompt moves it as well, where it needs room.
         """
         return sum(layer.num_moves for layer in self.growing)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether it can go back: not where what has left a window is gone."""
+        own: bool = super().is_croppable
+        return own and not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers)
 
     @property
     def growing(self) -> list[RoomLayer]:
@@ -86,12 +100,14 @@ def growing_cache(
     `own` has for each layer what keeps its keys and values instead, or None. `most_tokens` as of `with_room`.
     """
     cache, dtype, floats = GrowingCache(config=config), KV_CACHE_TYPES[kv_cache_type].dtype, FloatRooms()
+    compresses = any(hasattr(layer, "compressed_kv") for layer in cache.layers)
+    whole = () if compresses else _WHOLE
     for place, layer in enumerate(cache.layers):
         if place < len(own) and own[place] is not None:
             cache.layers[place] = own[place]
-        elif type(layer) in _WHOLE and kv_cache_type == "q8_0":
+        elif type(layer) in whole and kv_cache_type == "q8_0":
             cache.layers[place] = QuantizedLayer(most_tokens, floats)
-        elif type(layer) in _WHOLE:
+        elif type(layer) in whole:
             cache.layers[place] = GrowingLayer(getattr(torch, dtype) if dtype else None, most_tokens)
     return cache
 
@@ -102,6 +118,7 @@ def layer_bytes(layer: Any) -> int:
     if own is not None:
         return own
     states = (*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values())
-    names = ("keys", "values", "indexer_keys", "idx_keys")  # the last two of DeepSeek-V3.2's and MiniMax-M3's indexers
-    held = (*(getattr(layer, name, None) for name in names), *states)
-    return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, torch.Tensor))
+    compressed = (state for name in _COMPRESSED for state in getattr(layer, name, {}).values())
+    held = (*(getattr(layer, name, None) for name in _HELD), *states, *compressed)
+    places = {each.data_ptr(): each.untyped_storage().nbytes() for each in held if isinstance(each, torch.Tensor)}
+    return sum(places.values())

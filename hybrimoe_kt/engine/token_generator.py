@@ -268,6 +268,7 @@ class TokenGenerator:
     def _by_modules(self, piece: list[int], scores: PromptScores | None) -> torch.Tensor:
         """Append `piece` to the cache by Transformers' own loop over layers; the last token's logits."""
         reads_on_host = getattr(self.model.get_input_embeddings(), "reads_on_host", False)
+        reads_on_host &= not self.loaded.architecture.layers_take_ids
         tokens = torch.tensor([piece], device="cpu" if reads_on_host else self.model.device)
         given = {self._cache_name: self._cache}
         kept = 1 if scores is None else 0  # 0 keeps those of every token

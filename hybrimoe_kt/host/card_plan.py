@@ -116,6 +116,9 @@ def _state(config: Any, dtype_bytes: int) -> Kept:
         columns = inner + 2 * _first(config, ("n_groups", "mamba_n_groups")) * width
         convolved = columns * _first(config, ("conv_kernel", "mamba_d_conv")) * dtype_bytes
         return Kept(state_bytes=convolved + 4 * inner * width)
+    if heads := _first(config, ("linear_num_heads",)):  # as many of keys as of values
+        inner, width = int(heads * config.linear_head_dim), int(config.linear_head_dim)
+        return Kept(state_bytes=3 * inner * int(config.linear_conv_kernel_dim) * dtype_bytes + 4 * inner * width)
     keys = int(config.linear_num_key_heads * config.linear_key_head_dim)
     values = int(config.linear_num_value_heads * config.linear_value_head_dim)
     convolved = (2 * keys + values) * int(config.linear_conv_kernel_dim) * dtype_bytes

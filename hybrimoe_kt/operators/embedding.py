@@ -51,8 +51,8 @@ class QuantizedEmbedding(nn.Module):
         if hasattr(gguf_loader, "packed_weight") and self._device.type != "meta":
             shape = self.num_embeddings, self.embedding_dim
             self._packed = gguf_loader.packed_weight(f"{key}.weight", shape)
-        if self._packed is None:
-            self.weight = orig_module.weight
+        # a model that asks where its table stands is told nowhere, and then leaves ids where they are
+        self.weight = orig_module.weight if self._packed is None else orig_module.weight.detach().to("meta")
         self._dtype = orig_module.weight.dtype
         self._by_ggml = ggml.unusable() is None
 

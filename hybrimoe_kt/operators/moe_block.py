@@ -51,6 +51,7 @@ class MoEBlock(nn.Module):
                 f"{key}: MoEBlock replaces a MoE block with shared experts, found {type(orig_module).__name__}"
             )
         self._shared_name, self._router_inputs = shared_name, tuple(router_inputs)
+        self._routes_by_id = bool(getattr(orig_module, "is_hash", False))
         for name, child in orig_module.named_children():
             self.register_module(name, child)
         for parts in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -61,10 +62,14 @@ class MoEBlock(nn.Module):
         """Raise ConfigError for kwargs this operator would refuse, without building it."""
         check_kernel(kwargs.get("kernel", "auto"))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | PendingSum:
-        """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned."""
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor | PendingSum:
+        """`[batch, tokens, hidden]` -> the same; an error between the two doors leaves the step to be abandoned.
+
+        The tokens' ids `[batch, tokens]` are for routers that choose by them.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        further = (getattr(self, name) for name in self._router_inputs)
+        further = [getattr(self, name) for name in self._router_inputs]
+        further += [input_ids] if self._routes_by_id else []
         _, weights, ids = self.gate(flat, *further)  # called, as a hook notes the logits
         job = self.experts.begin(flat, ids, weights)
         shared = self._shared(flat)

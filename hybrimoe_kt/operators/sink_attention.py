@@ -65,12 +65,17 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    s_aux: torch.Tensor,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As Transformers calls it; the mask says all there is to say of windows."""
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    answer = attend_with_sinks(query, key, value, attention_mask, factor, s_aux)
+    if s_aux is None:  # layers without, in models whose others have sinks
+        answer = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=factor, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    else:
+        answer = attend_with_sinks(query, key, value, attention_mask, factor, s_aux)
     return answer.transpose(1, 2).contiguous(), None
 
 

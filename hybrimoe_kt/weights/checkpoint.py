@@ -17,12 +17,12 @@ from hybrimoe_kt.errors import ModelError, first_line
 from .lazy import LazyTensor, Load, Where
 from .packed_formats import scaled
 
-__all__ = ["Checkpoint", "ExpertNames", "is_checkpoint"]
+__all__ = ["Checkpoint", "ExpertNames", "is_checkpoint", "scale_of"]
 
-_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 _FP8 = "F8_E4M3"
 _SCALES = "_scale_inv", "_scale"
-"""What follows an FP8 tensor's name in that of its scales; both multiply."""
+"""What follows an FP8 tensor's name in that of its scales; both multiply. DeepSeek-V4's are called `scale_of` it."""
 _BLOCK = (128, 128)
 """Numbers that share a scale where the configuration does not say how many."""
 _BESIDE = re.compile(r"(?:_blocks|_scales|_bias|_scale_inv|_scale)?")
@@ -65,6 +65,11 @@ def is_checkpoint(path: str | Path) -> bool:
     return any(folder.glob("*.safetensors")) and not any(folder.glob("*.[gG][gG][uU][fF]"))
 
 
+def scale_of(name: str) -> str:
+    """What DeepSeek-V4 calls the scales of a quantised weight."""
+    return f"{name.removesuffix('weight')}scale"
+
+
 class Checkpoint:
     """The safetensors files of a model directory, mapped; `metadata` is empty, as a GGUF file's is not.
 
@@ -86,8 +91,10 @@ class Checkpoint:
             self._files |= dict.fromkeys(opened.keys(), opened)
         # a model that also sees has its language model one level deeper
         prefixes = ("model.language_model.", "language_model.model.", "model.", "backbone.")
-        ends = [(prefix, f"{prefix}{norm}.weight") for prefix in prefixes for norm in ("norm", "norm_f")]
-        self._prefix = next((prefix for prefix, norm in ends if norm in self._files), "model.")
+        norms = "norm", "norm_f", "hyper_connection_mixer.hc_norm"
+        ends = [(prefix, f"{prefix}{norm}.weight") for prefix in prefixes for norm in norms]
+        is_bare = "embed.weight" in self._files and "norm.weight" in self._files  # DeepSeek-V4's names
+        self._prefix = "" if is_bare else next((prefix for prefix, norm in ends if norm in self._files), "model.")
         self.scale_block = _BLOCK
         """Rows and columns of FP8 numbers that share a scale."""
         heads = ("lm_head.", "language_model.lm_head.")
@@ -143,13 +150,18 @@ class Checkpoint:
         block = self._block(name, values.shape[-2:], factors)
         return scaled(values, factors, block)
 
+    def read_bytes(self, name: str) -> torch.Tensor:
+        """A tensor of bytes, whatever they are called, uint8."""
+        return self._part(name, None).view(torch.uint8)
+
     def _part(self, name: str, expert: int | None) -> torch.Tensor:
         file = self._files[name]
         found: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return found
 
     def _scales_of(self, name: str) -> str | None:
-        return next((name + ending for ending in _SCALES if name + ending in self._files), None)
+        candidates = (*(name + ending for ending in _SCALES), scale_of(name))
+        return next((found for found in candidates if found in self._files and found != name), None)
 
     def _block(self, name: str, shape: torch.Size, scales: torch.Tensor) -> tuple[int, int]:
         """How many rows and columns share a scale: as the configuration says, or all, or one, as there are scales."""
@@ -176,11 +188,13 @@ class Checkpoint:
         routed = self._routed()
         for name in self.names():
             if name.startswith((self._prefix, self._head)) and not routed.fullmatch(name) and not self._is_scale(name):
-                _, shape = self.describe(name)
+                stored, shape = self.describe(name)
                 kept = torch.float32 if name.endswith(float32) else dtype
+                kept = kept if stored.is_floating_point else stored
                 plain = f"model.{name.removeprefix(self._prefix)}"
                 plain = plain if name.startswith(self._prefix) else f"lm_head.{name.removeprefix(self._head)}"
-                state[plain] = LazyTensor(shape, kept, where(plain), self._load(name))
+                # what has names of its own is named by Transformers
+                state[plain if self._prefix else name] = LazyTensor(shape, kept, where(plain), self._load(name))
         return state
 
     def _routed(self) -> re.Pattern[str]:
@@ -191,7 +205,8 @@ class Checkpoint:
 
     def _is_scale(self, name: str) -> bool:
         """Whether it only says how another tensor is to be read."""
-        owners = (name.removesuffix(ending) for ending in _SCALES if name.endswith(ending))
+        owners = [name.removesuffix(ending) for ending in _SCALES if name.endswith(ending)]
+        owners += [f"{name.removesuffix('scale')}weight"] if name.endswith(".scale") else []
         return any(owner in self._files for owner in owners) or name.endswith((".input_scale", ".activation_scale"))
 
     def _load(self, name: str) -> Load:

@@ -20,7 +20,7 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import FormOf, plain_form
 from hybrimoe_kt.quants import row_bytes
 
-from .checkpoint import Checkpoint, ExpertNames
+from .checkpoint import Checkpoint, ExpertNames, scale_of
 from .converted_experts import ConvertedExperts
 from .packed_formats import MXFP4_VALUES, Q8_0_VALUES, mxfp4_blocks, q8_0_blocks
 
@@ -29,6 +29,10 @@ __all__ = ["CheckpointLoader"]
 _F16, _Q8_0, _MXFP4 = (int(GGMLQuantizationType[name]) for name in ("F16", "Q8_0", "MXFP4"))
 _HELD = {torch.float16: _F16, torch.bfloat16: _F16, torch.float32: FLOAT32, torch.float8_e4m3fn: _Q8_0}
 _PACKED = "_blocks", "_scales"
+"""What follows the name of packed stacked matrices: numbers and exponents."""
+_NIBBLES = "I8", "U8"
+_EXPONENTS = "F8_E8M0", "U8"
+"""Types that one expert's packed matrix is stored in, two numbers to a byte, and its exponents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,8 @@ class CheckpointLoader:
         if role.is_stacked and role.pattern + _PACKED[0] in self.file:
             return self._checked_packed(role, num_experts)
         names = [role.tensor(expert) for expert in range(num_experts)]
+        if not role.is_stacked and names[0] in self.file and self.file.stored(names[0])[0] in _NIBBLES:
+            return self._checked_nibbles(role, num_experts)
         kinds = {name: self.file.describe(name) for name in dict.fromkeys(names)}
         flat = (role.columns, role.total) if role.is_stacked and role.is_transposed else (role.total, role.columns)
         wanted = (num_experts, *flat) if role.is_stacked else flat
@@ -173,6 +179,23 @@ class CheckpointLoader:
                 )
         return _MXFP4
 
+    def _checked_nibbles(self, role: _Role, num_experts: int) -> int:
+        for expert in range(num_experts):
+            numbers = role.tensor(expert)
+            wanted = (
+                (numbers, _NIBBLES, (role.rows, role.columns // 2)),
+                (scale_of(numbers), _EXPONENTS, (role.rows, role.columns // MXFP4_VALUES)),
+            )
+            for name, kinds, shape in wanted:
+                kind, found = self.file.stored(name)
+                if kind not in kinds or found != shape:
+                    raise ModelError(
+                        f"{self.file.path}: tensor {name} is {kind} {list(found)}, the configuration wants "
+                        f"{' or '.join(kinds)} {list(shape)}; the weights and the configuration belong to different "
+                        f"models"
+                    )
+        return _MXFP4
+
     def _bias_name(self, role: _Role) -> str:
         return f"{role.pattern}_bias"
 
@@ -195,7 +218,12 @@ def _encoder(ggml_type: int, file: Checkpoint, role: _Role) -> Callable[[int], t
         return (found.T if role.is_stacked and role.is_transposed else found)[role.place]
 
     def packed(expert: int) -> torch.Tensor:
-        numbers, exponents = (file.read(role.pattern + ending, expert)[role.place] for ending in _PACKED)
+        if role.is_stacked:
+            numbers, exponents = (file.read(role.pattern + ending, expert)[role.place] for ending in _PACKED)
+        else:
+            name = role.tensor(expert)
+            numbers = file.read_bytes(name).unflatten(-1, (-1, MXFP4_VALUES // 2))
+            exponents = file.read_bytes(scale_of(name))
         return mxfp4_blocks(numbers, exponents).flatten()
 
     def plain(expert: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Converts Hugging Face directories with llama.cpp's published converter: `convert_models.py LLAMA_CPP FOLDER...`.
+"""Converts Hugging Face directories with llama.cpp's published converter: `convert_models.py LLAMA_CPP KIND FOLDER...`.
 
 Runs in a process of its own, because the converter brings its own `gguf`. The generated models' vocabulary is none
 that it knows, so only the vocabulary is written here; every tensor and every other key is the converter's.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 
-def convert(folder: Path) -> None:
-    """Write `folder`'s model to `folder/model.gguf`, in F32."""
+def convert(folder: Path, kind: str) -> None:
+    """Write `folder`'s model to `folder/model.gguf`; `kind` is the converter's name of the types in the file."""
     import gguf
     import torch
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -23,9 +23,41 @@ def convert(folder: Path) -> None:
     cls = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     cls.no_mtp = True  # as its option --no-mtp: these models have no layers that look ahead
     cls.set_vocab = write_vocabulary
+    given: dict[str, Any] = {}
+    if (restate := _AS_RELEASED.get(str(hparams.get("model_type")))) is not None:
+        restate(hparams, json.loads((folder / "config.json").read_text()))
+        given = {"hparams": hparams}
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
-        cls(folder, gguf.LlamaFileType.ALL_F32, folder / "model.gguf", fuse_gate_up_exps=fused).write()
+        cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, **given).write()
+
+
+def _qwen4(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    hparams["layer_types"] = [kind.replace("indexed", "full") for kind in hparams["layer_types"]]
+
+
+def _mimo(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    kinds = hparams["rope_parameters"]
+    hparams["rope_parameters"] = kinds["full_attention"]
+    hparams["swa_rope_theta"] = kinds["sliding_attention"]["rope_theta"]
+
+
+def _ling(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    hparams |= written
+
+
+def _minimax(hparams: dict[str, Any], written: dict[str, Any]) -> None:
+    for key, value in written.items():
+        hparams.setdefault(key, value)
+
+
+_AS_RELEASED = {
+    "qwen4_exp_text": _qwen4,
+    "mimo_v2_flash": _mimo,
+    "bailing_hybrid": _ling,
+    "minimax_m3_vl_text": _minimax,
+}
+"""Says a configuration as a released config.json does, where Transformers puts it in other words as it reads it."""
 
 
 def write_vocabulary(model: Any) -> None:
@@ -46,5 +78,5 @@ def write_vocabulary(model: Any) -> None:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py"]
-    for name in sys.argv[2:]:
-        convert(Path(name))
+    for name in sys.argv[3:]:
+        convert(Path(name), sys.argv[2])

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from .published import deepseek4_as_published, in_mxfp4, kimi_linear_as_published
+
 __all__ = ["FAMILIES", "QUICK", "Family", "random_model", "save_checkpoint"]
 
 SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
@@ -83,6 +85,32 @@ _TWO_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
 }
 _INDEXED = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 16}  # few would often be alike, at nothing
+_DEEPSEEK4 = {
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "q_lora_rank": 64,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+    ],
+    "mlp_layer_types": ["hash_moe"] + ["moe"] * 4,
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": _YARN,
+    "sliding_window": 16,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "index_n_heads": 16,
+    "index_head_dim": 128,  # as wide as heads, llama.cpp divides by nothing
+    "index_topk": 3,
+    "hc_mult": 4,
+    "swiglu_limit": 1.0,
+}
 _VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -114,28 +142,22 @@ _STATE_SPACES = {
 class Family:
     """`values` configure the model; `written` are keys of the saved config.json that Transformers does not write.
 
-    `stored` is what released checkpoints have instead of a tensor as Transformers writes it.
+    `stored` gives what released checkpoints have instead of the tensors as Transformers writes them.
     """
 
     model_type: str
     values: dict[str, Any]
     written: dict[str, Any]
-    stored: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    stored: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
-def _family(model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, **values: Any) -> Family:
+def _family(
+    model_type: str, *parts: dict[str, Any], written: dict[str, Any] | None = None, stored: Any = None, **values: Any
+) -> Family:
     merged: dict[str, Any] = dict(_DECODER)
     for part in parts:
         merged |= part
-    return Family(model_type, merged | values, written or {})
-
-
-def _blocks_of_four(num_blocks: int) -> dict[str, Any]:
-    """MiniMax-M3's attention to so many blocks of four tokens."""
-    return {
-        "sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_block_size": 4, "sparse_topk_blocks": num_blocks,
-        "sparse_local_block": 1, "sparse_attention_freq": [0, 1, 1, 1],
-    }  # fmt: skip
+    return Family(model_type, merged | values, written or {}, stored)
 
 
 _SIGMOID = {"scoring_func": "sigmoid"}
@@ -152,6 +174,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3next": _family("qwen3_next", _NUM_EXPERTS, _SHARED, _HYBRID, norm_topk_prob=True),
     "qwen35moe": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID),
     "qwen35moe-fused": _family("qwen3_5_moe_text", _NUM_EXPERTS, _SHARED, _HYBRID, written={"fuse_gate_up": True}),
+    "qwen4exp": _family(
+        "qwen4_exp_text", _NUM_EXPERTS, _SHARED, _HYBRID, hc_count=4, hc_lowrank=32, ple_layer_ids=[2],
+        ple_embed_dim=256, ngram_vocab_size_base=500, split_ngram_parts=4, heads_per_ngram=4, indexer_n_heads=16,
+        indexer_kv_heads=1, indexer_head_dim=64, indexer_budget=8, indexer_compress_ratio=4, norm_topk_prob=True,
+        output_gate_type="sigmoid",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    ),
     "qwen3vlmoe": Family(
         "qwen3_vl_moe",
         {
@@ -163,7 +192,13 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": False,
         },
         {"eos_token_id": 257, "pad_token_id": 260},
-        lambda key, value: value.transpose(1, 2) if ".mlp.experts." in key else value,
+        lambda tensors: {
+            key: value.transpose(1, 2) if ".mlp.experts." in key else value for key, value in tensors.items()
+        },
+    ),
+    "llama4": _family(
+        "llama4_text", _LOCAL_EXPERTS, num_hidden_layers=5, num_experts_per_tok=1, head_dim=64,
+        intermediate_size_mlp=512, interleave_moe_layer_step=2,
     ),
     "mixtral": _family("mixtral", _LOCAL_EXPERTS),
     "olmoe": _family("olmoe", _NUM_EXPERTS, intermediate_size=256, num_key_value_heads=4, rms_norm_eps=1e-5),
@@ -214,27 +249,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "minimax-m2": _family("minimax_m2", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5,
                           written={"rotary_dim": 32} | _SIGMOID),
-    **{
-        name: Family(
-            "minimax_m3_vl",
-            {
-                "text_config": _DECODER | _LOCAL_EXPERTS | {
-                    "num_hidden_layers": 4, "head_dim": 64, "rotary_dim": 32, "partial_rotary_factor": 0.5,
-                    "dense_intermediate_size": 512, "shared_intermediate_size": 256, "routed_scaling_factor": 1.5,
-                    "moe_layer_freq": [0, 1, 1, 1], "sparse_attention_config": _blocks_of_four(num_blocks),
-                },
-                "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-                                  "num_attention_heads": 2},
-                "projector_hidden_size": 32,
-                "tie_word_embeddings": False,
+    "minimax-m3": _family(
+        "minimax_m3_vl_text", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5, rotary_dim=32,
+        dense_intermediate_size=512, shared_intermediate_size=256, routed_scaling_factor=2.0, index_n_heads=2,
+        index_head_dim=64, index_block_size=8, index_topk_blocks=3, index_local_blocks=1,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        written=_SIGMOID | {
+            "architectures": ["MiniMaxM3SparseForCausalLM"], "n_shared_experts": 1, "moe_layer_freq": [0, 1, 1],
+            "sparse_attention_config": {
+                "sparse_num_index_heads": 2, "sparse_index_dim": 64, "sparse_topk_blocks": 3, "sparse_block_size": 8,
+                "sparse_local_block": 1, "sparse_attention_freq": [0, 1, 1],
             },
-            {
-                "eos_token_id": 257, "pad_token_id": 260, "n_shared_experts": 1, "moe_layer_freq": [0, 1, 1, 1],
-                "sparse_attention_config": _blocks_of_four(num_blocks),
-            } | _SIGMOID,
-        )
-        for name, num_blocks in (("minimax-m3", 3), ("minimax-m3-wide", 64))
-    },
+        },
+    ),
     "ernie4_5-moe": _family(
         "ernie4_5_moe",
         moe_num_experts=8,
@@ -295,6 +323,11 @@ FAMILIES: dict[str, Family] = {
         norm_topk_prob=True, rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         written=_SIGMOID | {"first_k_dense_replace": 1},
     ),
+    "deepseek4": _family(
+        "deepseek_v4", _DEEPSEEK4, num_hidden_layers=5, stored=deepseek4_as_published,
+        written={"compress_ratios": [0, 4, 128, 4, 0], "num_hash_layers": 1, "qk_rope_head_dim": 32,
+                 "rope_theta": 10000.0, "rope_scaling": _YARN | {"type": "yarn"}},
+    ),
     "glm-dsa": _family(
         "glm_moe_dsa", _LATENT, _INDEXED, num_hidden_layers=4, q_lora_rank=64, n_group=1, topk_group=1,
         routed_scaling_factor=2.5, norm_topk_prob=True, indexer_types=["full", "full", "shared", "full"],
@@ -304,6 +337,48 @@ FAMILIES: dict[str, Family] = {
         "afmoe", _NUM_EXPERTS, num_hidden_layers=5, head_dim=64, num_shared_experts=1, num_dense_layers=1,
         route_scale=2.5, sliding_window=8, global_attn_every_n_layers=4, mup_enabled=True,
         written={"score_func": "sigmoid", "route_norm": True},
+    ),
+    "mimo2": _family(
+        "mimo_v2_flash", _ROUTED, num_hidden_layers=4, num_attention_heads=8, head_dim=48, v_head_dim=32,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"], sliding_window=8,
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"], attention_value_scale=0.707,
+        norm_topk_prob=True, n_group=1, topk_group=1,
+        rope_parameters={
+            kind: values | {"partial_rotary_factor": 0.34} for kind, values in _TWO_BASES.items()
+        },
+        written=_SIGMOID | {
+            "swa_head_dim": 48, "swa_num_attention_heads": 8, "swa_v_head_dim": 32, "topk_method": "noaux_tc",
+            "swa_num_key_value_heads": 4, "hybrid_layer_pattern": [0, 1, 1, 0], "partial_rotary_factor": 0.34,
+            "layernorm_epsilon": 1e-6,
+        },
+    ),
+    "kimi-linear": _family(
+        "kimi_linear", num_hidden_layers=4, num_key_value_heads=4, num_local_experts=8, n_shared_experts=1,
+        moe_intermediate_size=256, intermediate_size=512, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32, linear_head_dim=32, linear_num_heads=4, routed_scaling_factor=2.446,
+        norm_topk_prob=True, n_group=1, topk_group=1, mlp_layer_types=["dense"] + ["sparse"] * 3,
+        layer_types=["linear_attention"] * 2 + ["full_attention", "linear_attention"], rope_parameters=None,
+        stored=kimi_linear_as_published,
+        written=_SIGMOID | {
+            "num_shared_experts": 1, "first_k_dense_replace": 1,
+            "linear_attn_config": {
+                "head_dim": 32, "num_heads": 4, "short_conv_kernel_size": 4, "full_attn_layers": [3],
+                "kda_layers": [1, 2, 4],
+            },
+        },
+    ),
+    "bailingmoe3": _family(
+        "bailing_hybrid", num_hidden_layers=4, num_key_value_heads=4, num_local_experts=8, n_shared_experts=1,
+        moe_intermediate_size=256, intermediate_size=512, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32, head_dim=32, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        norm_topk_prob=True, first_k_dense_replace=1, layer_group_size=3, kda_lower_bound=-2.0,
+        layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
+        written=_SIGMOID | {
+            "architectures": ["BailingMoeV3ForCausalLM"], "no_kda_lora": True, "score_function": "sigmoid",
+            "gated_attention_proj_granularity_type": "head_wise", "num_experts": 8, "num_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": 256, "num_nextn_predict_layers": 0, "norm_topk_prob": True,
+            "n_group": 4, "topk_group": 2, "head_dim": 32,
+        },
     ),
     "step35": Family(
         "step3p7",
@@ -375,6 +450,10 @@ def random_model(name: str) -> torch.nn.Module:
     model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
+        if key.endswith("tid2eid"):
+            value.copy_(torch.rand(len(value), 8, generator=generator).argsort(-1)[:, : value.shape[1]])
+        if not value.is_floating_point():
+            continue
         noise = torch.randn(value.shape, generator=generator)
         if "embed_tokens.weight" in key:
             value.data = noise
@@ -382,6 +461,10 @@ def random_model(name: str) -> torch.nn.Module:
             value.data = noise * value.shape[-1] ** -0.5
         elif "inv_freq" not in key and "embed_scale" not in key:
             value.data = value.data + 0.15 * noise
+    if name == "deepseek4":
+        for key, value in model.named_parameters():
+            if ".mlp.experts." in key:
+                value.data = in_mxfp4(value)[2]
     return model.eval()
 
 
@@ -394,7 +477,7 @@ def save_checkpoint(name: str, model: torch.nn.Module, folder: Path) -> Path:
     stored = FAMILIES[name].stored
     if stored is not None:
         weights = folder / "model.safetensors"
-        tensors = {key: stored(key, value).contiguous() for key, value in load_file(weights).items()}
+        tensors = {key: value.contiguous() for key, value in stored(load_file(weights)).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
     return folder
 

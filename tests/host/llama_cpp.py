@@ -13,31 +13,35 @@ from typing import Any
 import httpx
 import pytest
 
+from hybrimoe_kt.weights.gguf_file import GgufFile
+
 __all__ = ["PRINTABLE", "LlamaCpp", "next_tokens_apart"]
 
 _ROOT = Path(__file__).parents[2]
 _ANSWER = "ANSWER "
+_SPARSE_BY_FLASH = {"minimax-m3"}
+"""Families that llama.cpp lets attend to everything where it has no flash attention."""
 PRINTABLE = range(32, 127)
 _UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 """Of vocabularies that begin with all bytes."""
-_BEYOND = range(256, 300)
-"""Their special tokens; one that ends the answer would leave nothing of it."""
-_WHOLE = range(32, 94)
-"""Printable in vocabularies in the order of byte-level tokenizers as well."""
+_OTHERS = range(256, 300)
+"""What follows the bytes in the tests' vocabularies, some of which end an answer."""
+_UNSURE = [token for token in range(300) if token not in range(32, 94)]
+"""What is no printable character where all bytes come first, or where the characters of byte-level BPE are sorted."""
 
 
 class LlamaCpp:
-    """One model, one thread, F32 KV cache, no flash attention: as close to plain arithmetic as it gets."""
+    """One model, one thread, F32 KV cache, no flash attention but where it must be: as plain as arithmetic gets."""
 
-    def __init__(self, path: Path, context: int = 512, *, flash_attention: bool = False) -> None:
+    def __init__(self, path: Path, context: int = 512) -> None:
         xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (test extra) is not installed")
         parameters = xllamacpp.CommonParams()
         parameters.model.path, parameters.verbosity = str(path), -1
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        is_flash = f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash_attention else 'DISABLED'}"
-        parameters.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, is_flash)
+        flash = "ENABLED" if GgufFile(path).architecture in _SPARSE_BY_FLASH else "DISABLED"
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
         parameters.use_jinja = True
         self._server = xllamacpp.Server(parameters)
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=60)
@@ -83,7 +87,7 @@ class LlamaCpp:
                 "n_probs": 1,
                 "cache_prompt": False,
                 "ignore_eos": True,
-                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *_BEYOND)],
+                "logit_bias": [[token, -1000.0] for token in (*_UNPRINTABLE, *_OTHERS)],
             }
         )
         return [(step["id"], step["logprob"]) for step in answer["choices"][0]["logprobs"]["content"]]
@@ -134,6 +138,5 @@ def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
 if __name__ == "__main__":
     file, texts = json.loads(sys.argv[1])
     oracle = LlamaCpp(Path(file), 256)
-    unwanted = [token for token in range(300) if token not in _WHOLE]
-    print(_ANSWER + json.dumps([oracle.next_token(text, unwanted) for text in texts]), flush=True)
+    print(_ANSWER + json.dumps([oracle.next_token(text, _UNSURE) for text in texts]), flush=True)
     os._exit(0)  # its threads need not end

@@ -27,9 +27,10 @@ def find() -> Path | None:
     return next((root for root in candidates if (root / CONVERTER).is_dir() and (root / LIBRARY).is_dir()), None)
 
 
-def convert(folders: Iterable[Path], root: Path) -> None:
-    """Write `model.gguf` into each Hugging Face directory, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("convert_models.py")), str(root), *map(str, folders)]
+def convert(folders: Iterable[Path], root: Path, kind: str = "ALL_F32") -> None:
+    """Write `model.gguf` into each Hugging Face directory, in a process of its own; `kind` is of the converter."""
+    script = str(Path(__file__).with_name("convert_models.py"))
+    command = [sys.executable, script, str(root), kind, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

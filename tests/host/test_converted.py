@@ -39,7 +39,18 @@ LLAMA_CPP_DIFFERS = {
 }
 EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
 """Every family; those that are like another one where it takes minutes."""
+STREAMS = {"qwen4exp"}
+"""Families of several streams of hidden states, which are mixed in front of experts and not normalised alone."""
+BY_ID = {"deepseek4": 1}
+"""Families whose first layers, so many, route by a token's id and have no gate to ask."""
 NO_GRAPHS = {
+    "kimi-linear": "has linear attention that decays by channel",
+    "bailingmoe3": "has linear attention that decays by channel",
+    "mimo2": "has values narrower than keys",
+    "llama4": "attends in chunks",
+    "minimax-m3": "looks at the blocks that an indexer finds",
+    "deepseek4": "has several streams of hidden states",
+    "qwen4exp": "has several streams of hidden states",
     "granitehybrid": "has state spaces",
     "nemotron": "has state spaces",
     "nemotron-latent": "has state spaces",
@@ -47,8 +58,6 @@ NO_GRAPHS = {
     "hunyuan-moe": "normalises queries and keys after it has turned them",
     "deepseek32": "looks at what an indexer finds",
     "glm-dsa": "looks at what an indexer finds",
-    "minimax-m3": "looks at what an indexer finds",
-    "minimax-m3-wide": "looks at what an indexer finds",
     "afmoe": "gates its attention beside, and has norms behind both halves of a layer",
     "lfm2moe": "convolves",
     "laguna": "gates its attention beside",
@@ -87,7 +96,6 @@ def test_every_architecture_is_converted_here() -> None:
         "sarvam-moe": "bailingmoe2",
         "ling-2": "bailingmoe2",
         "laguna-m": "laguna",
-        "minimax-m3-wide": "minimax-m3",
     }
     assert {covered.get(name, name) for name in FAMILIES} == set(ARCHITECTURES)
 
@@ -143,7 +151,7 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
     for layer, (_, gate) in gates.items():
         note(layer, gate.module, getattr(body.layers[layer], expert_norm))
     logits_of(ours.model, PROMPT)
-    assert list(gates) == list(ours.runtime.store.layers)
+    assert list(gates) == list(ours.runtime.store.layers)[BY_ID.get(name, 0) :]
     for layer, (_, gate) in gates.items():
         given, answer = routed[layer]
         logits, ids = gate.ask(given.reshape(len(PROMPT), -1))
@@ -151,6 +159,9 @@ def test_a_layers_gate_is_asked_as_its_router_is(converted: Callable[[str], Path
         assert torch.equal(logits, gate.logits_of(theirs)) and torch.equal(
             ids.sort(-1).values, their_ids.sort(-1).values
         )
+        if name in STREAMS:
+            assert gate.norm is None
+            continue
         assert gate.norm is not None
         factor = 1.0 if gate.normalises else gate.norm
         scaled = normed[layer].reshape(len(PROMPT), -1) * factor  # what enters is this, but for the tokens' sizes
@@ -180,20 +191,6 @@ def test_llama_cpp_reads_the_same_model_in_the_file(converted: Callable[[str], P
             assert abs(float(expected[token]) - logarithm) < 0.02, (start, token)
             compared += 1
     assert compared >= 4
-
-
-@pytest.mark.parametrize("name", ["minimax-m3"])
-def test_llama_cpp_looks_at_the_same_blocks_of_tokens(converted: Callable[[str], Path], name: str) -> None:
-    """It does with flash attention, whose numbers are rounded; else at all of them, which is 0.2 to 1.4 away here."""
-    ours = load_model(converted(name), option_overrides={"cpu_backend": "torch_reference"}, progress=False)
-    theirs, compared = LlamaCpp(converted(name), flash_attention=True), 0
-    for start in range(8):
-        prompt = random.Random(start).choices(range(32, 127), k=40)
-        expected = torch.log_softmax(logits_of(ours.model, prompt)[-1], dim=-1)
-        for token, logarithm in theirs.next_token(prompt).items():
-            assert abs(float(expected[token]) - logarithm) < 0.05, (start, token)
-            compared += 1
-    assert compared >= 8
 
 
 @pytest.mark.parametrize("name", ["qwen35moe-fused"])

@@ -120,16 +120,16 @@ STOCK_INSTEAD = {("deepseek2", "groups")}
 QUICK = ("qwen3moe", "deepseek3")
 
 
-def log_probabilities(path: Path) -> list[torch.Tensor]:
-    model = load_model(path, option_overrides=PLACES, progress=False).model
+def log_probabilities(path: Path, cpu_backend: str = "torch_reference") -> list[torch.Tensor]:
+    model = load_model(path, option_overrides=PLACES | {"cpu_backend": cpu_backend}, progress=False).model
     with torch.inference_mode():
         return [torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].float(), -1) for prompt in PROMPTS]
 
 
-def assert_as_llama_cpp(path: Path, *, must_run: bool = False) -> str:
+def assert_as_llama_cpp(path: Path, *, must_run: bool = False, cpu_backend: str = "torch_reference") -> str:
     """Return "equal", "refused" with a sentence, or "llama.cpp refuses"; fail where both answer differently."""
     try:
-        ours = log_probabilities(path)
+        ours = log_probabilities(path, cpu_backend)
     except ModelError as error:
         if must_run or "\n" in str(error):
             raise

@@ -284,3 +284,21 @@ def test_blocks_are_ggufs() -> None:
     blocks = mxfp4_blocks(numbers, exponents).reshape(4, -1)
     wanted = FP4[torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1).long()] / 2
     assert torch.equal(torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType.MXFP4)), wanted)
+
+
+def test_scales_of_bare_names(tmp_path: Path) -> None:
+    """DeepSeek-V4 calls a weight's scales by the same name, as powers of two, and has no prefix."""
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    scales = torch.exp2(torch.randint(-3, 3, (2, 2), generator=torch.Generator().manual_seed(2)).float())
+    numbers = values.to(torch.float8_e4m3fn)
+    name = "layers.0.attn.wq_a"
+    tensors = {
+        "embed.weight": values, "norm.weight": values[0].clone(), "head.weight": values.bfloat16(),
+        f"{name}.weight": numbers, f"{name}.scale": scales.to(torch.float8_e8m0fnu),
+    }  # fmt: skip
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "model.safetensors")
+    file = Checkpoint(tmp_path)
+    state = file.dense_state(torch.float32, (), lambda name: torch.device("cpu"))
+    assert set(state) == {*tensors} - {f"{name}.scale"}
+    assert torch.equal(state[f"{name}.weight"][...], scaled(numbers, scales, (128, 128)))
+    assert torch.equal(file.read("head.weight"), values.bfloat16())

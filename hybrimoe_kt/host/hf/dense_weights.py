@@ -42,12 +42,19 @@ def dense_state_dict(
     names = architecture.name_map(_num_blocks(parameters))
     state: dict[str, LazyTensor] = {}
     for name, shape in parameters.items():
+        listed = _recipe(architecture.stated, name)
+        if listed is not None:
+            load = _listed(architecture.key(file), file, listed, name, shape)
+            state[name] = LazyTensor(shape, torch.int64, where(name), load)
+            continue
         gguf_name = _as_stored(file, _gguf_name(architecture, names, name))
         kept = torch.float32 if name.endswith(architecture.float32) else dtype
         if gguf_name not in file.tensors and name.endswith(architecture.zero):
             state[name] = LazyTensor(shape, kept, where(name), partial(_zeros, shape))
             continue
-        if gguf_name in file.tensors:
+        if gguf_name in file.tensors and TYPES[file.tensors[gguf_name].ggml_type].name == "I32":
+            load, kept = _numbers(file, file.tensors[gguf_name], name, shape), torch.int64
+        elif gguf_name in file.tensors:
             load = _single(file, architecture, file.tensors[gguf_name], name, shape)
         else:
             load = _composed(file, architecture, name, gguf_name, shape)
@@ -141,6 +148,19 @@ def _gguf_name(architecture: Architecture, names: TensorNameMap, name: str) -> s
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _numbers(file: GgufFile, tensor: GgufTensor, name: str, shape: tuple[int, ...]) -> Load:
+    """Whole numbers, as the file has them."""
+    _check_shape(file, tensor.name, tensor.shape, name, shape)
+    return lambda dtype, device: tensor.values().view(torch.int32).view(shape).to(device, dtype)
+
+
+def _listed(key: Key, file: GgufFile, listed: str, name: str, shape: tuple[int, ...]) -> Load:
+    """What the metadata lists, whole numbers."""
+    values = key(listed, [], of_each_layer=True)
+    _check_shape(file, listed, (len(values),), name, shape)
+    return lambda dtype, device: torch.tensor(values, dtype=dtype, device=device)
 
 
 def _as_stored(file: GgufFile, name: str | None) -> str | None:

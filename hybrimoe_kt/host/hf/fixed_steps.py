@@ -18,6 +18,9 @@ def refusal(model: nn.Module, *, is_divided: bool) -> str | None:
     """Why no step of the model can be fixed, whatever its cache; None if one can. `is_divided`: over devices."""
     if is_divided:
         return "the layers are divided over several devices"
+    kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
+    if "chunked_attention" in kinds:
+        return "its attention goes by chunks of positions, which are counted on the host"
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | AbsorbedMLA) and module.asks_ggml:
             return f"ggml computes {name}"

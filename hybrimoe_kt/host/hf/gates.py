@@ -254,4 +254,4 @@ def _ratio(ours: torch.Tensor | None, gate: Gate) -> torch.Tensor | None:
     if ours is None or gate.norm is None or bool((ours == 0).any()):
         return None
     theirs = torch.ones_like(ours) if gate.normalises else gate.norm
-    return (theirs.float() / ours.float()).detach().to(gate.norm.dtype)
+    return (theirs.float() / ours.float()).detach().to(gate.weight.dtype)

@@ -23,6 +23,7 @@ from hybrimoe_kt.operators.moe_block import MoEBlock
 from hybrimoe_kt.operators.norm import FusedRMSNorm
 from hybrimoe_kt.operators.rotary import FusedRotary
 from hybrimoe_kt.operators.router import FusedRouter
+from hybrimoe_kt.operators.weighed_input import WeighedInputBlock
 from hybrimoe_kt.runtime import ModelExperts
 from hybrimoe_kt.weights.checkpoint_experts import CheckpointLoader
 from hybrimoe_kt.weights.gguf_loader import GgufLoader
@@ -87,6 +88,9 @@ class Injector:
             return cls(**contract, experts=self.experts)
         if issubclass(cls, MoEBlock):
             return self._block(cls, contract)
+        if issubclass(cls, WeighedInputBlock) and not hasattr(contract["orig_module"], "experts"):
+            dense: nn.Module = contract["orig_module"]
+            return dense
         if issubclass(cls, _PLACED):
             place = self.placement.place_of(f"{contract['key']}.weight")
             kept = {"kv_cache_type": self._kv_cache_type} if self._kv_cache_type and issubclass(cls, GgmlLayer) else {}

@@ -120,7 +120,7 @@ def unused_metadata(file: GgufFile, architecture: Architecture) -> list[Unused]:
 
     The tokenizer's keys are not looked at, and of the general ones those alone that a user has added.
     """
-    read: set[str] = set()
+    read = set(architecture.stated.values())
     head_dim = _head_dim(architecture.config(file, read))
     family = ARCHITECTURES[architecture.gguf]
     family.variant(file, family.key(file, read))

@@ -51,20 +51,6 @@ class Refused:
 
 
 REFUSED = {
-    "llama4": Refused(
-        "Transformers scales what enters its experts, not what leaves them, and runs every expert on every token",
-        ("llama4", "llama4_text"),
-    ),
-    "bailingmoe3": Refused("its linear attention decays by channel, which nothing here reads", ("bailing_hybrid",)),
-    "kimi-linear": Refused("its linear attention decays by channel, which nothing here reads", ("kimi_linear",)),
-    "deepseek4": Refused(
-        "it keeps several streams of hidden states, and attends to compressed tokens, which nothing here reads",
-        ("deepseek_v4",),
-    ),
-    "qwen4exp": Refused(
-        "it keeps several streams of hidden states and looks up runs of tokens, which nothing here reads",
-        ("qwen4_exp", "qwen4_exp_text"),
-    ),
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),

@@ -19,18 +19,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = [
-    "ONE_EACH",
-    "STACKED",
-    "W1_W3_W2",
-    "Architecture",
-    "Composed",
-    "Key",
-    "LayerKind",
-    "Moves",
-    "Transform",
-    "gated_form",
-]
+__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform", "gated_form"]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
@@ -99,7 +88,6 @@ class LayerKind:
 
 
 ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
-W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -126,7 +114,10 @@ class Architecture:
     checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
     """What a checkpoint may call a layer's experts, tried in this order."""
     checkpoint_type: str = ""
-    """The model type whose names its checkpoints have, where that is not `model_type`: of the model that also sees."""
+    """The model type whose names its checkpoints have, where it is not that of `model_type`, with `_text` or without.
+
+    What such names begin with is not looked at.
+    """
     pre_tokenizers: tuple[str, ...] = ()
     """What `tokenizer.ggml.pre` says in its files; of a file without it the first, or that of its size, is guessed."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -137,6 +128,8 @@ class Architecture:
     """Whose table of tensor names holds in gguf-py, where it has none under `gguf`."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    told_by_tensors: Mapping[str, Callable[[GgufFile], Any]] = field(default_factory=dict)
+    """Configuration values that no key holds; what is None is left out."""
     present: Mapping[str, str] = field(default_factory=dict)
     """Configuration switches that no key holds -> the tensor whose presence in the file means true."""
     derive: Callable[[Key], Mapping[str, Any]] = lambda key: {}
@@ -152,8 +145,12 @@ class Architecture:
     """Endings of the parameters that stay float32 whatever the model's dtype."""
     has_rotary_kinds: bool = False
     """Whether layers with windows have rotary positions of their own in its configuration."""
+    own_rotary_kinds: tuple[str, ...] = ()
+    """What its configuration calls the kinds of rotary positions, where these are not the kinds of layers."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Ending of a parameter's name -> how to rearrange its tensor."""
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """Ending of the name of a buffer of whole numbers -> the GGUF key that lists them."""
     zero: tuple[str, ...] = ()
     """Endings of the parameters that are zero where the file has no tensor for them."""
     finish: Callable[[nn.Module], None] = lambda model: None
@@ -174,6 +171,10 @@ class Architecture:
     """Whether it returns the softmax of its logits in their place."""
     norm_offset: float = 0.0
     """Added to a norm's weight before it multiplies."""
+    attention: str = ""
+    """What Transformers is told attends, where neither torch's fused kernels nor `sink_attention` can."""
+    layers_take_ids: bool = False
+    """Whether layers are given the tokens' ids beside their hidden states."""
     rounds_yarn: bool = True
     """Whether the range in which YaRN blends frequencies is rounded to whole ones."""
     expert_form: Callable[[Any, int], ExpertForm] = gated_form
@@ -202,6 +203,8 @@ class Architecture:
         config = {ours: key(theirs) for ours, theirs in self.keys.items()}
         config |= {ours: key(theirs) for ours, theirs in self.optional_keys.items() if key(theirs) is not None}
         config |= {ours: name in file.tensors for ours, name in self.present.items()}
+        told = {ours: tell(file) for ours, tell in self.told_by_tensors.items()}
+        config |= {ours: value for ours, value in told.items() if value is not None}
         config |= dict(self.constants) | dict(self.derive(key))
         config |= {ours: value for ours, value in _common(file, key).items() if value is not None or ours not in config}
         plain, rotary = config.get("rope_parameters") or {}, self.rotary(file, read)
@@ -212,7 +215,9 @@ class Architecture:
         return config | {"model_type": self.model_type}
 
     def rotary_kinds(self, config: Mapping[str, Any]) -> list[str]:
-        """The kinds of layers that the configuration names with positions of their own."""
+        """The kinds that the configuration names with positions of their own."""
+        if self.own_rotary_kinds:
+            return list(self.own_rotary_kinds)
         return sorted(set(config["layer_types"])) if self.has_rotary_kinds else []
 
     def _check_rotated(self, file: GgufFile) -> None:

@@ -17,7 +17,7 @@ __all__ = [
     "DECODER_KEYS",
     "GQA_KEYS",
     "GQA_SKELETON",
-    "OFFSET_NORMS",
+    "MINUS_ONE",
     "ROW",
     "SIGMOID",
     "SKELETON",
@@ -27,6 +27,7 @@ __all__ = [
     "only_gated_by",
     "partial_rotary",
     "scale",
+    "stacked",
     "unpermuted",
     "windows",
     "without",
@@ -65,18 +66,8 @@ _DECAY = Transform(lambda tensor, key: torch.log(-tensor).reshape(-1), _FLAT.sha
 STATE_SPACE_TRANSFORMS = {"A_log": _DECAY, "D": _FLAT, "norm.weight": _FLAT, "conv1d.weight": CHANNELS}
 """Of a state space's parameters, by how their names end."""
 
-_OFFSET_NORM = Transform(lambda tensor, key: tensor - 1)
-OFFSET_NORMS = dict.fromkeys(
-    (
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        "q_norm.weight",
-        "k_norm.weight",
-        "model.norm.weight",
-    ),
-    _OFFSET_NORM,
-)
-"""Norms stored as the factor they multiply by, of which Transformers keeps the distance from one."""
+MINUS_ONE = Transform(lambda tensor, key: tensor - 1)
+"""Norms are stored as the factor they multiply by; some modules keep its distance from one."""
 
 ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
 """A matrix of one row, which some converters store as a vector."""
@@ -136,6 +127,16 @@ def fused_qkv() -> dict[str, Composed]:
         return Composed(("blk.{layer}.attn_qkv.weight",), lambda qkv, key: qkv[rows(key, place)], shape, moves="rows")
 
     return {f"self_attn.{name}_proj.weight": composed(place) for place, name in enumerate("qkv")}
+
+
+def stacked(first: str, second: str) -> Composed:
+    """Two matrices of a layer, the rows of the second below those of the first."""
+    return Composed(
+        (f"blk.{{layer}}.{first}.weight", f"blk.{{layer}}.{second}.weight"),
+        lambda above, below, key: torch.cat((above, below)),
+        lambda above, below, key: (above[0] + below[0], *above[1:]),
+        moves="rows",
+    )
 
 
 def unpermuted(heads: str) -> Transform:

@@ -18,7 +18,7 @@ from .base import Architecture, Composed, Key, LayerKind
 from .common import CORRECTION, DECODER_KEYS, GQA_SKELETON, SIGMOID, SKELETON, SOFTMAX, only_gated_by, scale
 from .softmax_router import choose_by_softmax
 
-__all__ = ["FAMILIES", "UP_PROJECTIONS", "even_out_norms"]
+__all__ = ["FAMILIES", "KV_B", "LATENT_SKELETON", "even_out_norms"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 _SHARED_EXPERT_KEYS = {
@@ -26,7 +26,7 @@ _SHARED_EXPERT_KEYS = {
     "intermediate_size": "feed_forward_length",
     "first_k_dense_replace": "leading_dense_block_count",
 }
-_LATENT_SKELETON = SKELETON | {
+LATENT_SKELETON = SKELETON | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,
@@ -125,12 +125,12 @@ def _kv_b_shape(k_b: tuple[int, ...], v_b: tuple[int, ...], key: Key) -> tuple[i
     return (math.prod((k_b[0], k_b[2] + v_b[1])), k_b[1])
 
 
-UP_PROJECTIONS = {
+KV_B = {
     "self_attn.kv_b_proj.weight": Composed(
         ("blk.{layer}.attn_k_b.weight", "blk.{layer}.attn_v_b.weight"), _kv_b, _kv_b_shape
     )
 }
-"""Of latent attention."""
+"""Up-projections of latent attention, which newer files have apart."""
 
 _DEEPSEEK2 = Architecture(
     gguf="deepseek2",
@@ -139,12 +139,12 @@ _DEEPSEEK2 = Architecture(
     layers={"DeepseekV2DecoderLayer": LayerKind(is_paired=True)},
     shared_experts={"DeepseekV2Moe": "shared_experts"},
     pre_tokenizers=("deepseek-llm",),
-    skeleton=_LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
+    skeleton=LATENT_SKELETON | {"num_hidden_layers": 27, "first_k_dense_replace": 1, "q_lora_rank": None},  # V2-Lite
     keys=DECODER_KEYS | _SHARED_EXPERT_KEYS | {"kv_lora_rank": "attention.kv_lora_rank"},
     optional_keys={"n_shared_experts": "expert_shared_count"},
     derive=_deepseek2,
     finish=even_out_norms,
-    composed=UP_PROJECTIONS,
+    composed=KV_B,
 )
 _DEEPSEEK3 = replace(
     _DEEPSEEK2,
@@ -155,7 +155,7 @@ _DEEPSEEK3 = replace(
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
     other_types=("kimi_k2", "glm4_moe_lite"),
     restated=_dense_first,
-    skeleton=_LATENT_SKELETON
+    skeleton=LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
     rules="deepseek2",
     derive=_deepseek3,
@@ -182,6 +182,7 @@ _SPARSE = replace(
     gguf="deepseek32",
     alias="",
     model_type="deepseek_v32",
+    answer_format="dsml",
     other_types=(),
     restated=dict,
     layers={},
@@ -189,7 +190,7 @@ _SPARSE = replace(
     rules="",
     tensor_table="deepseek2",
     pre_tokenizers=("deepseek-v3",),
-    skeleton=_LATENT_SKELETON
+    skeleton=LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1}
     | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2},
     keys={
@@ -218,6 +219,7 @@ FAMILIES = (
         _SPARSE,
         gguf="glm-dsa",
         model_type="glm_moe_dsa",
+        answer_format="glm",
         rules="deepseek32",
         tensor_table="",
         shared_experts={"GlmMoeDsaMoE": "shared_experts"},

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import STACKED, W1_W3_W2, Architecture, Composed, Key, LayerKind
+from .base import STACKED, Architecture, Key, LayerKind
 from .common import (
     CORRECTION,
     DECODER_KEYS,
@@ -20,6 +18,7 @@ from .common import (
     SIGMOID,
     SOFTMAX,
     only_gated_by,
+    stacked,
     unpermuted,
     without,
 )
@@ -36,6 +35,7 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_local_experts": "expert_count",
 }
 _PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
+_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 _INPUT_OUTPUT = ExpertNames(
     "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.input_linear.weight",
@@ -90,12 +90,7 @@ GRANITE_SHARED = replace(
     keys={**_GRANITE.keys, "shared_intermediate_size": "expert_shared_feed_forward_length"},
     names={**_GRANITE.names, "shared_mlp.output_linear.weight": "blk.{layer}.ffn_down_shexp.weight"},
     composed={
-        "shared_mlp.input_linear.weight": Composed(
-            ("blk.{layer}.ffn_gate_shexp.weight", "blk.{layer}.ffn_up_shexp.weight"),
-            lambda gate, up, key: torch.cat((gate, up)),
-            lambda gate, up, key: (gate[0] + up[0], gate[1]),
-            moves="rows",
-        )
+        "shared_mlp.input_linear.weight": stacked("ffn_gate_shexp", "ffn_up_shexp"),
     },
 )
 
@@ -108,7 +103,7 @@ FAMILIES = (
         layers={"MixtralDecoderLayer": LayerKind(takes_models_window=True)},
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
-        checkpoint_names=(W1_W3_W2, STACKED),
+        checkpoint_names=(_W1_W3_W2, STACKED),
         pre_tokenizers=("llama-bpe", "tekken"),
         keys=_PLAIN_WIDTH | {"intermediate_size": "feed_forward_length"},
         optional_keys={"head_dim": "attention.key_length"},
@@ -130,7 +125,7 @@ FAMILIES = (
         answer_format="minimax",
         layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
-        checkpoint_names=(W1_W3_W2, STACKED),
+        checkpoint_names=(_W1_W3_W2, STACKED),
         pre_tokenizers=("minimax-m2",),
         keys=_PLAIN_WIDTH | {"intermediate_size": "expert_feed_forward_length", "head_dim": "attention.key_length"},
         derive=_minimax,

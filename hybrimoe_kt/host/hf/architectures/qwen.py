@@ -11,13 +11,13 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
-from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, OFFSET_NORMS, ROW
+from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, MINUS_ONE, ROW
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "HYBRID_KEYS", "HYBRID_NAMES", "HYBRID_SKELETON", "LINEAR_TRANSFORMS", "hybrid"]
 
 _SPLIT = ("qwen2",)
 _SKELETON = GQA_SKELETON | {"num_experts": 4}
-_HYBRID_SKELETON = _SKELETON | {
+HYBRID_SKELETON = _SKELETON | {
     "shared_expert_intermediate_size": 32,
     "head_dim": 16,
     "linear_key_head_dim": 16,
@@ -40,7 +40,7 @@ def _only_text(key: Key) -> Mapping[str, Any]:
 
 _KEY_HEADS, _VALUE_HEADS, _KEY_DIM = "ssm.group_count", "ssm.time_step_rank", "ssm.state_size"
 
-_HYBRID_KEYS = GQA_KEYS | {
+HYBRID_KEYS = GQA_KEYS | {
     "head_dim": "attention.key_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "linear_conv_kernel_dim": "ssm.conv_kernel",
@@ -50,7 +50,7 @@ _HYBRID_KEYS = GQA_KEYS | {
 }
 
 
-def _hybrid(key: Key) -> Mapping[str, Any]:
+def hybrid(key: Key) -> Mapping[str, Any]:
     interval, num_layers = key("full_attention_interval", 4), key("block_count")
     recurrent = key("attention.recurrent_layers") or [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if len(recurrent) < num_layers or all(recurrent[:num_layers]):
@@ -64,7 +64,14 @@ def _hybrid(key: Key) -> Mapping[str, Any]:
     }
 
 
-_HYBRID_TRANSFORMS = OFFSET_NORMS | {"mlp.shared_expert_gate.weight": ROW}
+_HYBRID_TRANSFORMS = {
+    "mlp.shared_expert_gate.weight": ROW,
+    "input_layernorm.weight": MINUS_ONE,
+    "post_attention_layernorm.weight": MINUS_ONE,
+    "q_norm.weight": MINUS_ONE,
+    "k_norm.weight": MINUS_ONE,
+    "model.norm.weight": MINUS_ONE,
+}
 
 
 def _qkvz(qkv: torch.Tensor, gate: torch.Tensor, key: Key) -> torch.Tensor:
@@ -112,7 +119,19 @@ _LOG = Transform(lambda tensor, key: torch.log(-tensor))
 """The decay is stored as -exp(A_log)."""
 
 _LINEAR = "linear_attn."
-_HYBRID_NAMES = {_LINEAR + "A_log": "blk.{layer}.ssm_a", _LINEAR + "dt_bias": "blk.{layer}.ssm_dt.bias"}
+HYBRID_NAMES = {_LINEAR + "A_log": "blk.{layer}.ssm_a", _LINEAR + "dt_bias": "blk.{layer}.ssm_dt.bias"}
+
+LINEAR_TRANSFORMS = {
+    _LINEAR + "A_log": _then(_LOG, _grouped(_one)),
+    _LINEAR + "dt_bias": _grouped(_one),
+    _LINEAR + "conv1d.weight": _then(CHANNELS, _grouped(_value_dim, after=_after_keys)),
+    _LINEAR + "in_proj_qkv.weight": _grouped(_value_dim, after=_after_keys),
+    _LINEAR + "in_proj_z.weight": _grouped(_value_dim),
+    _LINEAR + "in_proj_a.weight": _grouped(_one),
+    _LINEAR + "in_proj_b.weight": _grouped(_one),
+    _LINEAR + "out_proj.weight": _grouped(_value_dim, dim=1),
+}
+"""Of linear attention since Qwen3.5, whose value heads stand in another order in a file."""
 
 _QWEN3 = Architecture(  # and of Qwen3-VL the part that writes, which is the same for text alone
     gguf="qwen3moe",
@@ -153,13 +172,13 @@ FAMILIES = (
         answer_format="hermes",
         layers={"Qwen3NextDecoderLayer": LayerKind(is_gated=True)},
         shared_experts={"Qwen3NextSparseMoeBlock": "shared_expert"},
-        skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 48},
+        skeleton=HYBRID_SKELETON | {"num_hidden_layers": 48},
         pre_tokenizers=_SPLIT,
-        keys=_HYBRID_KEYS,
+        keys=HYBRID_KEYS,
         optional_keys={"intermediate_size": "feed_forward_length"},
         constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        derive=_hybrid,
-        names=_HYBRID_NAMES,
+        derive=hybrid,
+        names=HYBRID_NAMES,
         composed={
             _LINEAR + "in_proj_qkvz.weight": Composed(
                 ("blk.{layer}.attn_qkv.weight", "blk.{layer}.attn_gate.weight"),
@@ -177,22 +196,12 @@ FAMILIES = (
         answer_format="qwen-xml",
         layers={"Qwen3_5MoeDecoderLayer": LayerKind(is_gated=True)},
         shared_experts={"Qwen3_5MoeSparseMoeBlock": "shared_expert"},
-        skeleton=_HYBRID_SKELETON | {"num_hidden_layers": 40},
+        skeleton=HYBRID_SKELETON | {"num_hidden_layers": 40},
         pre_tokenizers=("qwen35",),
-        keys=_HYBRID_KEYS,
-        derive=_hybrid,
-        names=_HYBRID_NAMES,
-        transforms=_HYBRID_TRANSFORMS
-        | {
-            _LINEAR + "A_log": _then(_LOG, _grouped(_one)),
-            _LINEAR + "dt_bias": _grouped(_one),
-            _LINEAR + "conv1d.weight": _then(CHANNELS, _grouped(_value_dim, after=_after_keys)),
-            _LINEAR + "in_proj_qkv.weight": _grouped(_value_dim, after=_after_keys),
-            _LINEAR + "in_proj_z.weight": _grouped(_value_dim),
-            _LINEAR + "in_proj_a.weight": _grouped(_one),
-            _LINEAR + "in_proj_b.weight": _grouped(_one),
-            _LINEAR + "out_proj.weight": _grouped(_value_dim, dim=1),
-        },
+        keys=HYBRID_KEYS,
+        derive=hybrid,
+        names=HYBRID_NAMES,
+        transforms=_HYBRID_TRANSFORMS | LINEAR_TRANSFORMS,
         norm_offset=1.0,
     ),
 )

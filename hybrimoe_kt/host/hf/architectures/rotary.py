@@ -46,9 +46,17 @@ class Rotary:
     """Whether the range between kept and interpolated frequencies has whole ends."""
     window_base: float = 0.0
     """The base in layers with windows, where it is another; nothing is stretched there."""
+    compressed_base: float = 0.0
+    """That in layers which compress tokens: what is stretched are these alone, and nothing is magnified."""
 
     def of(self, kind: str) -> Rotary:
         """What layers of this kind, in Transformers' word, are turned by."""
+        if kind == "main":
+            return Rotary(base=self.base)
+        if kind == "compress":
+            return replace(
+                self, base=self.compressed_base, attention_factor=1.0 / self._own if self.kind == "yarn" else 1.0
+            )
         if kind != "sliding_attention":
             return self
         return Rotary(base=self.window_base or self.base)
@@ -107,7 +115,7 @@ class Rotary:
             inverse = getattr(module, "inv_freq", None)
             if isinstance(inverse, torch.Tensor):
                 self._set(module, "")
-            for kind in ("full_attention", "sliding_attention"):
+            for kind in ("full_attention", "sliding_attention", "main", "compress"):
                 if hasattr(module, f"{kind}_inv_freq"):
                     self.of(kind)._for(getattr(module, f"{kind}_inv_freq").numel())._set(module, f"{kind}_")
             if self.is_latent and hasattr(module, "kv_b_proj"):
@@ -158,4 +166,5 @@ def rotary_of(file: GgufFile, key: Any, *, is_latent: bool, rounds: bool = True)
         is_latent=is_latent,
         rounds=rounds,
         window_base=number("rope.freq_base_swa", 0.0),
+        compressed_base=number("attention.compress_rope_freq_base", 0.0),
     )

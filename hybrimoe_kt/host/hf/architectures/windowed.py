@@ -1,4 +1,4 @@
-"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2, Trinity, Laguna."""
+"""Families some of whose layers look back at a window only: K-EXAONE, Mellum 2, Trinity, Laguna, MiMo-V2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.weights.expert_layers import num_layers
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .base import Architecture, Key, LayerKind
@@ -64,6 +65,33 @@ def _mellum(key: Key) -> Mapping[str, Any]:
     return windows(key)
 
 
+def _mimo(key: Key) -> Mapping[str, Any]:
+    only_gated_by("mimo2", SIGMOID, key)
+    found, width = windows(key), key("attention.key_length")
+    kinds, heads = found["layer_types"], key("attention.head_count_kv", of_each_layer=True)[: key("block_count")]
+    whole = next((count for count, kind in zip(heads, kinds, strict=True) if kind == "full_attention"), heads[0] // 2)
+    if heads != [whole * (2 if kind == "sliding_attention" else 1) for kind in kinds]:
+        raise ModelError(f"mimo2 has twice as many heads of keys in layers with windows, this file has {heads}")
+    if key("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ModelError("mimo2 with an attention factor is not supported; no released model has one")
+    dims = key("rope.dimension_count", width)
+    rotated = {"partial_rotary_factor": (dims + 0.5) / width}  # Transformers cuts what it multiplies by it
+    return found | {
+        "num_key_value_heads": whole,
+        "v_head_dim": key("attention.value_length", width),
+        "attention_value_scale": key("attention.value_scale", 1.0),
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {kind: dict(rotated) for kind in set(kinds)},
+    }
+
+
+def _kinds_of_mlp(file: GgufFile) -> list[str]:
+    routers = (f"blk.{layer}.ffn_gate_inp.weight" in file.tensors for layer in range(num_layers(file)))
+    return ["sparse" if is_routed else "dense" for is_routed in routers]
+
+
 _LAGUNA = Architecture(
     gguf="laguna",
     model_type="laguna",
@@ -100,6 +128,21 @@ FAMILIES = (
         derive=_exaone,
         names={_GATE_BIAS: CORRECTION},
         float32=(_GATE_BIAS, "mlp.gate.weight"),
+    ),
+    Architecture(
+        gguf="mimo2",
+        model_type="mimo_v2_flash",
+        answer_format="hermes",
+        rules="afmoe",
+        pre_tokenizers=("qwen2",),
+        skeleton=without(_SKELETON, "num_experts") | {"num_hidden_layers": 48, "n_routed_experts": 4, "v_head_dim": 8},
+        keys=without(_KEYS, "num_key_value_heads", "num_experts")
+        | {"n_routed_experts": "expert_count", "sliding_window": "attention.sliding_window"},
+        told_by_tensors={"mlp_layer_types": _kinds_of_mlp},
+        derive=_mimo,
+        names={_GATE_BIAS: CORRECTION, "self_attn.sinks": "blk.{layer}.attn_sinks.weight"},
+        float32=(_GATE_BIAS, "mlp.gate.weight"),
+        has_rotary_kinds=True,
     ),
     Architecture(
         gguf="afmoe",
