@@ -31,6 +31,8 @@ class WeighedInputBlock(nn.Module):
     dense layers as they are.
     """
 
+    REPLACES = "Llama4TextMoe"
+
     router: Any
     experts: Any
     shared_expert: Any

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrimoe_kt.engine.token_generator import TokenGenerator
-from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.errors import ConfigError, RuleError
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.operators.weighed_input import WeighedInputBlock
 
 from .families import FAMILIES
@@ -67,3 +68,12 @@ def test_two_experts_a_token_are_refused(tmp_path: Path) -> None:
 def test_another_module_is_refused() -> None:
     with pytest.raises(ConfigError, match="replaces a MoE block with a router, found Linear"):
         WeighedInputBlock("model.layers.1.feed_forward", None, None, nn.Linear(2, 2))
+
+
+def test_experts_without_their_block_are_refused(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "model")
+    rules = tmp_path / "experts.yaml"
+    experts = f"{HybriMoEExperts.__module__}.{HybriMoEExperts.__name__}"
+    rules.write_text(f"- match: {{name: experts$}}\n  replace: {{class: {experts}}}\n  recursive: false\n")
+    with pytest.raises(RuleError, match=r"need a rule that gives the block to .*WeighedInputBlock"):
+        load_model(tmp_path / "model", rules_path=rules, progress=False)

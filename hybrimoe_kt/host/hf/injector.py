@@ -12,6 +12,7 @@ from torch import nn
 from hybrimoe_kt.backends.ggml.library import choose_library
 from hybrimoe_kt.backends.gpu_dense import can_multiply
 from hybrimoe_kt.device.choose import device_at
+from hybrimoe_kt.errors import RuleError
 from hybrimoe_kt.host.rules import injection as rule_engine
 from hybrimoe_kt.operators.attention import DecodeAttention
 from hybrimoe_kt.operators.attention_mla import AbsorbedMLA
@@ -80,6 +81,7 @@ class Injector:
         self.placement = self._placed(model, injections)
         self.experts = ModelExperts(overrides=self._overrides)
         rule_engine.inject(model, injections, gguf_loader=self._loader, config=model.config, construct=self._construct)
+        _check_weighed(model, self._rules_file)
         _untie_packed(model)
         _serve_rotary(model)
 
@@ -140,6 +142,17 @@ class Injector:
         if lacking is not None:
             self.warnings.append(_lacking_device(lacking, device))
         return placement
+
+
+def _check_weighed(model: nn.Module, rules_file: Path) -> None:
+    """RuleError where our experts stand in a stock block that hands them every token for every expert."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == WeighedInputBlock.REPLACES and isinstance(module.experts, HybriMoEExperts):
+            raise RuleError(
+                f"{name}: HybriMoEExperts within {type(module).__name__} need a rule that gives the block to "
+                f"{WeighedInputBlock.__module__}.{WeighedInputBlock.__name__}",
+                file=rules_file,
+            )
 
 
 def _untie_packed(model: nn.Module) -> None:
