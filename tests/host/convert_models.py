@@ -29,7 +29,10 @@ def convert(folder: Path, kind: str) -> None:
         given = {"hparams": hparams}
     with torch.inference_mode():
         fused = hparams.get("fuse_gate_up", False)  # as its option --fuse-gate-up-exps
-        cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, **given).write()
+        model = cls(folder, gguf.LlamaFileType[kind], folder / "model.gguf", fuse_gate_up_exps=fused, **given)
+        if cls.__name__ == "BailingMoeModel":
+            model.model_tensors = _named_as_ling(model.model_tensors)
+        model.write()
 
 
 def _qwen4(hparams: dict[str, Any], written: dict[str, Any]) -> None:
@@ -44,6 +47,38 @@ def _mimo(hparams: dict[str, Any], written: dict[str, Any]) -> None:
 
 def _ling(hparams: dict[str, Any], written: dict[str, Any]) -> None:
     hparams |= written
+
+
+def _named_as_ling(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Granite's tensors, by functions that read them, under the names and in the parts of Ling 1's checkpoints."""
+    import torch
+
+    found = dict(tensors)
+
+    def rows_of(whole: str, names: list[str]) -> None:
+        halves = found.pop(whole)
+        for place, name in enumerate(names):
+            found[name] = lambda place=place: halves().chunk(len(names), dim=-2)[place]
+
+    for layer in range(sum(name.endswith("moe.input_linear.weight") for name in tensors)):
+        prefix = f"model.layers.{layer}."
+        parts = [found.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
+        found[f"{prefix}attention.query_key_value.weight"] = lambda parts=parts: torch.cat([part() for part in parts])
+        found[f"{prefix}attention.dense.weight"] = found.pop(f"{prefix}self_attn.o_proj.weight")
+        found[f"{prefix}mlp.gate.weight"] = found.pop(f"{prefix}block_sparse_moe.router.layer.weight")
+        shared, mlp = f"{prefix}shared_mlp.", f"{prefix}mlp."
+        rows_of(f"{shared}input_linear.weight", [f"{mlp}shared_experts.{name}_proj.weight" for name in ("gate", "up")])
+        found[f"{mlp}shared_experts.down_proj.weight"] = found.pop(f"{shared}output_linear.weight")
+        gate_up = found.pop(f"{prefix}block_sparse_moe.input_linear.weight")
+        down = found.pop(f"{prefix}block_sparse_moe.output_linear.weight")
+        for expert in range(len(down())):
+            for place, name in enumerate(("gate", "up")):
+                found[f"{mlp}experts.{expert}.{name}_proj.weight"] = (
+                    lambda gate_up=gate_up, expert=expert, place=place: gate_up()[expert].chunk(2)[place]
+                )
+            found[f"{mlp}experts.{expert}.down_proj.weight"] = lambda down=down, expert=expert: down()[expert]
+    found["model.word_embeddings.weight"] = found.pop("model.embed_tokens.weight")
+    return found
 
 
 def _minimax(hparams: dict[str, Any], written: dict[str, Any]) -> None:

@@ -247,6 +247,14 @@ FAMILIES: dict[str, Family] = {
         residual_multiplier=0.7,
         logits_scaling=2.0,
     ),
+    "ling-1": _family(  # Granite without factors
+        "granitemoeshared", _LOCAL_EXPERTS, head_dim=48, shared_intermediate_size=512, embedding_multiplier=1.0,
+        attention_multiplier=48**-0.5, residual_multiplier=1.0, logits_scaling=1.0,
+        written={
+            "architectures": ["BailingMoeForCausalLM"], "moe_intermediate_size": 256, "num_shared_experts": 2,
+            "norm_topk_prob": True, "first_k_dense_replace": 0,
+        },
+    ),
     "minimax-m2": _family("minimax_m2", _LOCAL_EXPERTS, head_dim=64, partial_rotary_factor=0.5,
                           written={"rotary_dim": 32} | _SIGMOID),
     "minimax-m3": _family(

@@ -170,6 +170,15 @@ def test_missing_and_contradicting_tensors_are_named(damaged: Path) -> None:
         load_model(damaged, progress=False)
 
 
+def test_ling_1_is_not_taken_for_ling_2(damaged: Path) -> None:
+    """Their config.json files have one type."""
+    config = json.loads((damaged / "config.json").read_text())
+    named = {"model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"]}
+    (damaged / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(ModelError, match=r"config\.json cannot be used: Ling 1 runs from a GGUF file"):
+        load_model(damaged, progress=False)
+
+
 def test_other_families_and_broken_files(damaged: Path) -> None:
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))

@@ -94,6 +94,7 @@ def test_every_architecture_is_converted_here() -> None:
         "granitemoeshared": "granitemoe",
         "solar-open": "glm4moe",
         "sarvam-moe": "bailingmoe2",
+        "ling-1": "bailingmoe",
         "ling-2": "bailingmoe2",
         "laguna-m": "laguna",
     }

@@ -1,4 +1,4 @@
-"""Families with grouped-query attention and one kind of layer: Mixtral, OLMoE, Granite, MiniMax-M2, ERNIE 4.5."""
+"""Families with grouped-query attention and one kind of layer: Mixtral, OLMoE, Granite, Ling 1, MiniMax-M2, ERNIE."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
@@ -18,6 +19,7 @@ from .common import (
     SIGMOID,
     SOFTMAX,
     only_gated_by,
+    scale,
     stacked,
     unpermuted,
     without,
@@ -95,6 +97,35 @@ GRANITE_SHARED = replace(
 )
 
 
+def _ling(key: Key) -> Mapping[str, Any]:
+    only_gated_by("bailingmoe", SOFTMAX, key)
+    if not key("expert_weights_norm", False):
+        raise ModelError(
+            "bailingmoe without normalised routing weights is not supported; every released model has them"
+        )
+    if (factor := scale(key)) != 1.0:
+        raise ModelError(f"bailingmoe with expert_weights_scale {factor:g} is not supported; no released model has one")
+    width = key("attention.key_length")
+    if key("rope.dimension_count", width) != width:
+        raise ModelError("bailingmoe that rotates a part of its heads is not supported; no released model does")
+    return {
+        "attention_multiplier": width**-0.5,
+        "shared_intermediate_size": key("expert_feed_forward_length") * key("expert_shared_count"),
+    }
+
+
+_LING = replace(  # Transformers has no model of Ling 1: it is Granite with shared experts, and no factors
+    GRANITE_SHARED,
+    gguf="bailingmoe",
+    alias="",
+    answer_format="",
+    pre_tokenizers=("bailingmoe",),
+    skeleton={**GRANITE_SHARED.skeleton, "num_hidden_layers": 28, "head_dim": 16},
+    keys=_PLAIN_WIDTH | {"intermediate_size": "expert_feed_forward_length", "head_dim": "attention.key_length"},
+    constants={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+    derive=_ling,
+)
+
 FAMILIES = (
     Architecture(  # with experts: Mixtral, whose routing weights are always normalised
         gguf="llama",
@@ -119,6 +150,7 @@ FAMILIES = (
         constants={"norm_topk_prob": False, "clip_qkv": None},  # llama.cpp's reading of the family
     ),
     replace(_GRANITE, variant=_shared_width, variants={"shared": GRANITE_SHARED}),
+    _LING,
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",

@@ -47,6 +47,13 @@ def _bailing(key: Key) -> Mapping[str, Any]:
     }
 
 
+def _not_first(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuse Ling 1's config.json, which has the same type and describes another model."""
+    if "BailingMoeForCausalLM" in (values.get("architectures") or ()):
+        raise ValueError("Ling 1 runs from a GGUF file, whose metadata says all that is needed")
+    return values
+
+
 def _hunyuan(key: Key) -> Mapping[str, Any]:
     only_gated_by("hunyuan-moe", SOFTMAX, key)
     wide, shared = key("expert_feed_forward_length"), key("expert_shared_feed_forward_length")
@@ -102,6 +109,7 @@ FAMILIES = (
         model_type="sarvam_moe",
         answer_format="hermes",
         other_types=("bailing_moe", "bailing_moe_v2"),
+        restated=_not_first,
         layers={"Glm4MoeDecoderLayer": LayerKind()},
         shared_experts={"Glm4MoeMoE": "shared_experts"},
         rules="glm4moe",
