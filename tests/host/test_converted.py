@@ -16,7 +16,12 @@ from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Sampling
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, REFUSED
+from hybrimoe_kt.host.hf.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    architecture_of_type,
+    every_architecture,
+)
 from hybrimoe_kt.host.hf.gates import logits_and_ids
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.hf.look_ahead import moe_gates
@@ -260,3 +265,10 @@ def test_what_cannot_run_is_refused_with_its_reason(tmp_path: Path, name: str) -
     writer.close()
     with pytest.raises(ModelError, match=f"architecture '{name}' is not supported: .*; use llama.cpp for it"):
         load_model(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("model_type", sorted({name for family in REFUSED.values() for name in family.model_types}))
+def test_what_cannot_run_is_refused_by_its_type(tmp_path: Path, model_type: str) -> None:
+    assert model_type not in {family.model_type for family in every_architecture()}
+    with pytest.raises(ModelError, match=f"model type '{model_type}' is not supported: .*; use llama.cpp for it"):
+        architecture_of_type(str(tmp_path), model_type)

@@ -22,12 +22,16 @@ from hybrimoe_kt.operators.router import FusedRouter
 
 CONTRACT = ("a.module", None, None)
 FAMILIES = skeleton_names()
-ROUTED = [family for family in FAMILIES if family not in ("gemma4", "hunyuan-moe", "afmoe")]
+ROUTED = [family for family in FAMILIES if family not in ("gemma4", "hunyuan-moe", "afmoe", "llama4")]
 """Whose routers are a matrix and a choice; the others' rules leave theirs alone."""
 TURNED = [
     family
     for family in FAMILIES
-    if family not in ("deepseek2", "deepseek32", "glm-dsa", "gemma4", "gpt-oss", "nemotron_h_moe", "granitehybrid")
+    if family
+    not in (
+        "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "gemma4", "gpt-oss", "nemotron_h_moe", "granitehybrid",
+        "llama4", "kimi-linear", "bailingmoe3",
+    )
 ]
 """Whose attention turns queries and keys in one call, by cosines and sines of a head's width."""
 

@@ -47,10 +47,40 @@ class Refused:
     reason: str
     """Ends the sentence "... is not supported: "."""
     model_types: tuple[str, ...]
-    """What Transformers calls it."""
+    """What Transformers calls it, if it has a model of it."""
 
 
 REFUSED = {
+    "phimoe": Refused(
+        "it chooses two experts one after the other and normalises with a mean, and llama.cpp does neither", ("phimoe",)
+    ),
+    "jamba": Refused("most of its layers are state spaces of Mamba's first kind, which nothing here reads", ("jamba",)),
+    "dbrx": Refused(
+        "its layers and experts are called otherwise in Transformers, and queries, keys and values are cut together",
+        ("dbrx",),
+    ),
+    "cohere2moe": Refused(
+        "attention and experts stand beside each other behind one norm, which nothing here reads", ("cohere2_moe",)
+    ),
+    "hy_v4": Refused(
+        "it keeps several streams of hidden states and mixes them in a way that nothing here reads",
+        ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+    ),
+    "glm5-next": Refused(
+        "it has linear attention between several streams of hidden states, which nothing here reads together",
+        ("glm5_next", "glm5_next_text"),
+    ),
+    "minimax-01": Refused("its linear attention decays at fixed rates, which nothing here reads", ("minimax",)),
+    "ernie4_5-vl-moe": Refused(
+        "it has other experts for pictures than for text, and llama.cpp has no files of it",
+        ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+    ),
+    "kimi-k3": Refused("Transformers has no model of it, whose layers also read what all earlier ones left", ()),
+    "smallthinker": Refused("Transformers has no model of it, whose routers choose in front of attention", ()),
+    "grovemoe": Refused("Transformers has no model of it, whose experts share smaller ones by groups", ()),
+    "llada-moe": Refused("it writes by uncovering masked words, where this program writes one token after another", ()),
+    "rnd1": Refused("it writes by uncovering masked words, where this program writes one token after another", ()),
+    **{name: Refused("Transformers has no model of it", ()) for name in ("arctic", "deepseek", "grok")},
     "longcat-flash": Refused(
         "some of its experts are none and pass on what they are given, and llama.cpp has no files of it",
         ("longcat_flash",),
