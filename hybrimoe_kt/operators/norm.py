@@ -89,8 +89,11 @@ class FusedRMSNorm(Adopted):
         return same is True
 
     def _once(self, known: dict[type[nn.Module], _T], ask: Callable[[Norm, float], _T]) -> _T | None:
-        """What asking the stock class says, asked once; None for what is more than a weight and an epsilon."""
-        if getattr(self, "bias", None) is not None or not self.epsilon:
+        """What asking the stock class says, asked once; None for what is more than a weight and an epsilon.
+
+        A norm of groups, as Qwen3.8's of its streams, is of a class whose other modules norm rows.
+        """
+        if getattr(self, "bias", None) is not None or getattr(self, "group_size", None) or not self.epsilon:
             return None
         if self.stock_class not in known:
             known[self.stock_class] = ask(self._stock, self.epsilon)
