@@ -171,8 +171,13 @@ def _refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} has no groups of query heads"
     if not hasattr(sys.modules[type(module).__module__], _INTERFACE):
         return f"{type(module).__name__} does not ask Transformers who attends"
-    if any(getattr(owner, name, None) for owner in (module, getattr(module, "config", None)) for name in _CAPS):
+    config = getattr(module, "config", None)
+    if any(getattr(owner, name, None) for owner in (module, config) for name in _CAPS):
         return "it caps its scores"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "its model attends in chunks of positions, which only a mask says"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "its queries grow with their position, which is counted on the host"
     if unknown := sorted(_given_by_name(module) - _UNDERSTOOD):
         return f"{type(module).__name__} attends with {', '.join(unknown)}"
     AttentionInterface.register(_FIXED, _attend_fixed)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, Gemma2Config, Qwen3MoeConfig
+from transformers import DynamicCache, Gemma2Config, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+from transformers.models.llama4.modeling_llama4 import Llama4TextAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRotaryEmbedding
 
 from hybrimoe_kt.engine.growing_cache import growing_cache
@@ -131,6 +132,26 @@ class Biased(Qwen3MoeAttention):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         bias = hidden_states.new_zeros(1)
         return kwargs["attend"](self, hidden_states, scaling=self.scaling, dropout=0.0, position_bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "is_tempered", "reason"),
+    [
+        (8, False, "its model attends in chunks of positions, which only a mask says"),
+        (None, True, "its queries grow with their position, which is counted on the host"),
+        (None, False, None),
+    ],
+)
+def test_attention_by_positions_takes_neither_fixed_steps_nor_prompts_without_a_mask(
+    chunk: int | None, is_tempered: bool, reason: str | None
+) -> None:
+    """Llama 4's, in its layers of either kind."""
+    settings = Llama4TextConfig(
+        num_hidden_layers=4, attention_chunk_size=chunk, attn_temperature_tuning=is_tempered, hidden_size=HIDDEN,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    for layer in (0, 3):
+        assert DecodeAttention(KEY, None, settings, Llama4TextAttention(settings, layer)).refusal == reason
 
 
 def test_nor_does_attention_that_is_told_more_than_we_know() -> None:
