@@ -20,10 +20,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -317,7 +314,6 @@ def _build(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of what it has no place for."""
     different = "the weights and the configuration belong to different models"
-    _convert_as_the_whole(config.model_type)
     loaded: Any = cls.from_pretrained(  # a pair, with `output_loading_info`
         None,
         config=config,
@@ -339,14 +335,6 @@ def _build(
         name, found, wanted = mismatched[0]
         raise ModelError(f"{source.file.path}: {name} is {list(found)}, expected {list(wanted)}; {different}")
     return model, sorted(report["unexpected_keys"])
-
-
-def _convert_as_the_whole(model_type: str) -> None:
-    """Let the part that writes, of a model that also sees, be loaded by the names that the whole's files have."""
-    whole = model_type.removesuffix("_text")
-    known = get_checkpoint_conversion_mapping(whole)
-    if whole != model_type and known is not None and get_checkpoint_conversion_mapping(model_type) is None:
-        register_checkpoint_conversion_mapping(model_type, known)
 
 
 def _mismatched(model: nn.Module, parameters: Mapping[str, tuple[int, ...]]) -> list[tuple[str, Any, Any]]:

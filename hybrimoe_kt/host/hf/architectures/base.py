@@ -19,7 +19,18 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .rotary import Rotary, rotary_of
 
-__all__ = ["ONE_EACH", "STACKED", "Architecture", "Composed", "Key", "LayerKind", "Moves", "Transform", "gated_form"]
+__all__ = [
+    "ONE_EACH",
+    "STACKED",
+    "W1_W3_W2",
+    "Architecture",
+    "Composed",
+    "Key",
+    "LayerKind",
+    "Moves",
+    "Transform",
+    "gated_form",
+]
 
 Moves = Literal["rows", "columns"]
 Key = Callable[..., Any]
@@ -88,6 +99,7 @@ class LayerKind:
 
 
 ONE_EACH = ExpertNames.like("mlp.experts.{expert}.{matrix}.weight")
+W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 STACKED = ExpertNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -114,7 +126,7 @@ class Architecture:
     checkpoint_names: tuple[ExpertNames, ...] = (ONE_EACH, STACKED)
     """What a checkpoint may call a layer's experts, tried in this order."""
     checkpoint_type: str = ""
-    """The model type whose names its checkpoints have, where it is not that of `model_type`, with `_text` or without.
+    """The model type whose names its checkpoints have, where it is not `model_type`: that of a model which also sees.
 
     What such names begin with is not looked at.
     """

@@ -18,6 +18,7 @@ __all__ = [
     "GQA_KEYS",
     "GQA_SKELETON",
     "MINUS_ONE",
+    "OFFSET_NORMS",
     "ROW",
     "SIGMOID",
     "SKELETON",
@@ -68,6 +69,17 @@ STATE_SPACE_TRANSFORMS = {"A_log": _DECAY, "D": _FLAT, "norm.weight": _FLAT, "co
 
 MINUS_ONE = Transform(lambda tensor, key: tensor - 1)
 """Norms are stored as the factor they multiply by; some modules keep its distance from one."""
+
+OFFSET_NORMS = dict.fromkeys(
+    (
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "q_norm.weight",
+        "k_norm.weight",
+        "model.norm.weight",
+    ),
+    MINUS_ONE,
+)
 
 ROW = Transform(build=lambda tensor, key: tensor.view(1, -1), shape=lambda shape: (1, shape[-1]))
 """A matrix of one row, which some converters store as a vector."""

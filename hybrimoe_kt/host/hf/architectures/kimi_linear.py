@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from hybrimoe_kt.errors import ModelError
-from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import ONE_EACH, STACKED, Architecture, Composed, Key, Transform
+from .base import ONE_EACH, STACKED, W1_W3_W2, Architecture, Composed, Key, Transform
 from .common import CORRECTION, DECODER_KEYS, SIGMOID, only_gated_by, scale
 from .deepseek import KV_B, LATENT_SKELETON, even_out_norms
 
@@ -87,7 +86,7 @@ FAMILIES = (
         | {"num_hidden_layers": 27, "q_lora_rank": None, "num_local_experts": 4, "linear_head_dim": 16}
         | {"linear_num_heads": 4, "pad_token_id": 0},
         checkpoint_names=(
-            ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", gate="w1", up="w3", down="w2"),
+            W1_W3_W2,
             ONE_EACH,
             STACKED,
         ),

@@ -7,14 +7,13 @@ from typing import Any
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.expert_form import ExpertForm
-from hybrimoe_kt.weights.checkpoint import ExpertNames
 
-from .base import STACKED, Architecture, Key
+from .base import STACKED, W1_W3_W2, Architecture, Key
 from .common import (
     CORRECTION,
     GQA_KEYS,
     GQA_SKELETON,
-    MINUS_ONE,
+    OFFSET_NORMS,
     SIGMOID,
     only_gated_by,
     partial_rotary,
@@ -51,12 +50,12 @@ def _cut(config: Any, layer: int) -> ExpertForm:
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 _INDEXER = "self_attn.indexer."
-_NORMS = "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "model.norm"
 
 FAMILIES = (
     Architecture(
         gguf="minimax-m3",
         model_type="minimax_m3_vl_text",
+        checkpoint_type="minimax_m3_vl",
         answer_format="minimax",
         pre_tokenizers=("minimax-m2",),
         skeleton=without(GQA_SKELETON, "moe_intermediate_size", "num_experts")
@@ -64,7 +63,7 @@ FAMILIES = (
         | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57, "layer_types": [_DENSE] * 3 + [_SPARSE] * 57}
         | {"dense_intermediate_size": 64, "shared_intermediate_size": 32, "index_head_dim": 16, "index_n_heads": 2},
         checkpoint_names=(
-            ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", gate="w1", up="w3", down="w2"),
+            W1_W3_W2,
             STACKED,
         ),
         keys=without(GQA_KEYS, "moe_intermediate_size", "num_experts")
@@ -96,7 +95,7 @@ FAMILIES = (
             "mlp.gate_up_proj.weight": stacked("ffn_gate", "ffn_up"),
             "mlp.shared_experts.gate_up_proj.weight": stacked("ffn_gate_shexp", "ffn_up_shexp"),
         },
-        transforms={f"{name}.weight": MINUS_ONE for name in _NORMS},
+        transforms=OFFSET_NORMS,
         float32=(_BIAS,),
         norm_offset=1.0,
         expert_form=_cut,

@@ -10,7 +10,7 @@ from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
-from .base import STACKED, Architecture, Key, LayerKind
+from .base import STACKED, W1_W3_W2, Architecture, Key, LayerKind
 from .common import (
     CORRECTION,
     DECODER_KEYS,
@@ -37,7 +37,6 @@ _PLAIN_WIDTH = without(DECODER_KEYS, "moe_intermediate_size") | {
     "num_local_experts": "expert_count",
 }
 _PLAIN_SKELETON = without(GQA_SKELETON, "moe_intermediate_size") | {"num_local_experts": 4}
-_W1_W3_W2 = ExpertNames.like("block_sparse_moe.experts.{expert}.{matrix}.weight", "w1", "w3", "w2")
 _INPUT_OUTPUT = ExpertNames(
     "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.input_linear.weight",
@@ -134,7 +133,7 @@ FAMILIES = (
         layers={"MixtralDecoderLayer": LayerKind(takes_models_window=True)},
         alias="mixtral",
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 32},
-        checkpoint_names=(_W1_W3_W2, STACKED),
+        checkpoint_names=(W1_W3_W2, STACKED),
         pre_tokenizers=("llama-bpe", "tekken"),
         keys=_PLAIN_WIDTH | {"intermediate_size": "feed_forward_length"},
         optional_keys={"head_dim": "attention.key_length"},
@@ -157,7 +156,7 @@ FAMILIES = (
         answer_format="minimax",
         layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},
-        checkpoint_names=(_W1_W3_W2, STACKED),
+        checkpoint_names=(W1_W3_W2, STACKED),
         pre_tokenizers=("minimax-m2",),
         keys=_PLAIN_WIDTH | {"intermediate_size": "expert_feed_forward_length", "head_dim": "attention.key_length"},
         derive=_minimax,

@@ -11,7 +11,7 @@ import torch
 from hybrimoe_kt.errors import ModelError
 
 from .base import ONE_EACH, STACKED, Architecture, Composed, Key, LayerKind, Transform
-from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, MINUS_ONE, ROW
+from .common import CHANNELS, GQA_KEYS, GQA_SKELETON, OFFSET_NORMS, ROW
 
 __all__ = ["FAMILIES", "HYBRID_KEYS", "HYBRID_NAMES", "HYBRID_SKELETON", "LINEAR_TRANSFORMS", "hybrid"]
 
@@ -64,14 +64,7 @@ def hybrid(key: Key) -> Mapping[str, Any]:
     }
 
 
-_HYBRID_TRANSFORMS = {
-    "mlp.shared_expert_gate.weight": ROW,
-    "input_layernorm.weight": MINUS_ONE,
-    "post_attention_layernorm.weight": MINUS_ONE,
-    "q_norm.weight": MINUS_ONE,
-    "k_norm.weight": MINUS_ONE,
-    "model.norm.weight": MINUS_ONE,
-}
+_HYBRID_TRANSFORMS = OFFSET_NORMS | {"mlp.shared_expert_gate.weight": ROW}
 
 
 def _qkvz(qkv: torch.Tensor, gate: torch.Tensor, key: Key) -> torch.Tensor:

@@ -10,18 +10,11 @@ from hybrimoe_kt.expert_form import SWIGLU, ExpertForm
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 
 from .base import STACKED, Architecture, Key
-from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, MINUS_ONE, SIGMOID, only_gated_by, scale, windows, without
+from .common import CORRECTION, GQA_KEYS, GQA_SKELETON, OFFSET_NORMS, SIGMOID, only_gated_by, scale, windows, without
 
 __all__ = ["FAMILIES"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
-_NORMS = (
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-    "q_norm.weight",
-    "k_norm.weight",
-    "model.norm.weight",
-)
 _EACH = ExpertNames("moe.gate_proj.weight", "moe.up_proj.weight", "moe.down_proj.weight")
 
 
@@ -104,7 +97,7 @@ FAMILIES = (
         constants={"pad_token_id": 1},  # its configuration takes no other word for none
         derive=_derived,
         names={_BIAS: CORRECTION, "self_attn.g_proj.weight": "blk.{layer}.attn_gate.weight"},
-        transforms=dict.fromkeys(_NORMS, MINUS_ONE),
+        transforms=OFFSET_NORMS,
         float32=(_BIAS, "mlp.gate.weight"),
         has_rotary_kinds=True,
         norm_offset=1.0,
