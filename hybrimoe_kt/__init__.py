@@ -56,6 +56,8 @@ def load(
     metadata: Mapping[str, Any] | None = None,
     kv_cache_type: str | None = None,
     eager: bool = False,
+    parallel: int = 1,
+    cache_ram: int | None = None,
     progress: bool = False,
 ) -> Engine:
     """Load a model and return an engine that answers; takes seconds to minutes.
@@ -69,8 +71,9 @@ def load(
     `context_tokens` limits prompt and answer together, by default the model's own limit. `metadata` takes
     the place of a GGUF file's own, as in {"qwen3moe.expert_used_count": 4}. `kv_cache_type` is how keys and values are
     kept: f16, f32 or q8_0, on a GPU bf16 as well; by default f16 on a CPU and the model's dtype on a GPU. `eager`
-    runs the model's own code for every token, where a GPU would replay what it captured. `progress` shows bars on
-    standard error.
+    runs the model's own code for every token, where a GPU would replay what it captured. `parallel` answers may be
+    begun at once and share steps; `cache_ram` bytes are for conversations that were answered, by default an eighth of
+    the machine's memory. `progress` shows bars on standard error.
 
     Sets torch's number of threads and switches cuDNN's attention off, both for the whole process. Raises ModelError
     for files that cannot be used, ConfigError (RuleError in a rule file) for options, CapacityError for want of memory.
@@ -95,5 +98,7 @@ def load(
         metadata=metadata,
         kv_cache_type=kv_cache_type,
         eager=eager,
+        parallel=parallel,
+        cache_ram=cache_ram,
         progress=progress,
     )

@@ -14,10 +14,12 @@ from rich.console import Console
 from hybrimoe_kt.device.cores import let_idle_threads_sleep
 from hybrimoe_kt.errors import ConfigError, ModelError
 from hybrimoe_kt.models import embedded_model
+from hybrimoe_kt.sizes import parse_bytes
 from hybrimoe_kt.weights.overrides import parse_overrides
 
 from .chat_output import visible
 from .options import expert_overrides
+from .server_options import DEFAULT_PARALLEL
 
 if TYPE_CHECKING:
     from hybrimoe_kt.engine.engine import Engine
@@ -57,10 +59,28 @@ def load_engine(options: argparse.Namespace, console: Console) -> Engine:
         progress=sys.stderr.isatty(),
         time_shares=options.verbose,
         eager=options.eager,
+        parallel=_parallel(options),
+        cache_ram=_cache_ram(options),
     )
     if options.reasoning_effort is not None:
         _set_effort(engine, options.reasoning_effort)
     return engine
+
+
+def _parallel(options: argparse.Namespace) -> int:
+    if not getattr(options, "is_server", False):
+        return 1
+    return DEFAULT_PARALLEL if options.parallel is None else int(options.parallel)
+
+
+def _cache_ram(options: argparse.Namespace) -> int | None:
+    text = options.cache_ram
+    if text is None or text == "0":
+        return None if text is None else 0
+    num_bytes = parse_bytes(text)
+    if not num_bytes:
+        raise ConfigError(f"--cache_ram {text!r} is not understood: give bytes, such as 500MiB or 8GiB, or 0")
+    return num_bytes
 
 
 def _set_effort(engine: Engine, effort: str) -> None:

@@ -127,6 +127,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="on a GPU, run the model's own code for every token; by default a token's step is captured and replayed",
     )
     model.add_argument(
+        "--cache_ram", metavar="SIZE",
+        help="host memory for conversations that were answered (8GiB, 0: only the last one); a prompt that begins like "
+        "one is read from where it differs; default: an eighth of the machine's",
+    )  # fmt: skip
+    model.add_argument(
         "--cache_lens", "--context_tokens", type=_whole(1), metavar="TOKENS", dest="cache_lens",
         help="context limit, and what a GPU's memory is planned for; default: the model's own, planned up to 8192",
     )  # fmt: skip

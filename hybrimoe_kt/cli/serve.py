@@ -84,6 +84,7 @@ def server_settings(options: argparse.Namespace) -> Settings:
         "model_name": options.model_name,
         "api_key": options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE),
         "max_waiting": options.max_waiting,
+        "max_per_client": options.max_per_client,
         "max_request_bytes": _size(options.max_request_size),
         "origins": tuple(map(_origin, options.cors_origin or ())),
         "shutdown_s": options.shutdown_s,

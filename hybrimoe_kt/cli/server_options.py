@@ -7,13 +7,16 @@ from pathlib import Path
 
 from .terminal import number, whole
 
-__all__ = ["API_KEY_VARIABLE", "add_server_flags", "settle_server"]
+__all__ = ["API_KEY_VARIABLE", "DEFAULT_PARALLEL", "add_server_flags", "settle_server"]
 
 API_KEY_VARIABLE = "HYBRIMOE_API_KEY"
 
+DEFAULT_PARALLEL = 4
+"""Answers at once: agents seldom ask for more, and each one more makes all others slower. A choice."""
+
 # What only the server does, and what only an answer in the terminal has.
 _SERVER_ONLY = (
-    "model_name", "api_key", "max_waiting", "max_request_size", "cors_origin", "shutdown_s", "ssl_certfile",
+    "model_name", "api_key", "parallel", "max_waiting", "max_per_client", "max_request_size", "cors_origin", "shutdown_s", "ssl_certfile",
     "ssl_keyfile",
 )  # fmt: skip
 _TERMINAL_ONLY = ("prompt", "prompt_file", "stats_json", "timeline")
@@ -27,6 +30,14 @@ def add_server_flags(server: argparse._ArgumentGroup) -> None:
     server.add_argument(
         "--api_key", metavar="KEY", help=f"what clients must send; others see it here, not in ${API_KEY_VARIABLE}"
     )
+    server.add_argument(
+        "--parallel", type=whole(1, 64), metavar="N",
+        help=f"answers at once, default {DEFAULT_PARALLEL}; they share the context's memory on a GPU",
+    )  # fmt: skip
+    server.add_argument(
+        "--max_per_client", type=whole(0), metavar="N",
+        help="requests of one address that may wait or be answered; default 0: no limit of its own",
+    )  # fmt: skip
     server.add_argument(
         "--max_waiting", type=whole(0), metavar="N", help="requests that may wait, default 64; more get 429"
     )

@@ -37,6 +37,8 @@ def build_engine(
     progress: bool = True,
     time_shares: bool = False,
     eager: bool = False,
+    parallel: int = 1,
+    cache_ram: int | None = None,
     assemble: Callable[[ModelExperts], Runtime] = assemble,
 ) -> Engine:
     """Load model and tokenizer and share the machine's cores between torch and the experts.
@@ -68,7 +70,10 @@ def build_engine(
     tokenizer = load_tokenizer(file, model_path or (file.path if isinstance(file, Checkpoint) else None))
     shares = TimeShares(loaded.model, loaded.runtime, loaded.dense_seconds) if time_shares else None
     captures = False if eager else None
-    return Engine(loaded, tokenizer, context_tokens=context_tokens, shares=shares, captures=captures)
+    return Engine(
+        loaded, tokenizer, context_tokens=context_tokens, shares=shares, captures=captures, parallel=parallel,
+        cache_ram=cache_ram,
+    )  # fmt: skip
 
 
 def _switch_cudnn_attention_off() -> None:

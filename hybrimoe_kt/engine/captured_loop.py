@@ -122,7 +122,7 @@ class CapturedLoop:
             ids.fill_(token)
 
     def _compute(self, cache: GrowingCache) -> None:
-        runtime, now = self._loaded.runtime, (id(cache), cache.num_moves)
+        runtime, now = self._loaded.runtime, (cache.number, cache.num_moves)
         if not self.captures or (self._serves_experts and self._accelerator not in runtime.accelerators):
             self._ask(cache)  # as well where it has been given up: what was enqueued may never end
             return

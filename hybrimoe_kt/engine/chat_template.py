@@ -21,7 +21,7 @@ from hybrimoe_kt.errors import ConfigError, ModelError, first_line
 from .call_notations import CallNotation
 from .earlier_turns import with_calls, with_thoughts, with_tools
 
-__all__ = ["chat_prompt", "encode_chat", "template_takes"]
+__all__ = ["answer_beginning", "chat_prompt", "encode_chat", "template_takes"]
 
 # Arguments of Transformers' own function, which the template never sees or gets another way.
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
@@ -69,6 +69,25 @@ def chat_prompt(
         reason = first_line(error)
         raise ModelError(f"the model's chat template refuses this conversation: {reason}") from None
     return encode_chat(tokenizer, text)
+
+
+def answer_beginning(tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]) -> list[int]:
+    """What a chat template writes of an answer's turn before the answer, as token ids; none where it does not tell."""
+    if tokenizer.chat_template is None:
+        return []
+    hello: Any = [{"role": "user", "content": "hello"}]
+    texts = []
+    for begins in (False, True):
+        try:
+            text = tokenizer.apply_chat_template(
+                hello, add_generation_prompt=begins, tokenize=False, **template_options
+            )
+        except Exception:  # a template that reads parts, say: it is a program of the file's own
+            return []
+        texts.append(str(text))
+    if not texts[1].startswith(texts[0]):
+        return []
+    return list(tokenizer(texts[1][len(texts[0]) :], add_special_tokens=False)["input_ids"])
 
 
 def _functions(

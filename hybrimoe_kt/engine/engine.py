@@ -25,11 +25,11 @@ __all__ = ["Engine", "Run", "Sampling"]
 
 
 class Engine(TokenGenerator):
-    """A loaded model that answers, one answer at a time.
+    """A loaded model that answers.
 
-    Not for several threads at once; only a `stop` event may be set from another. The KV cache of the last answer is
-    kept, and a prompt that begins like it is computed from where it differs. Nothing needs closing: what nobody refers
-    to, Python's garbage collector gives back, also an accelerator's memory.
+    Not for several threads at once; only a `stop` event may be set from another. Conversations are kept in a memory
+    budget, and a prompt that begins like one of them is computed from where it differs. Nothing needs closing: what
+    nobody refers to, Python's garbage collector gives back, also an accelerator's memory.
     """
 
     def __init__(
@@ -40,15 +40,21 @@ class Engine(TokenGenerator):
         context_tokens: int | None = None,
         shares: TimeShares | None = None,
         captures: bool | None = None,
+        parallel: int = 1,
+        cache_ram: int | None = None,
     ) -> None:
         """`context_tokens` limits prompt and answer together; by default the model's own limit.
 
-        `captures` as of `captured_loop`.
+        `parallel` answers at once share its steps; `cache_ram` as of `TokenGenerator`, `captures` as of
+        `captured_loop`.
         """
         ends = loaded.model.config.eos_token_id
         known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         known |= end_ids(loaded.loader.file.metadata, tokenizer.added_tokens_encoder)
-        super().__init__(loaded, known - {None}, context_tokens=context_tokens, shares=shares, captures=captures)
+        super().__init__(
+            loaded, known - {None}, context_tokens=context_tokens, shares=shares, captures=captures, parallel=parallel,
+            cache_ram=cache_ram,
+        )  # fmt: skip
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, loaded.model)
 
@@ -128,9 +134,12 @@ class Engine(TokenGenerator):
                 raise ConfigError(f"the chat template of {self.model_name!r} has no option {name!r}; leave it out")
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         prompt = vocabulary.chat_ids(given, tools or None, template_options)
+        turn = vocabulary.turn_of(prompt, template_options)
         self.check_length(prompt)
         parts = None if as_written and vocabulary.writes_think else vocabulary.response_parts(prompt, tools)
-        return Request(prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts)
+        return Request(
+            prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts, turn=turn
+        )
 
     def info(self) -> ModelInfo:
         """What the model is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ Not so beside layers that compress what has left the window: one mask is of both
 """
 
 
+_NUMBERS = count()
 _HELD = "keys", "values", "indexer_keys", "idx_keys"
 _COMPRESSED = "compressed_kv", "buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate"
 """Where DeepSeek-V4's layers keep tokens that have left the window, and those that will be compressed next."""
@@ -35,6 +37,11 @@ class GrowingCache(DynamicCache):
     In a *fixed* step, one of a single token, everything stays where it is: keys and values are written at a position
     that is read on the device, and attention is given all the room there is and the length, on the device as well.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.number = next(_NUMBERS)
+        """No other cache's, also once this one is gone."""
 
     @property
     def num_moves(self) -> int:

@@ -46,6 +46,14 @@ class RoomLayer(DynamicLayer):
         """Have room for `length` tokens; one was held before."""
         raise NotImplementedError
 
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]:
+        """What is held of the first `length` tokens, in its memory; nothing before the first token."""
+        raise NotImplementedError
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None:
+        """Hold a copy of what another layer of this kind has read, and nothing else."""
+        raise NotImplementedError
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -62,6 +70,7 @@ class GrowingLayer(RoomLayer):
     """Keys and values `[batch, heads, tokens, width]`."""
 
     num_moves = 0
+    _moved, _column = -1, 0
 
     def __init__(self, dtype: torch.dtype | None, most_tokens: int | None) -> None:
         """Kept in `dtype`, None: the model's, in which they are handed out; `most_tokens` as of `with_room`."""
@@ -130,6 +139,41 @@ class GrowingLayer(RoomLayer):
             room.index_copy_(2, self.position, new.to(room.dtype))
         return keys, values
 
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]:
+        return tuple(room[..., :length, :] for room in self._rooms if room is not None)
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None:
+        self.length = 0
+        if states:
+            if not self.is_initialized:
+                self.lazy_initialization(*states)
+            self._append((states[0], states[1]))
+
+    @property
+    def rooms(self) -> tuple[torch.Tensor | None, ...]:
+        """The memory of keys and of values, `[batch, heads, room, width]`; None before the first token."""
+        return tuple(self._rooms)
+
+    def move_into(self, keys: torch.Tensor, values: torch.Tensor, *, column: int) -> None:
+        """Have what is held in this memory from now on: a part of a longer one, in which it begins at `column`."""
+        for place, room in enumerate((keys, values)):
+            held = self._held(place)
+            assert held is not None, "a token was held before"
+            room[..., : self.length, :] = held
+            self._rooms[place] = room
+        self.num_moves += 1
+        self._moved, self._column = self.num_moves, column
+
+    def move_out(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have what is held in memory of its own again: copies of it."""
+        self._rooms = [keys, values]
+        self.num_moves += 1
+
+    @property
+    def end_column(self) -> int | None:
+        """Where the next token goes in the memory that `move_into` has put it into; None: it has moved since."""
+        return self._column + self.length if self._moved == self.num_moves else None
+
     @property
     def room(self) -> int:
         return 0 if self._rooms[0] is None else self._rooms[0].shape[-2]
@@ -168,6 +212,15 @@ class QuantizedLayer(RoomLayer):
         assert self.position is not None, "placed before"
         held.write(new, self.position)
         return held.read_room(self._floats.of(place, held.shape, new), self.fixed_length)
+
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]:
+        return tuple(part for held in self._held for part in held.blocks(length))
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None:
+        self.length = 0
+        if states:
+            for held, blocks in zip(self._held, (states[:2], states[2:]), strict=True):
+                held.append_blocks(blocks[0], blocks[1])
 
     @property
     def room(self) -> int:

@@ -31,15 +31,22 @@ class QuantizedStates:
 
     def append(self, states: torch.Tensor) -> None:
         """Take `[batch, heads, tokens, width]`, floats."""
-        numbers, scales = _blocks_of(states)
+        self.append_blocks(*_blocks_of(states))
+
+    def append_blocks(self, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take blocks as they are kept: numbers int8 `[..., tokens, width]`, scales `[..., tokens, width / 32]`."""
         before = self._numbers
         self._numbers = with_room(before, self.length, numbers, self._most_tokens)
         self.num_moves += self._numbers is not before
         self._scales = with_room(self._scales, self.length, scales, self._most_tokens)
-        end = self.length + states.shape[-2]
+        end = self.length + numbers.shape[-2]
         self._numbers[..., self.length : end, :] = numbers
         self._scales[..., self.length : end, :] = scales
         self.length = end
+
+    def blocks(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Numbers and scales of the first `length` tokens, in its memory; nothing before the first token."""
+        return tuple(part[..., :length, :] for part in (self._numbers, self._scales) if part is not None)
 
     def write(self, states: torch.Tensor, position: torch.Tensor) -> None:
         """Put one token at `position`, int64 `[1]` on the device, where there is room for it."""

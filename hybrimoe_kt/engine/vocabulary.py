@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat_template import chat_prompt, template_takes
+from .chat_template import answer_beginning, chat_prompt, template_takes
 from .detokenizer import IncrementalDetokenizer
 from .response_format import ResponseFormat, response_format
 from .response_parts import ResponseParts
@@ -57,6 +57,17 @@ class Vocabulary:
         """Token ids of a conversation, ready for the answer; ModelError when the chat template refuses it."""
         options = {**self.default_options, **(template_options or {})}
         return chat_prompt(self._tokenizer, messages, tools, options, calls=self._format.calls)
+
+    def turn_of(self, prompt: Sequence[int], template_options: Mapping[str, Any] | None = None) -> int | None:
+        """How many tokens of a conversation stand before the answer's turn, which the chat template has begun.
+
+        Later prompts have those as well, and perhaps not what follows. None where the template does not tell.
+        """
+        options = {**self.default_options, **(template_options or {})}
+        begun = answer_beginning(self._tokenizer, options)
+        if not begun or list(prompt[-len(begun) :]) != begun:
+            return None
+        return len(prompt) - len(begun)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text that the model is to go on with."""

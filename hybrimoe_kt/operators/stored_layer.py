@@ -57,6 +57,25 @@ class StoredLayer(DynamicLayer):
         values = held.read_values().reshape(layout.kv_heads, -1, held.length).transpose(1, 2)
         return layout.to_stock(keys)[None].to(dtype), values[None].to(dtype)
 
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]:
+        """What is held of the first `length` tokens, as it is kept, in its memory."""
+        held = self.held
+        values = held.values.memory[:, :length] if held.is_transposed else held.values.memory[:length]
+        return held.keys.memory[:length], values
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None:
+        """Hold a copy of what another layer of this kind has read, and nothing else."""
+        held = self.held
+        held.crop(0)
+        held.reserve(length)
+        keys, values = states
+        held.keys.memory[:length] = keys
+        if held.is_transposed:
+            held.values.memory[:, :length] = values
+        else:
+            held.values.memory[:length] = values
+        held.advance(length)
+
     @property
     def num_bytes(self) -> int:
         """Memory taken."""

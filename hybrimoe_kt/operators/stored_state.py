@@ -33,6 +33,18 @@ class StoredState(LinearAttentionLayer):
         super().__init__()
         self.record_past = True
 
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]:
+        """What is held of all tokens, in its memory; there is nothing of the first `length` alone."""
+        return self.held.matrices, self.held.kept
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None:
+        """Hold a copy of what another layer of this kind has read of `length` tokens, and nothing else."""
+        held, (matrices, kept) = self.held, states
+        held.clear()
+        held.matrices.copy_(matrices)
+        held.kept.copy_(kept)
+        held.length = length
+
     @property
     def num_bytes(self) -> int:
         """Memory taken."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from hybrimoe_kt.backends.call_checks import check_finite
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.timeline import Timeline
-from hybrimoe_kt.core.types import LayerSpec, Plan, Routing
+from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator, Event
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
@@ -62,6 +63,7 @@ class Runtime:
         self.seconds = Seconds()
         self.recorder: RoutingRecorder | None = None
         self._log: ActivityLog | None = None
+        self._phase: Phase | None = None
         self._begun: Job | None = None
         """What has not been finished, and has no answer yet."""
         self._owed: Job | None = None
@@ -172,6 +174,15 @@ class Runtime:
         self._leave_owed()
         shrunk = [self._recovery.make_room(lane, cause) for lane in self.lanes]
         return any(shrunk)
+
+    @contextmanager
+    def in_phase(self, phase: Phase) -> Iterator[None]:
+        """Say what the steps within are part of, where what they route does not: one token of each of several texts."""
+        self._phase = phase
+        try:
+            yield
+        finally:
+            self._phase = None
 
     def run(self, layer: int, routed: Routed) -> torch.Tensor:
         """Compute one layer's experts: `begin` and `finish`."""
@@ -297,13 +308,15 @@ class Runtime:
     def _begin(self, job: Job, routed: Routed) -> None:
         """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
         if not self.executor.lanes and self._nobody_listens:
-            self._on_cpu.begin(job, routed)
+            self._on_cpu.begin(job, routed if self._phase is None else routed._replace(phase=self._phase))
             self._begun = job
             return
         layer, seconds, now = job.layer, self.seconds, time.perf_counter
         began = now()
         if routed.ids.dtype is torch.int32:
             routed = routed.with_long_ids()
+        if self._phase is not None and routed.phase is None:
+            routed = routed._replace(phase=self._phase)
         lane = self.executor.lane_of.get(layer)
         num_tokens = routed.hidden.shape[0]
         if (

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .clients import client_of_request
 from .errors import ApiError, error_response
 from .origins import Origins
 from .queue import shutting_down
@@ -57,6 +58,7 @@ class Access:
             refusal.headers |= self._readable_by(scope)
             await error_response(path, refusal)(scope, receive, counted)
             return
+        client_of_request.set(str((scope.get("client") or ("",))[0]))
         if scope["method"] == "HEAD":  # the server below knows, and sends no body
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, counted)

@@ -11,10 +11,15 @@ __all__ = ["Engine"]
 
 
 class Engine(Generates, Protocol):
-    """A model that answers one request at a time; `hybrimoe_kt.engine.engine.Engine` is one.
+    """A model that answers requests; `hybrimoe_kt.engine.engine.Engine` is one.
 
-    `generate` is called by one thread. `vocabulary` is used by one at a time, and all else may be asked by any.
+    `begin`, `step` and `leave` are called by one thread. `vocabulary` is used by one at a time, and all else may be
+    asked by any.
     """
+
+    @property
+    def parallel(self) -> int:
+        """Answers that its steps bring on at once."""
 
     @property
     def model_name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from hybrimoe_kt.engine.events import Finished
@@ -16,6 +16,10 @@ from .queue import AnswerQueue
 
 __all__ = ["Metrics", "Tally"]
 
+_SECONDS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200
+_TOKEN_SECONDS = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10
+_SIZES = 1, 2, 3, 4, 6, 8, 12, 16, 32
+"""Upper ends of what the histograms count."""
 _FALLBACK_STATES = "off", "hybrid", "trying cpu_only", "trying gpu_only", "cpu_only", "gpu_only"
 
 
@@ -37,6 +41,31 @@ class Tally:
         )
         for kind in ("prompt", "reused", "generated"):
             self._tokens.labels(kind)
+        self._first = Histogram(
+            "hybrimoe_first_token_seconds", "From a request to the first text of its answer", registry=self.registry,
+            buckets=_SECONDS,
+        )  # fmt: skip
+        self._between = Histogram(
+            "hybrimoe_token_seconds", "From one token of an answer to its next", registry=self.registry,
+            buckets=_TOKEN_SECONDS,
+        )  # fmt: skip
+        self._batch = Histogram(
+            "hybrimoe_batch_size", "Answers that a step had begun", registry=self.registry, buckets=_SIZES
+        )
+        self._prompts = Counter(
+            "hybrimoe_prompts", "Prompts by whether a kept conversation begins like them", ("prefix",),
+            registry=self.registry,
+        )  # fmt: skip
+        for found in ("hit", "miss"):
+            self._prompts.labels(found)
+
+    def count_first_token(self, seconds: float) -> None:
+        """So long after its request an answer's first text has come."""
+        self._first.observe(seconds)
+
+    def count_step(self, num_answers: int) -> None:
+        """A step was made with so many answers begun."""
+        self._batch.observe(num_answers)
 
     def count_request(self, path: str, status: int) -> None:
         """Count a response."""
@@ -49,7 +78,10 @@ class Tally:
         self._tokens.labels("prompt").inc(run["prompt_tokens"])
         self._tokens.labels("reused").inc(run["reused_tokens"])
         self._tokens.labels("generated").inc(run["new_tokens"])
+        self._prompts.labels("hit" if run["reused_tokens"] else "miss").inc()
         self.generated_tokens += run["new_tokens"]
+        for seconds in run.get("between_s", ()):
+            self._between.observe(seconds)
         self.last_tokens_per_s = run["decode_tokens_per_s"] or self.last_tokens_per_s
         self._seconds.labels("prompt").inc(run["prefill_s"])
         self._seconds.labels("answer").inc(run["decode_s"])
@@ -68,7 +100,6 @@ class Metrics:
         """Everything since the start, `[num_layers][num_experts]` in `heat`, expert ids by layer in `last_token`."""
         queue, counters = self._queue, self._engine.counters()
         stats, hits = counters.statistics, counters.hits
-        current = self._engine.last_run()["new_tokens"] if queue.num_active else 0
         return {
             "model": model_name,
             "accelerator": ", ".join(counters.accelerators) or "none",
@@ -79,15 +110,20 @@ class Metrics:
             "hit_rate": stats.get("hit_rate", 0.0),
             "bytes_moved": _moved_bytes(stats),
             "busy_share": _busy_shares(stats) if stats else {},
-            "generated_tokens": self._tally.generated_tokens + current,
-            "queue": {"active": queue.num_active, "waiting": queue.num_waiting, "limit": queue.max_waiting},
+            "generated_tokens": self._tally.generated_tokens + queue.num_current_tokens,
+            "queue": {
+                "active": queue.num_active,
+                "waiting": queue.num_waiting,
+                "limit": queue.max_waiting,
+                "parallel": queue.parallel,
+            },
             "heat": {"hits": hits, "misses": counters.misses},
             "last_token": {"hits": counters.last_hits, "misses": counters.last_misses},
         }
 
     def _tokens_per_s(self) -> float:
-        """Decoding speed of the answer being given, or of the last one until there is anything to tell."""
-        return float(self._engine.last_run()["decode_tokens_per_s"]) or self._tally.last_tokens_per_s
+        """Decoding speed of all answers being given, or of the last one until there is anything to tell."""
+        return self._queue.tokens_per_s() or self._tally.last_tokens_per_s
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -96,9 +132,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What the model and the queue count themselves."""
         counters, queue = self._engine.counters(), self._queue
-        yield _gauge("tokens_per_second", "Of the answer being given, or the last one", self._tokens_per_s())
+        yield _gauge("tokens_per_second", "Of all answers being given, or of the last one", self._tokens_per_s())
         yield _gauge("queue_active", "Answers being given", queue.num_active)
         yield _gauge("queue_waiting", "Requests waiting", queue.num_waiting)
+        yield _gauge("parallel", "Answers that may be given at once", queue.parallel)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)
         yield from _health(counters.health)
         stats = counters.statistics

@@ -14,6 +14,7 @@ from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.errors import CapacityError, ModelError
 
+from .clients import client_of_request
 from .engine import Engine
 from .errors import ApiError, as_api_error
 from .metrics import Metrics, Tally
@@ -42,7 +43,7 @@ class Events:
     def __init__(self, queue: AnswerQueue, requests: Sequence[Request]) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._queue, self._job = queue, Job(requests, self._emit)
+        self._queue, self._job = queue, Job(requests, self._emit, client_of_request.get())
         queue.submit(self._job)
 
     def _emit(self, event: Event | Exception) -> None:
@@ -80,7 +81,7 @@ class Service:
         self.engine, self.settings = engine, settings
         self.model_name = settings.model_name or engine.model_name
         self.tally = Tally()
-        self.queue = AnswerQueue(engine, settings.max_waiting, self.tally.count_answer)
+        self.queue = AnswerQueue(engine, settings.max_waiting, self.tally, max_per_client=settings.max_per_client)
         self.metrics = Metrics(engine, self.queue, self.tally)
         self.is_shutting_down = False
         self._tokenizing = asyncio.Lock()  # tokenizers are not made for several threads
@@ -120,12 +121,15 @@ class Service:
                 )  # fmt: skip
         _check_text([given.messages, given.tools, given.template_options])
         vocabulary = self.engine.vocabulary
-        prompt = await self._tokens(
-            lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
-        )
+
+        def made() -> tuple[list[int], int | None]:
+            prompt = vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
+            return prompt, vocabulary.turn_of(prompt, given.template_options)
+
+        prompt, turn = await self._tokens(made)
         parts = vocabulary.response_parts(prompt, given.tools)
         request = Request(
-            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
+            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call, turn=turn
         )
         return self._begin([request], "messages")
 
@@ -169,7 +173,7 @@ class Service:
         except ModelError as error:
             raise ApiError(400, str(error), param=param) from None
 
-    async def _tokens(self, tokenize: Callable[[], list[int]]) -> list[int]:
+    async def _tokens(self, tokenize: Callable[[], _T]) -> _T:
         async with self._tokenizing:
             try:
                 return await asyncio.to_thread(tokenize)

@@ -24,6 +24,8 @@ class Settings:
     seed: int | None = None
     max_waiting: int = 64
     """Requests that may wait for the one being answered; more are refused with 429."""
+    max_per_client: int = 0
+    """Requests of one client (a key, or an address) that may wait or be answered at once; 0: no limit of its own."""
     max_request_bytes: int = 0
     """Longest request body, bytes; 0 takes 1 MiB and 128 bytes for every token of the context."""
     origins: tuple[str, ...] = ()

@@ -85,5 +85,5 @@ def test_what_cannot_be_captured_says_why(generated: Make, caplog: pytest.LogCap
     made = TokenGenerator(on_cpu, set())
     on_cpu.dense = None
     with caplog.at_level(logging.WARNING):
-        assert captured_loop(on_cpu, made._cache, captures=True) is None
+        assert captured_loop(on_cpu, made.new_cache(), captures=True) is None
     assert "layer 0 keeps keys and values in a StoredLayer" in caplog.text

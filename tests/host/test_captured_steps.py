@@ -105,7 +105,7 @@ def test_a_prefix_is_reused_and_a_conversation_follows_another(
         made = generator(load(model), captures=captures)
         answers.append([])
         for text in texts:
-            cached = made._reuse(text)
+            cached = made.go_on_from(text)
             answers[-1].append(decode(made, 6, text[cached:]))
         if captures:
             assert loop_of(made).num_captures == 1, "the same memory serves them all"

@@ -119,7 +119,7 @@ def test_given_text(generated: Make) -> None:
     full = Full(last_mixer(engine), 3, 4)
     assert list(engine.feed(PROMPT, 4)) == [4, 4, 3]
     assert full.count == 3 + 1 + 3  # two chunks before the failure, one that fails at once, three from the start
-    assert engine._cached_ids == PROMPT
+    assert engine.held_ids == PROMPT
     assert next(iter(engine.runtime.health().accelerators.values())).shrunk == 2
 
 

@@ -45,10 +45,35 @@ def echo(prompt: str) -> str:
     return "echo: " + last.split("\n", 1)[-1]
 
 
+class Scripted:
+    """One answer of a `ScriptedEngine`, brought on by its steps."""
+
+    def __init__(self, tokens: Generator[Sampled, None, None], run: dict[str, Any]) -> None:
+        self.tokens, self.run = tokens, run
+        self.drawn: list[Sampled] = []
+        self.is_over = False
+        self.error: Exception | None = None
+
+    def step(self) -> None:
+        try:
+            self.drawn.append(next(self.tokens))
+        except StopIteration:
+            self.is_over = True
+        except Exception as error:
+            self.is_over, self.error = True, error
+
+    def take(self) -> Sampled | None:
+        return self.drawn.pop(0) if self.drawn else None
+
+    def numbers(self) -> dict[str, Any]:
+        return self.run
+
+
 class ScriptedEngine:
     """Answers `script(prompt text)`; `before_token` is called before each token and may wait or raise."""
 
     model_name = "scripted"
+    parallel = 1
 
     def __init__(
         self,
@@ -70,7 +95,7 @@ class ScriptedEngine:
         self._info = ModelInfo(architecture=model_type, hidden_size=8, num_layers=1, expert_bytes=0)
         self.prompts: list[str] = []
         self.samplings: list[Sampling] = []
-        self._run = self._new_run([])
+        self._begun: list[Scripted] = []
 
     def _new_run(self, prompt: list[int]) -> dict[str, Any]:
         counts = dict.fromkeys(("reused_tokens", "new_tokens", "prefill_s", "decode_s", "decode_tokens_per_s"), 0)
@@ -90,8 +115,23 @@ class ScriptedEngine:
         if max(prompt) >= len(self.tokenizer):
             raise ModelError(f"token {max(prompt)} is not one of the model's")
 
-    def generate(self, prompt: list[int], sampling: Sampling, stop: threading.Event) -> Generator[Sampled, None, None]:
-        self._run = run = self._new_run(prompt)
+    def begin(self, prompt: list[int], sampling: Sampling, stop: threading.Event, turn: int | None = None) -> Scripted:
+        run = self._new_run(prompt)
+        self._begun.append(Scripted(self.generate(prompt, sampling, stop, run), run))
+        return self._begun[-1]
+
+    def step(self) -> None:
+        for begun in list(self._begun):
+            begun.step()
+        self._begun = [begun for begun in self._begun if not begun.is_over]
+
+    def leave(self, begun: Scripted, finish: str = "cancelled") -> None:
+        if begun in self._begun:
+            self._begun.remove(begun)
+
+    def generate(
+        self, prompt: list[int], sampling: Sampling, stop: threading.Event, run: dict[str, Any]
+    ) -> Generator[Sampled, None, None]:
         self.prompts.append(self.tokenizer.decode(prompt))
         self.samplings.append(sampling)
         if sampling.num_prompt_logprobs is not None:
@@ -113,6 +153,3 @@ class ScriptedEngine:
     def _sampled(self, token: int, num_likeliest: int | None, place: Any, *, is_known: bool = True) -> Sampled:
         likeliest = ((token, -0.5),) * (num_likeliest or 0)
         return Sampled(token, -0.5, likeliest, place) if is_known else Sampled(token, place=place)
-
-    def last_run(self) -> dict[str, Any]:
-        return self._run

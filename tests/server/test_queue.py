@@ -28,7 +28,9 @@ class Held:
 
 
 def queue_of(running: Serving) -> dict[str, int]:
-    return dict(running.http.get("/hybrimoe/stats").json()["queue"])
+    queue = dict(running.http.get("/hybrimoe/stats").json()["queue"])
+    assert queue.pop("parallel") == running.service.engine.parallel
+    return queue
 
 
 def test_requests_are_answered_in_the_order_they_came() -> None:

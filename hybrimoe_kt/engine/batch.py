@@ -1,0 +1,206 @@
+"""Several answers at once: who is admitted, whose prompt is read, who steps, and who leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from hybrimoe_kt.device.unused_memory import is_out_of_memory
+from hybrimoe_kt.errors import CapacityError
+
+from .conversation import Conversation
+from .generation import Generation
+from .joint_rows import leave_rows
+from .model_steps import ModelSteps, short_reason
+from .prefix_cache import PrefixCache
+
+__all__ = ["Batch"]
+
+logger = logging.getLogger(__name__)
+
+_SHARED_CHUNK_TOKENS = 512
+"""Longest piece of a prompt that is read while others wait for their next token: a choice between their patience and
+the prompt's, which is read the quicker the longer its pieces are."""
+
+
+class Batch:
+    """Answers generations side by side, each admitted in the order they came.
+
+    A step reads a piece of one prompt, or gives every answer its next token; they take turns while there is both. An
+    answer ends as it would alone. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        steps: ModelSteps,
+        kept: PrefixCache,
+        *,
+        most: int,
+        most_tokens: int,
+        on_end: Callable[[Generation], None] = lambda generation: None,
+    ) -> None:
+        """At most `most` at a time, with `most_tokens` of prompts and answers together; `on_end` hears of each."""
+        self._steps, self._kept, self.most, self.most_tokens = steps, kept, most, most_tokens
+        self._on_end = on_end
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []
+        """By arrival: the first one is never set aside."""
+        self._has_read = False
+        self.num_set_aside = 0
+        """Answers that had to wait for room in the middle, since the start."""
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_answering(self) -> int:
+        """Those whose prompts have been read."""
+        return sum(not generation.is_reading for generation in self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and answers that are held."""
+        return sum(len(generation.ids) for generation in self._running)
+
+    def add(self, generation: Generation) -> None:
+        """Let it wait for its turn; nothing is computed before `step`."""
+        self._waiting.append(generation)
+
+    def drop(self, generation: Generation, finish: str = "cancelled") -> None:
+        """End one of which nobody wants more; what it has held is kept."""
+        if not generation.is_over:
+            self._end(generation, finish)
+
+    def step(self) -> None:
+        """Bring those that were added on by one step, where there are any.
+
+        What a failure ends is in the generations' `error`. Anything else that is raised has ended all of them.
+        """
+        for generation in [*self._waiting, *self._running]:
+            if generation.stop.is_set() and not generation.is_over:
+                self._end(generation, "cancelled")
+        self._admit()
+        try:
+            self._advance()
+        except BaseException as error:
+            for generation in list(self._running):
+                self._end(generation, "error", error if isinstance(error, Exception) else None)
+            raise
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.most:
+            first = self._waiting[0]
+            if self._running and self.num_tokens + len(first.ids) >= self.most_tokens:
+                return
+            self._running.append(self._waiting.popleft())
+
+    def _advance(self) -> None:
+        reading = next((generation for generation in self._running if generation.is_reading), None)
+        answering = [generation for generation in self._running if not generation.is_reading]
+        if reading is not None and not (self._has_read and answering):
+            self._has_read = True
+            self._read(reading, is_alone=not answering)
+        elif answering:
+            self._has_read = False
+            self._answer(self._with_room(answering))
+
+    def _read(self, generation: Generation, *, is_alone: bool) -> None:
+        """Compute one piece of a prompt, or of what is computed again; with the last one the next token comes."""
+        if generation.conversation is None:
+            is_new = generation.scores is not None
+            generation.begin(self._kept.new() if is_new else self._kept.take(generation.ids))
+        conversation = generation.conversation
+        assert conversation is not None, "given one"
+        left, size = generation.left, self._steps.runtime.options.max_chunk_tokens
+        if not is_alone:
+            size = min(size, _SHARED_CHUNK_TOKENS)
+        before_turn = (generation.turn or 0) - len(conversation.ids)
+        if 0 < before_turn < min(size, len(left)) and not conversation.is_croppable:
+            size = before_turn
+        self._append(generation, conversation, left[:size])
+        if len(conversation.ids) == generation.turn:
+            conversation.mark()
+
+    def _append(self, generation: Generation, conversation: Conversation, ids: Sequence[int]) -> None:
+        try:
+            logits = self._steps.append(conversation, ids, scores=generation.scores)
+        except Exception as error:
+            self._end(generation, "error", error)
+            return
+        assert logits is not None, "nobody stops it in between"
+        if len(conversation.ids) == len(generation.ids):
+            generation.receive(logits)
+            if generation.is_over:
+                self._end(generation, generation.run.finish)
+
+    def _answer(self, answering: Sequence[Generation]) -> None:
+        """Give each its next token."""
+        if len(answering) == 1:
+            (generation,) = answering
+            assert generation.conversation is not None, "its prompt is read"
+            self._append(generation, generation.conversation, generation.left)
+            return
+        conversations = [one.conversation for one in answering if one.conversation is not None]
+        try:
+            logits = self._steps.together(conversations, [one.ids[-1] for one in answering])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = short_reason(error)
+        else:
+            if logits is None:
+                for generation, conversation in zip(answering, conversations, strict=True):
+                    self._append(generation, conversation, generation.left)
+                return
+            for generation, row in zip(answering, logits, strict=True):
+                if (broken := self._steps.check_row(row)) is not None:
+                    self._end(generation, "error", broken, holds=False)
+                    continue
+                generation.receive(row)
+                if generation.is_over:
+                    self._end(generation, generation.run.finish)
+            return
+        for conversation in conversations:  # not above: the error's frames hold what the failed step allocated
+            self._steps.begin_anew(conversation)
+        try:
+            self._steps.make_room(reason, sum(len(one.ids) for one in answering))
+        except CapacityError as full:  # the others are computed again, with its room
+            self._end(answering[-1], "error", full)
+
+    def _with_room(self, answering: list[Generation]) -> list[Generation]:
+        """Those that step now; the ones that came last are set aside where there is no room for all."""
+        while len(self._running) > 1 and self.num_tokens + len(answering) > self.most_tokens:
+            last = self._running.pop()
+            if last in answering:
+                answering.remove(last)
+            if last.conversation is not None:
+                self._leave(last, last.conversation)
+            self._waiting.appendleft(last)
+            self.num_set_aside += 1
+        return answering
+
+    def _leave(self, generation: Generation, conversation: Conversation, *, holds: bool = True) -> None:
+        """Keep what it has held for a prompt that begins so."""
+        generation.conversation = None
+        if not holds or not conversation.ids:
+            self._kept.drop(conversation)
+            return
+        leave_rows(conversation.cache)
+        conversation.num_prompt = len(generation.prompt)
+        self._kept.put(conversation)
+
+    def _end(self, generation: Generation, finish: str, error: Exception | None = None, *, holds: bool = True) -> None:
+        generation.end(finish, error)
+        if generation in self._running:
+            self._running.remove(generation)
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        if generation.conversation is not None:
+            self._leave(generation, generation.conversation, holds=holds)
+        self._on_end(generation)

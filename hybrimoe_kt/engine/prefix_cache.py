@@ -1,0 +1,222 @@
+"""Conversations kept after their answers, so that a prompt which begins like one of them is not read again."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .conversation import Conversation, common_length
+from .growing_cache import GrowingCache
+from .layer_states import LayerStates
+
+__all__ = ["PrefixCache"]
+
+logger = logging.getLogger(__name__)
+
+_SAME_TURN = 24
+"""Tokens that chat templates leave out of, or write otherwise in, a turn that has been answered: marks of thoughts, the
+beginning of the answer. A prompt that has all but so many of the last one continues it."""
+
+
+@dataclass(slots=True, eq=False)
+class _OnHost:
+    """A conversation that was moved off its accelerator."""
+
+    ids: list[int]
+    num_prompt: int
+    states: list[LayerStates]
+    marks: dict[int, list[LayerStates | None]]
+    is_croppable: bool
+
+    @property
+    def num_bytes(self) -> int:
+        marked = (each for states in self.marks.values() for each in states if each is not None)
+        return sum(each.num_bytes for each in (*self.states, *marked))
+
+    def reach(self, prompt: Sequence[int]) -> int:
+        common = common_length(self.ids, prompt[:-1])
+        if common == len(self.ids) or self.is_croppable:
+            return common
+        return max((length for length in self.marks if length <= common), default=0)
+
+
+class PrefixCache:
+    """Keeps conversations in a memory budget, the latest used; finds the one that a prompt shares most tokens with.
+
+    On an accelerator at most `most_live` have their memory there, those being answered among them; the others are
+    moved to the host. That memory is handed on, so that what was captured of steps stays worth something.
+    """
+
+    def __init__(
+        self, new_cache: Callable[[], GrowingCache], budget_bytes: int, *, most_live: int, moves_to_host: bool
+    ) -> None:
+        """`budget_bytes` of kept ones together; the latest is kept in any case. 0 keeps that alone."""
+        self._new_cache, self.budget_bytes, self._most_live = new_cache, budget_bytes, most_live
+        self._moves_to_host = moves_to_host
+        self._kept: OrderedDict[int, Conversation | _OnHost] = OrderedDict()
+        self._free: list[GrowingCache] = []
+        self._in_use: dict[int, Conversation] = {}
+        self._number = 0
+        self.num_hits = self.num_misses = 0
+        """Prompts that went on from what was kept, and others."""
+
+    def __len__(self) -> int:
+        """Conversations kept, without those in use."""
+        return len(self._kept)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of those kept."""
+        return sum(each.num_bytes for each in self._kept.values())
+
+    def take(self, prompt: Sequence[int]) -> Conversation:
+        """Return a conversation that holds as much of `prompt` as any, at most all but its last token.
+
+        It is in use until it is given back: by `put`, or by `drop`.
+        """
+        best, number = max(((each.reach(prompt), number) for number, each in self._all()), default=(0, -1))
+        if best == 0:
+            self.num_misses += 1
+            return self.new()
+        self.num_hits += 1
+        found = self._kept.get(number)
+        taken = None
+        if found is not None and self._is_continued(found, best):
+            taken = self._taken(number)
+        if taken is None:
+            taken = self._copy_of(found if found is not None else self._in_use[number], best)
+        if taken is None and found is not None:
+            taken = self._taken(number)
+        if taken is None:  # in use, and of states that cannot be copied
+            return self.new()
+        taken.go_back(best)
+        return taken
+
+    def _all(self) -> Iterable[tuple[int, Conversation | _OnHost]]:
+        yield from self._in_use.items()
+        yield from self._kept.items()  # behind: of equal ones max takes the latest number
+
+    def _is_continued(self, kept: Conversation | _OnHost, length: int) -> bool:
+        """Whether what a prompt leaves out of a conversation is no more than its last answer."""
+        return not self.budget_bytes or length >= kept.num_prompt - _SAME_TURN
+
+    def _taken(self, number: int) -> Conversation:
+        found = self._kept.pop(number)
+        if isinstance(found, _OnHost):
+            made = self.new()
+            made.fill(found.ids, found.states, found.marks)
+            return made
+        self._in_use[self._next()] = found
+        return found
+
+    def _copy_of(self, found: Conversation | _OnHost, length: int) -> Conversation | None:
+        states = found.states if isinstance(found, _OnHost) else found.states(length)
+        marks = found.marks if isinstance(found, _OnHost) else found.marks_up_to(length)
+        if states is None:
+            return None
+        ids = found.ids if isinstance(found, _OnHost) else found.ids[:length]
+        made = self.new()
+        made.fill(ids, states, marks)
+        return made
+
+    def new(self) -> Conversation:
+        """Return an empty conversation, in use."""
+        if self._moves_to_host:
+            self._make_place()
+        cache = self._free.pop() if self._free else self._new_cache()
+        made = Conversation(cache)
+        self._in_use[self._next()] = made
+        return made
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number
+
+    def put(self, conversation: Conversation) -> None:
+        """Keep it, as the latest one."""
+        self._leave(conversation)
+        if not conversation.ids:
+            self.release(conversation)
+            return
+        self._forget_within(conversation)
+        self._kept[self._next()] = conversation
+        if self._moves_to_host:
+            self._make_place(beside=0)
+        self.fit()
+
+    def _forget_within(self, latest: Conversation) -> None:
+        """Kept ones that are no more than this one's beginning are of no use, where it can go back."""
+        if not latest.is_croppable:
+            return
+        for number, each in list(self._kept.items()):
+            if len(each.ids) <= len(latest.ids) and common_length(each.ids, latest.ids) == len(each.ids):
+                self._forget(number)
+
+    def drop(self, conversation: Conversation) -> None:
+        """Give it up with its memory: a step has failed in it."""
+        self._leave(conversation)
+
+    def release(self, conversation: Conversation) -> None:
+        """Give it up; its memory may serve another."""
+        self._leave(conversation)
+        if self._moves_to_host:
+            conversation.cache.forget()
+            self._free.append(conversation.cache)
+
+    def _leave(self, conversation: Conversation) -> None:
+        for number, each in list(self._in_use.items()):
+            if each is conversation:
+                del self._in_use[number]
+
+    def _make_place(self, beside: int = 1) -> None:
+        """Move the ones used longest ago to the host, so that there is memory for `beside` more."""
+        while len(self._in_use) + self._num_live() + beside > self._most_live:
+            number = next((number for number, each in self._kept.items() if isinstance(each, Conversation)), None)
+            if number is None:
+                return
+            self._move(number)
+
+    def _num_live(self) -> int:
+        return sum(isinstance(each, Conversation) for each in self._kept.values())
+
+    def _move(self, number: int) -> None:
+        found = self._kept[number]
+        assert isinstance(found, Conversation), "on its accelerator"
+        states = found.states(len(found.ids)) if self.budget_bytes else None
+        if states is None:
+            del self._kept[number]
+        else:
+            copies = [each.copied("cpu") for each in states]
+            marks = found.marks_up_to(len(found.ids))
+            self._kept[number] = _OnHost(found.ids, found.num_prompt, copies, marks, found.is_croppable)
+        found.cache.forget()
+        self._free.append(found.cache)
+
+    def fit(self) -> None:
+        """Forget the ones used longest ago until the others fit into the budget; the latest stays."""
+        while len(self._kept) > 1 and self.num_bytes > self.budget_bytes:
+            self._forget(next(iter(self._kept)))
+
+    def _forget(self, number: int) -> None:
+        found = self._kept.pop(number)
+        if isinstance(found, Conversation) and self._moves_to_host:
+            found.cache.forget()
+            self._free.append(found.cache)
+
+    def clear(self) -> None:
+        """Forget all that are kept."""
+        for number in list(self._kept):
+            self._forget(number)
+
+    def spare(self) -> bool:
+        """Give back what conversations that are not in use have on accelerators; whether there was anything."""
+        if not self._moves_to_host:
+            return False
+        live = [number for number, each in self._kept.items() if isinstance(each, Conversation)]
+        for number in live:
+            self._move(number)
+        had = bool(self._free)
+        self._free.clear()
+        return had
