@@ -16,7 +16,8 @@ DEFAULT_PARALLEL = 4
 
 # What only the server does, and what only an answer in the terminal has.
 _SERVER_ONLY = (
-    "model_name", "api_key", "parallel", "max_waiting", "max_per_client", "max_request_size", "cors_origin", "shutdown_s", "ssl_certfile",
+    "model_name", "api_key", "parallel", "max_waiting", "max_per_client", "max_request_size", "cors_origin",
+    "shutdown_s", "ssl_certfile",
     "ssl_keyfile",
 )  # fmt: skip
 _TERMINAL_ONLY = ("prompt", "prompt_file", "stats_json", "timeline")

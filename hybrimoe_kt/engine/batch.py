@@ -192,7 +192,8 @@ class Batch:
             self._kept.drop(conversation)
             return
         leave_rows(conversation.cache)
-        conversation.num_prompt = len(generation.prompt)
+        turn = generation.turn
+        conversation.num_before = len(generation.prompt) - 1 if turn is None else turn
         self._kept.put(conversation)
 
     def _end(self, generation: Generation, finish: str, error: Exception | None = None, *, holds: bool = True) -> None:

@@ -22,8 +22,8 @@ class Conversation:
     def __init__(self, cache: GrowingCache) -> None:
         self.cache = cache
         self.ids: list[int] = []
-        self.num_prompt = 0
-        """How many of them the last prompt had; an answer's follow."""
+        self.num_before = 0
+        """How many of them stand before the last answer's turn."""
         self._marks: dict[int, list[LayerStates | None]] = {}
         """Length -> the states, at that length, of layers that cannot be shortened."""
 

@@ -164,6 +164,8 @@ class Engine(TokenGenerator):
             misses=heat["misses"],
             last_hits=last["hits"],
             last_misses=last["misses"],
+            seconds=self.seconds(),
+            kept={"conversations": len(self.kept), "bytes": self.kept.num_bytes},
         )
 
     def statistics(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrimoe_kt.runtime.health import Health
 
@@ -38,3 +38,7 @@ class Counters:
     last_hits: Sequence[Sequence[int]]
     """Expert ids by layer that the last token decoded on its own found ready."""
     last_misses: Sequence[Sequence[int]]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Measured on the host's clock, where experts' time went, by name; `steps` is all time in steps of the model."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Of conversations that are kept: their number, and the bytes they take."""

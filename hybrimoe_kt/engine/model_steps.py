@@ -180,7 +180,7 @@ class ModelSteps:
             return None
         for conversation in conversations:
             conversation.ids = []
-        self._share_cores(len(ids), 0, by_graphs=by_loop)
+        self._share_cores(1, sum(map(len, held)), by_graphs=by_loop)
         if by_loop and isinstance(self.loop, LayerLoop):
             logits: torch.Tensor = self.loop.step_together(ids, caches)
         else:

@@ -15,17 +15,13 @@ __all__ = ["PrefixCache"]
 
 logger = logging.getLogger(__name__)
 
-_SAME_TURN = 24
-"""Tokens that chat templates leave out of, or write otherwise in, a turn that has been answered: marks of thoughts, the
-beginning of the answer. A prompt that has all but so many of the last one continues it."""
-
 
 @dataclass(slots=True, eq=False)
 class _OnHost:
     """A conversation that was moved off its accelerator."""
 
     ids: list[int]
-    num_prompt: int
+    num_before: int
     states: list[LayerStates]
     marks: dict[int, list[LayerStates | None]]
     is_croppable: bool
@@ -69,7 +65,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Memory of those kept."""
-        return sum(each.num_bytes for each in self._kept.values())
+        return sum(each.num_bytes for each in list(self._kept.values()))  # asked for by other threads as well
 
     def take(self, prompt: Sequence[int]) -> Conversation:
         """Return a conversation that holds as much of `prompt` as any, at most all but its last token.
@@ -99,8 +95,8 @@ class PrefixCache:
         yield from self._kept.items()  # behind: of equal ones max takes the latest number
 
     def _is_continued(self, kept: Conversation | _OnHost, length: int) -> bool:
-        """Whether what a prompt leaves out of a conversation is no more than its last answer."""
-        return not self.budget_bytes or length >= kept.num_prompt - _SAME_TURN
+        """Whether what a prompt leaves out of a conversation is no more than its last answer, and how that begins."""
+        return not self.budget_bytes or length >= kept.num_before
 
     def _taken(self, number: int) -> Conversation:
         found = self._kept.pop(number)
@@ -190,7 +186,7 @@ class PrefixCache:
         else:
             copies = [each.copied("cpu") for each in states]
             marks = found.marks_up_to(len(found.ids))
-            self._kept[number] = _OnHost(found.ids, found.num_prompt, copies, marks, found.is_croppable)
+            self._kept[number] = _OnHost(found.ids, found.num_before, copies, marks, found.is_croppable)
         found.cache.forget()
         self._free.append(found.cache)
 

@@ -78,6 +78,7 @@ class TokenGenerator:
         self._run = Run()
         self._latest: Generation | None = None
         self._note = RunNote(self.model_name)
+        self._steps_s = 0.0
 
     @property
     def runtime(self) -> Runtime:
@@ -126,7 +127,11 @@ class TokenGenerator:
 
     def step(self) -> None:
         """Bring all answers that were begun on by one step; errors of single answers are theirs to tell."""
-        self.batch.step()
+        began = time.perf_counter()
+        try:
+            self.batch.step()
+        finally:
+            self._steps_s += time.perf_counter() - began
         self._note.at_step(self.runtime.health())
 
     def leave(self, generation: Generation, finish: str = "cancelled") -> None:
@@ -216,9 +221,9 @@ class TokenGenerator:
         return len(self._own.ids)
 
     @property
-    def held_ids(self) -> list[int]:
-        """What `append` goes on from."""
-        return [] if self._own is None else self._own.ids
+    def conversation(self) -> Conversation | None:
+        """What `append` goes on with; None: what was answered last is kept."""
+        return self._own
 
     def _keep_own(self) -> None:
         own, self._own = self._own, None
@@ -269,6 +274,15 @@ class TokenGenerator:
         names = {"transfers": "num_transfers", "prefetches": "num_prefetches"}
         wanted = ("hits", "misses", "experts_on_cpu", "experts_on_gpu", "transfers", "transferred_bytes", "prefetches")
         return {name: int(stats.get(names.get(name, name), 0)) for name in wanted}
+
+    def seconds(self) -> dict[str, float]:
+        """Where the host's time went, measured; nothing of the parts where `shares` counts them."""
+        found = {"steps": self._steps_s}
+        if self.shares is None:
+            ours = self.runtime.seconds
+            names = ("read", "plan", "prefetch", "submit_and_gpu", "wait", "replay")
+            found |= {name: getattr(ours, name) for name in names}
+        return found
 
     def last_run(self) -> dict[str, Any]:
         """The latest answer's counts, times and rates; `health` is of everything since the model was loaded."""

@@ -138,6 +138,15 @@ class Metrics:
         yield _gauge("parallel", "Answers that may be given at once", queue.parallel)
         yield _gauge("queue_limit", "Requests that may wait", queue.max_waiting)
         yield from _health(counters.health)
+        if counters.kept:
+            yield _gauge("kept_conversations", "Conversations kept to go on from", counters.kept["conversations"])
+            yield _gauge("kept_bytes", "Memory they take", counters.kept["bytes"])
+        seconds = CounterMetricFamily(
+            "hybrimoe_step_seconds", "Measured on the host: all steps, and what went into experts", labels=("part",)
+        )
+        for part, value in counters.seconds.items():
+            seconds.add_metric((part,), value)
+        yield seconds
         stats = counters.statistics
         if not stats:
             return

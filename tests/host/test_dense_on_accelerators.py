@@ -118,7 +118,7 @@ def test_a_load_takes_what_was_planned(generated: Make, name: str, kind: Type, t
     engine = TokenGenerator(ours, set())
     for at in range(0, 300, 100):
         engine.append([index % 250 for index in range(at, at + 100)])
-    cache = sum(layer_bytes(layer) for layer in engine._cache.layers)
+    cache = sum(layer_bytes(layer) for layer in engine.conversation.cache.layers)
     kept = sum((each.keys + each.values) * 300 * 4 + each.state_bytes for each in plan.needs.kept)
     taken, planned = dense + slots + cache, plan.needs.dense_bytes + plan.slots_bytes + kept
     assert abs(planned - taken) <= 0.02 * taken

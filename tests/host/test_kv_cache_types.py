@@ -80,8 +80,7 @@ def test_a_prefix_is_cropped_and_reused(generated: Make, rules: Path, kv_cache_t
     for kept, size in ((64, 5), (96, 1), (32, 60)):
         prompt = TEXT[: kept + size]
         list(engine.tokens([*TEXT[:kept], *other[kept : kept + 20]], GREEDY))
-        engine._reuse(prompt)
-        assert len(engine._cached_ids) == kept
+        assert engine.go_on_from(prompt) == kept
         fresh.reset()
         fresh.append(TEXT[:kept])
         wanted, found = fresh.append(prompt[kept:]).clone(), engine.append(prompt[kept:])
@@ -92,7 +91,7 @@ def test_memory_is_taken_for_the_context_and_no_more(generated: Make, rules: Pat
     loaded = generator(generated(PLAIN), rules, "q8_0").loaded
     engine = TokenGenerator(loaded, set(), context_tokens=100)
     engine.append(TEXT[:99])
-    (each,) = {layer_bytes(layer) for layer in engine._cache.layers}
+    (each,) = {layer_bytes(layer) for layer in engine.conversation.cache.layers}
     assert each == 100 * 2 * PLAIN.kv_heads * 64 * 34 // 32
 
 

@@ -82,8 +82,7 @@ def test_a_prefix_is_cropped_and_reused(generated: Make, name: str) -> None:
     for kept, size in ((100, 5), (290, 1), (40, 200), (7, 32)):
         prompt = TEXT[: kept + size]
         list(engine.tokens([*TEXT[:kept], *other[kept : kept + 60]], GREEDY))
-        engine._reuse(prompt)
-        assert len(engine._cached_ids) == kept
+        assert engine.go_on_from(prompt) == kept
         logits = engine.append(prompt[kept:])
         assert (logits - wanted[kept + size - 1]).abs().max() <= WITHIN * span
 
@@ -172,7 +171,7 @@ def test_memory_is_flat_but_for_keys_and_values(generated: Make, name: str) -> N
     list(engine.tokens(TEXT[:10], Sampling(max_new_tokens=300, temperature=0)))
     before = resident_bytes()
     list(engine.tokens(TEXT[:10], Sampling(max_new_tokens=2000, temperature=0)))
-    held = sum(layer.held.num_bytes for layer in engine._cache.layers)
+    held = engine.cache_bytes
     assert resident_bytes() - before <= 2 * held + 16 * 2**20
     before = resident_bytes()
     for number in range(200):
@@ -192,7 +191,7 @@ def test_steps_of_many_tokens_leave_little_behind(generated: Make) -> None:
     assert len(memory.step(32)._masks) <= 4
     assert not engine.loop.takes(32, 10**6) and engine.loop.takes(1, 10**6)
     assert max(len(layer.dense._graphs) for layer in layers) <= 4
-    assert engine.cache_bytes == sum(layer.held.num_bytes for layer in engine._cache.layers)
+    assert engine.cache_bytes == sum(layer.held.num_bytes for layer in engine.conversation.cache.layers)
 
 
 def test_a_long_convolution_is_a_larger_graph(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_a_conversation_goes_back(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path)
     engine = TokenGenerator(load_model(tmp_path, option_overrides=EXACT, progress=False), set())
     engine.append(TEXT)
-    assert engine._reuse([*TEXT[:30], 7, 8, 9]) == 30
+    assert engine.go_on_from([*TEXT[:30], 7, 8, 9]) == 30
     found = engine.append([7, 8, 9])
     torch.testing.assert_close(found, logits_of(stock, [*TEXT[:30], 7, 8, 9])[-1], rtol=0, atol=1e-3)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine import token_generator
+from hybrimoe_kt.engine import model_steps
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.errors import CapacityError
@@ -119,7 +119,7 @@ def test_given_text(generated: Make) -> None:
     full = Full(last_mixer(engine), 3, 4)
     assert list(engine.feed(PROMPT, 4)) == [4, 4, 3]
     assert full.count == 3 + 1 + 3  # two chunks before the failure, one that fails at once, three from the start
-    assert engine.held_ids == PROMPT
+    assert engine.conversation is not None and engine.conversation.ids == PROMPT
     assert next(iter(engine.runtime.health().accelerators.values())).shrunk == 2
 
 
@@ -154,7 +154,7 @@ def test_room_is_made_when_nothing_holds_the_failed_step(generated: Make, monkey
         return tensor
 
     monkeypatch.setattr(
-        token_generator, "give_back_unused", lambda devices: alive.extend(ref() is not None for ref in held)
+        model_steps, "give_back_unused", lambda devices: alive.extend(ref() is not None for ref in held)
     )
     Full(last_mixer(engine), 2, allocate=allocate)
     gc.disable()

@@ -55,7 +55,7 @@ def test_the_heat_is_what_was_counted(hybrid: Serving) -> None:
     assert told["bytes_moved"] == stats.transferred_bytes + stats.prefetched_bytes > 0
     assert told["generated_tokens"] == hybrid.service.engine.last_run()["new_tokens"] > 1
     assert told["tokens_per_s"] > 0
-    assert told["queue"] == {"active": 0, "waiting": 0, "limit": 64}
+    assert told["queue"] == {"active": 0, "waiting": 0, "limit": 64, "parallel": 1}
     assert told["accelerator"] == "emulated"
     top_k = hybrid.service.engine.model.config.num_experts_per_tok
     for ready, absent in zip(told["last_token"]["hits"], told["last_token"]["misses"], strict=True):

@@ -1,0 +1,237 @@
+"""Conversations that are kept: found by their beginning, copied or gone on from, moved to the host, and forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.conversation import Conversation, common_length
+from hybrimoe_kt.engine.prefix_cache import PrefixCache
+from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.token_generator import TokenGenerator
+from hybrimoe_kt.host.hf.loading import load_model
+from tests.host.test_equality import SHAPES
+from tests.support.generated_model import GeneratedModel, Shape
+
+Make = Callable[[Shape], GeneratedModel]
+PLACES: dict[str, dict[str, Any]] = {
+    "graphs": {"device": "cpu", "accelerator": "none", "cpu_backend": "ggml"},
+    "modules": {"device": "emulated:0", "accelerator": "emulated", "cache_size": 0.5, "cpu_backend": "torch_reference"},
+    "captured": {
+        "device": "emulated:0", "accelerator": "emulated", "cache_size": 0.5, "cpu_backend": "torch_reference",
+        "captures": True,
+    },
+}  # fmt: skip
+RAM = 2**30
+
+
+def generator(
+    model: GeneratedModel, place: str, *, parallel: int = 1, cache_ram: int = RAM, **options: Any
+) -> TokenGenerator:
+    given = PLACES[place] | options
+    own = {name: given.pop(name) for name in ("device", "kv_cache_type") if name in given}
+    captures = given.pop("captures", False)
+    loaded = load_model(model.path, option_overrides=given, progress=False, **own)
+    return TokenGenerator(loaded, set(), captures=captures, parallel=parallel, cache_ram=cache_ram)
+
+
+def text(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(250), k=length)
+
+
+def answer(made: TokenGenerator, prompt: list[int], num_tokens: int, turn: int | None = None) -> list[int]:
+    generation = made.begin(prompt, Sampling(max_new_tokens=num_tokens, temperature=0), turn=turn)
+    while not generation.is_over:
+        made.step()
+    assert generation.error is None
+    return generation.ids[len(prompt) :]
+
+
+class Agent:
+    """A conversation that grows: every turn sends all of it again, its thoughts left out."""
+
+    def __init__(self, number: int, system: list[int], begins: list[int], thoughts: int) -> None:
+        self._draw, self._begins, self._thoughts = random.Random(number), begins, thoughts
+        self.said = list(system)
+        self._known = 0
+        self.num_new = self.num_computed = 0
+
+    def turn(self, made: TokenGenerator, alone: TokenGenerator, size: int) -> None:
+        """Ask for one answer more, and hold it against one of nobody who remembers anything."""
+        self.said += self._draw.choices(range(250), k=size)
+        prompt = self.said + self._begins
+        found = answer(made, prompt, 6, turn=len(self.said))
+        run = made.last_run()
+        self.num_computed += run["prompt_tokens"] - run["reused_tokens"]
+        self.num_new += len(prompt) - self._known
+        alone.reset()
+        assert found == answer(alone, prompt, 6)
+        self._known = len(self.said)
+        self.said += self._begins[:1] + found[self._thoughts :]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["qwen3moe", "deepseek3", "qwen3next"])
+def test_no_agent_is_read_twice(generated: Make, name: str, place: str) -> None:
+    """Four of them in turn, whose thoughts are dropped from one turn to the next."""
+    model = generated(SHAPES[name])
+    made, alone = generator(model, place), generator(model, place, cache_ram=0)
+    system = text(0, 30)
+    agents = [Agent(number, system, [7, 9], thoughts=2) for number in range(1, 5)]
+    for at in range(16):
+        agents[at % 4].turn(made, alone, 12)
+    new, computed = (sum(getattr(agent, each) for agent in agents) for each in ("num_new", "num_computed"))
+    can_share = name != "qwen3next"
+    assert computed <= new - (3 * len(system) if can_share else 0) + 16 * 2
+    assert (made.kept.num_hits, made.kept.num_misses) == ((15, 1) if can_share else (12, 4))
+    if place == "captured":
+        assert isinstance(made.loop, CapturedLoop)
+        assert 0 < made.loop.num_captures <= 6, "conversations take turns in one memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_forty_turns_of_four_agents(generated: Make, parallel: int) -> None:
+    """Prompts of 2,000 to 6,000 tokens."""
+    model = generated(dataclasses.replace(SHAPES["qwen3moe"], context=8192))
+    made = generator(model, "graphs", parallel=parallel)
+    system = text(0, 1600)
+    said = [[*system, *text(number, 400)] for number in range(1, 5)]
+    new = [len(each) for each in said]
+    computed, longest = 0, 0
+    for turn in range(10):
+        begun = [made.begin([*each, 7, 9], Sampling(max_new_tokens=20, temperature=0), turn=len(each)) for each in said]
+        while not all(each.is_over for each in begun):
+            made.step()
+        for number, generation in enumerate(begun):
+            longest = max(longest, len(generation.prompt))
+            computed += generation.run.prompt_tokens - generation.run.reused_tokens
+            more = [7, *generation.ids[len(generation.prompt) :], *text(100 * turn + number, 380)]
+            said[number] += more
+            new[number] += len(more) if turn < 9 else 0
+    assert 5_500 < longest < 6_500
+    total = sum(new) - 3 * len(system)
+    print(f"{computed} tokens computed, {total} new")
+    assert computed <= 1.1 * total
+
+
+def test_the_least_used_go_first_and_the_latest_stays(generated: Make) -> None:
+    made = generator(generated(SHAPES["qwen3moe"]), "graphs")
+    prompts = [text(seed, 20) for seed in range(6)]
+    answer(made, prompts[0], 2)
+    each = made.kept.num_bytes
+    made.kept.budget_bytes = 3 * each
+    for prompt in prompts[1:]:
+        answer(made, prompt, 2)
+        assert made.kept.num_bytes <= 3 * each
+    answer(made, prompts[3], 2)
+    assert made.last_run()["reused_tokens"] == 19
+    answer(made, text(9, 20), 2)
+    for prompt, reused in ((prompts[3], 19), (prompts[0], 0)):
+        answer(made, prompt, 2)
+        assert made.last_run()["reused_tokens"] == reused
+    made.kept.budget_bytes = 0
+    answer(made, prompts[5], 2)
+    assert len(made.kept) == 1
+    made.reset()
+    assert len(made.kept) == made.kept.num_bytes == 0
+
+
+def test_a_conversation_that_goes_on_is_not_copied(generated: Make) -> None:
+    """One that branches off is: the other's next turn finds its own."""
+    made = generator(generated(SHAPES["qwen3moe"]), "graphs")
+    prompt = text(1, 60)
+    said = answer(made, prompt, 4)
+    (first,) = made.kept._kept.values()
+    longer = [*prompt, *said, *text(2, 9)]
+    answer(made, longer, 4)
+    assert list(made.kept._kept.values()) == [first]
+    answer(made, [*prompt[:30], *text(3, 9)], 4)
+    assert made.last_run()["reused_tokens"] == 30
+    assert len(made.kept) == 2
+    answer(made, [*longer, 5], 4)
+    assert made.last_run()["reused_tokens"] >= len(longer)
+
+
+def test_one_that_is_being_answered_lends_its_beginning(generated: Make) -> None:
+    made = generator(generated(SHAPES["qwen3moe"]), "graphs", parallel=3)
+    prompt = text(1, 60)
+    begun = [made.begin([*prompt, seed], Sampling(max_new_tokens=5, temperature=0)) for seed in range(3)]
+    while not all(one.is_over for one in begun):
+        made.step()
+    assert [one.run.reused_tokens for one in begun] == [0, 60, 60]
+    alone = generator(generated(SHAPES["qwen3moe"]), "graphs", cache_ram=0)
+    for one in begun:
+        alone.reset()
+        assert answer(alone, one.prompt, 5) == one.ids[61:]
+
+
+@pytest.mark.parametrize("kept", ["q8_0", "f16"])
+def test_rounded_keys_are_copied_as_they_are(generated: Make, kept: str) -> None:
+    for place in ("graphs", "modules"):
+        made = generator(generated(SHAPES["qwen3moe"]), place, kv_cache_type=kept)
+        prompt = text(1, 60)
+        wanted = answer(made, [*prompt, 3, 4], 5)
+        made.reset()
+        answer(made, [*prompt, *text(2, 40)], 5)
+        assert answer(made, [*prompt, 3, 4], 5) == wanted
+        assert made.last_run()["reused_tokens"] == 60 and len(made.kept) == 2
+
+
+class Fake(Conversation):
+    """One without layers."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__(_Nothing())  # type: ignore[arg-type]
+        self.ids = list(ids)
+
+
+class _Nothing:
+    """A cache of no layers, which can go back."""
+
+    layers: tuple[Any, ...] = ()
+    is_croppable = True
+
+    def crop(self, _: int) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+IDS = st.lists(st.integers(0, 2), max_size=6)
+
+
+@given(IDS, IDS)
+def test_common_lengths(first: list[int], second: list[int]) -> None:
+    wanted = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        wanted += 1
+    assert common_length(first, second) == wanted
+
+
+@given(st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=12), st.booleans(), st.sampled_from([0, 10**6]))
+def test_the_longest_beginning_is_found(steps: list[tuple[list[int], bool]], moves: bool, budget: int) -> None:
+    """Whatever was asked before: nothing is held twice, or by two, and as much is reused as anyone holds."""
+    kept = PrefixCache(_Nothing, budget, most_live=2, moves_to_host=moves)  # type: ignore[arg-type]
+    in_use: list[Conversation] = []
+    for prompt, ends in steps:
+        known = [*kept._kept.values(), *in_use]
+        best = max((common_length(each.ids, prompt[:-1]) for each in known), default=0)
+        taken = kept.take(prompt)
+        assert taken.ids == prompt[:best]
+        assert all(taken is not other for other in in_use)
+        taken.ids = list(prompt)
+        taken.num_before = len(prompt) - 1
+        in_use.append(taken)
+        if ends or len(in_use) > 1:
+            kept.put(in_use.pop(0))
+        assert not any(each in kept._kept.values() for each in in_use)
+        assert kept._num_live() + len(in_use) <= 2 or not moves
