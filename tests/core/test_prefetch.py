@@ -159,6 +159,16 @@ def test_transitions_are_learned_and_wrap_around() -> None:
     assert predictor.predict(Routing(0, {1: 9}, 9), (), 1) == ()
 
 
+def test_transitions_are_learned_from_batches_that_decode() -> None:
+    predictor = make_predictor("transition", specs(), {})
+    for _ in range(3):
+        predictor.observe(Routing(0, {0: 2, 1: 1}, 2, phase="decode"))
+        predictor.observe(Routing(1, {2: 1, 3: 2}, 2, phase="decode"))
+    (guess,) = predictor.predict(Routing(0, {0: 1, 1: 1}, 2, phase="decode"), (), 1)
+    assert set(guess.loads) == {2, 3}
+    assert predictor.predict(Routing(0, {0: 1, 1: 1}, 2), (), 1) == (), "a prompt's"
+
+
 def test_history_predicts_the_most_used() -> None:
     predictor = make_predictor("history", specs(), {})
     for _ in range(20):

@@ -133,7 +133,7 @@ class HistoryPredictor(Predictor):
 
 
 class TransitionPredictor(Predictor):
-    """Counts which experts of the next layer followed which of this one, learned online from single tokens.
+    """Counts which experts of the next layer followed which of this one, learned online from decode steps.
 
     A row of counts is one big integer with a 16-bit field per expert, so adding rows costs as much as adding
     numbers. Only the next layer is predicted: depth counts for nothing here.
@@ -152,7 +152,7 @@ class TransitionPredictor(Predictor):
 
     def observe(self, routing: Routing) -> None:
         """Count this layer's experts for every expert of the layer before."""
-        last, self._last = self._last, routing if routing.num_tokens == 1 else None
+        last, self._last = self._last, routing if routing.is_decode else None
         if last is None or self._last is None or self.following(last.layer, 1)[0].layer != routing.layer:
             return
         rows, seen = self._rows[last.layer], self._seen[last.layer]
@@ -166,14 +166,17 @@ class TransitionPredictor(Predictor):
                 seen[expert] >>= 1
 
     def predict(self, routing: Routing, given: Sequence[Routing], depth: int) -> Sequence[Routing]:
-        """Return the next layer's top-k by summed counts; nothing before any are known or for several tokens."""
+        """Return the next layer's likeliest by summed counts, as many as are used here; nothing before any are known.
+
+        Nor for a prompt.
+        """
         rows = self._rows[routing.layer]
         total = sum([rows[expert] for expert in routing.loads])
-        if routing.num_tokens != 1 or not total:
+        if not routing.is_decode or not total:
             return ()
         spec = self.following(routing.layer, 1)[0]
         votes = struct.unpack(f"<{spec.num_experts}H", total.to_bytes(2 * spec.num_experts, "little"))
-        return (_top(spec.layer, votes, spec.top_k),)
+        return (_top(spec.layer, votes, max(spec.top_k, len(routing.loads))),)
 
 
 def _vector(routing: Routing, num_experts: int, by_score: bool) -> Sequence[float]:
