@@ -45,7 +45,9 @@ class DenseMemory:
         self._steps: OrderedDict[int, StepMemory] = OrderedDict()
         self.rows = RowsMemory(hidden, self._workspace)
         """For steps of several conversations."""
-        self._rows_graphs: OrderedDict[tuple[Hashable, int, int], RowsGraph] = OrderedDict()
+        self.kinds: dict[Hashable, int] = {}
+        """Number of each kind of layer."""
+        self._rows_graphs: OrderedDict[tuple[int, int, int], RowsGraph] = OrderedDict()
         self.seconds = 0.0
         """Spent in graphs since the start."""
 
@@ -63,7 +65,7 @@ class DenseMemory:
     def rows_graph(self, parts: LayerParts, kind: LayerKind, held: Held) -> RowsGraph:
         """What computes a layer of a kind for as many conversations as `rows` has begun, kept as `held` is."""
         num, ggml_type = self.rows.num, held.ggml_type if isinstance(held, KeyValues) else -1
-        key = kind.form, num, ggml_type
+        key = kind.number, num, ggml_type
         found = self._rows_graphs.get(key)
         if found is None:
             found = self._rows_graphs[key] = RowsGraph(self.pool, parts, kind, self.rows, num, held)
@@ -127,7 +129,7 @@ class DenseLayer:
 
     @functools.cached_property
     def _kind(self) -> LayerKind:
-        return LayerKind(self.parts)
+        return LayerKind(self.parts, self.memory.kinds)
 
     def compute_rows(self, held: Sequence[Held]) -> DenseAnswer:
         """The same for a token each of several conversations, with what `memory.rows` holds.

@@ -16,9 +16,10 @@ __all__ = ["LayerKind"]
 
 
 class LayerKind:
-    """A layer's weights in a fixed order, and all else that its graph depends on, which can be compared."""
+    """A layer's weights in a fixed order, and a number for all else that its graph depends on."""
 
-    def __init__(self, parts: LayerParts) -> None:
+    def __init__(self, parts: LayerParts, kinds: dict[Hashable, int]) -> None:
+        """`kinds` numbers all there are, and takes a new one."""
         self._weights: list[torch.Tensor] = []
         form = self._form(parts)
         addresses = [values.data_ptr() for values in self._weights]
@@ -26,7 +27,8 @@ class LayerKind:
         """Of the weights."""
         self.number_of = {address: number for number, address in reversed(list(enumerate(addresses)))}
         """Address -> the first weight that is there; that some are the same ones is part of the form."""
-        self.form: Hashable = form, tuple(map(self.number_of.__getitem__, addresses))
+        whole = form, tuple(map(self.number_of.__getitem__, addresses))
+        self.number = kinds.setdefault(whole, len(kinds))
 
     def _form(self, part: object) -> Hashable:
         if isinstance(part, PackedMatrix):

@@ -23,14 +23,16 @@ from .parts import GatedLinear, LayerParts
 from .pool import Pool
 from .rows_memory import RowsMemory
 from .step_memory import DenseAnswer, Held, answer_from
-from .words import Addresses, Column, Table, Word, Words, words_of
+from .words import Addresses, Fact, Integers, Word, Words, words_of
 
 __all__ = ["RowsGraph"]
 
 _NODES_OF_A_ROW = 16
 """Of attention, with its copies and a cap, and as many tensors that nothing computes; linear attention has fewer."""
-_SEEN, _CAPACITY = 128, 256
+_SEEN = 128
 """What tensors are made for, before they are told of rows."""
+_SIZES = Fact.SEEN, Fact.CAPACITY
+"""Facts that seldom change: sizes and strides follow from them."""
 
 
 class RowsGraph:
@@ -43,7 +45,6 @@ class RowsGraph:
         made = _Builder(pool.library, parts, memory, num, held)
         self._outputs, self._heads = made.outputs, made.num_heads
         self._window = getattr(parts.attention, "window", 0)
-        self._strides = np.array(made.strides, dtype=np.int64)
         self._graph = made.builder.graph(pool, *made.results, is_short=True)
         known = [
             (tensor, kind.number_of[values.data_ptr()], offset)
@@ -51,36 +52,36 @@ class RowsGraph:
             if values.data_ptr() in kind.number_of
         ]
         self._weights = Addresses(*zip(*known, strict=True))
-        self._sizes = Words([word for word in made.words if word.column in (Column.SEEN, Column.CAPACITY)])
-        self._places = Words([word for word in made.words if word.column not in (Column.SEEN, Column.CAPACITY)])
-        self._table: Table = np.zeros((num, len(Column)), dtype=np.int64)
-        self._sized, self._most_seen = b"", 0
+        self._sizes = Words([word for word in made.words if word.fact in _SIZES]) if self._heads else None
+        self._places = Words([word for word in made.words if word.fact not in _SIZES])
+        self._sized: list[list[int]] = []
+        self._most_seen = 0
 
     def compute(self, kind: LayerKind, held: Sequence[Held]) -> DenseAnswer:
         """Run for the layer whose weights `kind` has, for the rows' conversations, with what `memory.hidden` holds."""
-        memory, table = self._memory, self._table
-        facts = np.array([fact for each in held for fact in each.facts], dtype=np.int64).reshape(self._num, 4)
-        table[:, Column.FIRST : Column.SECOND + 1] = facts[:, :2]
-        table[:, Column.FIRST_END : Column.SECOND_END + 1] = facts[:, :2] + facts[:, 2:3] * self._strides
-        if self._heads:
-            table[:, Column.MASK] = memory.masks(self._window)
-            table[:, Column.SEEN], table[:, Column.CAPACITY] = memory.seen, facts[:, 3]
-            memory.logits.reserve(4 * memory.most_seen * self._heads)
-            self._resize()
-        self._places.write(table)
+        memory = self._memory
+        if self._sizes is None:
+            rows = [(*each.facts, 0, 0) for each in held]
+        else:
+            masks = memory.masks(self._window)
+            rows = [(*each.facts, *step) for each, step in zip(held, zip(masks, memory.seen, strict=True), strict=True)]
+        facts = np.array(rows, dtype=np.int64).ravel()
+        if self._sizes is not None:
+            self._resize(self._sizes, facts, [memory.seen, [row[Fact.CAPACITY] for row in rows]])
+        self._places.write(facts)
         self._weights.write(kind.addresses)
         self._graph.compute(0)
         return answer_from(memory.workspace, self._outputs, self._num)
 
-    def _resize(self) -> None:
-        sized = self._table[:, Column.SEEN :].tobytes()
+    def _resize(self, words: Words, facts: Integers, sized: list[list[int]]) -> None:
         if sized == self._sized:
             return
-        self._sizes.write(self._table)
-        self._sized = sized
-        if self._memory.most_seen > self._most_seen:  # scratch memory is as large as the longest row wants it
+        words.write(facts)
+        self._sized, most_seen = sized, self._memory.most_seen
+        self._memory.logits.reserve(4 * most_seen * self._heads)
+        if most_seen > self._most_seen:  # scratch memory is as large as the longest row wants it
             self._graph.plan()
-            self._most_seen = self._memory.most_seen
+            self._most_seen = most_seen
 
 
 class _Builder(LayerBuilder):
@@ -91,18 +92,12 @@ class _Builder(LayerBuilder):
         super().__init__(builder, parts, num, memory.width, memory.hidden_region, memory.positions)
         self.words: list[Word] = []
         self._memory, self._held, self.num, self.num_heads = memory, held, num, 0
-        self.strides = [0, 0]
-        """From one token to the next in a row's memory, bytes: `Column.FIRST_END` and `SECOND_END`."""
         if isinstance(held, KeyValues):
             assert not isinstance(parts.attention, GatedLinear), "which keeps a state"
             key_row, value_row = row_bytes(held.ggml_type, held.key_width), row_bytes(held.ggml_type, held.value_width)
             self._key_row, self._value_row = key_row, value_row
             self._value_bytes = row_bytes(held.ggml_type, 1) if held.is_transposed else 0
-            self.strides = [key_row, self._value_bytes or value_row]
             self.num_heads = parts.attention.heads
-        else:
-            assert isinstance(parts.attention, GatedLinear), "of linear attention"
-            self.strides = [4 * parts.attention.channels, 0]
         self.add()
 
     def _state(self) -> StateAccess:
@@ -122,21 +117,21 @@ class _Builder(LayerBuilder):
         words_of(found)[STRIDES : STRIDES + 4] = whole[STRIDES : STRIDES + 4]
         return self.builder.within(found, tensor, row * whole[STRIDES + axis])
 
-    def word(self, tensor: int, row: int, column: Column, offset: int = 0) -> int:
-        """Say that a tensor is so far behind a row's address."""
-        self.words.append(Word(tensor, DATA, row, column, 1, offset))
+    def word(self, tensor: int, row: int, fact: Fact, offset: int = 0, stride: int = 0) -> int:
+        """Say that a tensor is so far behind a row's address, and `stride` further for each token held."""
+        self.words.append(Word(tensor, DATA, row, fact, 1, offset, stride))
         return tensor
 
     def _seen(self, tensor: int, row: int, *sizes: int, value_bytes: int = 4) -> int:
         """Say that a tensor is `[seen, *sizes]`, one row of it after the other."""
-        self.words.append(Word(tensor, SIZES, row, Column.SEEN))
-        return self._apart(tensor, row, Column.SEEN, *sizes, value_bytes=value_bytes)
+        self.words.append(Word(tensor, SIZES, row, Fact.SEEN))
+        return self._apart(tensor, row, Fact.SEEN, *sizes, value_bytes=value_bytes)
 
-    def _apart(self, tensor: int, row: int, column: Column, *sizes: int, value_bytes: int) -> int:
-        """Say that what is next to each other along the first of `sizes` is `column` values apart, and so on."""
+    def _apart(self, tensor: int, row: int, fact: Fact, *sizes: int, value_bytes: int) -> int:
+        """Say that what is next to each other along the first of `sizes` is `fact` values apart, and so on."""
         stride = value_bytes
         for axis, size in enumerate((*sizes, 1, 1)[:3], 1):
-            self.words.append(Word(tensor, STRIDES + axis, row, column, stride))
+            self.words.append(Word(tensor, STRIDES + axis, row, fact, stride))
             stride *= size
         return tensor
 
@@ -149,18 +144,18 @@ class _Builder(LayerBuilder):
         context, kind = self.builder.context, held.ggml_type
         for row in range(self._tokens):
             given = self.row_of(key, row, held.key_width, held.key_width)
-            self._write(given, context.tensor(kind, held.key_width), row, Column.FIRST_END)
+            self._write(given, context.tensor(kind, held.key_width), row, Fact.FIRST, self._key_row)
             if not held.is_transposed:
                 given = self.row_of(value, row, held.value_width, held.value_width)
-                self._write(given, context.tensor(kind, held.value_width), row, Column.SECOND_END)
+                self._write(given, context.tensor(kind, held.value_width), row, Fact.SECOND, self._value_row)
                 continue
             given = self.row_of(value, row, held.value_width, 1, held.value_width)
-            written = self._write(given, context.tensor(kind, 1, held.value_width), row, Column.SECOND_END)
-            self._apart(written, row, Column.CAPACITY, held.value_width, value_bytes=self._value_bytes)
+            written = self._write(given, context.tensor(kind, 1, held.value_width), row, Fact.SECOND, self._value_bytes)
+            self._apart(written, row, Fact.CAPACITY, held.value_width, value_bytes=self._value_bytes)
 
-    def _write(self, values: int, into: int, row: int, column: Column) -> int:
-        self.word(into, row, column)
-        written = self.word(self.builder.copied(values, into), row, column)
+    def _write(self, values: int, into: int, row: int, fact: Fact, stride: int) -> int:
+        self.word(into, row, fact, 0, stride)
+        written = self.word(self.builder.copied(values, into), row, fact, 0, stride)
         self.results.append(written)
         return written
 
@@ -180,15 +175,15 @@ class _Builder(LayerBuilder):
         builder, context, library = self.builder, self.builder.context, self.builder.library
         heads, kv_heads, width, value_width, scale, cap, sinks = given
         group, pointer = heads // kv_heads, context.pointer
-        keys = self.word(context.tensor(held.ggml_type, width, _SEEN, kv_heads), row, Column.FIRST)
+        keys = self.word(context.tensor(held.ggml_type, width, _SEEN, kv_heads), row, Fact.FIRST)
         words_of(keys)[STRIDES + 1 : STRIDES + 3] = self._key_row, row_bytes(held.ggml_type, width)
-        self.words.append(Word(keys, SIZES + 1, row, Column.SEEN))
-        mask = self.word(context.tensor(F16, _SEEN, 1), row, Column.MASK)
+        self.words.append(Word(keys, SIZES + 1, row, Fact.SEEN))
+        mask = self.word(context.tensor(F16, _SEEN, 1), row, Fact.MASK)
         self._seen(mask, row, 1, value_bytes=2)
         if not held.is_transposed:
-            values = self.word(context.tensor(held.ggml_type, value_width, _SEEN, kv_heads), row, Column.SECOND)
+            values = self.word(context.tensor(held.ggml_type, value_width, _SEEN, kv_heads), row, Fact.SECOND)
             words_of(values)[STRIDES + 1 : STRIDES + 3] = self._value_row, row_bytes(held.ggml_type, value_width)
-            self.words.append(Word(values, SIZES + 1, row, Column.SEEN))
+            self.words.append(Word(values, SIZES + 1, row, Fact.SEEN))
             query = self.row_of(query, row, width * heads, width, 1, heads)
             made = int(library.ggml_flash_attn_ext(pointer, query, keys, values, mask, scale, 0.0, cap))
             if sinks is not None:
@@ -211,9 +206,9 @@ class _Builder(LayerBuilder):
             library.ggml_soft_max_add_sinks(made, builder.constant(sinks, sinks.numel()))
         self._logits(made, row, 1, heads, is_computed=True)
         probabilities = self._logits(context.tensor(F32, _SEEN, group, kv_heads), row, group, kv_heads)
-        values = self.word(context.tensor(held.ggml_type, _SEEN, value_width, kv_heads), row, Column.SECOND)
-        self.words.append(Word(values, SIZES, row, Column.SEEN))
-        self._apart(values, row, Column.CAPACITY, value_width, kv_heads, value_bytes=self._value_bytes)
+        values = self.word(context.tensor(held.ggml_type, _SEEN, value_width, kv_heads), row, Fact.SECOND)
+        self.words.append(Word(values, SIZES, row, Fact.SEEN))
+        self._apart(values, row, Fact.CAPACITY, value_width, kv_heads, value_bytes=self._value_bytes)
         return int(library.ggml_mul_mat(pointer, values, probabilities))
 
     def _logits(self, tensor: int, row: int, *sizes: int, is_computed: bool = False) -> int:
@@ -235,10 +230,10 @@ class _States(StateAccess):
         rows.results.append(mixed)
         joint = builder.new(context.tensor(F32, channels, num_taps, num))
         for row in range(num):
-            into = rows.word(context.tensor(F32, channels), row, Column.FIRST_END, row_width * (num_taps - 1))
+            into = rows.word(context.tensor(F32, channels), row, Fact.FIRST, row_width * (num_taps - 1), row_width)
             copy = builder.copied(rows.slice_of(mixed, row, 1), into)
-            rows.results.append(rows.word(copy, row, Column.FIRST_END, row_width * (num_taps - 1)))
-            window = rows.word(context.tensor(F32, channels, num_taps), row, Column.FIRST_END)
+            rows.results.append(rows.word(copy, row, Fact.FIRST, row_width * (num_taps - 1), row_width))
+            window = rows.word(context.tensor(F32, channels, num_taps), row, Fact.FIRST, 0, row_width)
             into = rows.row_of(joint, row, channels * num_taps, channels, num_taps)
             rows.results.append(builder.within(builder.copied(window, into), into))
         strides = (row_width * num_taps,)
@@ -251,10 +246,10 @@ class _States(StateAccess):
         rows.results += [query, key, value, decay, beta]
         for row in range(rows.num):
             given = (rows.slice_of(tensor, row, 2) for tensor in (query, key, value, decay, beta))
-            before = rows.word(context.tensor(F32, width, width, heads), row, Column.SECOND)
+            before = rows.word(context.tensor(F32, width, width, heads), row, Fact.SECOND)
             made = builder.library.ggml_gated_delta_net(context.pointer, *given, before, 1)
-            rows.word(made, row, Column.SECOND, -4 * width * heads)
-            answer = rows.word(context.tensor(F32, width, heads), row, Column.SECOND, -4 * width * heads)
+            rows.word(made, row, Fact.SECOND, -4 * width * heads)
+            answer = rows.word(context.tensor(F32, width, heads), row, Fact.SECOND, -4 * width * heads)
             into = rows.row_of(joint, row, width * heads, width, heads)
             rows.results += [made, builder.within(builder.copied(answer, into), into)]
         return joint

@@ -11,7 +11,6 @@ import torch
 
 from .building import Region, Workspace
 from .step_memory import num_seen
-from .words import Table
 
 __all__ = ["RowsMemory"]
 
@@ -29,7 +28,7 @@ class RowsMemory:
         self._num_rows = self._num_places = 0
         self._masks: dict[int, _Mask] = {}
         self._begins: list[int] = []
-        self.seen = np.zeros(0, dtype=np.int64)
+        self.seen: list[int] = []
         """How many tokens each row looks at."""
         self.most_seen = 0
         self._reserve(_LEAST_ROWS)
@@ -52,18 +51,18 @@ class RowsMemory:
             self._hidden = self.hidden_region.memory[: len(positions)]
         self._begins = list(positions)
         self._positions[: len(positions)] = positions
-        seen = [num_seen(position + 1) for position in positions]
-        self.seen, self.most_seen = np.array(seen, dtype=np.int64), max(seen)
+        self.seen = [num_seen(position + 1) for position in positions]
+        self.most_seen = max(self.seen)
         for window, mask in self._masks.items():
-            mask.write(self._begins, seen, self.most_seen, window)
+            mask.write(self._begins, self.seen, self.most_seen, window)
         return self._hidden
 
-    def masks(self, window: int) -> Table:
+    def masks(self, window: int) -> list[int]:
         """Address of what each row sees of its tokens, float16 `[seen]`: 0, or minus infinity."""
         found = self._masks.get(window)
         if found is None:
             found = self._masks[window] = _Mask()
-            found.write(self._begins, self.seen.tolist(), self.most_seen, window)
+            found.write(self._begins, self.seen, self.most_seen, window)
         return found.addresses
 
     def _reserve(self, num_rows: int) -> None:
@@ -79,7 +78,7 @@ class _Mask:
 
     def __init__(self) -> None:
         self._memory: npt.NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
-        self.addresses: Table = np.zeros(0, dtype=np.int64)
+        self.addresses: list[int] = []
 
     def write(self, begins: Sequence[int], seen: Sequence[int], most_seen: int, window: int) -> None:
         rows, places = self._memory.shape
@@ -87,8 +86,10 @@ class _Mask:
             rows = max(len(begins), _LEAST_ROWS if len(begins) <= rows else 2 * rows)
             places = max(places, _LEAST_SEEN if most_seen <= _LEAST_SEEN else 2 ** math.ceil(math.log2(most_seen)))
             self._memory = np.empty((rows, places), dtype=np.float16)
-        if len(self.addresses) != len(begins) or not len(begins) or self.addresses[0] != self._memory.ctypes.data:
-            self.addresses = self._memory.ctypes.data + 2 * places * np.arange(len(begins), dtype=np.int64)
+            self.addresses = []
+        if len(self.addresses) != len(begins):
+            first = self._memory.ctypes.data
+            self.addresses = [first + 2 * places * row for row in range(len(begins))]
         for row, begin, end in zip(self._memory, begins, seen, strict=False):
             first = max(0, begin + 1 - window) if window else 0
             row[:end] = -math.inf

@@ -12,37 +12,41 @@ import numpy.typing as npt
 
 from .library import DATA
 
-__all__ = ["Addresses", "Column", "Table", "Word", "Words", "words_of"]
+__all__ = ["FACTS", "Addresses", "Fact", "Word", "Words", "words_of"]
 
-Table = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
 
 
-class Column(IntEnum):
-    """What is known of each row: of a conversation that has a token in the step."""
+class Fact(IntEnum):
+    """What is known of each row: of a conversation that has a token in the step. The first four are a layer's."""
 
     FIRST = 0
     """Address of keys, or of a convolution's columns."""
     SECOND = 1
     """Of values, or of a state."""
-    FIRST_END = 2
-    """Where the next token's go; of columns, where the kept ones begin."""
-    SECOND_END = 3
+    PLACE = 2
+    """The token that comes next; of columns, the first one kept."""
+    CAPACITY = 3
+    """Tokens that there is memory for."""
     MASK = 4
+    """Address of what it sees."""
     SEEN = 5
     """Tokens looked at."""
-    CAPACITY = 6
-    """Tokens that there is memory for."""
+
+
+FACTS = len(Fact)
 
 
 class Word(NamedTuple):
-    """`word` of `tensor` is `factor` times a row's column, plus `offset`."""
+    """`word` of `tensor` is `factor` times one fact of a row, plus `offset` and `steps` times its `PLACE`."""
 
     tensor: int
     word: int
     row: int
-    column: Column
+    fact: Fact
     factor: int = 1
     offset: int = 0
+    steps: int = 0
 
 
 class Words:
@@ -50,13 +54,19 @@ class Words:
 
     def __init__(self, words: Sequence[Word]) -> None:
         self._words, self._at = _memory([word.tensor for word in words], [word.word for word in words])
-        self._source = np.array([word.row * len(Column) + word.column for word in words], dtype=np.int64)
-        self._factor = np.array([word.factor for word in words], dtype=np.int64)
-        self._offset = np.array([word.offset for word in words], dtype=np.int64)
+        columns = [
+            (word.row * FACTS + word.fact, word.factor, word.row * FACTS + Fact.PLACE, word.steps, word.offset)
+            for word in words
+        ]
+        self._fact, self._factor, self._place, self._steps, self._offset = np.array(columns, dtype=np.int64).T.copy()
 
-    def write(self, table: Table) -> None:
-        """From `[rows, columns]`."""
-        self._words[self._at] = table.ravel()[self._source] * self._factor + self._offset
+    def write(self, facts: Integers) -> None:
+        """From `[rows, facts]`, one row after the other."""
+        found = facts[self._fact]
+        found *= self._factor
+        found += facts[self._place] * self._steps
+        found += self._offset
+        self._words[self._at] = found
 
 
 class Addresses:
@@ -66,7 +76,7 @@ class Addresses:
         self._words, self._at = _memory(tensors, [DATA] * len(tensors))
         self._numbers, self._offsets = np.array(numbers, dtype=np.int64), np.array(offsets, dtype=np.int64)
 
-    def write(self, addresses: Table) -> None:
+    def write(self, addresses: Integers) -> None:
         self._words[self._at] = addresses[self._numbers] + self._offsets
 
 
@@ -75,7 +85,7 @@ def words_of(tensor: int) -> Any:
     return (c_int64 * (DATA + 1)).from_address(tensor)
 
 
-def _memory(tensors: Sequence[int], words: Sequence[int]) -> tuple[Table, Table]:
+def _memory(tensors: Sequence[int], words: Sequence[int]) -> tuple[Integers, Integers]:
     """All memory from the first to the last tensor, and where in it these words are."""
     if not tensors:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
