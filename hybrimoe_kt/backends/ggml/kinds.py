@@ -25,10 +25,20 @@ class LayerKind:
         addresses = [values.data_ptr() for values in self._weights]
         self.addresses = np.array(addresses, dtype=np.int64)
         """Of the weights."""
-        self.number_of = {address: number for number, address in reversed(list(enumerate(addresses)))}
-        """Address -> the first weight that is there; that some are the same ones is part of the form."""
-        whole = form, tuple(map(self.number_of.__getitem__, addresses))
+        whole = form, tuple(map(addresses.index, addresses))  # where two are the same, others may not be
         self.number = kinds.setdefault(whole, len(kinds))
+
+    def find(self, values: torch.Tensor) -> tuple[int, int] | None:
+        """Of which weight these are values, and how many bytes behind its beginning; None where of no weight.
+
+        So orders are, which are part of the kind.
+        """
+        address = values.data_ptr()
+        for number, (weight, first) in enumerate(zip(self._weights, self.addresses.tolist(), strict=True)):
+            if first <= address < first + max(1, weight.nbytes):
+                return number, address - first
+        assert values.dtype is torch.int32, "a layer's parts have all weights"
+        return None
 
     def _form(self, part: object) -> Hashable:
         if isinstance(part, PackedMatrix):

@@ -47,9 +47,9 @@ class RowsGraph:
         self._window = getattr(parts.attention, "window", 0)
         self._graph = made.builder.graph(pool, *made.results, is_short=True)
         known = [
-            (tensor, kind.number_of[values.data_ptr()], offset)
+            (tensor, found[0], found[1] + offset)
             for tensor, (values, offset) in made.builder.constants.items()
-            if values.data_ptr() in kind.number_of
+            if (found := kind.find(values)) is not None
         ]
         self._weights = Addresses(*zip(*known, strict=True))
         self._sizes = Words([word for word in made.words if word.fact in _SIZES]) if self._heads else None
