@@ -38,21 +38,25 @@ def checked_rows(experts: LayerExperts, max_tokens: int, routed: Routed) -> Chec
     anything is. Ids are either of `INTEGERS`.
     """
     hidden, ids, weights = routed[:3]
-    if hidden.dim() != 2 or hidden.shape[1] != experts.hidden or hidden.dtype is not torch.float32:
+    if hidden.dtype is not torch.float32 or weights.dtype is not torch.float32 or ids.dtype not in INTEGERS:
         return None
-    if weights.dtype is not torch.float32 or ids.dtype not in INTEGERS or ids.shape != weights.shape or ids.dim() != 2:
+    shape = ids.shape
+    if shape != weights.shape or len(shape) != 2 or hidden.shape != (shape[0], experts.hidden):
+        return None
+    tokens, per_token = shape
+    if not 1 <= tokens <= max_tokens or not 1 <= per_token <= experts.top_k:
         return None
     rows: list[list[int]] = ids.tolist()
-    per_token = len(rows[0]) if rows else 0
-    if not 1 <= len(rows) <= max_tokens or len(rows) != hidden.shape[0] or not 1 <= per_token <= experts.top_k:
-        return None
-    chosen = rows[0] if len(rows) == 1 else list(chain.from_iterable(rows))
-    if min(chosen) < 0 or max(chosen) >= experts.num_experts:
-        return None
     given: list[list[float]] = weights.tolist()
-    shares = given[0] if len(rows) == 1 else list(chain.from_iterable(given))
-    is_right = math.isfinite(sum(shares)) and all(len(set(row)) == per_token for row in rows)
-    return CheckedRows(len(rows), per_token, chosen, shares) if is_right else None
+    chosen, shares = rows[0], given[0]
+    if tokens > 1:
+        chosen, shares = list(chain.from_iterable(rows)), list(chain.from_iterable(given))
+    if min(chosen) < 0 or max(chosen) >= experts.num_experts or not math.isfinite(sum(shares)):
+        return None
+    for row in rows:
+        if len(set(row)) != per_token:
+            return None
+    return CheckedRows(tokens, per_token, chosen, shares)
 
 
 def check_call(

@@ -15,7 +15,7 @@ from hybrimoe_kt.quants import QuantType
 from .call_checks import INTEGERS, CheckedRows, check_call, check_finite, checked_rows
 from .ggml import library as ggml
 from .ggml.activations import refused_form
-from .ggml.experts import ExpertGraphs, ExpertKind, Scratch
+from .ggml.experts import ExpertGraphs, ExpertKind, Scratch, SumGraph
 from .ggml.pool import FEW_TOKENS, pool
 from .ggml.worker import Worker
 
@@ -107,7 +107,7 @@ class GgmlBackend(CpuBackend):
             rows = CheckedRows(1, len(mine), [index for index, _ in mine], [share for _, share in mine])
         if rows.tokens > FEW_TOKENS:
             return _Call(known, routed, self._graphs, self._scratch)
-        return _SumCall(known, routed.hidden, rows, self._graphs, self._scratch)
+        return _SumCall(known, routed.hidden, rows, self._scratch)
 
 
 class _Layer:
@@ -117,19 +117,27 @@ class _Layer:
         self.experts, self.kind = experts, ExpertKind.of(experts)
         self.number = graphs.number_of(self.kind)
         self.addresses = tuple(tensor.data.data_ptr() for tensor in experts.tensors.values())
+        self._graphs, self._size = graphs, (0, 0)
+        self._latest: SumGraph | None = None
+
+    def sum_of(self, per_token: int, tokens: int) -> SumGraph:
+        """The graph of such calls, many of which are alike."""
+        latest = self._latest
+        if latest is None or self._size != (per_token, tokens):
+            latest = self._latest = self._graphs.sum_of(self.kind, self.number, per_token, tokens)
+            self._size = per_token, tokens
+        return latest
 
 
 class _SumCall:
     """The share of a few tokens: all that is read and written, alive while somebody computes it."""
 
-    def __init__(
-        self, layer: _Layer, hidden: torch.Tensor, rows: CheckedRows, graphs: ExpertGraphs, scratch: Scratch
-    ) -> None:
+    def __init__(self, layer: _Layer, hidden: torch.Tensor, rows: CheckedRows, scratch: Scratch) -> None:
         tokens, per_token, chosen, shares = rows
         self._layer, self._hidden, self.has_work = layer, hidden.contiguous(), per_token > 0
         self._answer = torch.empty_like(self._hidden) if self.has_work else torch.zeros_like(self._hidden)
         if self.has_work:
-            graph = self._graph = graphs.sum_of(layer.kind, layer.number, per_token, tokens)
+            graph = self._graph = layer.sum_of(per_token, tokens)
             graph.place(layer.addresses, self._hidden, chosen, shares, self._answer, scratch)
 
     def compute(self) -> None:

@@ -44,13 +44,15 @@ class Scratch:
     """Memory for what lies between an expert's matrices, and for answers; grows, and is one call's at a time."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self.memory, self._num_values, self._address = torch.empty(0), 0, 0
+        """float32."""
 
-    def take(self, num_values: int) -> torch.Tensor:
-        """float32 `[num_values]`, valid until the next call."""
-        if num_values > self._memory.numel():
-            self._memory = torch.empty(num_values)
-        return self._memory[:num_values]
+    def reserve(self, num_values: int) -> int:
+        """Have so many values, and return their address; both are valid until the next call."""
+        if num_values > self._num_values:
+            self.memory, self._num_values = torch.empty(num_values), num_values
+            self._address = self.memory.data_ptr()
+        return self._address
 
 
 class _Nodes:
@@ -80,15 +82,17 @@ class _Nodes:
         self._inner, self._placed = per_token * tokens * kind.inter, 0
         self._num_values = 2 * self._inner + per_token * tokens * kind.hidden
 
-    def place_between(self, scratch: Scratch) -> torch.Tensor:
-        """Say where what lies between is, and all pairs' answers, which is returned: `[pairs * hidden]`."""
-        memory = scratch.take(self._num_values)
-        address = memory.data_ptr()
+    def place_between(self, scratch: Scratch) -> None:
+        """Say where what lies between is, and all pairs' answers."""
+        address = scratch.reserve(self._num_values)
         if address != self._placed:
             for number, chain in enumerate((self._first, self._second, self._answers)):
                 chain.place(address + 4 * number * self._inner)
             self._placed = address
-        return memory[2 * self._inner :]
+
+    def answers(self, scratch: Scratch) -> torch.Tensor:
+        """All pairs' answers, `[pairs * hidden]`, once computed."""
+        return scratch.memory[2 * self._inner : self._num_values]
 
 
 class ExpertGraph:
@@ -111,7 +115,8 @@ class ExpertGraph:
         for field, weight in zip(nodes.weights, weights, strict=True):
             field.value = weight
         nodes.hidden.value, nodes.ids.value = hidden.data_ptr(), ids.data_ptr()
-        return nodes.place_between(scratch).view(self._shape)
+        nodes.place_between(scratch)
+        return nodes.answers(scratch).view(self._shape)
 
     def compute(self) -> None:
         self._graph.compute()

@@ -22,12 +22,12 @@ class HeadGraph:
 
     def __init__(self, pool: Pool, parts: HeadParts, hidden: int) -> None:
         self._pool, self._parts, self._width = pool, parts, hidden
-        self._one = _Graph(pool, parts, hidden, 1)
+        self._one = _Graph(pool, parts, hidden)
         self._several: OrderedDict[int, _Graph] = OrderedDict()
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 `[vocab]` for the last layer's answer `[hidden]`; valid until the next call."""
-        return self._one.compute(hidden[None])[0]
+        return self._one.compute(hidden)
 
     def compute_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 `[tokens, vocab]` for `[tokens, hidden]`; likewise."""
@@ -43,19 +43,16 @@ class HeadGraph:
 
 
 class _Graph:
-    def __init__(self, pool: Pool, parts: HeadParts, width: int, tokens: int) -> None:
+    def __init__(self, pool: Pool, parts: HeadParts, width: int, *tokens: int) -> None:
         builder = Builder(pool.library, Workspace())
         with torch.inference_mode(False):
-            self._hidden = torch.empty(tokens, width)
-        given = builder.input(Region(self._hidden), width, tokens)
+            self._hidden = torch.empty(*tokens, width)
+        given = builder.input(Region(self._hidden), width, *tokens)
         normed = norm_of(builder, given, parts.norm)
         out = builder.scaled(linear(builder, parts.head, normed), parts.logit_factor)
-        self._graph = builder.graph(pool, out, is_short=tokens <= FEW_TOKENS)
-        self._workspace, self._offset, self._shape = (
-            builder.workspace,
-            builder.offset_of(out),
-            (tokens, parts.head.rows),
-        )
+        self._graph = builder.graph(pool, out, is_short=sum(tokens) <= FEW_TOKENS)
+        self._workspace, self._offset = builder.workspace, builder.offset_of(out)
+        self._shape = *tokens, parts.head.rows
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         self._hidden.copy_(hidden)
