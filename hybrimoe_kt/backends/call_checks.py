@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -14,28 +16,47 @@ from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import KernelError
 
-__all__ = ["INTEGERS", "check_call", "check_finite", "checked_token"]
+__all__ = ["INTEGERS", "CheckedRows", "check_call", "check_finite", "checked_rows"]
 
 INTEGERS = torch.int64, torch.int32
 """What ids may be, where a backend takes both."""
 
 
-def checked_token(experts: LayerExperts, routed: Routed) -> tuple[list[int], list[float]] | None:
-    """Experts and weights of a call of one token that is right, but for its hidden states, which are not looked at.
+class CheckedRows(NamedTuple):
+    """A step's pairs of a token and an expert, token by token."""
 
-    None for every other call: `check_call` says what is wrong with it, if anything is. Ids are either of `INTEGERS`.
+    tokens: int
+    per_token: int
+    chosen: list[int]
+    shares: list[float]
+
+
+def checked_rows(experts: LayerExperts, max_tokens: int, routed: Routed) -> CheckedRows | None:
+    """Experts and weights of a call that is right, but for its hidden states, which are not looked at.
+
+    None for a call that leaves pairs to others, and for every other: `check_call` says what is wrong with it, if
+    anything is. Ids are either of `INTEGERS`.
     """
     hidden, ids, weights = routed[:3]
-    if hidden.shape != (1, experts.hidden) or hidden.dtype is not torch.float32:
+    if hidden.dtype is not torch.float32 or weights.dtype is not torch.float32 or ids.dtype not in INTEGERS:
         return None
-    if weights.dtype is not torch.float32 or ids.dtype not in INTEGERS or ids.shape != weights.shape:
+    shape = ids.shape
+    if shape != weights.shape or len(shape) != 2 or hidden.shape != (shape[0], experts.hidden):
+        return None
+    tokens, per_token = shape
+    if not 1 <= tokens <= max_tokens or not 1 <= per_token <= experts.top_k:
         return None
     rows: list[list[int]] = ids.tolist()
-    chosen = rows[0] if len(rows) == 1 else []
-    if not 1 <= len(chosen) <= experts.top_k or min(chosen) < 0 or max(chosen) >= experts.num_experts:
+    given: list[list[float]] = weights.tolist()
+    chosen, shares = rows[0], given[0]
+    if tokens > 1:
+        chosen, shares = list(chain.from_iterable(rows)), list(chain.from_iterable(given))
+    if min(chosen) < 0 or max(chosen) >= experts.num_experts or not math.isfinite(sum(shares)):
         return None
-    shares: list[float] = weights.tolist()[0]
-    return (chosen, shares) if len(set(chosen)) == len(chosen) and math.isfinite(sum(shares)) else None
+    for row in rows:
+        if len(set(row)) != per_token:
+            return None
+    return CheckedRows(tokens, per_token, chosen, shares)
 
 
 def check_call(

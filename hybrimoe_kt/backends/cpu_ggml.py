@@ -12,11 +12,11 @@ from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import HostCompatibilityError, KernelError, ModelError
 from hybrimoe_kt.quants import QuantType
 
-from .call_checks import INTEGERS, check_call, checked_token
+from .call_checks import INTEGERS, CheckedRows, check_call, check_finite, checked_rows
 from .ggml import library as ggml
 from .ggml.activations import refused_form
-from .ggml.experts import ExpertGraphs, ExpertKind, Scratch, TokenGraph
-from .ggml.pool import pool
+from .ggml.experts import ExpertGraphs, ExpertKind, Scratch, SumGraph
+from .ggml.pool import FEW_TOKENS, pool
 from .ggml.worker import Worker
 
 __all__ = ["GgmlBackend"]
@@ -35,7 +35,7 @@ class GgmlBackend(CpuBackend):
         self._graphs, self._scratch = ExpertGraphs(threads), Scratch()
         self._layers: dict[int, _Layer] = {}
         self._worker = Worker("experts on ggml")
-        self._call: _Call | _TokenCall | None = None
+        self._call: _Call | _SumCall | None = None
 
     @classmethod
     def unusable(cls) -> str | None:
@@ -67,7 +67,7 @@ class GgmlBackend(CpuBackend):
         """Take a layer's experts in place; ModelError for a type that ggml does not compute."""
         if reason := self.refuses(experts):
             raise ModelError(reason)
-        self._layers[experts.layer] = _Layer(experts)
+        self._layers[experts.layer] = _Layer(experts, self._graphs)
 
     def submit(self, layer: int, routed: Routed) -> None:
         """Start one layer's CPU share on a thread of its own; returns in microseconds."""
@@ -91,52 +91,60 @@ class GgmlBackend(CpuBackend):
         self._worker.join()
         return call.answer()
 
-    def _prepared(self, layer: int, routed: Routed, *, is_finite: bool) -> _Call | _TokenCall:
+    def _prepared(self, layer: int, routed: Routed, *, is_finite: bool) -> _Call | _SumCall:
         if self._call is not None:
             raise KernelError("a CPU expert call is still in flight; wait for it before submitting another")
         known = self._layers[layer]
-        token = checked_token(known.experts, routed) if is_finite else None
-        if token is None:
+        rows = checked_rows(known.experts, self.max_tokens, routed)
+        if rows is not None and not is_finite:
+            check_finite(layer, routed.hidden)
+        if rows is None:
             check_call(known.experts, self.max_tokens, routed, INTEGERS, is_finite=is_finite)
             if len(routed.ids) > 1:
                 return _Call(known, routed, self._graphs, self._scratch)
             pairs = zip(routed.ids.tolist()[0], routed.weights.tolist()[0], strict=True)
             mine = [pair for pair in pairs if pair[0] >= 0]
-            token = [index for index, _ in mine], [share for _, share in mine]
-        return _TokenCall(known, routed.hidden, *token, self._graphs)
+            rows = CheckedRows(1, len(mine), [index for index, _ in mine], [share for _, share in mine])
+        if rows.tokens > FEW_TOKENS:
+            return _Call(known, routed, self._graphs, self._scratch)
+        return _SumCall(known, routed.hidden, rows, self._scratch)
 
 
 class _Layer:
     """A layer's experts as graphs take them."""
 
-    def __init__(self, experts: LayerExperts) -> None:
+    def __init__(self, experts: LayerExperts, graphs: ExpertGraphs) -> None:
         self.experts, self.kind = experts, ExpertKind.of(experts)
+        self.number = graphs.number_of(self.kind)
         self.addresses = tuple(tensor.data.data_ptr() for tensor in experts.tensors.values())
-        self.of_a_token: dict[int, TokenGraph] = {}
-        """By experts per token."""
+        self._graphs, self._size = graphs, (0, 0)
+        self._latest: SumGraph | None = None
+
+    def sum_of(self, per_token: int, tokens: int) -> SumGraph:
+        """The graph of such calls, many of which are alike."""
+        latest = self._latest
+        if latest is None or self._size != (per_token, tokens):
+            latest = self._latest = self._graphs.sum_of(self.kind, self.number, per_token, tokens)
+            self._size = per_token, tokens
+        return latest
 
 
-class _TokenCall:
-    """One token's share: all that is read and written, alive while somebody computes it."""
+class _SumCall:
+    """The share of a few tokens: all that is read and written, alive while somebody computes it."""
 
-    def __init__(
-        self, layer: _Layer, hidden: torch.Tensor, chosen: list[int], shares: list[float], graphs: ExpertGraphs
-    ) -> None:
-        num_chosen = len(chosen)
-        self._layer, self._hidden, self.has_work = layer, hidden.contiguous(), num_chosen > 0
+    def __init__(self, layer: _Layer, hidden: torch.Tensor, rows: CheckedRows, scratch: Scratch) -> None:
+        tokens, per_token, chosen, shares = rows
+        self._layer, self._hidden, self.has_work = layer, hidden.contiguous(), per_token > 0
         self._answer = torch.empty_like(self._hidden) if self.has_work else torch.zeros_like(self._hidden)
         if self.has_work:
-            graph = layer.of_a_token.get(num_chosen)
-            if graph is None:
-                graph = layer.of_a_token[num_chosen] = graphs.of_a_token(layer.kind, num_chosen)
-            self._graph = graph
-            graph.place(layer.addresses, self._hidden, chosen, shares, self._answer)
+            graph = self._graph = layer.sum_of(per_token, tokens)
+            graph.place(layer.addresses, self._hidden, chosen, shares, self._answer, scratch)
 
     def compute(self) -> None:
         self._graph.compute()
 
     def answer(self) -> torch.Tensor:
-        """The weighted sum, float32 `[1, hidden]`, once computed."""
+        """The weighted sum, float32 `[num_tokens, hidden]`, once computed."""
         return self._answer
 
 
@@ -158,7 +166,7 @@ class _Call:
         self.has_work = self._ids.numel() > 0
         if self.has_work:
             tokens, per_token = self._ids.shape
-            self._graph = graphs.of(layer.kind, per_token, tokens)
+            self._graph = graphs.of(layer.kind, layer.number, per_token, tokens)
             self._pairs = self._graph.place(layer.addresses, self._hidden, self._ids, scratch)
 
     def compute(self) -> None:

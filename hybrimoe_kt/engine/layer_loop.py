@@ -25,6 +25,9 @@ class LoopedLayer(Protocol):
     def advance(self, held: Any, step: Any) -> None:
         """Put the layer's answer in the place of the hidden states, and hold what later tokens look at."""
 
+    def advance_together(self, held: Sequence[Any]) -> None:
+        """The same for a token of each of several conversations, which the model's memory has begun as rows."""
+
 
 class LayerLoop:
     """Owns the loop over layers: each computes its dense piece, then its experts."""
@@ -58,3 +61,24 @@ class LayerLoop:
         for layer, held in zip(layers, cache.layers, strict=True):
             layer.advance(held, step)
         return dense.head.compute(hidden[-1])
+
+    def takes_together(self, num: int, longest: int) -> bool:
+        """Whether it steps so many conversations at once, of which the longest has `longest` tokens with its next."""
+        return 1 <= num <= self._dense.most_tokens and self.takes(1, longest)
+
+    @torch.no_grad()
+    def step_together(self, ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor:
+        """Append `ids[i]` to `caches[i]`, different ones of `growing_cache`'s; logits float32 `[conversations, vocab]`.
+
+        Valid until the next step. Conversations may be others, and in another order, each time.
+        """
+        assert len({id(cache) for cache in caches}) == len(ids) > 0, "a token for each of different conversations"
+        if len(ids) == 1:
+            return self.step(ids, caches[0])[None]
+        dense, layers = self._dense, self._dense.layers
+        hidden = dense.memory.rows.begin([cache.get_seq_length() for cache in caches])
+        embedded = dense.embedding(torch.tensor(ids))
+        torch.mul(embedded, dense.embedding_factor, out=hidden)
+        for layer, *held in zip(layers, *(cache.layers for cache in caches), strict=True):
+            layer.advance_together(held)
+        return dense.head.compute_rows(hidden)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hybrimoe_kt.accelerators import numbered
 from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 from hybrimoe_kt.runtime import Job, ModelExperts, Routed, Runtime
 from hybrimoe_kt.runtime.step_pieces import StepPieces
@@ -91,16 +92,29 @@ class HybriMoEExperts(nn.Module):
         ExpertOptions.from_kwargs({name: value for name, value in kwargs.items() if name not in devices})
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        phase: Phase | None = None,
     ) -> torch.Tensor:
-        """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`."""
-        return self.finish(self.begin(hidden_states, top_k_index, top_k_weights))
+        """`hidden_states [num_tokens, hidden]`, ids and weights `[num_tokens, top_k]` -> `[num_tokens, hidden]`.
 
-    def begin(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Job:
+        `phase` as of `Routed`: several tokens are a prompt's unless it says "decode".
+        """
+        return self.finish(self.begin(hidden_states, top_k_index, top_k_weights, phase))
+
+    def begin(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        phase: Phase | None = None,
+    ) -> Job:
         """Start what `forward` does; what is computed until `finish` runs beside the CPU's share."""
         assert self.runtime is not None, "the host attaches a runtime before the first step"
         (logits, probabilities), self._logits = self._logits, (None, None)
-        routed = Routed(hidden_states, top_k_index, top_k_weights, logits, probabilities=probabilities)
+        routed = Routed(hidden_states, top_k_index, top_k_weights, logits, phase, probabilities)
         return self.runtime.begin(self.layer, routed)
 
     def finish(self, job: Job) -> torch.Tensor:

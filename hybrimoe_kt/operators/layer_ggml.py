@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from hybrimoe_kt.accelerators import is_host
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.backends.ggml.choice import choose
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
-from hybrimoe_kt.backends.ggml.layer_graph import DenseAnswer, StepMemory
 from hybrimoe_kt.backends.ggml.pool import FEW_TOKENS
 from hybrimoe_kt.backends.ggml.recurrent_state import RecurrentState
+from hybrimoe_kt.backends.ggml.step_memory import DenseAnswer, StepMemory
+from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.kv_cache_types import check_kv_cache_type
 
@@ -173,17 +174,26 @@ class GgmlLayer(nn.Module):
     def advance(self, stored: StoredLayer | StoredState, step: StepMemory) -> None:
         """Put this layer's answer for `step.hidden` in its place, and hold what later tokens want of it."""
         assert self._dense is not None, "asked of layers that have one"
-        answer = self._dense.compute(stored.held, step)
+        self._add_experts(self._dense.compute(stored.held, step), step.hidden)
+
+    def advance_together(self, stored: Sequence[StoredLayer | StoredState]) -> None:
+        """The same for the rows that `memory.rows` has begun, a token of each of these conversations."""
+        assert self._dense is not None, "asked of layers that have one"
+        answer = self._dense.compute_rows([each.held for each in stored])
+        self._add_experts(answer, self._dense.memory.rows.hidden, "decode")
+
+    def _add_experts(self, answer: DenseAnswer, hidden: torch.Tensor, phase: Phase | None = None) -> None:
+        """Write the layer's answer to `hidden`."""
         if answer.normed is None:
-            step.hidden.copy_(answer.residual)
+            hidden.copy_(answer.residual)
             return
         experts = self._experts[0]
-        assert experts.runtime is not None, "the host attaches a runtime before the first step"
+        assert experts.runtime is not None and self._dense is not None, "the host attaches a runtime first"
         ids, weights = self._chosen(answer)
         if experts.runtime.wants_scores and answer.logits is not None:
             experts.note_logits(answer.logits)
-        routed = experts(answer.normed, ids, weights)
-        torch.add(answer.residual, routed, alpha=self._dense.parts.residual_factor, out=step.hidden)
+        routed = experts(answer.normed, ids, weights, phase)
+        torch.add(answer.residual, routed, alpha=self._dense.parts.residual_factor, out=hidden)
 
     def _chosen(self, answer: DenseAnswer) -> tuple[torch.Tensor, torch.Tensor]:
         normed, logits, ids, weights = answer.normed, answer.logits, answer.ids, answer.weights

@@ -164,8 +164,9 @@ def test_versions_that_nobody_compared_are_refused(version: str, fits: bool, mon
 
 @needs_ggml
 @pytest.mark.usefixtures("fresh")
-def test_another_layout_of_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggml, "_DATA_OFFSET_BYTES", 240)
+@pytest.mark.parametrize(("word", "place"), [("DATA", 30), ("SIZES", 3), ("STRIDES", 5)])
+def test_another_layout_of_tensors_is_refused(word: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, word, place)
     assert "lays out tensors in an unknown way" in (ggml.unusable() or "")
 
 

@@ -73,7 +73,8 @@ class Builder:
         self._pointer = self.context.pointer
         self._places: dict[int, tuple[Region, int]] = {}
         self._moving: list[tuple[int, Region, int, int]] = []
-        self._kept: list[object] = []
+        self.constants: dict[int, tuple[torch.Tensor, int]] = {}
+        """Tensor -> values that stay where they are, and how many bytes behind their beginning it starts."""
         self._num_bytes = 0
 
     # What is there before the graph runs.
@@ -81,9 +82,7 @@ class Builder:
     def constant(self, values: torch.Tensor, *sizes: int, ggml_type: int = F32, offset: int = 0) -> int:
         """Values that stay where they are, such as weights; `offset` in bytes."""
         tensor = self.context.tensor(ggml_type, *sizes)
-        data_of(tensor).value = values.data_ptr() + offset
-        self._kept.append(values)
-        return tensor
+        return self._fixed(tensor, values, offset)
 
     def input(self, region: Region, *sizes: int, ggml_type: int = F32) -> int:
         """What somebody writes into `region` before each run."""
@@ -109,8 +108,8 @@ class Builder:
     def within(self, tensor: int, other: int, offset: int = 0) -> int:
         """Say that `tensor` is a view of `other`, `offset` bytes behind its beginning."""
         if other not in self._places:
-            data_of(tensor).value = (data_of(other).value or 0) + offset
-            return tensor
+            values, before = self.constants[other]
+            return self._fixed(tensor, values, before + offset)
         region, place = self._places[other]
         return self._put(tensor, region, place + offset)
 
@@ -124,6 +123,11 @@ class Builder:
         region, place = self._places[tensor]
         assert region is self.workspace, "a result"
         return place
+
+    def _fixed(self, tensor: int, values: torch.Tensor, offset: int) -> int:
+        data_of(tensor).value = values.data_ptr() + offset
+        self.constants[tensor] = values, offset
+        return tensor
 
     def _put(self, tensor: int, region: Region, place: int) -> int:
         self._places[tensor] = region, place
@@ -280,7 +284,7 @@ class Builder:
         """What computes `results`, in this order; nothing is added afterwards."""
         graph = Graph(pool, self.context, *results, is_short=is_short)
         self.workspace.reserve(self._num_bytes)
-        return PlacedGraph(graph, dict(self._places), self._moving, self._kept)
+        return PlacedGraph(graph, dict(self._places), self._moving, list(self.constants.values()))
 
 
 RotaryArguments = tuple[int, int, int, float]
@@ -302,6 +306,10 @@ class PlacedGraph:
         self._fields = [(data_of(tensor), region, place) for tensor, (region, place) in places.items()]
         self._moving = [(data_of(tensor), region, offset, stride) for tensor, region, offset, stride in moving]
         self._placed: list[int] = []
+
+    def plan(self) -> None:
+        """Plan it anew, see `Graph.plan`."""
+        self._graph.plan()
 
     def compute(self, position: int) -> None:
         """Run with what is in the regions; `position` says where moving tensors are."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -11,10 +13,14 @@ from hybrimoe_kt.quants import TYPES
 
 from .building import Workspace
 from .key_values import GGML_TYPES, KeyValues
-from .layer_graph import DenseAnswer, Held, LayerGraph, StepMemory, num_seen
+from .kinds import LayerKind
+from .layer_graph import LayerGraph
 from .parts import GatedLinear, Latent, LayerParts
 from .pool import pool
 from .recurrent_state import RecurrentState
+from .rows_graph import RowsGraph
+from .rows_memory import RowsMemory
+from .step_memory import DenseAnswer, Held, StepMemory, num_seen
 
 __all__ = ["DenseLayer", "DenseMemory"]
 
@@ -24,6 +30,9 @@ _MOST_LOGITS = 2**24
 """64 MiB. A choice: 32 tokens of 32 heads at 16,384 tokens."""
 _MOST_SIZES = 8
 """Sizes of steps whose memory is kept."""
+_MOST_ROWS_GRAPHS = 64
+"""Kept of steps of several conversations for all layers together, the latest used: one for each kind of layer and
+number of conversations. Some 150 KB of ggml's for 8 of them."""
 
 
 class DenseMemory:
@@ -34,6 +43,11 @@ class DenseMemory:
         self.pool = pool()
         """Whose threads compute, also when another model has asked for another number of them."""
         self._steps: OrderedDict[int, StepMemory] = OrderedDict()
+        self.rows = RowsMemory(hidden, self._workspace)
+        """For steps of several conversations."""
+        self.kinds: dict[Hashable, int] = {}
+        """Number of each kind of layer."""
+        self._rows_graphs: OrderedDict[tuple[int, int, int], RowsGraph] = OrderedDict()
         self.seconds = 0.0
         """Spent in graphs since the start."""
 
@@ -46,6 +60,19 @@ class DenseMemory:
                 self._steps.popitem(last=False)
         else:
             self._steps.move_to_end(tokens)
+        return found
+
+    def rows_graph(self, parts: LayerParts, kind: LayerKind, held: Held) -> RowsGraph:
+        """What computes a layer of a kind for as many conversations as `rows` has begun, kept as `held` is."""
+        num, ggml_type = self.rows.num, held.ggml_type if isinstance(held, KeyValues) else -1
+        key = kind.number, num, ggml_type
+        found = self._rows_graphs.get(key)
+        if found is None:
+            found = self._rows_graphs[key] = RowsGraph(self.pool, parts, kind, self.rows, num, held)
+            if len(self._rows_graphs) > _MOST_ROWS_GRAPHS:
+                self._rows_graphs.popitem(last=False)
+        else:
+            self._rows_graphs.move_to_end(key)
         return found
 
 
@@ -98,6 +125,25 @@ class DenseLayer:
         answer = graph.compute(held)
         self.memory.seconds += time.perf_counter() - began
         held.advance(step.tokens)
+        return answer
+
+    @functools.cached_property
+    def _kind(self) -> LayerKind:
+        return LayerKind(self.parts, self.memory.kinds)
+
+    def compute_rows(self, held: Sequence[Held]) -> DenseAnswer:
+        """The same for a token each of several conversations, with what `memory.rows` holds.
+
+        That was begun at their `length`s, in this order.
+        """
+        for each in held:
+            each.reserve(each.length + 1)
+        graph = self.memory.rows_graph(self.parts, self._kind, held[0])
+        began = time.perf_counter()
+        answer = graph.compute(self._kind, held)
+        self.memory.seconds += time.perf_counter() - began
+        for each in held:
+            each.advance(1)
         return answer
 
     def takes(self, tokens: int, length: int) -> bool:

@@ -15,7 +15,7 @@ from .activations import Chain, join
 from .library import F32, I32, Context, data_of
 from .pool import FEW_TOKENS, Graph, Pool
 
-__all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind", "Scratch", "TokenGraph"]
+__all__ = ["ExpertGraph", "ExpertGraphs", "ExpertKind", "Scratch", "SumGraph"]
 
 _MOST_TENSORS = 24
 """Of one graph: its inputs, and what each operation makes."""
@@ -44,13 +44,15 @@ class Scratch:
     """Memory for what lies between an expert's matrices, and for answers; grows, and is one call's at a time."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self.memory, self._num_values, self._address = torch.empty(0), 0, 0
+        """float32."""
 
-    def take(self, num_values: int) -> torch.Tensor:
-        """float32 `[num_values]`, valid until the next call."""
-        if num_values > self._memory.numel():
-            self._memory = torch.empty(num_values)
-        return self._memory[:num_values]
+    def reserve(self, num_values: int) -> int:
+        """Have so many values, and return their address; both are valid until the next call."""
+        if num_values > self._num_values:
+            self.memory, self._num_values = torch.empty(num_values), num_values
+            self._address = self.memory.data_ptr()
+        return self._address
 
 
 class _Nodes:
@@ -77,16 +79,20 @@ class _Nodes:
         self.out = self._answers.last
         self.weights = [data_of(weight) for weight in (*weights, *biases)]
         self.hidden, self.ids = data_of(hidden), data_of(ids)
-        self._inner, self._shape = per_token * tokens * kind.inter, (tokens, per_token, kind.hidden)
+        self._inner, self._placed = per_token * tokens * kind.inter, 0
+        self._num_values = 2 * self._inner + per_token * tokens * kind.hidden
 
-    def place_between(self, scratch: Scratch) -> torch.Tensor:
-        """Say where what lies between is, and where answers will be, `[tokens, per_token, hidden]`."""
-        tokens, per_token, width = self._shape
-        memory = scratch.take(2 * self._inner + tokens * per_token * width)
-        address = memory.data_ptr()
-        for number, chain in enumerate((self._first, self._second, self._answers)):
-            chain.place(address + 4 * number * self._inner)
-        return memory[2 * self._inner :].view(self._shape)
+    def place_between(self, scratch: Scratch) -> None:
+        """Say where what lies between is, and all pairs' answers."""
+        address = scratch.reserve(self._num_values)
+        if address != self._placed:
+            for number, chain in enumerate((self._first, self._second, self._answers)):
+                chain.place(address + 4 * number * self._inner)
+            self._placed = address
+
+    def answers(self, scratch: Scratch) -> torch.Tensor:
+        """All pairs' answers, `[pairs * hidden]`, once computed."""
+        return scratch.memory[2 * self._inner : self._num_values]
 
 
 class ExpertGraph:
@@ -94,7 +100,7 @@ class ExpertGraph:
 
     def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
         context = Context(on.library, _MOST_TENSORS)
-        self._nodes = _Nodes(context, kind, per_token, tokens)
+        self._nodes, self._shape = _Nodes(context, kind, per_token, tokens), (tokens, per_token, kind.hidden)
         self._graph = Graph(on, context, self._nodes.out, is_short=tokens <= FEW_TOKENS)
 
     def place(
@@ -109,39 +115,48 @@ class ExpertGraph:
         for field, weight in zip(nodes.weights, weights, strict=True):
             field.value = weight
         nodes.hidden.value, nodes.ids.value = hidden.data_ptr(), ids.data_ptr()
-        return nodes.place_between(scratch)
+        nodes.place_between(scratch)
+        return nodes.answers(scratch).view(self._shape)
 
     def compute(self) -> None:
         self._graph.compute()
 
 
-class TokenGraph:
-    """Experts of one kind for one token, and the weighted sum of their answers.
+class SumGraph:
+    """Experts of one kind for a few tokens, and the weighted sum of each token's answers.
 
-    What it is given in numbers, and what lies between, stays where it is from call to call.
+    What it is given in numbers stays where it is from call to call; what lies between is in memory of all of them.
     """
 
-    def __init__(self, on: Pool, kind: ExpertKind, per_token: int) -> None:
+    def __init__(self, on: Pool, kind: ExpertKind, per_token: int, tokens: int) -> None:
         context = Context(on.library, _MOST_TENSORS)
-        nodes = self._nodes = _Nodes(context, kind, per_token, 1)
-        shares = context.tensor(F32, 1, per_token)
+        nodes = self._nodes = _Nodes(context, kind, per_token, tokens)
+        shares = context.tensor(F32, 1, per_token, tokens)
         out = on.library.ggml_out_prod(context.pointer, nodes.out, shares)
-        self._chosen, self._shares = (ctypes.c_int32 * per_token)(), (ctypes.c_float * per_token)()
+        pairs = per_token * tokens
+        self._chosen, self._shares = (ctypes.c_int32 * pairs)(), (ctypes.c_float * pairs)()
         nodes.ids.value, data_of(shares).value = ctypes.addressof(self._chosen), ctypes.addressof(self._shares)
-        self._between, self._out = nodes.place_between(Scratch()), data_of(out)
+        self._out = data_of(out)
         self._graph = Graph(on, context, out, is_short=True)
 
     def place(
-        self, weights: tuple[int, ...], hidden: torch.Tensor, chosen: list[int], shares: list[float], out: torch.Tensor
+        self,
+        weights: tuple[int, ...],
+        hidden: torch.Tensor,
+        chosen: list[int],
+        shares: list[float],
+        out: torch.Tensor,
+        scratch: Scratch,
     ) -> None:
-        """Say what one call computes: the experts `chosen` with their `shares`, into `out` float32 `[1, hidden]`.
+        """Say what one call computes: the experts `chosen` with their `shares`, into `out` float32 `[tokens, hidden]`.
 
-        `weights` and `hidden` as of `ExpertGraph`.
+        Token by token; `weights` and `hidden` as of `ExpertGraph`.
         """
         nodes = self._nodes
         for field, weight in zip(nodes.weights, weights, strict=True):
             field.value = weight
         nodes.hidden.value, self._out.value = hidden.data_ptr(), out.data_ptr()
+        nodes.place_between(scratch)
         self._chosen[:], self._shares[:] = chosen, shares  # type: ignore[assignment]  # typeshed: not of numbers alone
 
     def compute(self) -> None:
@@ -152,20 +167,28 @@ class ExpertGraphs:
     """Graphs by kind and size, made when they are first wanted."""
 
     def __init__(self, on: Pool) -> None:
-        self._pool = on
-        self._made: OrderedDict[tuple[ExpertKind, int, int], ExpertGraph] = OrderedDict()
-        self._of_a_token: dict[tuple[ExpertKind, int], TokenGraph] = {}
+        self._pool, self._kinds = on, dict[ExpertKind, int]()
+        self._made: OrderedDict[tuple[int, int, int], ExpertGraph] = OrderedDict()
+        self._sums: OrderedDict[tuple[int, int, int], SumGraph] = OrderedDict()
 
-    def of_a_token(self, kind: ExpertKind, per_token: int) -> TokenGraph:
-        """The graph of single tokens; there are few, and all are kept."""
-        key = kind, per_token
-        found = self._of_a_token.get(key)
+    def number_of(self, kind: ExpertKind) -> int:
+        """What stands for a kind from now on; numbers are found sooner."""
+        return self._kinds.setdefault(kind, len(self._kinds))
+
+    def sum_of(self, kind: ExpertKind, number: int, per_token: int, tokens: int) -> SumGraph:
+        """For up to `FEW_TOKENS` tokens, all of whose experts are computed."""
+        key = number, per_token, tokens
+        found = self._sums.get(key)
         if found is None:
-            found = self._of_a_token[key] = TokenGraph(self._pool, kind, per_token)
+            found = self._sums[key] = SumGraph(self._pool, kind, per_token, tokens)
+            if len(self._sums) > _MOST_GRAPHS:
+                self._sums.popitem(last=False)
+        else:
+            self._sums.move_to_end(key)
         return found
 
-    def of(self, kind: ExpertKind, per_token: int, tokens: int) -> ExpertGraph:
-        key = kind, per_token, tokens
+    def of(self, kind: ExpertKind, number: int, per_token: int, tokens: int) -> ExpertGraph:
+        key = number, per_token, tokens
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = ExpertGraph(self._pool, kind, per_token, tokens)

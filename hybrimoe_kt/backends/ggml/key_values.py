@@ -46,6 +46,11 @@ class KeyValues:
         """Where the next token's are written."""
         return self.length
 
+    @property
+    def facts(self) -> tuple[int, int, int, int]:
+        """Addresses of keys and values, where the next token's are written, and tokens that there is memory for."""
+        return self.keys.address, self.values.address, self.length, self.capacity
+
     def advance(self, tokens: int) -> None:
         """Hold so many more, which a graph has written behind `length`."""
         self.length += tokens

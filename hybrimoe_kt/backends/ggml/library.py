@@ -19,14 +19,31 @@ from typing import Any
 from hybrimoe_kt.errors import HostCompatibilityError
 from hybrimoe_kt.quants import TYPES, QuantType
 
-__all__ = ["BF16", "F16", "F32", "I32", "Q8_0", "Context", "Library", "choose_library", "library", "unusable"]
+__all__ = [
+    "BF16",
+    "DATA",
+    "F16",
+    "F32",
+    "I32",
+    "Q8_0",
+    "SIZES",
+    "STRIDES",
+    "Context",
+    "Library",
+    "choose_library",
+    "library",
+    "unusable",
+]
 
 F32, F16, Q8_0, I32, BF16 = 0, 1, 8, 26, 30
 """Numbers of GGML types."""
 _VERSIONS = (0, 15), (1, 0)
 """From the first on, before the second: the layout of a tensor and of a plan was compared with 0.20.2's and 0.23's."""
-_DATA_OFFSET_BYTES = 248
-"""Of the pointer to its values within a tensor, in every version above; `_check` finds out whether that holds."""
+SIZES, STRIDES, DATA = 2, 6, 31
+"""Where a tensor has its sizes, its strides and the pointer to its values, in words of 8 bytes, in every version above.
+
+`_check_layout` finds out whether that holds.
+"""
 _BASE = ("libggml-base.so.0", "libggml-base.so", "libggml-base.dylib", "libggml-base.0.dylib", "ggml-base.dll")
 _CPU = ("libggml-cpu.so.0", "libggml-cpu.so", "libggml-cpu.dylib", "libggml-cpu.0.dylib", "ggml-cpu.dll")
 _FOLDERS = ("lib64", "lib", "bin", ".")
@@ -177,10 +194,13 @@ class Library:
         return next((found for handle in self._handles if (found := getattr(handle, name, None)) is not None), None)
 
     def _check_layout(self) -> None:
-        """Find out that a tensor's values are where this module writes pointers to them."""
+        """Find out that a tensor's values, sizes and strides are where this module writes them."""
         with Context(self, 1, 4096, has_values=True) as context:
-            tensor = context.tensor(F32, 8)
-            if c_void_p.from_address(tensor + _DATA_OFFSET_BYTES).value != self.ggml_get_data(tensor):
+            tensor = context.tensor(F32, 8, 3)
+            found = (c_int64 * 32).from_address(tensor)
+            sizes, strides = found[SIZES : SIZES + 4], found[STRIDES : STRIDES + 4]
+            is_known = found[DATA] == self.ggml_get_data(tensor)
+            if not is_known or sizes != [8, 3, 1, 1] or strides != [4, 32, 96, 96]:
                 raise HostCompatibilityError(f"{self.file} (ggml {self.version}) lays out tensors in an unknown way")
 
     @functools.cached_property
@@ -251,7 +271,7 @@ class Context:
 
 def data_of(tensor: int) -> c_void_p:
     """The field of a tensor that points to its values; assign to its `value`."""
-    return c_void_p.from_address(tensor + _DATA_OFFSET_BYTES)
+    return c_void_p.from_address(tensor + 8 * DATA)
 
 
 _opened: list[Library] = []

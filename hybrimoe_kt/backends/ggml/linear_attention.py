@@ -5,26 +5,40 @@ In the order in which the file has heads; what is kept of a conversation is read
 
 from __future__ import annotations
 
-from .building import Builder, Region
+from abc import ABC, abstractmethod
+
+from .building import Builder
 from .layer_pieces import linear, norm_of
-from .library import F32, I32
+from .library import I32
 from .parts import GatedLinear
 
-__all__ = ["linear_attention"]
+__all__ = ["StateAccess", "linear_attention"]
 
 _EPSILON = 1e-6
 """Added to the squared length of queries and keys, in every implementation of the rule."""
 
 
-def linear_attention(
-    builder: Builder, parts: GatedLinear, given: int, tokens: int, columns: Region, state: Region
-) -> tuple[int, int]:
-    """Add it to a graph: its answer `[hidden, tokens]`, and the copy of columns, which has to be computed first."""
+class StateAccess(ABC):
+    """Reads and writes what is kept of conversations, while their graph is made."""
+
+    @abstractmethod
+    def latest(self, mixed: int, channels: int, num_taps: int) -> list[int]:
+        """Keep each token's channels `[channels, tokens]`; return those of it and the tokens before, the oldest first.
+
+        As many tensors of that size as a convolution looks at.
+        """
+
+    @abstractmethod
+    def read(self, query: int, key: int, value: int, decay: int, beta: int, width: int, heads: int) -> int:
+        """Let the gated delta rule go on, see `Builder.delta_rule`; its answers `[width, heads, tokens]`."""
+
+
+def linear_attention(builder: Builder, parts: GatedLinear, given: int, tokens: int, access: StateAccess) -> int:
+    """Add it to a graph: its answer `[hidden, tokens]`."""
     width, heads, num_keys = parts.head_dim, parts.value_heads, 2 * parts.key_heads
     head, token = 4 * width, 4 * parts.channels
     mixed, gate = _inputs(builder, parts, given, tokens)
-    copy = _keep(builder, parts, mixed, tokens, columns)
-    mixed = _convolved(builder, parts, tokens, columns)
+    mixed = _convolved(builder, parts, access.latest(mixed, parts.channels, len(parts.kernel)))
     keys = _of_length_one(builder, builder.view(mixed, (width, num_keys, tokens), (head, token)), width)
     if not parts.is_tiled and heads > parts.key_heads:
         num_keys = 2 * heads
@@ -34,9 +48,9 @@ def linear_attention(
     query, key = builder.view(keys, sizes, strides), builder.view(keys, sizes, strides, half)
     value = builder.view(mixed, (width, heads, tokens), (head, token), 2 * head * parts.key_heads)
     beta, decay = _rates(builder, parts, given, tokens)
-    answer = builder.delta_rule(query, key, value, decay, beta, state, (width, heads, tokens))
+    answer = access.read(query, key, value, decay, beta, width, heads)
     answer = builder.reshape(norm_of(builder, answer, parts.norm), width * heads, tokens)
-    return linear(builder, parts.output, builder.swiglu(gate, answer)), copy
+    return linear(builder, parts.output, builder.swiglu(gate, answer))
 
 
 def _inputs(builder: Builder, parts: GatedLinear, given: int, tokens: int) -> tuple[int, int]:
@@ -55,19 +69,10 @@ def _inputs(builder: Builder, parts: GatedLinear, given: int, tokens: int) -> tu
     return builder.view(made, (parts.channels, tokens), strides), gate
 
 
-def _keep(builder: Builder, parts: GatedLinear, mixed: int, tokens: int, columns: Region) -> int:
-    """Write channels behind those of the tokens before."""
-    row = 4 * parts.channels
-    offset = row * (len(parts.kernel) - 1)
-    into = builder.moving(builder.context.tensor(F32, parts.channels, tokens), columns, offset, row)
-    return builder.moving(builder.copied(mixed, into), columns, offset, row)
-
-
-def _convolved(builder: Builder, parts: GatedLinear, tokens: int, columns: Region) -> int:
+def _convolved(builder: Builder, parts: GatedLinear, latest: list[int]) -> int:
     """Each channel's sum over the latest tokens, weighted: tokens lie one behind the other, whole rows are added."""
-    row, total = 4 * parts.channels, None
-    for back, factors in enumerate(parts.kernel):
-        seen = builder.moving(builder.context.tensor(F32, parts.channels, tokens), columns, back * row, row)
+    total = None
+    for seen, factors in zip(latest, parts.kernel, strict=True):
         part = builder.times(seen, builder.constant(factors, parts.channels), in_place=False)
         total = part if total is None else builder.plus(total, part)
     assert total is not None, "a kernel sees at least the token itself"

@@ -83,9 +83,13 @@ class Graph:
     ) -> None:
         """`is_short`: it serves few tokens; `is_tiny`: it takes microseconds."""
         self._pool, self._context = on, context  # the context goes when nobody computes with it any more
-        self._graph = context.graph(*results)
-        self._plan = on.plan(self._graph)
-        self._reference, self._is_short, self._is_tiny = ctypes.byref(self._plan), is_short, is_tiny
+        self._graph, self._is_short, self._is_tiny = context.graph(*results), is_short, is_tiny
+        self.plan()
+
+    def plan(self) -> None:
+        """Plan it anew, as its tensors have other sizes now."""
+        self._plan = self._pool.plan(self._graph)
+        self._reference = ctypes.byref(self._plan)
 
     def compute(self) -> None:
         self._pool.compute(self._graph, self._plan, self._reference, is_short=self._is_short, is_tiny=self._is_tiny)

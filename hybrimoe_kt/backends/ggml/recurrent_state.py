@@ -35,6 +35,11 @@ class RecurrentState:
         return self.columns, self.state
 
     @property
+    def facts(self) -> tuple[int, int, int, int]:
+        """Addresses of columns and matrices, the row of the first kept column, and tokens that a step may have."""
+        return self.columns.address, self.state.address, self.place, self.capacity
+
+    @property
     def num_bytes(self) -> int:
         """Memory taken."""
         return sum(region.memory.untyped_storage().nbytes() for region in self.regions)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_kt.backends.ggml.dense_layer import DenseLayer, DenseMemory
-from hybrimoe_kt.backends.ggml.layer_graph import HeadGraph
+from hybrimoe_kt.backends.ggml.head_graph import HeadGraph
 from hybrimoe_kt.operators.layer_ggml import GgmlLayer
 
 from .architectures import Architecture
