@@ -40,12 +40,6 @@ class LayerLoop:
         most = self._dense.most_tokens
         return tokens <= most and (tokens == 1 or all(layer.takes(tokens, length) for layer in self._dense.layers))
 
-    def takes_together(self, num: int, longest: int) -> bool:
-        return False
-
-    def step_together(self, ids: Sequence[int], caches: Sequence[Any]) -> torch.Tensor:
-        raise NotImplementedError
-
     @torch.no_grad()
     def step(self, ids: Sequence[int], cache: Any) -> torch.Tensor:
         """Append `ids` to `cache`, one of `growing_cache`'s; the last one's logits, float32 `[vocab]`.

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_kt.engine import batch as batch_module
 from hybrimoe_kt.engine.generation import Generation
+from hybrimoe_kt.engine.layer_loop import LayerLoop
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import CapacityError, KernelError
@@ -29,12 +30,17 @@ RAM = 2**28
 
 
 def generator(model: GeneratedModel, *, parallel: int = 4, cache_ram: int = RAM, **options: Any) -> TokenGenerator:
-    own = {name: options.pop(name) for name in ("kv_cache_type", "context_tokens", "device") if name in options}
+    own = {name: options.pop(name) for name in ("kv_cache_type", "context_tokens") if name in options}
     context = own.pop("context_tokens", None)
-    overrides = {"cpu_backend": "torch_reference", "max_chunk_tokens": 8} | options
-    loaded = load_model(model.path, option_overrides=overrides, progress=False, **{"device": "emulated:0"} | own)
+    by_graphs = options.pop("by_graphs", False)
+    overrides = {"cpu_backend": "ggml" if by_graphs else "torch_reference", "max_chunk_tokens": 8} | options
+    device = "cpu" if by_graphs else "emulated:0"
+    loaded = load_model(model.path, option_overrides=overrides, progress=False, device=device, **own)
     made = TokenGenerator(loaded, set(), context_tokens=context, parallel=parallel, cache_ram=cache_ram)
-    by_modules(made)
+    if by_graphs:
+        assert isinstance(made.loop, LayerLoop)
+    else:
+        by_modules(made)
     return made
 
 
@@ -65,10 +71,9 @@ def text(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(250), k=length)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_answers_side_by_side_are_those_alone(generated: Make, kind: str) -> None:
+def test_answers_side_by_side_are_those_alone(pair: tuple[TokenGenerator, TokenGenerator]) -> None:
     """Prompts of all lengths, joined in the middle of others' answers; more of them than may run."""
-    made, single = (generator(generated(SHAPES[KINDS[kind]]), parallel=most) for most in (3, 1))
+    made, single = pair
     asked = [(text(seed, length), 4 + 3 * seed) for seed, length in enumerate((1, 40, 9, 17, 8, 25))]
     wanted = [alone(single, prompt, most) for prompt, most in asked]
     begun = []
@@ -104,10 +109,12 @@ ASKED = st.builds(
 COMMON = text(99, 30)
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=[*KINDS, *(f"{kind}, graphs" for kind in KINDS)])
 def pair(request: pytest.FixtureRequest, generated: Make) -> tuple[TokenGenerator, TokenGenerator]:
-    model = generated(SHAPES[KINDS[request.param]])
-    return generator(model, parallel=4), generator(model, parallel=1, cache_ram=0)
+    """The same model twice: for several answers, and for one."""
+    kind, _, how = request.param.partition(", ")
+    model, by_graphs = generated(SHAPES[KINDS[kind]]), how == "graphs"
+    return tuple(generator(model, parallel=most, by_graphs=by_graphs) for most in (4, 1))  # type: ignore[return-value]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,7 +19,7 @@ from .serving import Serving, serving
 
 @pytest.fixture(scope="session")
 def engine(embedded_model: Path) -> Engine:
-    return build_engine(embedded_model, progress=False, option_overrides={"accelerator": "none"})
+    return build_engine(embedded_model, progress=False, option_overrides={"accelerator": "none"}, parallel=4)
 
 
 @pytest.fixture(scope="module")
