@@ -1,4 +1,4 @@
-"""One answer at a time, in the order asked; a full queue, a cancelled request and an ending server."""
+"""Answers in the order asked, one at a time or several; a full queue, a cancelled request and an ending server."""
 
 from __future__ import annotations
 
@@ -70,6 +70,79 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
 def test_a_queue_without_room_still_answers_one_after_the_other() -> None:
     with serving(ScriptedEngine(), max_waiting=0) as running:
         assert [running.ask("hi").status_code for _ in range(20)] == [200] * 20
+
+
+class Parallel(ScriptedEngine):
+    """Two answers at once."""
+
+    parallel = 2
+
+
+def test_two_are_answered_at_once_and_the_third_when_one_has_ended() -> None:
+    held = Held()
+    with serving(Parallel(before_token=held)) as running, ThreadPoolExecutor(3) as pool:
+        answers = []
+        for number, (active, waiting) in enumerate([(1, 0), (2, 0), (2, 1)]):
+            answers.append(pool.submit(running.ask, f"number {number}"))
+            wanted = {"active": active, "waiting": waiting, "limit": 64}
+            if number == 0:
+                assert eventually(lambda: queue_of(running) == wanted)  # noqa: B023
+                continue
+            # the thread that steps is held in the middle of a step: it admits the others once that has ended
+            assert eventually(lambda: sum(queue_of(running).values()) - 64 == number + 1)  # noqa: B023
+        held.go.set()
+        texts = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]
+        assert texts == [f"echo: number {number}" for number in range(3)]
+        told = running.http.get("/metrics").text
+        assert 'hybrimoe_batch_size_bucket{le="2.0"}' in told
+        assert "hybrimoe_parallel 2.0" in told
+        assert "hybrimoe_first_token_seconds_count 3.0" in told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("engine", [ScriptedEngine, Parallel])
+def test_answers_of_one_request_are_told_in_their_order(engine: type[ScriptedEngine], stream: bool) -> None:
+    """Also where a later one has ended first."""
+    prompts = ["a long one, " * 4, "b", "", "c"]
+    with serving(engine(lambda prompt: prompt or "nothing")) as running:
+        body = {"model": "scripted", "prompt": [text or "?" for text in prompts], "stream": stream}
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+            answer = client.completions.create(**body)
+            if stream:
+                texts, seen = [""] * 4, []
+                for chunk in answer:
+                    texts[chunk.choices[0].index] += chunk.choices[0].text
+                    seen.append(chunk.choices[0].index)
+                assert seen == sorted(seen)
+            else:
+                texts = [choice.text for choice in answer.choices]
+    assert texts == [text or "?" for text in prompts]
+
+
+def test_one_that_fails_beside_others_fails_alone() -> None:
+    def script(prompt: str) -> str:
+        if "bad" in prompt:
+            raise ValueError("this one is broken")
+        return "fine"
+
+    with serving(Parallel(script)) as running, ThreadPoolExecutor(4) as pool:
+        texts = ["good", "bad", "good", "bad"]
+        statuses = [answer.status_code for answer in pool.map(running.ask, texts)]
+    assert statuses == [200, 500, 200, 500]
+
+
+def test_one_client_is_limited_and_told_so() -> None:
+    held = Held()
+    with serving(Parallel(before_token=held), max_per_client=2) as running, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(running.ask, "hi") for _ in range(2)]
+        assert eventually(lambda: sum(queue_of(running).values()) == 64 + 2)
+        refused = running.ask("hi")
+        assert refused.status_code == 429
+        assert shape(refused)["code"] == "client_limit"
+        assert int(refused.headers["retry-after"]) >= 1
+        held.go.set()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert running.ask("hi").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
