@@ -81,7 +81,7 @@ class _Answer:
                 if self._is_over:
                     break
         yield from self._say(self._rest(text), is_last=True)
-        yield Finished(self._reason(), self._engine.last_run())
+        yield Finished(self._reason(), self._engine.last_run(), self._stops.which)
 
     def _rest(self, text: IncrementalDetokenizer) -> str:
         return "" if self._stops.found else self._stops.feed(text.flush()) + self._stops.flush()
