@@ -57,6 +57,11 @@ class Events:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the first request's prompt."""
+        return len(self._job.requests[0].prompt)
+
     def cancel(self) -> None:
         """Nobody wants the rest."""
         self._queue.cancel(self._job)
@@ -107,6 +112,24 @@ class Service:
 
     async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to answer a conversation."""
+        self._check_chat(given)
+        vocabulary = self.engine.vocabulary
+        prompt = await self._tokens(
+            lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
+        )
+        parts = vocabulary.response_parts(prompt, given.tools)
+        request = Request(
+            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
+        )
+        return self._begin([request], "messages")
+
+    async def num_chat_tokens(self, given: ChatInput) -> int:
+        """How many tokens a conversation has as `chat` reads it."""
+        self._check_chat(given)
+        read = self.engine.vocabulary.chat_ids
+        return len(await self._tokens(lambda: read(given.messages, given.tools or None, given.template_options)))
+
+    def _check_chat(self, given: ChatInput) -> None:
         if given.tools and not self.takes_tools:
             raise ApiError(
                 400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
@@ -119,15 +142,11 @@ class Service:
                     param="chat_template_kwargs", code="unsupported_parameter",
                 )  # fmt: skip
         _check_text([given.messages, given.tools, given.template_options])
-        vocabulary = self.engine.vocabulary
-        prompt = await self._tokens(
-            lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
-        )
-        parts = vocabulary.response_parts(prompt, given.tools)
-        request = Request(
-            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
-        )
-        return self._begin([request], "messages")
+
+    async def num_text_tokens(self, text: str) -> int:
+        """How many tokens a piece of an answer has."""
+        empty = await self._ids("")  # of which some tokenizers make a token
+        return len(await self._ids(text)) - len(empty) if text else 0
 
     async def complete(self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to go on with texts, or with token ids: one answer to each, in their order."""
