@@ -15,12 +15,12 @@ from .responses_schema import (
     Part,
     ResponsesRequest,
     TextPart,
-    Tool,
 )
+from .responses_tools import functions, joined
 from .translation import ONE_ANSWER, Conversation, chat_request
 from .unsupported import Unsupported, refuse
 
-__all__ = ["LOGPROBS", "PLACES", "RESPONSES", "TOOLS", "chat_of"]
+__all__ = ["LOGPROBS", "PLACES", "RESPONSES", "chat_of"]
 
 PLACES = {
     "messages": "input",
@@ -34,11 +34,6 @@ LOGPROBS = "message.output_text.logprobs"
 """What `include` names to have them."""
 
 _KEPT = "this server keeps no responses; send the whole conversation as input"
-
-
-def _is_off(value: Any) -> bool:
-    return not value
-
 
 RESPONSES = (
     *ONE_ANSWER,
@@ -54,25 +49,6 @@ RESPONSES = (
 )
 """Fields of this interface alone; all others are refused as in a chat request."""
 
-_RUNS_NONE = "this server runs no tools"
-TOOLS = {
-    "web_search": "this server searches nothing",
-    "web_search_preview": "this server searches nothing",
-    "file_search": "this server searches nothing",
-    "code_interpreter": "this server runs no code",
-    "computer": "no model here uses a computer by it",
-    "computer_use_preview": "no model here uses a computer by it",
-    "image_generation": "this server makes no images",
-    "mcp": "this server calls no others; give the functions themselves",
-    "local_shell": "describe your shell as a function",
-    "shell": "describe your shell as a function",
-    "apply_patch": "describe it as a function",
-    "custom": "a tool's input is JSON here; describe it as a function",
-    "namespace": "give the functions themselves",
-    "tool_search": "give the functions themselves",
-}
-"""Types of tools beside "function", and why they are refused."""
-
 
 def chat_of(body: ResponsesRequest) -> ChatRequest:
     """Return the same request for `/v1/chat/completions`; ApiError for what this server cannot do."""
@@ -84,7 +60,7 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         "max_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "tools": [_function(number, tool) for number, tool in enumerate(body.tools or [])] or None,
+        "tools": functions(body.tools or []) or None,
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
@@ -116,18 +92,6 @@ def _choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     return given
 
 
-def _function(number: int, tool: Tool) -> dict[str, Any]:
-    if tool.type != "function":
-        reason = TOOLS.get(tool.type, _RUNS_NONE)
-        raise ApiError(
-            400, f"tools of type {tool.type!r} are not supported: {reason}",
-            param=f"tools[{number}]", code="unsupported_parameter",
-        )  # fmt: skip
-    if tool.name is None:
-        raise ApiError(400, f"tools[{number}].name: Field required", param=f"tools[{number}].name", code="missing")
-    return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-
-
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     told = Conversation()
     if body.instructions:
@@ -145,7 +109,7 @@ def _tell(told: Conversation, item: InputItem) -> None:
         says = {"user": told.user, "assistant": told.said}.get(item.role, told.system)
         says(_texts(item.content))
     elif isinstance(item, FunctionCall):
-        told.call(item.call_id, item.name, item.arguments)
+        told.call(item.call_id, joined(item.namespace, item.name), item.arguments)
     elif isinstance(item, FunctionCallOutput):
         told.result(item.call_id, _texts(item.output))
     else:

@@ -14,6 +14,7 @@ from hybrimoe_kt.engine.sampling import Sampling
 from .answer_blocks import Begun, Block, Ended, Grown, blocks
 from .errors import ApiError
 from .responses_schema import ResponsesRequest
+from .responses_tools import namespaces
 from .service import Service
 from .streams import sse
 
@@ -32,6 +33,7 @@ class ResponsesReply:
         self._ids: list[str] = []
         self._output: list[dict[str, Any]] = []
         self._thoughts = ""
+        self._namespaces = namespaces(body.tools or [])
         self._response: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -107,14 +109,9 @@ class ResponsesReply:
         item: dict[str, Any] = {"id": self._ids[block.index], "status": status}
         if block.call is not None:
             call_id = block.call.id or self._ids[block.index].replace("fc_", "call_")
-            arguments = "" if is_new else _arguments(block)
-            return {
-                "type": "function_call",
-                **item,
-                "call_id": call_id,
-                "name": block.call.name,
-                "arguments": arguments,
-            }
+            namespace, name = self._namespaces.get(block.call.name, ("", block.call.name))
+            item |= {"call_id": call_id, "name": name, **({"namespace": namespace} if namespace else {})}
+            return {"type": "function_call", **item, "arguments": "" if is_new else _arguments(block)}
         content = [] if is_new else [_part(block)]
         if block.kind == "thoughts":
             return {"type": "reasoning", **item, "summary": [], "content": content}
@@ -167,7 +164,7 @@ def _echoed(body: ResponsesRequest, sampling: Sampling) -> dict[str, Any]:
             "verbosity": (text and text.verbosity) or "medium",
         },
         "tool_choice": body.tool_choice or "auto",
-        "tools": [tool.model_dump() for tool in body.tools or []],
+        "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or []],
         "top_logprobs": sampling.num_logprobs or 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",

@@ -58,6 +58,7 @@ class FunctionCall(_Model):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 
@@ -91,13 +92,15 @@ InputItem = Annotated[
 
 
 class Tool(_Model):
-    """A tool the model may use: one of type "function", all of it beside the type."""
+    """A function, all of it beside the type; or a namespace, which has functions as its `tools`."""
 
     type: str
     name: Text | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: list[Tool] | None = None
+    external_web_access: bool | None = None
 
 
 class Reasoning(_Model):

@@ -174,6 +174,19 @@ def test_a_function_is_called_and_its_result_goes_back(asked: Asked) -> None:
     assert '<tool_call>{"name": "weather", "arguments": {"place": "Bern"}}</tool_call>' in prompt
 
 
+def test_functions_of_a_namespace_are_called_by_both_names(asked: Asked) -> None:
+    """Codex has those of each MCP server in one, and calls none that comes without it."""
+    asked.says = CALLS.replace('"weather"', '"mcp__sky__weather"')
+    spaced = {"type": "namespace", "name": "mcp__sky", "description": "The sky.", "tools": [TOOL]}
+    search = {"type": "web_search", "external_web_access": False}
+    first = asked.create(tools=[spaced, search], input="Look.")
+    assert '"name": "mcp__sky__weather"' in asked.engine.prompts[-1]
+    call = first.output[1]
+    assert (call.namespace, call.name, json.loads(call.arguments)["days"]) == ("mcp__sky", "weather", 2)
+    prompt = asked.prompt(tools=[spaced], input=[{"role": "user", "content": "Look."}, *first.output])
+    assert '<tool_call>{"name": "mcp__sky__weather", "arguments": {"place": "Bern"}}</tool_call>' in prompt
+
+
 def test_thoughts_go_back_to_templates_that_read_them() -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.reasoning_content }}; {{ m.content }}\n{% endfor %}"
     engine = ScriptedEngine(lambda prompt: "yes", chat_template=template)
@@ -273,7 +286,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "two answers": ({"n": 2}, "n is not supported", "n"),
     "a forced call": ({"tools": [TOOL], "tool_choice": "required"}, "a tool call cannot be forced here", "tool_choice"),
     "a search": ({"tools": [TOOL, {"type": "web_search"}]}, "'web_search' are not supported: this server", "tools[1]"),
-    "an unknown tool": ({"tools": [{"type": "magic"}]}, "this server runs no tools", "tools[0]"),
+    "a search within": (
+        {"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "b"}]}]},
+        "'custom' are not supported: what a tool is given is JSON here", "tools[0].tools[0]",
+    ),
+    "one name twice": ({"tools": [TOOL, TOOL]}, "two tools are called 'weather'", "tools[1]"),
+    "an unknown tool": ({"tools": [{"type": "magic"}]}, "'magic' are not supported: only functions are", "tools[0]"),
     "a tool without a name": ({"tools": [{"type": "function"}]}, "tools[0].name: Field required", "tools[0].name"),
     "logprobs of nothing": ({"top_logprobs": 2}, "in include", "top_logprobs"),
     "too long": ({"input": "x" * 5000}, "the context holds 4096", "input"),
