@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from hybrimoe_kt.engine.thinking import switch_options
 
 from .anthropic_schema import (
     Block,
@@ -55,10 +53,10 @@ TOOLS = {
 _BILLING = re.compile(r"\s*x-anthropic-billing-header:(?:\s*\w+=[^;\s]*;)*\s*")
 
 
-def chat_of(body: MessagesRequest, takes: Callable[[str], bool]) -> ChatRequest:
+def chat_of(body: MessagesRequest, thinking: Mapping[str, Any]) -> ChatRequest:
     """Return the same request for `/v1/chat/completions`; ApiError for what this server cannot do.
 
-    `takes` tells whether the chat template reads a variable.
+    `thinking` is what the chat template is to know of it, beside what the request has for the template.
     """
     extra = dict(body.model_extra or {})
     refuse(ANTHROPIC, extra)
@@ -77,20 +75,9 @@ def chat_of(body: MessagesRequest, takes: Callable[[str], bool]) -> ChatRequest:
         "response_format": _response_format(body, extra.pop("output_format", None)),
     }
     options = extra.get("chat_template_kwargs") or {}
-    if isinstance(options, dict) and (thinking := _thinking(body, takes)):
-        own["chat_template_kwargs"] = thinking | options
+    if thinking and isinstance(options, dict):
+        own["chat_template_kwargs"] = {**thinking, **options}
     return chat_request(own, extra, PLACES)
-
-
-def _thinking(body: MessagesRequest, takes: Callable[[str], bool]) -> dict[str, Any]:
-    """What the chat template is to know; clients set both unasked, so nothing is refused that it does not read."""
-    options: dict[str, Any] = {}
-    if body.thinking and body.thinking.type != "adaptive":
-        options |= switch_options(takes, is_on=body.thinking.type == "enabled") or {}
-    if body.output_config and body.output_config.effort and takes("reasoning_effort"):
-        effort = body.output_config.effort
-        options["reasoning_effort"] = "high" if effort in ("xhigh", "max") else effort
-    return options
 
 
 def _response_format(body: MessagesRequest, beta: Any) -> Any:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from .anthropic_input import PLACES, chat_of
 from .anthropic_output import PING, MessagesReply, failed
 from .anthropic_schema import MessagesRequest
+from .anthropic_thinking import Thinking
 from .errors import Json, named_as
 from .openai_input import chat_input
 from .service import Service
@@ -20,12 +21,13 @@ __all__ = ["anthropic_routes"]
 def anthropic_routes(service: Service) -> APIRouter:
     """Return the endpoints that answer with `service`."""
     router = APIRouter(tags=["Anthropic"])
+    thinking = Thinking(service)
 
     @router.post("/v1/messages")
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
         with named_as(PLACES):
-            events, sampling = await begin(service, chat_of(body, service.engine.vocabulary.takes))
+            events, sampling = await begin(service, chat_of(body, await thinking.options(body)))
         counts = {"num_prompt_tokens": events.num_prompt_tokens, "max_new_tokens": sampling.max_new_tokens}
         reply = MessagesReply(service, **counts)
         if body.stream:
@@ -36,7 +38,7 @@ def anthropic_routes(service: Service) -> APIRouter:
     async def count_tokens(body: MessagesRequest) -> Json:
         service.check_model(body.model)
         with named_as(PLACES):
-            given = chat_input(chat_of(body, service.engine.vocabulary.takes), service)
+            given = chat_input(chat_of(body, await thinking.options(body)), service)
         return Json({"input_tokens": await service.num_chat_tokens(given)})
 
     return router

@@ -73,7 +73,9 @@ class Conversation:
         self._add("tool", texts)
 
     def thoughts(self, text: str) -> None:
-        """What the assistant thought."""
+        """What the assistant thought; nothing, where only its maker can read it."""
+        if not text:
+            return
         turn = self._turn("assistant")
         turn["reasoning_content"] = "\n".join([*filter(None, [turn.get("reasoning_content")]), text])
 

@@ -209,14 +209,36 @@ def test_thoughts_are_turned_on_and_off_where_the_template_can() -> None:
         assert prompt(thinking={"type": "disabled"}).endswith("</think>\n\n")
         assert prompt(thinking={"type": "enabled", "budget_tokens": 1024}) == plain
         assert prompt(thinking={"type": "adaptive"}, output_config={"effort": "max"}) == plain
-    engine = ScriptedEngine(lambda prompt: "yes", chat_template="{{ messages[0].content }} {{ reasoning_effort }}")
-    with serving(engine) as running, client(running) as made:
-        for effort, shown in (("low", "low"), ("max", "high")):
-            made.messages.create(
-                model="scripted", max_tokens=9, messages=HELLO, output_config={"effort": effort},
-                thinking={"type": "disabled"},
-            )  # fmt: skip
-            assert engine.prompts[-1].endswith(f"today? {shown}")
+
+
+SHOWS = "{{ messages[0].content }} {{ reasoning_effort }}"
+EFFORTS: dict[str, tuple[str, dict[str, str]]] = {
+    "any": (SHOWS, {"low": "low", "medium": "medium", "xhigh": "high", "max": "high", "none": "none", "vast": ""}),
+    "some": (
+        "{% if reasoning_effort and reasoning_effort not in ['none', 'high'] %}{{ raise_exception('no') }}{% endif %}"
+        + SHOWS,
+        {"low": "high", "medium": "high", "max": "high", "none": "none"},
+    ),
+    "others": (
+        "{% if reasoning_effort and reasoning_effort not in ['low', 'max'] %}{{ raise_exception('no') }}{% endif %}"
+        + SHOWS,
+        {"low": "low", "xhigh": "max", "none": ""},
+    ),
+    "no": ("{{ messages[0].content }} ", {"high": "", "none": ""}),
+}
+
+
+@pytest.mark.parametrize("case", EFFORTS)
+def test_an_effort_is_the_nearest_that_the_template_takes(case: str) -> None:
+    """None: thinking is disabled."""
+    template, wanted = EFFORTS[case]
+    engine = ScriptedEngine(lambda prompt: "yes", chat_template=template)
+    with serving(engine) as running:
+        for effort, shown in wanted.items():
+            how = {"output_config": {"effort": effort}} if effort != "none" else {"thinking": {"type": "disabled"}}
+            answer = running.post(MESSAGES, {"max_tokens": 9, "messages": HELLO, **how})
+            assert answer.status_code == 200, answer.text
+            assert engine.prompts[-1] == f"{HELLO[0]['content']} {shown}", effort
 
 
 @pytest.mark.parametrize(
@@ -261,6 +283,21 @@ def test_sampling_and_choices_reach_the_engine(asked: Asked) -> None:
     assert [block.type for block in one.content] == ["text", "tool_use"]
     none = asked.create(tools=[WEATHER], tool_choice={"type": "none"})
     assert [block.text for block in none.content] == [CALLS]
+
+
+NULLS = (
+    "model", "system", "stream", "max_tokens", "stop_sequences", "temperature", "top_p", "top_k", "tools", "thinking",
+    "tool_choice", "output_config", "output_format", "metadata", "container", "mcp_servers", "n", "seed",
+)  # fmt: skip
+
+
+def test_null_is_left_out(asked: Asked) -> None:
+    asked.create(max_tokens=4096)
+    plain = asked.engine.prompts[-1], asked.engine.samplings[-1]
+    for nulls in (dict.fromkeys(NULLS), {"thinking": {"type": "adaptive", "budget_tokens": None}, "output_config": {}}):
+        answer = asked.running.post(MESSAGES, {"messages": HELLO, **nulls})
+        assert answer.json()["content"] == [{"type": "text", "text": "Fine."}]
+        assert (asked.engine.prompts[-1], asked.engine.samplings[-1]) == plain
 
 
 def test_tokens_are_counted_as_they_are_read(asked: Asked) -> None:

@@ -235,6 +235,25 @@ def test_sampling_and_choices_reach_the_engine(asked: Asked) -> None:
     assert asked.prompt(reasoning={"effort": "none", "summary": "auto"}).endswith("</think>\n\n")
 
 
+NULLS = (
+    "model", "instructions", "stream", "max_output_tokens", "temperature", "top_p", "include", "top_logprobs", "tools",
+    "tool_choice", "parallel_tool_calls", "reasoning", "text", "store", "metadata", "background", "truncation",
+    "previous_response_id", "conversation", "prompt", "user", "service_tier", "n", "seed", "stop",
+)  # fmt: skip
+
+
+def test_null_is_left_out(asked: Asked) -> None:
+    asked.create()
+    plain = asked.engine.prompts[-1], asked.engine.samplings[-1]
+    message = {"type": "message", "role": "user", "content": "hi", "id": None, "status": None}
+    sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": "x"}
+    inner = {"reasoning": {"effort": None, "summary": None}, "text": {"format": None, "verbosity": None}}
+    for body in ({"input": "hi", **dict.fromkeys(NULLS)}, {"input": [message, sealed], **inner}):
+        answer = asked.running.post(RESPONSES, body)
+        assert answer.json()["output"][0]["content"][0]["text"] == "Fine.", answer.text
+        assert (asked.engine.prompts[-1], asked.engine.samplings[-1]) == plain
+
+
 def test_white_space_around_calls_is_no_message(asked: Asked) -> None:
     call = CALLS.split("see.")[1]
     for says, kinds in (
