@@ -143,19 +143,18 @@ class ResponsesReply:
 
 def _echoed(body: ResponsesRequest, sampling: Sampling) -> dict[str, Any]:
     """What the request chose, or what was chosen where it did not say."""
-    extra = body.model_extra or {}
     reasoning, text = body.reasoning, body.text
     return {
         "background": False,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
-        "metadata": extra.get("metadata") or {},
+        "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "prompt_cache_key": extra.get("prompt_cache_key"),
+        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
-        "safety_identifier": extra.get("safety_identifier"),
+        "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
         "temperature": sampling.temperature,
@@ -168,7 +167,7 @@ def _echoed(body: ResponsesRequest, sampling: Sampling) -> dict[str, Any]:
         "top_logprobs": sampling.num_logprobs or 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",
-        "user": extra.get("user"),
+        "user": body.user,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from hybrimoe_kt.engine.sampling import Sampling
 
-from .errors import invalid_request
+from .errors import ApiError, invalid_request
 from .openai_input import chat_input, sampling_of, stops_of
 from .openai_schema import ChatRequest
 from .service import Events, Service
@@ -17,6 +18,9 @@ from .unsupported import Unsupported
 
 __all__ = ["ONE_ANSWER", "Conversation", "begin", "chat_request"]
 
+
+_DEEPER = 50
+"""Levels that an answer may stand above what it has of the request, with the calls around its writing."""
 
 ONE_ANSWER = (
     Unsupported(("n", "best_of", "n_cmpl"), "an answer has one choice in this interface", lambda value: value == 1),
@@ -29,6 +33,7 @@ def chat_request(own: Mapping[str, Any], extra: Mapping[str, Any], places: Mappi
     `places` has for a field of the chat request what its clients call it.
     """
     given = {**extra, **{name: value for name, value in own.items() if value is not None}}
+    _check_json(given)
     try:
         return ChatRequest.model_validate(given)
     except ValidationError as error:
@@ -37,6 +42,19 @@ def chat_request(own: Mapping[str, Any], extra: Mapping[str, Any], places: Mappi
         ]
         body = {places.get(name, name): value for name, value in given.items()}
         raise invalid_request(found, body) from None
+
+
+def _check_json(given: Any) -> None:
+    """ApiError for what can be read and not be written again, where answers have it once more."""
+    deeper = given
+    for _ in range(_DEEPER):
+        deeper = [deeper]
+    try:
+        json.dumps(deeper, allow_nan=False)
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply") from None
+    except ValueError:
+        raise ApiError(400, "NaN and Infinity are no JSON") from None
 
 
 async def begin(service: Service, chat: ChatRequest) -> tuple[Events, Sampling]:

@@ -316,6 +316,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "too long": ({"input": "x" * 5000}, "the context holds 4096", "input"),
     "half a character": ({"input": "\ud83d"}, "half of a surrogate pair", None),
     "a length": ({"max_output_tokens": 1.5}, "max_output_tokens: Input should be a valid integer", "max_output_tokens"),
+    "metadata that are no texts": ({"metadata": {"a": 1}}, "metadata.a: Input should be a valid string", "metadata.a"),
+    "no number": ({"tools": [TOOL | {"parameters": {"a": float("nan")}}]}, "NaN and Infinity are no JSON", None),
     "a seed": ({"seed": "x"}, "seed: Input should be a valid integer", "seed"),
 }  # fmt: skip
 
@@ -328,6 +330,17 @@ def test_what_cannot_be_done_is_said_in_a_sentence(asked: Asked, case: str) -> N
         error = shape(answer)
         assert (answer.status_code, error["param"]) == (400, param)
         assert reason in error["message"]
+
+
+def test_what_is_nested_too_deeply_to_be_told_again_is_refused(asked: Asked) -> None:
+    statuses = []
+    for depth in (20, *range(700, 1100, 25)):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        tools = [{"type": "function", "name": "f", "parameters": "NESTED"}]
+        for body in ({"input": "hi", "other": "NESTED"}, {"input": "hi", "tools": tools}):
+            answer = asked.running.http.post(RESPONSES, content=json.dumps(body).replace('"NESTED"', nested))
+            statuses.append(answer.status_code)
+    assert set(statuses[:2]) == {200} and set(statuses[2:]) <= {200, 400} and statuses[-2:] == [400, 400]
 
 
 def test_nothing_is_kept(asked: Asked) -> None:
