@@ -110,6 +110,20 @@ class Service:
         """Whether chat template and notation of this model have tool calls."""
         return self.engine.vocabulary.takes_tools
 
+    def _check_chat(self, given: ChatInput) -> None:
+        if given.tools and not self.takes_tools:
+            raise ApiError(
+                400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
+                param="tools", code="unsupported_parameter",
+            )  # fmt: skip
+        for name in given.template_options:
+            if not self.engine.vocabulary.takes(name):
+                raise ApiError(
+                    400, f"this model's chat template has no option {name!r}",
+                    param="chat_template_kwargs", code="unsupported_parameter",
+                )  # fmt: skip
+        _check_text([given.messages, given.tools, given.template_options])
+
     async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to answer a conversation."""
         self._check_chat(given)
@@ -128,20 +142,6 @@ class Service:
         self._check_chat(given)
         read = self.engine.vocabulary.chat_ids
         return len(await self._tokens(lambda: read(given.messages, given.tools or None, given.template_options)))
-
-    def _check_chat(self, given: ChatInput) -> None:
-        if given.tools and not self.takes_tools:
-            raise ApiError(
-                400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
-                param="tools", code="unsupported_parameter",
-            )  # fmt: skip
-        for name in given.template_options:
-            if not self.engine.vocabulary.takes(name):
-                raise ApiError(
-                    400, f"this model's chat template has no option {name!r}",
-                    param="chat_template_kwargs", code="unsupported_parameter",
-                )  # fmt: skip
-        _check_text([given.messages, given.tools, given.template_options])
 
     async def num_text_tokens(self, text: str) -> int:
         """How many tokens a piece of an answer has."""
