@@ -89,8 +89,8 @@ class _Blocks:
         made: list[BlockEvent] = []
         block = self._open
         if block is None or (block.kind != kind and text):
-            made += self._end()
             held = self._held if self._held.kind == kind else Block(kind, -1)
+            made += self._end()
             text, logprobs = held.text + text, held.logprobs + logprobs
             if not text.strip():
                 self._held = Block(kind, -1, text, logprobs=logprobs)

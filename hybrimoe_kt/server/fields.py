@@ -1,4 +1,4 @@
-"""Kinds of values that requests of both interfaces hold, as clients really write them."""
+"""Kinds of values that requests of all interfaces hold, as clients really write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both interfaces share: from a request to its events, with the model behind a queue."""
+"""What all interfaces share: from a request to its events, with the model behind a queue."""
 
 from __future__ import annotations
 

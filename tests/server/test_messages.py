@@ -179,6 +179,19 @@ def test_a_tool_is_called_and_its_result_goes_back(asked: Asked) -> None:
     assert '<tool_call>{"name": "weather", "arguments": {"place": "Bern"}}</tool_call>' in prompt
 
 
+def test_results_of_all_kinds_are_text(asked: Asked) -> None:
+    def result(**how: Any) -> str:
+        call = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}, CALL]}
+        block = {"type": "tool_result", "tool_use_id": "a", **how}
+        prompt = asked.prompt(messages=[*HELLO, call, {"role": "user", "content": [block]}])
+        return prompt.split("<|im_start|>tool\n")[1].split("<|im_end|>")[0]
+
+    assert result() == result(content=[]) == result(content="") == ""
+    assert result(content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "a\nb"
+    assert result(content=[{"type": "tool_reference", "tool_name": "weather"}]) == "weather"
+    assert result(content="no", is_error=True) == "Error: no"
+
+
 def test_what_the_system_says_stands_where_it_changes_no_beginning(asked: Asked) -> None:
     header = "x-anthropic-billing-header: cc_version=2.1.1; cc_entrypoint=cli; cch=0a1b2;"
     system = [{"type": "text", "text": header}, {"type": "text", "text": "You are brief."}]
