@@ -43,6 +43,7 @@ IMPURE |= {"signal", "socket", "subprocess", "tempfile", "threading", "time"}
 READING = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 # core file -> what of these it uses
 KNOWN_IMPURE: dict[str, set[str]] = {}
+FASTAPI = ("app", "openai_routes", "responses_routes", "anthropic_routes", "ollama_routes")
 # Foreign packages and the only files that may import them.
 OWNED = {
     "kt_kernel": {"backends/kt_kernel_pool.py"},
@@ -51,7 +52,7 @@ OWNED = {
     "triton": set(),
     "transformers.integrations": {"backends/dequantize.py"},
     "transformers.cli": set(),
-    "fastapi": {"server/app.py", "server/openai_routes.py", "server/ollama_routes.py"},
+    "fastapi": {f"server/{name}.py" for name in FASTAPI},
     "transformers.quantizers": {"host/hf/loading.py"},
 }
 

@@ -129,7 +129,7 @@ class BegunAnswer:
             raise self._tokens.error
         yield from self._say(self._rest(self._text), is_last=True)
         self.is_over = True
-        yield Finished(self._reason(), self._tokens.numbers())
+        yield Finished(self._reason(), self._tokens.numbers(), self._stops.which)
 
     def _rest(self, text: IncrementalDetokenizer) -> str:
         return "" if self._stops.found else self._stops.feed(text.flush()) + self._stops.flush()

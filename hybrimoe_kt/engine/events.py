@@ -45,6 +45,8 @@ class Finished:
 
     reason: str
     run: Mapping[str, Any] = field(default_factory=dict)
+    stop_string: str = ""
+    """The one that ended it, if one did."""
 
 
 Event = PromptRead | TextDelta | ToolCall | Finished

@@ -14,16 +14,18 @@ class StopStrings:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.found = False
+        self.which = ""
+        """The one that was found."""
 
     def feed(self, text: str) -> str:
         """Return what can be said of `text` and of what was held back; `found` tells that the answer ends here."""
         if self.found:
             return ""
         self._held += text
-        hits = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:
             self.found = True
-            _, at = min(hits)
+            _, at, self.which = min(hits)
             said, self._held = self._held[:at], ""
             return said
         keep = max((self._overlap(stop) for stop in self._stops), default=0)

@@ -76,13 +76,12 @@ class Access:
                 403, f"a web page or app of another origin ({origin}) may not use this server; --cors_origin allows it",
                 code="foreign_origin",
             )  # fmt: skip
-        if self._key and scope["path"] not in self._open_paths and scope["method"] != "OPTIONS":
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
-                return ApiError(
-                    401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+        is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
+        if self._key and not is_open and not any(hmac.compare_digest(key, self._key) for key in _keys(headers)):
+            return ApiError(
+                401, "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key: KEY",
+                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
         if self._service.is_shutting_down and (scope["method"] == "POST" or scope["path"] == "/health"):
             return shutting_down()
         return None
@@ -101,6 +100,12 @@ class Access:
         shown = origin.decode("latin-1")
         is_own = shown.lower() in (f"http://{own.lower()}", f"https://{own.lower()}")
         return not is_own and not self._origins.allow(shown)
+
+
+def _keys(headers: dict[bytes, bytes]) -> list[bytes]:
+    """What is given as one, as OpenAI's and Ollama's clients send it, and as Anthropic's do."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    return [given.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip()]
 
 
 def _host_name(host: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from hybrimoe_kt import __version__
 from hybrimoe_kt.errors import HybriMoEError
 
 from .access import Access
+from .anthropic_routes import anthropic_routes
 from .body import BodyLimit
-from .errors import ApiError, Json, as_api_error, error_response
+from .errors import ApiError, Json, as_api_error, error_response, invalid_request
 from .ollama_routes import ollama_routes
 from .openai_routes import openai_routes
 from .origins import Origins
+from .responses_routes import responses_routes
 from .service import Service
 
 __all__ = ["make_app"]
@@ -50,7 +51,7 @@ _ABSENT = {
     **dict.fromkeys(
         ("/api/create", "/api/copy", "/api/delete", "/api/push"), "this server has one model and keeps it as it is"
     ),
-    "/v1/responses": "this server has no responses that it keeps; use /v1/chat/completions",
+    "/v1/messages/batches": "this server has no batches; send the messages to /v1/messages",
     "/completion": "llama.cpp's own interface is not spoken here; use /v1/completions",
 }
 
@@ -58,8 +59,8 @@ _ABSENT = {
 def make_app(service: Service) -> ASGIApp:
     """Return the ASGI application of one server."""
     app = FastAPI(title="hybrimoe_kt", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(openai_routes(service))
-    app.include_router(ollama_routes(service))
+    for routes in (openai_routes, responses_routes, anthropic_routes, ollama_routes):
+        app.include_router(routes(service))
     _add_own_routes(app, service)
     page = _add_page(app)
     for kind, handler in ((ApiError, _refused), (RequestValidationError, _invalid), (HTTPException, _http)):
@@ -134,28 +135,8 @@ async def _http(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    errors = error.errors()
-    first = max(errors, key=lambda found: len(found["loc"]))  # of a choice of types, the one that came furthest
-    if first["type"] == "json_invalid":
-        shown = ApiError(400, f"the request is not JSON: {first['ctx']['error']}", code="invalid_json")
-    else:
-        param = _param(first["loc"][1:], error.body)
-        shown = ApiError(400, f"{param or 'the request'}: {first['msg']}", param=param, code=first["type"])
-    return error_response(request.url.path, shown)
-
-
-def _param(location: Sequence[Any], body: Any) -> str | None:
-    """Name a place in the request, such as "messages[0].content", without the types that were tried there."""
-    shown = ""
-    for number, part in enumerate(location):
-        is_last = number == len(location) - 1
-        if isinstance(part, int):
-            shown += f"[{part}]"
-            body = body[part] if isinstance(body, list) and part < len(body) else None
-        elif isinstance(body, dict) and (part in body or is_last):
-            shown += f".{part}"
-            body = body.get(part)
-    return shown.lstrip(".") or None
+    found = [{**one, "loc": one["loc"][1:]} for one in error.errors()]
+    return error_response(request.url.path, invalid_request(found, error.body))
 
 
 async def _failed(request: Request, error: Any) -> Response:

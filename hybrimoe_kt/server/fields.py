@@ -1,12 +1,15 @@
-"""Kinds of values that requests of both interfaces hold, as clients really write them."""
+"""Kinds of values that requests of all interfaces hold, as clients really write them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field
 
-__all__ = ["Biases", "Finite", "Penalty", "Repetition", "Seed", "Share", "Stop", "Text", "TopK", "Whole", "Window"]
+__all__ = [
+    "Biases", "Finite", "Penalty", "Repetition", "Seed", "Share", "Stop", "Text", "TopK", "Whole", "Window", "by_type",
+]  # fmt: skip
 
 Text = Annotated[str, Field(min_length=1)]
 Finite = {"allow_inf_nan": False}
@@ -37,3 +40,16 @@ Window = Annotated[Whole, Field(ge=-1, le=2**31)]
 """Tokens; -1: all."""
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, **Finite)]], BeforeValidator(_by_token)]
 Stop = str | Annotated[list[str], Field(max_length=16)]
+
+
+def by_type(refusal: str, tags: Mapping[str | None, str] | None = None) -> Discriminator:
+    """Tell models apart by their `type`, with which they are tagged, if not with another of `tags`.
+
+    `refusal` says what is wrong with all other types; None among `tags` is for a type that is left out.
+    """
+
+    def tag(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return (tags or {}).get(kind, kind) if kind is None or isinstance(kind, str) else None
+
+    return Discriminator(tag, custom_error_type="unsupported_type", custom_error_message=refusal)

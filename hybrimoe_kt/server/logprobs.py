@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of both interfaces. Their tokens spell the text, byte for byte."""
+"""Log-probabilities in the shapes of all interfaces. Their tokens spell the text, byte for byte."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from hybrimoe_kt.engine.thinking import switch_options, takes_thinking
 from .errors import ApiError, Json, as_api_error
 from .logprobs import ShownLogprobs
 from .ollama_schema import ChatRequest, GenerateRequest, Message, Options, PullRequest, ShowRequest
-from .openai_routes import EventStream
-from .service import ChatInput, Events, Service, unless_gone
+from .service import ChatInput, Events, Service
+from .streams import EventStream, whole_response
 from .unsupported import OLLAMA, refuse
 
 __all__ = ["ollama_routes"]
@@ -174,9 +174,7 @@ async def _respond(
     if body.stream is not False:
         lines = _lines(service, aiter(events), shape, began)
         return EventStream(lines, events, media_type="application/x-ndjson")
-    async with events:
-        whole = await unless_gone(request.receive, _whole(service, aiter(events), shape, began))
-    return Response(status_code=499) if whole is None else Json(whole)
+    return await whole_response(request, events, _whole(service, aiter(events), shape, began))
 
 
 async def _lines(

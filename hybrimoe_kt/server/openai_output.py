@@ -13,6 +13,7 @@ from hybrimoe_kt.engine.sampler import Sampled
 
 from .logprobs import ShownLogprobs
 from .service import Service
+from .streams import sse
 
 __all__ = ["Reply"]
 
@@ -102,7 +103,7 @@ class Reply:
                 runs.append(event.run)
                 self._begin(len(runs))
         if with_usage:
-            yield _sse({**self._piece_head, "choices": [], "usage": _usage(runs)})
+            yield sse({**self._piece_head, "choices": [], "usage": _usage(runs)})
         yield "data: [DONE]\n\n"
 
     @property
@@ -116,7 +117,7 @@ class Reply:
         choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         told = self._told("".join(delta.get(name, "") for name in _TEXTS), logprobs) if self._logprobs else None
         choice["logprobs"] = told if logprobs else None
-        return _sse({**self._piece_head, "choices": [choice], **({"usage": None} if with_usage else {})})
+        return sse({**self._piece_head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         self._num_calls += 1
@@ -145,7 +146,3 @@ def _usage(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-
-
-def _sse(content: Any) -> str:
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"

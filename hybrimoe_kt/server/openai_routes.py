@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from .errors import ApiError, Json, as_api_error, error_body
+from .errors import ApiError, Json, error_body
 from .openai_input import chat_input, completion_prompts, sampling_of, stops_of
 from .openai_output import Reply
 from .openai_schema import ChatRequest, CompletionRequest
-from .service import Events, Service, unless_gone
+from .service import Events, Service
+from .streams import EventStream, sse, until_cut_short, whole_response
 
 __all__ = ["openai_routes"]
-
-logger = logging.getLogger(__name__)
-
-PING_S = 15.0
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -66,50 +60,10 @@ def openai_routes(service: Service) -> APIRouter:
 async def _respond(request: Request, body: ChatRequest | CompletionRequest, events: Events, reply: Reply) -> Response:
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_stream(events, reply, with_usage), events)
-    async with events:
-        whole = await unless_gone(request.receive, reply.whole(aiter(events)))
-    return Response(status_code=499) if whole is None else Json(whole)
+        pieces = reply.pieces(aiter(events), with_usage=with_usage)
+        return EventStream(until_cut_short(pieces, _failed), events)
+    return await whole_response(request, events, reply.whole(aiter(events)))
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; the answer ends with the response, also when nobody ever began to read it."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[str], events: Events, media_type: str | None = None) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(content, headers=headers, media_type=media_type)
-        self._events = events
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._events.cancel()
-
-
-async def _stream(events: Events, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
-    try:
-        async for piece in _kept_alive(reply.pieces(aiter(events), with_usage=with_usage)):
-            yield piece
-    except Exception as error:  # the status is sent already: say it in the stream
-        shown = as_api_error(error)
-        if not isinstance(error, ApiError):
-            logger.warning("a stream was cut short: %s", error)
-        yield f"data: {bytes(Json(error_body('/v1', shown)).body).decode()}\n\n"
-
-
-async def _kept_alive(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield `pieces`, and a comment whenever none came for a while: proxies close what is silent."""
-    while True:
-        coming = asyncio.ensure_future(anext(pieces, None))
-        try:
-            while not (await asyncio.wait({coming}, timeout=PING_S))[0]:
-                yield ": waiting\n\n"
-            piece = await coming
-        finally:
-            coming.cancel()
-        if piece is None:
-            return
-        yield piece
+def _failed(error: ApiError) -> str:
+    return sse(error_body("/v1", error))

@@ -1,4 +1,4 @@
-"""What both interfaces share: from a request to its events, with the model behind a queue."""
+"""What all interfaces share: from a request to its events, with the model behind a queue."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ class Events:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the first request's prompt."""
+        return len(self._job.requests[0].prompt)
+
     def cancel(self) -> None:
         """Nobody wants the rest."""
         self._queue.cancel(self._job)
@@ -106,8 +111,7 @@ class Service:
         """Whether chat template and notation of this model have tool calls."""
         return self.engine.vocabulary.takes_tools
 
-    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to answer a conversation."""
+    def _check_chat(self, given: ChatInput) -> None:
         if given.tools and not self.takes_tools:
             raise ApiError(
                 400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
@@ -120,6 +124,10 @@ class Service:
                     param="chat_template_kwargs", code="unsupported_parameter",
                 )  # fmt: skip
         _check_text([given.messages, given.tools, given.template_options])
+
+    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
+        """Begin to answer a conversation."""
+        self._check_chat(given)
         vocabulary = self.engine.vocabulary
 
         def made() -> tuple[list[int], int | None]:
@@ -132,6 +140,17 @@ class Service:
             prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call, turn=turn
         )
         return self._begin([request], "messages")
+
+    async def num_chat_tokens(self, given: ChatInput) -> int:
+        """How many tokens a conversation has as `chat` reads it."""
+        self._check_chat(given)
+        read = self.engine.vocabulary.chat_ids
+        return len(await self._tokens(lambda: read(given.messages, given.tools or None, given.template_options)))
+
+    async def num_text_tokens(self, text: str) -> int:
+        """How many tokens a piece of an answer has."""
+        empty = await self._ids("")  # of which some tokenizers make a token
+        return len(await self._ids(text)) - len(empty) if text else 0
 
     async def complete(self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str]) -> Events:
         """Begin to go on with texts, or with token ids: one answer to each, in their order."""

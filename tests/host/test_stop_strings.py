@@ -11,13 +11,13 @@ from hybrimoe_kt.engine.stop_strings import StopStrings
 ALPHABET = st.text("ab<é", max_size=12)
 
 
-def naive(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Read one character at a time; end where a stop string is complete."""
+def naive(text: str, stops: list[str]) -> tuple[str, str]:
+    """Read one character at a time; end where a stop string is complete, and say which."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
-            return text[: end - max(map(len, complete))], True
-    return text, False
+            return text[: end - max(map(len, complete))], max(complete, key=len)
+    return text, ""
 
 
 @given(st.lists(ALPHABET, max_size=8), st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=3))
@@ -29,7 +29,8 @@ def test_any_pieces_end_where_the_text_does(pieces: list[str], stops: list[str])
         wanted, _ = naive("".join(pieces), stops)
         assert wanted.startswith(said)
     said += "" if watch.found else watch.flush()
-    assert (said, watch.found) == naive("".join(pieces), stops)
+    assert watch.found == bool(watch.which)
+    assert (said, watch.which) == naive("".join(pieces), stops)
 
 
 @pytest.mark.parametrize("text", ["no stop here", "almost <|en", ""])

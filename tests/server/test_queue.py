@@ -208,7 +208,7 @@ def test_past_the_deadline_answers_are_cut_short() -> None:
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrimoe_kt.server.openai_routes.PING_S", 0.05)
+    monkeypatch.setattr("hybrimoe_kt.server.streams.PING_S", 0.05)
     held = Held()
     with serving(ScriptedEngine(before_token=held)) as running:
         body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}

@@ -124,7 +124,8 @@ def test_unknown_places_methods_and_models(echoing: Serving) -> None:
     for method, path, status in (
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/embeddings", 404),
-        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/responses/resp_1", 404),
+        ("GET", "/v1/responses", 405),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
         ("GET", "/../../etc/passwd", 404),

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from hybrimoe_kt.server import anthropic_input, responses_tools
+from hybrimoe_kt.server.anthropic_input import ANTHROPIC
 from hybrimoe_kt.server.openai_schema import ChatRequest
+from hybrimoe_kt.server.responses_input import RESPONSES
 from hybrimoe_kt.server.unsupported import OLLAMA, OPENAI, Unsupported
 
 from .scripted import ScriptedEngine
@@ -18,7 +21,8 @@ from .test_values import HI
 
 PAGE = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
 OFF = (None, False, 0, "", [], {})
-TABLES = {"OpenAI": OPENAI, "Ollama": OLLAMA}
+TABLES = {"OpenAI": OPENAI, "Ollama": OLLAMA, "Responses": RESPONSES, "Messages": ANTHROPIC}
+HEADINGS = {"Responses": "### OpenAI's Responses", "Messages": "### Anthropic's Messages"}
 
 
 def rows_below(heading: str) -> Iterator[list[str]]:
@@ -31,7 +35,7 @@ def rows_below(heading: str) -> Iterator[list[str]]:
 def documented(interface: str) -> dict[str, tuple[list[Any], str]]:
     """Field -> the values that are taken, and why others are refused."""
     said = {}
-    for names, taken, reason in rows_below(f"### {interface}'s interface"):
+    for names, taken, reason in rows_below(HEADINGS.get(interface, f"### {interface}'s interface")):
         values = [json.loads(value) for value in re.findall(r"`([^`]+)`", taken)]
         for name in re.findall(r"`(\w+)`", names):
             said[name] = ([*values, *(OFF if taken.startswith("off") else (None,))], reason)
@@ -49,6 +53,10 @@ def body_with(interface: str, name: str, value: Any, *, option: bool = False) ->
     if interface == "Ollama":
         more = {"options": {name: value}} if option else {name: value}
         return "/api/generate", {"model": "scripted", "prompt": "hi", "stream": False, **more}
+    if interface == "Responses":
+        return "/v1/responses", {"input": "hi", name: value}
+    if interface == "Messages":
+        return "/v1/messages", {"max_tokens": 9, "messages": HI, name: value}
     if name in ChatRequest.model_fields and name != "tool_choice":
         return "/v1/completions", {"prompt": "hi", name: value}
     return "/v1/chat/completions", {"messages": HI, name: value}
@@ -77,6 +85,41 @@ def test_each_is_taken_or_refused_as_the_page_says(short: Serving, interface: st
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert f"{name} is not supported: {reason}" == (error if interface == "Ollama" else error["message"])
+
+
+def documented_tools(interface: str) -> dict[str, str]:
+    """Type of a tool -> why it is refused."""
+    rows = rows_below(f"#### Tools of {interface}")
+    return {name: reason for names, reason in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_the_page_lists_every_tool_that_is_refused_by_name() -> None:
+    assert documented_tools("Responses") == responses_tools.TOOLS
+    assert documented_tools("Messages") == anthropic_input.TOOLS
+
+
+@pytest.mark.parametrize("name", responses_tools.TOOLS)
+def test_each_tool_of_responses_is_refused_as_the_page_says(short: Serving, name: str) -> None:
+    answer = short.post("/v1/responses", {"input": "hi", "tools": [{"type": name}]})
+    wanted = f"tools of type {name!r} are not supported: {documented_tools('Responses')[name]}"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, wanted)
+
+
+@pytest.mark.parametrize("name", anthropic_input.TOOLS)
+@pytest.mark.parametrize("end", ["_20250305", "_bm25_20251119", ""])
+def test_each_tool_of_messages_is_refused_as_the_page_says(short: Serving, name: str, end: str) -> None:
+    answer = short.post("/v1/messages", {"messages": HI, "tools": [{"type": name + end, "name": "x"}]})
+    wanted = f"tools of type {name + end!r} are not supported: {documented_tools('Messages')[name]}"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, wanted)
+
+
+def test_what_agents_are_configured_with_leads_here(short: Serving) -> None:
+    section = PAGE.split("\n## Coding agents\n")[1].split("\n## ")[0]
+    ours = "http://127.0.0.1:10002"
+    codex, claude = (found[1] for found in re.finditer(r"^(?:base_url = \"|export ANTHROPIC_BASE_URL=)([^\"\n]+)",
+                                                       section, re.MULTILINE))  # fmt: skip
+    assert short.post(codex.removeprefix(ours) + "/responses", {"input": "hi"}).status_code == 200
+    assert short.post(claude.removeprefix(ours) + "/v1/messages?beta=true", {"messages": HI}).status_code == 200
 
 
 EXAMPLES = [example for cells in rows_below("### Everything else") for example in re.findall(r"`(\{.*?\})`", cells[0])]
