@@ -32,6 +32,9 @@ class RoomLayer(DynamicLayer):
     holds_one_text: bool = True
     """Whether every token is seen by all after it, in any step: no rows are beside each other, and none is padded."""
 
+    keeps_every_token = True
+    """Whether something is held of each, so that the first ones' can be read alone."""
+
     @property
     def room(self) -> int:
         """Tokens that there is memory for."""

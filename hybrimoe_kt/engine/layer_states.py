@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from hybrimoe_kt.operators.stored_layer import StoredLayer
-from hybrimoe_kt.operators.stored_state import StoredState
-
-from .growing_layers import RoomLayer
-
 __all__ = ["LayerStates", "can_shorten", "states_of", "with_states"]
+
+
+@runtime_checkable
+class _TellsStates(Protocol):
+    """What layers of our own are to a copy."""
+
+    keeps_every_token: bool
+
+    def read_states(self, length: int) -> tuple[torch.Tensor, ...]: ...
+
+    def write_states(self, states: tuple[torch.Tensor, ...], length: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,12 +53,12 @@ def _copied(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
 
 def can_shorten(layer: Any) -> bool:
     """Whether a layer keeps something of every token, so that the first ones' are there to be had."""
-    return isinstance(layer, RoomLayer | StoredLayer)
+    return isinstance(layer, _TellsStates) and layer.keeps_every_token
 
 
 def states_of(layer: Any, length: int) -> LayerStates | None:
     """What a layer holds of its first `length` tokens, of all where it cannot be shortened; None: not known here."""
-    if isinstance(layer, RoomLayer | StoredLayer | StoredState):
+    if isinstance(layer, _TellsStates):
         return _of(length, layer.read_states(length))
     if type(layer) is LinearAttentionLayer:
         found = {(kind, at): one for kind in _KINDS for at, one in getattr(layer, kind).items() if one is not None}
@@ -71,7 +77,7 @@ def _of(length: int, tensors: tuple[torch.Tensor, ...], names: tuple[tuple[str, 
 def with_states(layer: Any, states: LayerStates) -> None:
     """Have a layer hold a copy of `states` and nothing else."""
     tensors = tuple(tensor.to(states.device) for tensor in states.tensors)
-    if isinstance(layer, RoomLayer | StoredLayer | StoredState):
+    if isinstance(layer, _TellsStates):
         layer.write_states(tensors, states.length)
         return
     assert type(layer) is LinearAttentionLayer, "no other layer's states are known"

@@ -35,6 +35,9 @@ class KeyLayout:
 class StoredLayer(DynamicLayer):
     """One conversation's keys and values of one layer; a batch of one."""
 
+    keeps_every_token = True
+    """Whether something is held of each, so that the first ones' can be read alone."""
+
     def __init__(self, held: KeyValues, layout: KeyLayout) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held, self.layout = held, layout

@@ -28,6 +28,9 @@ class StoredState(LinearAttentionLayer):
     as this layer says it does, makes every version of Transformers leave that to `update_conv_state`.
     """
 
+    keeps_every_token = False
+    """Whether something is held of each, so that the first ones' can be read alone."""
+
     def __init__(self, held: RecurrentState, layout: StateLayout) -> None:
         self.held, self.layout = held, layout
         super().__init__()
