@@ -221,10 +221,10 @@ def test_memory_is_flat_however_conversations_come_and_go(tiny: Tiny) -> None:
             for _ in range(4):
                 model.loop.step_together([1] * len(given), given)
 
-    come_and_go(6)
+    come_and_go(4)
     gc.collect()
     before = resident_bytes()
-    come_and_go(20)
+    come_and_go(10)
     gc.collect()
     assert resident_bytes() - before <= 4 * 2**20
     assert len(model.loaded.dense.memory._rows_graphs) <= 64
