@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from hybrimoe_kt.backends.ggml import library as ggml
+from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.engine.growing_cache import GrowingCache
 from hybrimoe_kt.engine.layer_loop import LayerLoop
@@ -177,17 +178,26 @@ def test_sixteen_step_at_once_and_no_more_than_rules_say(tiny: Tiny) -> None:
 
 
 def test_experts_are_told_that_all_rows_decode(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, told = tiny("qwen3moe"), []
-    begin = Runtime.begin
+    """Also where nothing is planned, as on a CPU alone."""
+    model, told, counted = tiny("qwen3moe"), [], []
+    begin, count = Runtime.begin, Coordinator.count_on_cpu
 
     def note(self: Runtime, layer: int, routed: Routed, *further: Any) -> Job:
         told.append((layer, len(routed.ids), routed.phase))
         return begin(self, layer, routed, *further)
 
+    def note_count(
+        self: Coordinator, layer: int, loads: Mapping[int, int], num_tokens: int, *, is_decode: bool
+    ) -> float:
+        counted.append((layer, sum(loads.values()), num_tokens, is_decode))
+        return count(self, layer, loads, num_tokens, is_decode=is_decode)
+
     given = [model.conversation(3) for _ in range(3)]
     monkeypatch.setattr(Runtime, "begin", note)
+    monkeypatch.setattr(Coordinator, "count_on_cpu", note_count)
     model.loop.step_together([1, 2, 3], [each.together for each in given])
     assert told == [(0, 3, "decode"), (1, 3, "decode")]
+    assert counted == [(0, 6, 3, True), (1, 6, 3, True)]
 
 
 @pytest.mark.parametrize("cache_size", [0, 3, pytest.param("all", marks=pytest.mark.slow)])
@@ -211,10 +221,10 @@ def test_memory_is_flat_however_conversations_come_and_go(tiny: Tiny) -> None:
             for _ in range(4):
                 model.loop.step_together([1] * len(given), given)
 
-    come_and_go(6)
+    come_and_go(4)
     gc.collect()
     before = resident_bytes()
-    come_and_go(20)
+    come_and_go(10)
     gc.collect()
     assert resident_bytes() - before <= 4 * 2**20
     assert len(model.loaded.dense.memory._rows_graphs) <= 64

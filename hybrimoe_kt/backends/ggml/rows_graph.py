@@ -77,11 +77,12 @@ class RowsGraph:
         if sized == self._sized:
             return
         words.write(facts)
-        self._sized, most_seen = sized, self._memory.most_seen
+        most_seen = self._memory.most_seen
         self._memory.logits.reserve(4 * most_seen * self._heads)
         if most_seen > self._most_seen:  # scratch memory is as large as the longest row wants it
             self._graph.plan()
             self._most_seen = most_seen
+        self._sized = sized  # last, should it be interrupted
 
 
 class _Builder(LayerBuilder):
