@@ -25,10 +25,11 @@ PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv browser test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
+	@echo "make browser    what the chat page's tests need: playwright, and Debian's Chromium where apt may install it"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
 	@echo "make test-pythons  a part of the tests under the oldest and newest other Python of this machine"
@@ -50,6 +51,10 @@ serve: $(VENV)/.ready-run
 	@$(BIN)/ktransformers --port $(PORT) $(ARGS)
 
 venv: $(VENV)/.ready-dev
+
+# A browser that is there is taken; where none can be installed a note says so, and the tests of the chat page skip.
+browser: $(VENV)/.ready-browser
+	@$(BIN)/python -m tests.page.browser
 
 # Two files at a time: half of a serial run is waiting for servers and timers. -n0 in ARGS takes that back.
 test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
@@ -138,6 +143,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 	$(BIN)/python -m pip install --quiet --editable '.[serve,test,dev,plot,docs]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON) || \
 	  echo "Triton $(TRITON) has no build for this machine (it has for Linux): the tests of GPU kernels will skip"
+	touch $@
+
+$(VENV)/.ready-browser: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	touch $@
 
 # kTransformers' own rule engine, an oracle of the tests, which skip without it; fetched once, kept outside git.

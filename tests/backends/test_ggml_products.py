@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from hybrimoe_kt.backends.ggml.library import F32, Context, Library, data_of, library
-from hybrimoe_kt.quants import TYPES, QuantType, row_bytes
+from hybrimoe_kt.quants import TYPES, QuantType
+from tests.support.random_blocks import Type, random_blocks
 
 ROWS = 24
 
@@ -32,15 +32,13 @@ def product(of: Library, ggml_type: int, raw: np.ndarray, columns: int, given: n
 def test_products_are_those_of_the_dequantised_matrix(row: QuantType) -> None:
     of, random = library(), np.random.default_rng(row.number)
     columns = 3 * row.block_values if row.block_values > 1 else 200
-    values = random.standard_normal((ROWS, columns), np.float32)
-    raw = np.empty(ROWS * row_bytes(row.number, columns), np.uint8)
-    alike = np.ones(columns, np.float32)
-    of.ggml_quantize_chunk(row.number, values.ctypes.data, raw.ctypes.data, 0, ROWS, columns, alike.ctypes.data)
-    given = random.standard_normal((5, columns), np.float32)
     try:
-        wanted = given @ dequantize(raw.reshape(ROWS, -1), GGMLQuantizationType(row.number)).reshape(ROWS, columns).T
+        raw = random_blocks(random, Type(row.number), ROWS, columns)
+        matrix = dequantize(raw, Type(row.number)).reshape(ROWS, columns)
     except (NotImplementedError, ValueError):
         pytest.skip("this version of gguf does not dequantise it")
+    given = random.standard_normal((5, columns), np.float32)
+    wanted = given @ matrix.T
     found = product(of, row.number, raw, columns, given)
     tolerance = {"F32": 1e-6, "F16": 1e-3, "BF16": 5e-3}.get(row.name, 0.015)
     assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)

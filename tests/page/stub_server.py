@@ -58,7 +58,10 @@ class StubServer(ThreadingHTTPServer):
         """The page has hung up in the middle of an answer."""
         self.model = "stub-moe"
         self.accelerator = "emulated"
-        self.num_answering = 0
+        self.num_answering = self.num_elsewhere = self.num_waiting = 0
+        """Answers to this page, answers to others, and requests that wait."""
+        self.parallel: int | None = None
+        """How many answers may be written at once; None leaves it out, as a server that knows one at a time."""
         self.layers, self.experts = 4, 16
         self.num_polls = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -81,13 +84,14 @@ class StubServer(ThreadingHTTPServer):
                     len(range((at - shift - layer) % self.experts, count, self.experts)) for at in range(self.experts)
                 ]
 
+        queue = {"active": self.num_answering + self.num_elsewhere, "waiting": self.num_waiting, "limit": 64}
         last = [[count % self.experts]] * self.layers if count else []
         return {
             "model": self.model, "accelerator": self.accelerator,
             "num_layers": self.layers, "num_experts": self.experts, "tokens_per_s": 12.5,
             "hit_rate": 0.5 if count else 0.0, "bytes_moved": 3_400_000_000, "generated_tokens": count,
             "busy_share": {"cpu": 0.5, "gpu": 0.25, "link": 0.75},
-            "queue": {"active": self.num_answering, "waiting": 0, "limit": 64},
+            "queue": queue | ({} if self.parallel is None else {"parallel": self.parallel}),
             "heat": {"hits": list(rows(0)), "misses": list(rows(5))}, "last_token": {"hits": last, "misses": []},
         }  # fmt: skip
 

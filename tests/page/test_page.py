@@ -207,10 +207,17 @@ def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
     assert visit.page.locator("h1 *").count() == 0
 
 
-def pixels(visit: Visit) -> list[int]:
-    found: list[int] = visit.page.evaluate(
+def picture(visit: Visit) -> str:
+    """The map as it is drawn."""
+    found: str = visit.page.evaluate("() => document.getElementById('heat').toDataURL()")
+    return found
+
+
+def num_colors(visit: Visit) -> int:
+    found: int = visit.page.evaluate(
         "() => { const c = document.getElementById('heat');"
-        " return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }"
+        " const {data} = c.getContext('2d').getImageData(0, 0, c.width, c.height);"
+        " return new Set(new Uint32Array(data.buffer)).size; }"
     )
     return found
 
@@ -218,18 +225,16 @@ def pixels(visit: Visit) -> list[int]:
 def test_the_heat_map_follows_the_answer(visit: Visit) -> None:
     visit.open()
     visit.page.locator("#heat").wait_for()
-    before = pixels(visit)
-    assert len(set(zip(*[iter(before)] * 4, strict=True))) > 0
+    before, colors = picture(visit), num_colors(visit)
     visit.server.answers.append(for_ever)
     visit.send("Talk!")
     visit.page.get_by_text("12.5 tokens/s").wait_for()
     visit.page.wait_for_timeout(1500)
     assert visit.page.locator("#queue").inner_text() == "Answering."
-    running = pixels(visit)
-    assert running != before
+    assert picture(visit) != before and num_colors(visit) >= colors + 2  # of what is in a slot, and of what is not
     visit.page.keyboard.press("Escape")
     visit.done()
-    assert pixels(visit) != before
+    assert picture(visit) != before
     assert visit.page.get_by_role("img", name="Map of 4 layers by 16 experts").is_visible()
     assert "50 % of this answer's experts" in (visit.page.locator("#heat").get_attribute("aria-label") or "")
     assert visit.page.locator("#moved").inner_text() == "3.4 GB"
@@ -239,16 +244,31 @@ def test_the_heat_map_follows_the_answer(visit: Visit) -> None:
     assert len(visit.requests) == polls, "nothing is asked when nothing runs"
 
 
+def test_how_many_are_answered_and_wait(visit: Visit) -> None:
+    for parallel, active, waiting, words in (
+        (None, 0, 0, "Idle."),
+        (None, 1, 3, "Answering, 3 waiting (at most 64)."),
+        (1, 1, 0, "Answering."),
+        (4, 0, 0, "Idle."),
+        (4, 2, 0, "2 of 4 answering."),
+        (4, 4, 3, "4 of 4 answering, 3 waiting (at most 64)."),
+        (4, 0, 1, "0 of 4 answering, 1 waiting (at most 64)."),  # before its first step
+    ):
+        visit.server.parallel, visit.server.num_elsewhere, visit.server.num_waiting = parallel, active, waiting
+        visit.open()
+        assert visit.page.locator("#queue").inner_text() == words
+
+
 def test_this_answer_and_all_of_them(visit: Visit) -> None:
     visit.server.num_polls = 40
     visit.open()
-    everything = pixels(visit)
+    everything = picture(visit)
     visit.send("Hi")
     visit.done()
-    of_answer = pixels(visit)
+    of_answer = picture(visit)
     visit.page.get_by_role("button", name="all", exact=True).click()
     assert visit.page.get_by_role("button", name="all", exact=True).get_attribute("aria-pressed") == "true"
-    assert pixels(visit) != of_answer
+    assert picture(visit) != of_answer
     assert everything != of_answer
 
 

@@ -100,8 +100,7 @@ export class Panel {
     find("hit-rate").textContent = this.#hasSlots && stats.generated_tokens ? percent(stats.hit_rate) : "–";
     find("moved").textContent = this.#hasSlots ? bytes(stats.bytes_moved) : "–";
     find("generated").textContent = stats.generated_tokens.toLocaleString("en");
-    const {active, waiting, limit} = stats.queue;
-    find("queue").textContent = active ? `Answering${waiting ? `, ${waiting} waiting (of ${limit})` : ""}.` : "Idle.";
+    find("queue").textContent = requests(stats.queue);
     this.#showBusy(stats.busy_share);
     this.#showHeat();
   }
@@ -137,6 +136,13 @@ export class Panel {
       ? `layer ${point.layer}, expert ${point.id}: used ${uses} ${uses === 1 ? "time" : "times"}${uses ? split : ""}`
       : nothing;
   }
+}
+
+// Of all who ask this server: how many of `parallel` answers at once are being written, and how many requests wait.
+function requests({active, waiting, limit, parallel = 1}) {
+  if (!active && !waiting) return "Idle.";
+  const answering = parallel > 1 ? `${active} of ${parallel} answering` : "Answering";
+  return `${answering}${waiting ? `, ${waiting} waiting (at most ${limit})` : ""}.`;
 }
 
 const percent = (share) => `${Math.round(share * 100)} %`;
