@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
 
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
@@ -95,7 +95,7 @@ class JointRows:
 
 
 def _can_lie_in_rows(layer: Any) -> bool:
-    if type(layer) is LinearAttentionLayer:
+    if type(layer) in (LinearAttentionLayer, DummyLayer):
         return True
     return type(layer) is GrowingLayer and layer.rooms[0] is not None
 
@@ -103,6 +103,8 @@ def _can_lie_in_rows(layer: Any) -> bool:
 def _joint(layers: Sequence[Any], column: int, room: int) -> Any:
     if isinstance(layers[0], GrowingLayer):
         return _RowsLayer(layers, column, room)
+    if isinstance(layers[0], DummyLayer):
+        return layers[0]
     return _joint_states(layers)
 
 
