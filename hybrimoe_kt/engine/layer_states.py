@@ -52,7 +52,7 @@ def _copied(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
 
 
 def can_shorten(layer: Any) -> bool:
-    """Whether a layer keeps something of every token, so that the first ones' are there to be had, or nothing at all."""
+    """Whether a layer keeps something of every token, so that the first ones' can be had; or nothing at all."""
     if isinstance(layer, DummyLayer):
         return True
     return isinstance(layer, _TellsStates) and layer.keeps_every_token
