@@ -34,6 +34,8 @@ pytestmark = pytest.mark.kernels
 
 INTERPRETED = pytest.mark.slow_interpreted
 FLOATS = (Type.F16, Type.BF16)
+QUICK = (Type.F16, Type.Q4_K, Type.Q6_K, Type.IQ2_XS)
+"""Of each kind one: `tests/kernels/test_ops.py` has every type, in decode and in prefill."""
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 # gate, up, down: what Q4_K_M files mix, the widths that are no multiple of 256, and no two types alike.
 MIXTURES = [
@@ -78,9 +80,10 @@ def launched(
 @pytest.mark.parametrize(
     ("kind", "num_tokens"),
     [
-        *((kind, num) for kind in KINDS for num in (1, 17)),
-        *((Type.Q4_K, num) for num in (2, 3, 7)),
-        *(pytest.param(kind, 2, marks=INTERPRETED) for kind in KINDS if kind != Type.Q4_K),
+        *((kind, 1) for kind in KINDS),
+        *((kind, num) for kind in QUICK for num in (2, 17)),
+        *((Type.Q4_K, num) for num in (3, 7)),
+        *(pytest.param(kind, num, marks=INTERPRETED) for kind in KINDS if kind not in QUICK for num in (2, 17)),
     ],
     ids=lambda value: value.name if isinstance(value, Type) else str(value),
 )
