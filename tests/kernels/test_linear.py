@@ -35,7 +35,11 @@ INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 F16, BF16, Q8_0, Q4_K, Q6_K = Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q6_K
 
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+QUICK = (F16, Q8_0, Q4_K, Q6_K, Type.IQ2_XS, Type.MXFP4)
+"""Of each kind one: experts' kernels, which unpack by the same code, are tried with all in `test_ops.py`."""
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else INTERPRETED, id=kind.name) for kind in KINDS]
+)
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=["fp32", "fp16", "bf16"])
 
 
