@@ -80,10 +80,11 @@ SLOWEST = (
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """A run for devices that finds none says so, instead of spending minutes in the interpreter."""
+    on_device = is_for_devices(config.getoption("markexpr", ""))
     for item in items:
-        if item.nodeid in SLOWEST:
+        if item.nodeid in SLOWEST or (item.get_closest_marker("slow_interpreted") and not on_device):
             item.add_marker(pytest.mark.slow)
-    if is_for_devices(config.getoption("markexpr", "")) and not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if on_device and not (torch.cuda.is_available() or torch.xpu.is_available()):
         missing = pytest.mark.skip(reason="torch sees no CUDA, HIP or XPU device on this machine")
         for item in items:
             item.add_marker(missing)

@@ -188,6 +188,7 @@ class Lane:
         tables = self._tables.send(list(map(_PAIRS, launches)))
         out = self._views(step).out
         is_replayed = step.sent is not None and self._captures_launches and launches[0].slots is own
+        is_replayed &= len(step.routed.ids) == 1  # several tokens' launches depend on what is in the slots
         if queue.waiting and layer in queue.direct:
             self._hasten(plan)
         if plan.transfers:

@@ -15,9 +15,10 @@ __all__ = ["SentRouting"]
 
 
 class SentRouting:
-    """One layer's, of one token. Memory is taken when it is made; `send` is captured; `read` is for every replay.
+    """One layer's, of one token, or of one of each of several texts.
 
-    What is captured of the layer's own launches is kept here, as it is worth as long as this memory.
+    Memory is taken when it is made; `send` is captured; `read` is for every replay. What is captured of the layer's own
+    launches is kept here, as it is worth as long as this memory.
     """
 
     def __init__(

@@ -6,13 +6,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from hybrimoe_kt.device.step_graph import CaptureError, StepLost
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
-from hybrimoe_kt.errors import CapacityError
+from hybrimoe_kt.errors import CapacityError, KernelError
 
 from .conversation import Conversation
 from .generation import Generation
 from .joint_rows import leave_rows
-from .model_steps import ModelSteps, short_reason
+from .model_steps import MOST_LOST, ModelSteps, short_reason
 from .prefix_cache import PrefixCache
 
 __all__ = ["Batch"]
@@ -47,6 +48,7 @@ class Batch:
         self._running: list[Generation] = []
         """By arrival: the first one is never set aside."""
         self._has_read = False
+        self._num_lost = 0
         self.num_set_aside = 0
         """Answers that had to wait for room in the middle, since the start."""
 
@@ -147,13 +149,21 @@ class Batch:
             self._append(generation, generation.conversation, generation.left)
             return
         conversations = [one.conversation for one in answering if one.conversation is not None]
+        reason = ""
         try:
             logits = self._steps.together(conversations, [one.ids[-1] for one in answering])
+        except CaptureError as refused:
+            self._steps.capture_no_more(refused)
+        except StepLost as lost:
+            self._num_lost += 1
+            if self._num_lost > MOST_LOST:
+                raise KernelError(str(lost)) from lost
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = short_reason(error)
         else:
+            self._num_lost = 0
             if logits is None:
                 for generation, conversation in zip(answering, conversations, strict=True):
                     self._append(generation, conversation, generation.left)
@@ -168,6 +178,8 @@ class Batch:
             return
         for conversation in conversations:  # not above: the error's frames hold what the failed step allocated
             self._steps.begin_anew(conversation)
+        if not reason:
+            return
         try:
             self._steps.make_room(reason, sum(len(one.ids) for one in answering))
         except CapacityError as full:  # the others are computed again, with its room

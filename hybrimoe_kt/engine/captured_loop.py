@@ -11,13 +11,10 @@ import torch
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
-from hybrimoe_kt.device.step_graph import CaptureError
-from hybrimoe_kt.device.unused_memory import is_out_of_memory
-from hybrimoe_kt.errors import first_line
-from hybrimoe_kt.host.hf.fixed_steps import attention_of, experts_of, layers_read_as_kept, refusal, sums_may_wait
+from hybrimoe_kt.host.hf.fixed_steps import attention_of, layers_read_as_kept, refusal, sums_may_wait
 from hybrimoe_kt.host.hf.loading import LoadedModel
-from hybrimoe_kt.runtime.step_pieces import StepPieces
 
+from .captured_steps import CapturedSteps
 from .growing_cache import GrowingCache
 
 __all__ = ["CapturedLoop", "captured_loop"]
@@ -59,10 +56,11 @@ class CapturedLoop:
 
     def __init__(self, loaded: LoadedModel, accelerator: Accelerator, *, captures: bool) -> None:
         """Without `captures` the modules are asked every time."""
-        self._loaded, self._accelerator, self.captures = loaded, accelerator, captures
+        self._loaded, self._accelerator = loaded, accelerator
+        self.captured = CapturedSteps(loaded, accelerator, captures=captures)
         model: Any = loaded.model
         self._model, self._embedding = model, model.get_input_embeddings()
-        self._experts, self._attention = experts_of(model), attention_of(model)
+        self._attention = attention_of(model)
         self._read_as_kept = layers_read_as_kept(model)
         device = model.device
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -71,12 +69,25 @@ class CapturedLoop:
         """0, 1, 2, ... as far as there has been room."""
         self._given: dict[str, torch.Tensor] = {}
         self._logits = torch.empty(0)
-        self._serves_experts = accelerator in loaded.runtime.accelerators
-        self._pieces: StepPieces | None = None
-        self._warm_for: tuple[int, int] | None = None
-        self._captured_for: tuple[int, int] | None = None
-        """The cache, and how often it had moved, when a step was last asked of the modules, and captured."""
-        self.num_captures = 0
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """On whose stream the model runs."""
+        return self._accelerator
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured; else the modules are asked every time."""
+        return self.captured.captures
+
+    @captures.setter
+    def captures(self, captures: bool) -> None:
+        self.captured.captures = captures
+
+    @property
+    def num_captures(self) -> int:
+        """Since the model was loaded."""
+        return self.captured.num_captures
 
     def takes(self, tokens: int, length: int) -> bool:
         """Whether a step is for it: one token, of a conversation of `length` with it, that is not its first."""
@@ -93,7 +104,7 @@ class CapturedLoop:
             try:
                 cache.fix(self._position, self._length, self._read_as_kept)
                 self._place(ids[0], cache)
-                self._compute(cache)
+                self.captured.compute((cache.number, cache.num_moves), lambda: self._ask(cache))
                 num_added = 1
             finally:
                 cache.unfix(num_added)
@@ -101,7 +112,7 @@ class CapturedLoop:
 
     def forget(self) -> None:
         """Let go of what was captured, and its memory."""
-        self._pieces, self._warm_for, self._captured_for = None, None, None
+        self.captured.forget()
         self._logits = torch.empty(0)
 
     def _place(self, token: int, cache: GrowingCache) -> None:
@@ -120,42 +131,6 @@ class CapturedLoop:
         else:
             ids = self._given.setdefault("input_ids", torch.zeros(1, 1, dtype=torch.int64, device=self._model.device))
             ids.fill_(token)
-
-    def _compute(self, cache: GrowingCache) -> None:
-        runtime, now = self._loaded.runtime, (cache.number, cache.num_moves)
-        if not self.captures or (self._serves_experts and self._accelerator not in runtime.accelerators):
-            self._ask(cache)  # as well where it has been given up: what was enqueued may never end
-            return
-        pieces = self._pieces
-        if pieces is None or not pieces.serves(runtime):
-            pieces = self._pieces = StepPieces(runtime, self._accelerator)
-            self._captured_for = None
-        if self._captured_for == now and pieces.is_valid():
-            pieces.replay()
-            return
-        self._captured_for = None
-        self._stand_in(pieces)
-        try:
-            if self._warm_for != now or not pieces.can_capture:  # rooms of a new size may want kernels, or plans
-                self._ask(cache)
-                self._warm_for = now
-                return
-            pieces.begin_capture()
-            try:
-                self._ask(cache)
-                pieces.end_capture()
-            except BaseException as error:
-                pieces.abort()
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):  # as a driver refuses it
-                    raise CaptureError(first_line(error)) from error
-                raise
-        finally:
-            self._stand_in(None)
-        self._captured_for, self.num_captures = now, self.num_captures + 1
-
-    def _stand_in(self, pieces: StepPieces | None) -> None:
-        for experts in self._experts:
-            experts.attach(self._loaded.runtime if pieces is None else pieces)
 
     def _ask(self, cache: GrowingCache) -> None:
         """Have the modules enqueue the step."""

@@ -7,19 +7,22 @@ nothing is copied from step to step: a conversation's own layer looks at its par
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
 
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
+from .captured_rows import CapturedRows
 from .growing_cache import GrowingCache
 from .growing_layers import GrowingLayer
 
 __all__ = ["JointRows", "leave_rows"]
 
+_NUMBERS = count(1)
 _LEAST_ROOM = 128
 _GROWTH = 1.125
 """Columns made ahead: at least so many, or this share of what is there; then all rows are copied. A choice."""
@@ -31,10 +34,14 @@ class JointRows:
     def __init__(self) -> None:
         self._caches: tuple[GrowingCache, ...] = ()
         self._moves: tuple[int, ...] = ()
-        self._cache: DynamicCache | None = None
-        self._column = 0
-        """Where the next token of every row goes."""
-        self._room = 0
+        self.cache: Any = None
+        """What the model is given."""
+        self.column = self.room = 0
+        """Where the next token of every row goes, and how many there is memory for."""
+        self.starts: Sequence[int] = ()
+        """The column that each row begins at."""
+        self.number = 0
+        """Of the memory: no other's."""
 
     @staticmethod
     def takes(loaded: LoadedModel, caches: Sequence[GrowingCache]) -> bool:
@@ -43,59 +50,79 @@ class JointRows:
             return False
         return all(_can_lie_in_rows(layer) for cache in caches for layer in cache.layers)
 
-    def step(self, loaded: LoadedModel, tokens: torch.Tensor, caches: Sequence[GrowingCache]) -> torch.Tensor:
-        """Append `tokens [rows, 1]`; logits float32 `[rows, vocab]` on the CPU."""
+    def step(
+        self,
+        loaded: LoadedModel,
+        tokens: torch.Tensor,
+        caches: Sequence[GrowingCache],
+        captured: CapturedRows | None = None,
+    ) -> torch.Tensor:
+        """Append `tokens [rows, 1]`, by replay where that is given; logits float32 `[rows, vocab]` on the CPU."""
         self._seat(loaded, caches)
-        lengths = [cache.get_seq_length() for cache in caches]
-        column, device = self._column, loaded.model.device
-        starts = torch.tensor([column - length for length in lengths], device=device)
-        mask = (torch.arange(column + 1, device=device) >= starts[:, None]).long()
-        given = {loaded.cache_name: self._cache}
         try:
-            output = loaded.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=torch.tensor(lengths, device=device)[:, None],
-                use_cache=True,
-                logits_to_keep=1,
-                **given,
-            )
+            logits = captured.step(tokens, self) if captured is not None else self._ask(loaded, tokens)
         except BaseException:
             self.forget()
             raise
-        self._column += 1
+        self.column += 1
+        for layer in self.cache.layers:
+            if isinstance(layer, _RowsLayer):
+                layer.column = self.column
         for cache in caches:
             for layer in cache.growing:
                 layer.length += 1
         self._moves = tuple(cache.num_moves for cache in caches)
+        return logits
+
+    def _ask(self, loaded: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
+        device = loaded.model.device
+        starts = torch.tensor(self.starts, device=device)[:, None]
+        mask = (torch.arange(self.column + 1, device=device) >= starts).long()
+        given = {loaded.cache_name: self.cache}
+        output = loaded.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=self.column - starts,
+            use_cache=True,
+            logits_to_keep=1,
+            **given,
+        )
         logits: torch.Tensor = output.logits[:, -1].float().cpu()
         return logits
 
+    def fix(self, position: torch.Tensor | None) -> None:
+        """Write at `position`, int64 `[1]` on the device, from now on, and hand out all columns; None: no more."""
+        for layer in self.cache.layers:
+            if isinstance(layer, _RowsLayer):
+                layer.position = position
+
     def forget(self) -> None:
         """Let go of the memory; conversations keep theirs."""
-        self._caches, self._moves, self._cache = (), (), None
+        self._caches, self._moves, self.cache = (), (), None
 
     def _seat(self, loaded: LoadedModel, caches: Sequence[GrowingCache]) -> None:
         """Have each conversation in a row of its own, in this order."""
         now = tuple(caches)
-        lengths = {cache.get_seq_length() for cache in caches}
+        lengths = [cache.get_seq_length() for cache in caches]
         is_seated = self._caches == now and self._moves == tuple(cache.num_moves for cache in caches)
-        if is_seated and self._column < self._room and all(self._ends_here(cache) for cache in caches):
+        if is_seated and self.column < self.room and all(self._ends_here(cache) for cache in caches):
             return
-        self._column = max(lengths)
-        self._room = max(self._column + _LEAST_ROOM, int(self._column * _GROWTH))
+        self.column = max(lengths)
+        self.room = max(self.column + _LEAST_ROOM, int(self.column * _GROWTH))
+        self.starts = [self.column - length for length in lengths]
+        self.number = next(_NUMBERS)
         joint = DynamicCache(config=loaded.model.config)
         for place in range(len(joint.layers)):
-            joint.layers[place] = _joint([cache.layers[place] for cache in caches], self._column, self._room)
-        self._cache, self._caches = joint, now
+            joint.layers[place] = _joint([cache.layers[place] for cache in caches], self.column, self.room)
+        self.cache, self._caches = joint, now
 
     def _ends_here(self, cache: GrowingCache) -> bool:
         """Whether a row's next token is in the common column: it has not stepped alone meanwhile."""
-        return all(layer.end_column == self._column for layer in cache.growing if isinstance(layer, GrowingLayer))
+        return all(layer.end_column == self.column for layer in cache.growing if isinstance(layer, GrowingLayer))
 
 
 def _can_lie_in_rows(layer: Any) -> bool:
-    if type(layer) is LinearAttentionLayer:
+    if type(layer) in (LinearAttentionLayer, DummyLayer):
         return True
     return type(layer) is GrowingLayer and layer.rooms[0] is not None
 
@@ -103,6 +130,8 @@ def _can_lie_in_rows(layer: Any) -> bool:
 def _joint(layers: Sequence[Any], column: int, room: int) -> Any:
     if isinstance(layers[0], GrowingLayer):
         return _RowsLayer(layers, column, room)
+    if isinstance(layers[0], DummyLayer):
+        return layers[0]
     return _joint_states(layers)
 
 
@@ -114,7 +143,9 @@ class _RowsLayer(DynamicLayer):
 
     def __init__(self, layers: Sequence[GrowingLayer], column: int, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._column = column
+        self.column = column
+        self.position: torch.Tensor | None = None
+        """Where a fixed step writes, see `JointRows.fix`."""
         self.is_initialized = True
         rooms = []
         for place in range(2):
@@ -131,14 +162,17 @@ class _RowsLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take `[rows, heads, 1, width]` each."""
-        end = self._column + 1
-        self._keys[:, :, self._column : end] = key_states
-        self._values[:, :, self._column : end] = value_states
-        self._column = end
+        if self.position is not None:
+            for room, new in ((self._keys, key_states), (self._values, value_states)):
+                room.index_copy_(2, self.position, new.to(room.dtype))
+            return self._keys.to(key_states.dtype), self._values.to(value_states.dtype)
+        end = self.column + 1
+        self._keys[:, :, self.column : end] = key_states
+        self._values[:, :, self.column : end] = value_states
         return self._keys[:, :, :end].to(key_states.dtype), self._values[:, :, :end].to(value_states.dtype)
 
     def get_seq_length(self) -> int:
-        return self._column
+        return self.column
 
 
 def _joint_states(layers: Sequence[LinearAttentionLayer]) -> LinearAttentionLayer:

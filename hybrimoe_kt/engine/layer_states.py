@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
 __all__ = ["LayerStates", "can_shorten", "states_of", "with_states"]
 
@@ -52,7 +52,9 @@ def _copied(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
 
 
 def can_shorten(layer: Any) -> bool:
-    """Whether a layer keeps something of every token, so that the first ones' are there to be had."""
+    """Whether a layer keeps something of every token, so that the first ones' can be had; or nothing at all."""
+    if isinstance(layer, DummyLayer):
+        return True
     return isinstance(layer, _TellsStates) and layer.keeps_every_token
 
 
@@ -60,6 +62,8 @@ def states_of(layer: Any, length: int) -> LayerStates | None:
     """What a layer holds of its first `length` tokens, of all where it cannot be shortened; None: not known here."""
     if isinstance(layer, _TellsStates):
         return _of(length, layer.read_states(length))
+    if isinstance(layer, DummyLayer):
+        return _of(length, ())
     if type(layer) is LinearAttentionLayer:
         found = {(kind, at): one for kind in _KINDS for at, one in getattr(layer, kind).items() if one is not None}
         return _of(length, tuple(found.values()), tuple(found))
@@ -79,6 +83,8 @@ def with_states(layer: Any, states: LayerStates) -> None:
     tensors = tuple(tensor.to(states.device) for tensor in states.tensors)
     if isinstance(layer, _TellsStates):
         layer.write_states(tensors, states.length)
+        return
+    if isinstance(layer, DummyLayer):
         return
     assert type(layer) is LinearAttentionLayer, "no other layer's states are known"
     layer.reset()

@@ -16,6 +16,7 @@ from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.runtime import Runtime
 
 from .captured_loop import CapturedLoop
+from .captured_rows import CapturedRows
 from .conversation import Conversation
 from .growing_cache import GrowingCache
 from .joint_rows import JointRows
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 _LONG_CONTEXT_TOKENS = 4096
 """From which on attention's reading of the cache takes longer than what its threads cost others: some 16 MB a layer of
 Qwen3-30B-A3B. Estimated; at 512 tokens a second thread of torch's cost 40 % of the tokens a second on two cores."""
-_MOST_LOST = 4
+MOST_LOST = 4
 """Captured steps in a row that may be lost; by then the accelerator has been given up."""
 _BROKEN = "the model produced NaN or infinite logits; the weights or a backend are broken"
 
@@ -50,6 +51,8 @@ class ModelSteps:
         self._loaded, self._new_cache, self._shares, self.loop = loaded, new_cache, shares, loop
         self._cache_name = loaded.cache_name
         self._rows: JointRows | None = None
+        self.captured_rows: CapturedRows | None = None
+        """What replays steps of several conversations, where they can be captured."""
         self.spare_memory: Callable[[], bool] = lambda: False
         """Gives back what other conversations have on accelerators; whether there was anything."""
 
@@ -79,13 +82,13 @@ class ModelSteps:
                 logits = self._append(conversation, left, stop, scores)
                 break
             except CaptureError as refused:
-                self._capture_no_more(refused)
+                self.capture_no_more(refused)
                 self.begin_anew(conversation)
                 left = whole
                 continue
             except StepLost as lost:
                 num_lost += 1
-                if num_lost > _MOST_LOST:
+                if num_lost > MOST_LOST:
                     raise KernelError(str(lost)) from lost
                 self.begin_anew(conversation)
                 left = whole
@@ -184,10 +187,7 @@ class ModelSteps:
         if by_loop and isinstance(self.loop, LayerLoop):
             logits: torch.Tensor = self.loop.step_together(ids, caches)
         else:
-            if self._rows is None:
-                self._rows = JointRows()
-            with self.runtime.in_phase("decode"):
-                logits = self._rows.step(self._loaded, self._tokens([[token] for token in ids]), caches)
+            logits = self._by_rows(ids, caches)
         for conversation, before, token in zip(conversations, held, ids, strict=True):
             before.append(token)
             conversation.ids = before
@@ -195,15 +195,28 @@ class ModelSteps:
             self._shares.step(len(ids), time.perf_counter() - began)
         return logits
 
+    def _by_rows(self, ids: Sequence[int], caches: Sequence[GrowingCache]) -> torch.Tensor:
+        """A step as a batch of rows; where it cannot be captured, or a replay is lost, the rows are in doubt."""
+        if self._rows is None:
+            self._rows = JointRows()
+        if self.captured_rows is None and CapturedRows.takes(self._loaded, self.loop):
+            assert isinstance(self.loop, CapturedLoop), "it says so"
+            self.captured_rows = CapturedRows(self._loaded, self.loop)
+        captured = self.captured_rows if isinstance(self.loop, CapturedLoop) else None
+        with self.runtime.in_phase("decode"):
+            return self._rows.step(self._loaded, self._tokens([[token] for token in ids]), caches, captured)
+
     # What goes wrong.
 
     def begin_anew(self, conversation: Conversation) -> None:
         """Forget a conversation, and let go of its memory."""
         if isinstance(self.loop, CapturedLoop):
             self.loop.forget()
+        if self.captured_rows is not None:
+            self.captured_rows.forget()
         conversation.begin_anew(self._new_cache())
 
-    def _capture_no_more(self, refused: CaptureError) -> None:
+    def capture_no_more(self, refused: CaptureError) -> None:
         """Ask the modules for every step to come; a conversation was left half done."""
         assert isinstance(self.loop, CapturedLoop), "nobody else captures"
         logger.warning("steps are not captured any more: %s", refused)

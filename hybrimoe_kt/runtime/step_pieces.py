@@ -1,4 +1,7 @@
-"""One token's way through a model in captured pieces: each up to where a layer's experts have to be decided on.
+"""A token's way through a model in captured pieces: each up to where a layer's experts have to be decided on.
+
+Or a token's of each of several texts, all in one step: then every layer ends a piece, also one whose experts are all
+resident, as launches of several tokens depend on what is routed.
 
 While the model's own code runs, this stands in the runtime's place: at a layer's experts a piece ends, the layer is
 computed for good, and the next piece begins with its answer. From then on the code is not needed any more.
@@ -84,7 +87,7 @@ class StepPieces:
         assert self._capture is not None, "asked for"
         piece, job = self._pieces[-1], Job(layer)
         plain = _plain(routed)
-        if lane is not None and runtime.is_whole(layer, 1):
+        if lane is not None and len(plain.ids) == 1 and runtime.is_whole(layer, 1):
             slot_of = runtime.coordinator.slots_of(layer)
             if lane.has_whole(layer, slot_of):
                 runtime.coordinator.pass_over(layer, 1)
@@ -233,7 +236,7 @@ class StepPieces:
         if piece.sent is None or piece.layer not in self._runtime.executor.lane_of:
             self._wait()  # the host reads the device's own tensors
         job = self._runtime.begin(piece.layer, piece.routed, piece.sent)
-        if job.plan is None and job.answer is not None and piece.sent is not None:
+        if job.plan is None and job.answer is not None and piece.sent is not None and len(piece.routed.ids) == 1:
             self._is_cut_too_often = True
         if piece.sent is None:  # another accelerator's, perhaps, on whose stream the next piece is not
             return self._answer.copy_(self._runtime.finish(job))

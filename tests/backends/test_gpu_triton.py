@@ -32,7 +32,10 @@ from tests.support.random_blocks import Type
 
 pytestmark = pytest.mark.kernels
 
+INTERPRETED = pytest.mark.slow_interpreted
 FLOATS = (Type.F16, Type.BF16)
+QUICK = (Type.F16, Type.Q4_K, Type.Q6_K, Type.IQ2_XS)
+"""Of each kind one: `tests/kernels/test_ops.py` has every type, in decode and in prefill."""
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 # gate, up, down: what Q4_K_M files mix, the widths that are no multiple of 256, and no two types alike.
 MIXTURES = [
@@ -76,7 +79,12 @@ def launched(
 
 @pytest.mark.parametrize(
     ("kind", "num_tokens"),
-    [*((kind, num) for kind in KINDS for num in (1, 2, 17)), (Type.Q4_K, 3), (Type.Q4_K, 7)],
+    [
+        *((kind, 1) for kind in KINDS),
+        *((kind, num) for kind in QUICK for num in (2, 17)),
+        *((Type.Q4_K, num) for num in (3, 7)),
+        *(pytest.param(kind, num, marks=INTERPRETED) for kind in KINDS if kind not in QUICK for num in (2, 17)),
+    ],
     ids=lambda value: value.name if isinstance(value, Type) else str(value),
 )
 def test_every_format_and_odd_token_counts(kind: Type, num_tokens: int) -> None:
@@ -100,8 +108,14 @@ def test_what_is_launched_first_finds_anything(num_tokens: int, has_slots: bool)
     assert torch.equal(out, launched(layer, inputs, backend) if has_slots else torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("num_tokens", [3, 17])
-@pytest.mark.parametrize("mixture", MIXTURES, ids=names)
+@pytest.mark.parametrize(
+    ("mixture", "num_tokens"),
+    [
+        pytest.param(mixture, num, marks=() if place % 2 == (num == 17) else INTERPRETED, id=f"{names(mixture)}-{num}")
+        for place, mixture in enumerate(MIXTURES)
+        for num in (3, 17)
+    ],
+)
 def test_mixtures(mixture: tuple[Type, Type, Type], num_tokens: int) -> None:
     layer = slotted_layer(*mixture)
     inputs = routed(layer, num_tokens)

@@ -114,11 +114,11 @@ def pair(request: pytest.FixtureRequest, generated: Make) -> tuple[TokenGenerato
     """The same model twice: for several answers, and for one."""
     kind, _, how = request.param.partition(", ")
     model, by_graphs = generated(SHAPES[KINDS[kind]]), how == "graphs"
-    return tuple(generator(model, parallel=most, by_graphs=by_graphs) for most in (4, 1))  # type: ignore[return-value]
+    return tuple(generator(model, parallel=most, by_graphs=by_graphs) for most in (8, 1))  # type: ignore[return-value]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(schedule=st.lists(ASKED, min_size=2, max_size=8), seed=st.integers(0, 2**16))
+@given(schedule=st.lists(ASKED, min_size=2, max_size=10), seed=st.integers(0, 2**16))
 def test_any_schedule(pair: tuple[TokenGenerator, TokenGenerator], schedule: Sequence[Asked], seed: int) -> None:
     """Started at random times, some cancelled, with shared beginnings: no other's token is ever in an answer."""
     made, single = pair

@@ -56,7 +56,7 @@ def test_other_types_of_keys_and_values(generated: Make, kept: str) -> None:
 @pytest.mark.parametrize("depth", [0, 2])
 def test_a_token_is_one_replay_where_all_experts_are_resident(generated: Make, name: str, depth: int) -> None:
     made = check(generated(SHAPES[name]), 24, cache_size="all", prefetch_size=depth)
-    pieces = loop_of(made)._pieces
+    pieces = loop_of(made).captured.pieces
     assert pieces is not None and pieces.num_pieces == 1
     counted = made.runtime.statistics()
     layers = len(made.runtime.layer_specs())
@@ -74,7 +74,7 @@ def test_layers_that_are_whole_again_end_no_piece(generated: Make) -> None:
             made.runtime.coordinator.use(scheduler)
             answers[-1].append(decode(made, 4, [7]))
             if captures:
-                pieces = loop_of(made)._pieces
+                pieces = loop_of(made).captured.pieces
                 assert pieces is not None and pieces.num_pieces == (1 if scheduler is None else 3)
     assert torch.equal(*map(torch.cat, answers))
 
@@ -147,7 +147,7 @@ def test_what_was_captured_is_let_go_of_at_once(generated: Make) -> None:
     """Not when Python next looks for cycles, perhaps within a capture: graphs and page-locked memory go with it."""
     made = generator(load(generated(SHAPES["qwen3moe"])), captures=True)
     decode(made, 8)
-    pieces = loop_of(made)._pieces
+    pieces = loop_of(made).captured.pieces
     assert pieces is not None
     held = [weakref.ref(sent) for sent in pieces._sent.values()]
     pieces = None
@@ -163,7 +163,7 @@ def test_a_timeline_shows_replays_and_waits(generated: Make) -> None:
     loaded = load(generated(SHAPES["qwen3moe"]), cache_size="all")
     made = generator(loaded, captures=True)
     rows = decode(made, 3)
-    pieces = loop_of(made)._pieces
+    pieces = loop_of(made).captured.pieces
     assert pieces is not None and pieces.num_pieces == 1
     loaded.runtime.record_timeline(Timeline())
     decode(made, 4, [int(rows[-1].argmax())])
@@ -177,7 +177,7 @@ def test_a_timeline_shows_replays_and_waits(generated: Make) -> None:
         "whole layers are read while it records"
     )
     decode(made, 3, [5])
-    pieces = loop_of(made)._pieces
+    pieces = loop_of(made).captured.pieces
     assert pieces is not None and pieces.num_pieces == 1, "and are passed over again"
     assert loaded.runtime.seconds.replay > 0
 

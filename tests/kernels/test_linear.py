@@ -28,13 +28,18 @@ from tests.support.random_blocks import Type, random_blocks
 
 pytestmark = pytest.mark.kernels
 
+INTERPRETED = pytest.mark.slow_interpreted
 TARGET, TABLES = target_of(DEVICE), code_words(DEVICE)
 NAN = float("nan")
 INT8_ERROR, HALF_ERROR = 2e-2, 1e-3
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 F16, BF16, Q8_0, Q4_K, Q6_K = Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q6_K
 
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+QUICK = (F16, Q8_0, Q4_K, Q6_K, Type.IQ2_XS, Type.MXFP4)
+"""Of each kind one: experts' kernels, which unpack by the same code, are tried with all in `test_ops.py`."""
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else INTERPRETED, id=kind.name) for kind in KINDS]
+)
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=["fp32", "fp16", "bf16"])
 
 
@@ -105,7 +110,7 @@ def bound(kinds: Sequence[Type], num_tokens: int) -> float:
 
 
 @each_kind
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=INTERPRETED), 4])
 def test_few_in_blocks_that_do_not_divide_anything(kind: Type, tokens: int) -> None:
     """25 rows in blocks of 16, 5 tokens in groups: exact but for the rounding of activations to int8."""
     given, x = linears((kind, 25), columns=odd_columns(kind)), random_x(5, 1, odd_columns(kind))
@@ -127,7 +132,7 @@ def test_many_in_blocks_that_do_not_divide_anything(kind: Type) -> None:
     assert relative_error(out, naive_linear_many(x.cpu(), given.values[0])) < HALF_ERROR
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 8, 9, 33])
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, *(pytest.param(num, marks=INTERPRETED) for num in (2, 5, 33))])
 @pytest.mark.parametrize("kinds", [(Q4_K,), (Q4_K, Q6_K), (Q8_0, Type.Q4_0, F16)], ids=len)
 def test_groups_with_biases(kinds: tuple[Type, ...], num_tokens: int) -> None:
     """One, two and three matrices of different widths; their rows stand side by side."""

@@ -25,13 +25,19 @@ def question(number: int) -> dict[str, Any]:
     """Each its own beginning, so that an answer tells which question it belongs to; seeded, and of every kind."""
     draw = random.Random(number)
     text = f"{number} {' '.join(draw.choices(WORDS, k=6))}?"
-    kind = number % 5
+    kind = number % 7
     body: dict[str, Any] = {"temperature": 1.8 if number % 8 else 0, "seed": number}
     if kind in (0, 1):
         return {"path": "/v1/chat/completions", "messages": [{"role": "user", "content": text}], "max_tokens": 6,
                 "stream": kind == 1} | body  # fmt: skip
     if kind == 2:
         return {"path": "/v1/completions", "prompt": text, "max_tokens": 6} | body
+    if kind == 5:
+        return {"path": "/v1/responses", "input": text, "max_output_tokens": 6, "temperature": body["temperature"],
+                "seed": number}  # fmt: skip
+    if kind == 6:
+        messages = [{"role": "user", "content": text}]
+        return {"path": "/v1/messages", "model": "small-talk", "messages": messages, "max_tokens": 6, "temperature": 0}
     options = body | {"num_predict": 6}
     if kind == 3:
         messages = [{"role": "user", "content": text}]
@@ -58,6 +64,9 @@ def text_of(path: str, stream: bool, said: str) -> str:
         parts = [json.loads(line) for line in said.splitlines()]
         assert parts[-1]["done"]
         return "".join(part["message"]["content"] if "message" in part else part["response"] for part in parts)
+    if path in ("/v1/responses", "/v1/messages"):
+        said_parts = json.loads(said)["output"][-1]["content"] if "responses" in path else json.loads(said)["content"]
+        return "".join(part["text"] for part in said_parts)
     if not stream:
         choice = json.loads(said)["choices"][0]
         return str(choice["message"]["content"] if "message" in choice else choice["text"])
