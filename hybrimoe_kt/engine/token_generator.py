@@ -26,6 +26,7 @@ from .profiler import TimeShares
 from .prompt_scores import PromptScores
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
+from .token_matcher import TokenMatcher
 from .vocabulary import num_token_ids
 
 __all__ = ["Run", "TokenGenerator"]
@@ -135,7 +136,7 @@ class TokenGenerator:
     def _generate(
         self, prompt: list[int], sampling: Sampling, stop: threading.Event | None, run: Run
     ) -> Iterator[Sampled]:
-        sample = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else ())
+        sample = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else (), self.matcher(sampling))
         scores = None
         if sampling.num_prompt_logprobs is not None:
             scores = PromptScores(prompt, sampling.num_prompt_logprobs)
@@ -157,6 +158,8 @@ class TokenGenerator:
             run.new_tokens += 1
             run.decode_s = time.perf_counter() - began
             yield sampled
+            if sample.is_over:
+                return
             if run.new_tokens >= limit:
                 break
             if stop is not None and stop.is_set():
@@ -164,6 +167,10 @@ class TokenGenerator:
                 return
             logits = self._forward([sampled.token], stop)
         run.finish = "cancelled" if logits is None else "length"
+
+    def matcher(self, sampling: Sampling) -> TokenMatcher | None:
+        """What holds an answer to `sampling.constraint`; an `Engine` has it, who knows the tokens' texts."""
+        return None
 
     def feed(self, text: list[int], size: int, stop: threading.Event | None = None) -> Iterator[int]:
         """Run given tokens through the model from an empty cache, `size` at a time, and draw nothing.

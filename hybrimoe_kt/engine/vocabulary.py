@@ -14,6 +14,7 @@ from .response_format import ResponseFormat, response_format
 from .response_parts import ResponseParts
 from .spelling import Spelling
 from .token_bytes import TokenBytes
+from .token_matcher import TokenMatchers
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
@@ -33,8 +34,12 @@ def num_token_ids(model: PreTrainedModel) -> int:
 class Vocabulary:
     """A model's words. Not for several threads at once, as tokenizers are not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, end_ids: Collection[int] | None = None
+    ) -> None:
+        """`end_ids` end an answer, by default the tokenizer's one."""
         self._tokenizer, self._model = tokenizer, model
+        self.end_ids = frozenset([tokenizer.eos_token_id] if end_ids is None else end_ids)
         self.default_options: Mapping[str, Any] = {}
         """What the chat template reads where a conversation comes without."""
 
@@ -78,6 +83,11 @@ class Vocabulary:
     def bytes_of(self) -> TokenBytes:
         """What tells the bytes of a single token."""
         return TokenBytes(self._tokenizer)
+
+    @cached_property
+    def matchers(self) -> TokenMatchers:
+        """What compiles the forms that answers are held to. May be asked from any thread."""
+        return TokenMatchers(self.size, TokenBytes(self._tokenizer), self.end_ids)
 
     def detokenizer(self, *, keep_special: bool | Collection[str] = False) -> IncrementalDetokenizer:
         """Return what turns an answer's tokens into text as they come; `keep_special` as there."""
