@@ -69,7 +69,7 @@ class Constraint:
         return cls("grammar", _short_enough("grammar", text))
 
     def rules(self, name: str) -> str:
-        """Return Lark rules in which `name` derives the constrained text; not of a `grammar`, which has names itself."""
+        """Return Lark rules in which `name` derives the text; not of a `grammar`, which has names of its own."""
         if self.kind == "JSON schema":
             return json_rule(name, json.loads(self.text))
         if self.kind == "choice":

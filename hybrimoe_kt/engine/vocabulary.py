@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answer_forms import AnswerForms
 from .chat_template import chat_prompt, template_takes
+from .constraint import Constraint
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseFormat, response_format
+from .response_format import PREFIX_TOKENS, ResponseFormat, response_format
 from .response_parts import ResponseParts
 from .spelling import Spelling
 from .token_bytes import TokenBytes
@@ -110,6 +112,29 @@ class Vocabulary:
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
         return self._format.parts(self._tokenizer, prompt, tools)
+
+    def held(
+        self,
+        prompt: Sequence[int],
+        constraint: Constraint | None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        forced: Collection[str] = (),
+        *,
+        one_call: bool = False,
+    ) -> Constraint | None:
+        """Return what the whole answer to `prompt` is held to, its thoughts included; None where it is free.
+
+        Arguments as of `AnswerForms.held`. ConfigError for what this model's notation does not allow.
+        """
+        bytes_of = self.bytes_of
+        special = {
+            added.content: token
+            for token, added in self._tokenizer.added_tokens_decoder.items()
+            if bytes_of.is_special(token) or token in self.end_ids
+        }
+        forms = AnswerForms(self._format, self.chat_template, special, self.end_ids)
+        prompt_end = str(self._tokenizer.decode(list(prompt[-PREFIX_TOKENS:])))
+        return forms.held(prompt_end, constraint, tools, forced, one_call=one_call)
 
     @property
     def _format(self) -> ResponseFormat:

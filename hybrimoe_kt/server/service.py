@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from hybrimoe_kt.engine.answer import Request
+from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.errors import CapacityError, ModelError
+from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 
 from .engine import Engine
 from .errors import ApiError, as_api_error
@@ -34,6 +35,8 @@ class ChatInput:
     tools: Sequence[Mapping[str, Any]] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     one_call: bool = False
+    forced: Sequence[str] = ()
+    """Names of tools, of which the answer must call one, or several unless `one_call`."""
 
 
 class Events:
@@ -105,8 +108,8 @@ class Service:
         """Whether chat template and notation of this model have tool calls."""
         return self.engine.vocabulary.takes_tools
 
-    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to answer a conversation."""
+    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str], num_answers: int = 1) -> Events:
+        """Begin to answer a conversation, `num_answers` times one after the other."""
         if given.tools and not self.takes_tools:
             raise ApiError(
                 400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
@@ -118,24 +121,56 @@ class Service:
                     400, f"this model's chat template has no option {name!r}",
                     param="chat_template_kwargs", code="unsupported_parameter",
                 )  # fmt: skip
-        _check_text([given.messages, given.tools, given.template_options])
+        _check_text([given.messages, given.tools, given.template_options, _text_of(sampling)])
         vocabulary = self.engine.vocabulary
         prompt = await self._tokens(
             lambda: vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
         )
-        parts = vocabulary.response_parts(prompt, given.tools)
-        request = Request(
-            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call
+        sampling = await self._held(
+            sampling,
+            lambda: vocabulary.held(
+                prompt, sampling.constraint, given.tools, tuple(given.forced), one_call=given.one_call
+            ),
+            "tool_choice" if given.forced else "response_format",
         )
-        return self._begin([request], "messages")
-
-    async def complete(self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to go on with texts, or with token ids: one answer to each, in their order."""
-        _check_text(prompts)
         requests = [
-            Request(prompt=await self._ids(prompt), sampling=sampling, stop_strings=tuple(stops)) for prompt in prompts
+            Request(
+                prompt=prompt,
+                sampling=one,
+                stop_strings=tuple(stops),
+                parts=vocabulary.response_parts(prompt, given.tools),
+                one_call=given.one_call,
+            )
+            for one in _each(sampling, num_answers)
+        ]
+        return self._begin(requests, "messages")
+
+    async def complete(
+        self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str], num_answers: int = 1
+    ) -> Events:
+        """Begin to go on with texts, or with token ids: `num_answers` to each, in their order."""
+        _check_text([prompts, _text_of(sampling)])
+        sampling = await self._held(sampling, lambda: sampling.constraint, "response_format")
+        requests = [
+            Request(prompt=tokens, sampling=one, stop_strings=tuple(stops))
+            for tokens in [await self._ids(prompt) for prompt in prompts]
+            for one in _each(sampling, num_answers)
         ]
         return self._begin(requests, "prompt")
+
+    async def _held(self, sampling: Sampling, form: Callable[[], Constraint | None], param: str) -> Sampling:
+        """Return how to draw an answer of a form, once that has been compiled; ApiError where it cannot be."""
+
+        def compiled() -> Constraint | None:
+            if (constraint := form()) is not None:
+                self.engine.vocabulary.matchers(constraint)
+            return constraint
+
+        async with self._tokenizing:  # of tokens' bytes the tokenizer tells
+            try:
+                return replace(sampling, constraint=await asyncio.to_thread(compiled))
+            except ConfigError as error:
+                raise ApiError(400, str(error), param=param, code="unsupported_parameter") from None
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -186,6 +221,19 @@ class Service:
         if wanted is None:
             return 64
         return self.engine.context_tokens if wanted < 0 else wanted
+
+
+def _text_of(sampling: Sampling) -> str:
+    return sampling.constraint.text if sampling.constraint is not None else ""
+
+
+def _each(sampling: Sampling, num_answers: int) -> Iterator[Sampling]:
+    """How each of several answers to one prompt is drawn: by seeds that follow each other."""
+    for number in range(num_answers):
+        if sampling.seed is None or sampling.seed < 0:
+            yield sampling
+        else:
+            yield replace(sampling, seed=(sampling.seed + number) % 2**63)
 
 
 def _check_text(content: Any) -> None:
