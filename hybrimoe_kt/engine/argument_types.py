@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["typed_arguments"]
+__all__ = ["allowed_kinds", "resolved", "typed_arguments"]
 
 
 def typed_arguments(name: str, texts: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -15,21 +16,36 @@ def typed_arguments(name: str, texts: Mapping[str, Any], tools: Sequence[Mapping
 
     `tools` are functions in OpenAI's notation. A text that is nothing of what the schema allows stays as it is.
     """
-    schemas = _properties(name, tools)
-    return {key: _typed(text, schemas.get(key)) for key, text in texts.items()}
+    root = _parameters(name, tools)
+    properties = resolved(root, root).get("properties")
+    schemas = properties if isinstance(properties, Mapping) else {}
+    return {key: _typed(text, schemas.get(key), root) for key, text in texts.items()}
 
 
-def _properties(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _parameters(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     for tool in tools:
         function = tool.get("function", tool)
         if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties")
-            return properties if isinstance(properties, Mapping) else {}
+            parameters = function.get("parameters")
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
-def _typed(text: str, schema: Any) -> Any:
-    kinds = list(_kinds(schema))
+def resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a schema that refers to a definition of `root` says; nothing for what is no schema."""
+    for _ in range(8):
+        if not isinstance(schema, Mapping):
+            return {}
+        found = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", "")))
+        if found is None:
+            return schema
+        definitions = root.get(found[1])
+        schema = definitions.get(found[2]) if isinstance(definitions, Mapping) else None
+    return {}
+
+
+def _typed(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
+    kinds = list(allowed_kinds(schema, root))
     value = _value(text)
     if any(_is(value, kind) for kind in kinds if kind != "string"):
         return value
@@ -38,17 +54,19 @@ def _typed(text: str, schema: Any) -> Any:
     return text
 
 
-def _kinds(schema: Any) -> Iterator[str]:
-    """Every type that a schema allows."""
-    if not isinstance(schema, Mapping):
-        return
+def allowed_kinds(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+    """Every type that a schema allows; `root` has the definitions that it may refer to."""
+    schema = resolved(schema, root)
     declared = schema.get("type")
     yield from [declared] if isinstance(declared, str) else [one for one in declared or () if isinstance(one, str)]
     for union in ("anyOf", "oneOf", "allOf"):
-        for choice in schema.get(union) or ():
-            yield from _kinds(choice)
+        for choice in (schema.get(union) or ()) if depth < _MOST_DEPTH else ():
+            yield from allowed_kinds(choice, root, depth + 1)
     for constant in [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else [])]:
         yield from (kind for kind in _TYPES if _is(constant, kind))
+
+
+_MOST_DEPTH = 8
 
 
 def _value(text: str) -> Any:

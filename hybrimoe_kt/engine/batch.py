@@ -6,6 +6,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
+
 from hybrimoe_kt.device.step_graph import CaptureError, StepLost
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
 from hybrimoe_kt.errors import CapacityError, KernelError
@@ -137,9 +139,16 @@ class Batch:
             return
         assert logits is not None, "nobody stops it in between"
         if len(conversation.ids) == len(generation.ids):
+            self._draw(generation, logits)
+
+    def _draw(self, generation: Generation, logits: torch.Tensor) -> None:
+        try:
             generation.receive(logits)
-            if generation.is_over:
-                self._end(generation, generation.run.finish)
+        except Exception as error:  # a form that cannot be followed any further, say
+            self._end(generation, "error", error)
+            return
+        if generation.is_over:
+            self._end(generation, generation.run.finish)
 
     def _answer(self, answering: Sequence[Generation]) -> None:
         """Give each its next token."""
@@ -172,9 +181,7 @@ class Batch:
                 if (broken := self._steps.check_row(row)) is not None:
                     self._end(generation, "error", broken, holds=False)
                     continue
-                generation.receive(row)
-                if generation.is_over:
-                    self._end(generation, generation.run.finish)
+                self._draw(generation, row)
             return
         for conversation in conversations:  # not above: the error's frames hold what the failed step allocated
             self._steps.begin_anew(conversation)

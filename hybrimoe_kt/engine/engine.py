@@ -19,6 +19,7 @@ from .file_vocabulary import end_ids
 from .profiler import TimeShares
 from .sampling import Sampling
 from .token_generator import Run, TokenGenerator
+from .token_matcher import TokenMatcher
 from .vocabulary import Message, Vocabulary
 
 __all__ = ["Engine", "Run", "Sampling"]
@@ -56,7 +57,7 @@ class Engine(TokenGenerator):
             cache_ram=cache_ram,
         )  # fmt: skip
         self.tokenizer = tokenizer
-        self.vocabulary = Vocabulary(tokenizer, loaded.model)
+        self.vocabulary = Vocabulary(tokenizer, loaded.model, self.end_ids)
 
     def chat(
         self,
@@ -115,6 +116,10 @@ class Engine(TokenGenerator):
         request = self._chat_request(messages, sampling, stop_strings, (), template_options, as_written=as_written)
         events = answer(self, request, stop or threading.Event())
         return _with_thoughts(events) if as_written and request.parts is not None else _texts(events)
+
+    def matcher(self, sampling: Sampling) -> TokenMatcher | None:
+        """What holds an answer to `sampling.constraint`; ConfigError for a constraint that cannot be followed."""
+        return self.vocabulary.matchers(sampling.constraint) if sampling.constraint is not None else None
 
     def _chat_request(
         self,

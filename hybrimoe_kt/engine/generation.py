@@ -140,7 +140,9 @@ class Generation:
         if run.new_tokens > 1:
             self._between_s.append(round(now - self._last_s, 6))
         self._last_s = now
-        if run.new_tokens >= self._limit:
+        if self._sampler.is_over:  # held to a form that is complete
+            self.end("stop")
+        elif run.new_tokens >= self._limit:
             self.end("length")
         self.scores = None
 

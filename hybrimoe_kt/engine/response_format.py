@@ -19,10 +19,10 @@ from .call_notations import CallNotation, calls_of
 from .response_parts import ResponseParts, padded
 from .thought_notations import WRAPPINGS, ThoughtNotation, thoughts_of
 
-__all__ = ["ResponseFormat", "response_format"]
+__all__ = ["PREFIX_TOKENS", "ResponseFormat", "ends_with", "response_format"]
 
 _ANSWER = "<answer>"  # the anchor that the parser wants, in front of what the chat template wrote of the answer
-_PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
+PREFIX_TOKENS = 256  # holds the beginning of the answer that a chat template writes, such as "<think>\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ResponseFormat:
         `prompt` are the token ids before the answer: the chat template may have begun it, with `<think>`, say. Without
         `tools` what looks like a call is content.
         """
-        prefix = str(tokenizer.decode(list(prompt[-_PREFIX_TOKENS:])))
+        prefix = str(tokenizer.decode(list(prompt[-PREFIX_TOKENS:])))
         if self.own is not None:
             template = _without_calls(self.own) if not tools else self.own
             return ResponseParts(_parser(tokenizer, template, prefix, tools), tools=tools)
@@ -70,7 +70,7 @@ class ResponseFormat:
         marks = self._marks(calls)
         if not marks:
             return None
-        opened = self.thoughts.open if self.thoughts and _ends_with(prefix, self.thoughts.open) else ""
+        opened = self.thoughts.open if self.thoughts and ends_with(prefix, self.thoughts.open) else ""
         parser = _parser(tokenizer, self._template(calls), _ANSWER + opened, ())
         return ResponseParts(parser, marks, calls, tools)
 
@@ -126,7 +126,8 @@ def _without_calls(template: Mapping[str, Any]) -> dict[str, Any]:
     return {**template, "fields": {name: field for name, field in template["fields"].items() if name != "tool_calls"}}
 
 
-def _ends_with(prompt: str, mark: str) -> bool:
+def ends_with(prompt: str, mark: str) -> bool:
+    """Whether a chat template has written `mark` last, whatever white space came after it."""
     return prompt.rstrip().endswith(mark.rstrip())
 
 

@@ -18,6 +18,7 @@ from transformers.generation import (
 )
 
 from .sampling import Sampling
+from .token_matcher import TokenMatcher
 
 __all__ = ["Sampled", "Sampler"]
 
@@ -42,9 +43,15 @@ class Sampled:
 class Sampler:
     """Draws tokens one after the other; the same seed draws the same tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), forbidden: Collection[int] = ()) -> None:
-        """`forbidden` tokens are never drawn."""
-        self._sampling = sampling
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int] = (),
+        forbidden: Collection[int] = (),
+        matcher: TokenMatcher | None = None,
+    ) -> None:
+        """`forbidden` tokens are never drawn, but to end an answer that is complete by `matcher`."""
+        self._sampling, self._matcher = sampling, matcher
         self._greedy = sampling.temperature < 1e-6  # below, dividing by it overflows
         self._generator = torch.Generator()
         if sampling.seed is None or sampling.seed < 0:
@@ -61,15 +68,23 @@ class Sampler:
         self._penalises = any(penalties)
         self._warpers = LogitsProcessorList([] if self._greedy else _warpers(sampling))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is complete and nothing can be added to it: the next token drawn would be its end."""
+        return self._matcher is not None and self._matcher.is_over
+
     def __call__(self, logits: torch.Tensor) -> Sampled:
-        """Draw from `logits [vocab]`, float32 on the CPU, which stay as they are."""
-        scores = self._penalised(logits)
-        if self._greedy:
-            token = int(scores.argmax())
+        """Draw from `logits [vocab]`, float32 on the CPU, which stay as they are.
+
+        ConfigError where the form of the answer has become too large to follow.
+        """
+        if self._matcher is not None and self._matcher.is_over:
+            token = self._matcher.end_id
         else:
-            unused: Any = torch.empty(1, 0, dtype=torch.long)  # ids so far, which none of these looks at
-            warped = self._warpers(unused, scores[None])
-            token = int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
+            scores = self._penalised(logits)
+            token = self._drawn(scores if self._matcher is None else self._matcher.masked(scores))
+            if self._matcher is not None:
+                self._matcher.accept(token)
         self._count(token)
         if self._sampling.num_logprobs is None:
             return Sampled(token)
@@ -78,6 +93,13 @@ class Sampler:
         return Sampled(
             token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         )
+
+    def _drawn(self, scores: torch.Tensor) -> int:
+        if self._greedy:
+            return int(scores.argmax())
+        unused: Any = torch.empty(1, 0, dtype=torch.long)  # ids so far, which none of these looks at
+        warped = self._warpers(unused, scores[None])
+        return int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
 
     def _count(self, token: int) -> None:
         if self._sampling.penalty_window is None:

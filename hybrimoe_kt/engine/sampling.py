@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from hybrimoe_kt.errors import ConfigError
 
+from .constraint import Constraint
+
 __all__ = ["Sampling"]
 
 
@@ -41,6 +43,8 @@ class Sampling:
     """The same seed draws the same tokens; None or below 0: another one every time."""
     ignore_end: bool = False
     """Never draw a token that ends the answer."""
+    constraint: Constraint | None = None
+    """The form of the answer's content. It ends where nothing can be added, also with `ignore_end`."""
     num_logprobs: int | None = None
     """Log-probabilities of the drawn token and of so many likeliest ones; None: none at all."""
     num_prompt_logprobs: int | None = None

@@ -22,6 +22,12 @@ class ThoughtNotation:
     """Pattern of what else is no content."""
     tokens: tuple[str, ...] = ()
     """Texts of further tokens that `dropped` needs to see."""
+    turn: str = ""
+    """What stands after thoughts before anything else does."""
+    content: str = ""
+    """What stands before the content."""
+    json_content: str = ""
+    """The same where the content is JSON."""
 
 
 _THINK = ThoughtNotation(open="<think>", close="</think>")
@@ -33,6 +39,9 @@ THOUGHTS: dict[str, ThoughtNotation] = {
         dropped=r"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>)?\w*<\|message\|>"
         r"|<\|(?:end|return)\|>|<\|start\|>assistant(?=<\|channel\|>(?:analysis|final|commentary)\s*<\|message\|>)",
         tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>"),
+        turn="<|start|>assistant",
+        content="<|channel|>final<|message|>",
+        json_content="<|channel|>final <|constrain|>json<|message|>",
     ),
     "<|channel>": ThoughtNotation(
         open="<|channel>thought\n", close="<channel|>", opens_anywhere=True, tokens=("<|channel>", "<channel|>")
@@ -42,6 +51,8 @@ THOUGHTS: dict[str, ThoughtNotation] = {
         close="<|end|>",
         dropped=r"(?:<\|begin\|>assistant)?<\|content\|>|<\|begin\|>assistant(?=<\|tool_calls)|<\|end\|>",
         tokens=("<|begin|>", "<|content|>"),
+        turn="<|begin|>assistant",
+        content="<|content|>",
     ),
     "<mm:think>": ThoughtNotation(open="<mm:think>", close="</mm:think>"),
     "<seed:think>": ThoughtNotation(open="<seed:think>", close="</seed:think>"),

@@ -27,6 +27,7 @@ from .prefix_cache import PrefixCache
 from .profiler import TimeShares
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
+from .token_matcher import TokenMatcher
 from .vocabulary import num_token_ids
 
 __all__ = ["Generation", "Run", "TokenGenerator"]
@@ -115,7 +116,7 @@ class TokenGenerator:
         """
         self.check_length(prompt)
         self._keep_own()
-        sampler = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else ())
+        sampler = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else (), self.matcher(sampling))
         generation = Generation(
             prompt, sampling, sampler, end_ids=self.end_ids, most_tokens=self.context_tokens,
             stop=stop or threading.Event(), turn=turn,
@@ -124,6 +125,10 @@ class TokenGenerator:
         self._latest = generation
         self.batch.add(generation)
         return generation
+
+    def matcher(self, sampling: Sampling) -> TokenMatcher | None:
+        """What holds an answer to `sampling.constraint`; an `Engine` has it, who knows the tokens' texts."""
+        return None
 
     def step(self) -> None:
         """Bring all answers that were begun on by one step; errors of single answers are theirs to tell."""

@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answer_forms import AnswerForms
 from .chat_template import answer_beginning, chat_prompt, template_takes
+from .constraint import Constraint
 from .detokenizer import IncrementalDetokenizer
-from .response_format import ResponseFormat, response_format
+from .response_format import PREFIX_TOKENS, ResponseFormat, response_format
 from .response_parts import ResponseParts
 from .spelling import Spelling
 from .token_bytes import TokenBytes
+from .token_matcher import TokenMatchers
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
@@ -33,8 +36,12 @@ def num_token_ids(model: PreTrainedModel) -> int:
 class Vocabulary:
     """A model's words. Not for several threads at once, as tokenizers are not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, end_ids: Collection[int] | None = None
+    ) -> None:
+        """`end_ids` end an answer, by default the tokenizer's one."""
         self._tokenizer, self._model = tokenizer, model
+        self.end_ids = frozenset([tokenizer.eos_token_id] if end_ids is None else end_ids)
         self.default_options: Mapping[str, Any] = {}
         """What the chat template reads where a conversation comes without."""
 
@@ -90,6 +97,11 @@ class Vocabulary:
         """What tells the bytes of a single token."""
         return TokenBytes(self._tokenizer)
 
+    @cached_property
+    def matchers(self) -> TokenMatchers:
+        """What compiles the forms that answers are held to. May be asked from any thread."""
+        return TokenMatchers(self.size, TokenBytes(self._tokenizer), self.end_ids)
+
     def detokenizer(self, *, keep_special: bool | Collection[str] = False) -> IncrementalDetokenizer:
         """Return what turns an answer's tokens into text as they come; `keep_special` as there."""
         return IncrementalDetokenizer(self._tokenizer.backend_tokenizer, keep_special=keep_special)
@@ -111,6 +123,29 @@ class Vocabulary:
     def response_parts(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> ResponseParts | None:
         """What splits thoughts and calls of `tools` off the answer to `prompt`; None where no notation is known."""
         return self._format.parts(self._tokenizer, prompt, tools)
+
+    def held(
+        self,
+        prompt: Sequence[int],
+        constraint: Constraint | None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        forced: Collection[str] = (),
+        *,
+        one_call: bool = False,
+    ) -> Constraint | None:
+        """Return what the whole answer to `prompt` is held to, its thoughts included; None where it is free.
+
+        Arguments as of `AnswerForms.held`. ConfigError for what this model's notation does not allow.
+        """
+        bytes_of = self.bytes_of
+        special = {
+            added.content: token
+            for token, added in self._tokenizer.added_tokens_decoder.items()
+            if bytes_of.is_special(token) or token in self.end_ids
+        }
+        forms = AnswerForms(self._format, self.chat_template, special, self.end_ids)
+        prompt_end = str(self._tokenizer.decode(list(prompt[-PREFIX_TOKENS:])))
+        return forms.held(prompt_end, constraint, tools, forced, one_call=one_call)
 
     @property
     def _format(self) -> ResponseFormat:

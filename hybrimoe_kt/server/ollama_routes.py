@@ -18,6 +18,7 @@ from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.engine.thinking import switch_options, takes_thinking
 
 from .errors import ApiError, Json, as_api_error
+from .forms import format_constraint
 from .logprobs import ShownLogprobs
 from .ollama_schema import ChatRequest, GenerateRequest, Message, Options, PullRequest, ShowRequest
 from .service import ChatInput, Events, Service
@@ -157,6 +158,7 @@ def _how(service: Service, body: ChatRequest | GenerateRequest) -> tuple[Samplin
         penalty_window=service.penalty_window(options.repeat_last_n),
         seed=settings.seed if options.seed is None else options.seed,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=format_constraint((body.model_extra or {}).get("format")),
     )
     given = [options.stop] if isinstance(options.stop, str) else options.stop or []
     return sampling, tuple(filter(None, given))

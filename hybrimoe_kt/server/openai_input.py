@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe_kt.engine.sampling import Sampling
@@ -10,25 +12,83 @@ from hybrimoe_kt.engine.thinking import SWITCHES, effort_options, switch_options
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 
 from .errors import ApiError
+from .forms import constraint_of
 from .openai_schema import ChatRequest, CompletionRequest, Message
 from .service import ChatInput, Service
 from .unsupported import OPENAI, refuse
 
-__all__ = ["chat_input", "completion_prompts", "sampling_of", "stops_of"]
+__all__ = [
+    "ToolChoice",
+    "chat_input",
+    "completion_prompts",
+    "num_answers",
+    "sampling_of",
+    "stops_of",
+    "tool_choice",
+]
 
 
 def chat_input(request: ChatRequest, service: Service) -> ChatInput:
     """Return the conversation; ApiError for what this server cannot do."""
     _refuse(request)
-    tools = [] if request.tool_choice == "none" else request.tools or []
+    choice = tool_choice(request.tool_choice, [tool.function.name for tool in request.tools or []])
+    tools = [tool for tool in request.tools or [] if tool.function.name in choice.allowed]
     options = dict(request.chat_template_kwargs or {})
     options |= _thinking(request, service.engine.vocabulary)
     return ChatInput(
         messages=[_message(number, message) for number, message in enumerate(request.messages)],
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
         template_options=options,
-        one_call=request.parallel_tool_calls is False,
+        one_call=request.parallel_tool_calls is False or choice.is_named,
+        forced=choice.allowed if choice.is_forced else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What `tool_choice` says: which tools there are to call, and whether one of them must be."""
+
+    allowed: Sequence[str]
+    is_forced: bool = False
+    is_named: bool = False
+
+
+def tool_choice(given: str | Mapping[str, Any] | None, names: Sequence[str]) -> ToolChoice:
+    """Read OpenAI's `tool_choice` of both its interfaces; ApiError for what is not understood, or names no tool."""
+    if given in (None, "", "auto"):
+        return ToolChoice(names)
+    if given == "none":
+        return ToolChoice(())
+    if not names:
+        raise _choice_refused("there are no tools to choose from")
+    if given == "required":
+        return ToolChoice(names, is_forced=True)
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if isinstance(given, Mapping) and kind == "function":
+        function = given.get("function", given)
+        return ToolChoice(_known_tools([function], names), is_forced=True, is_named=True)
+    if isinstance(given, Mapping) and kind == "allowed_tools":
+        inner = given.get("allowed_tools", given)
+        listed = inner.get("tools") if isinstance(inner, Mapping) else None
+        if not isinstance(listed, list) or inner.get("mode") not in ("auto", "required"):
+            raise _choice_refused("allowed_tools has a mode, auto or required, and a list of tools")
+        functions = [one.get("function", one) if isinstance(one, Mapping) else one for one in listed]
+        return ToolChoice(_known_tools(functions, names), is_forced=inner["mode"] == "required")
+    raise _choice_refused(
+        'it is "auto", "none", "required", {"type": "function", "function": {"name": ...}} or of type allowed_tools'
+    )
+
+
+def _known_tools(functions: Sequence[Any], names: Sequence[str]) -> Sequence[str]:
+    wanted = [one.get("name") if isinstance(one, Mapping) else None for one in functions]
+    for name in wanted:
+        if name not in names:
+            raise _choice_refused(f"{name!r} is none of the tools")
+    return [name for name in names if name in wanted]
+
+
+def _choice_refused(reason: str) -> ApiError:
+    return ApiError(400, f"tool_choice is not understood: {reason}", param="tool_choice", code="invalid_value")
 
 
 def _thinking(request: ChatRequest, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -108,6 +168,7 @@ def sampling_of(service: Service, request: ChatRequest | CompletionRequest) -> S
         logit_bias=_biases(request.logit_bias or {}),
         seed=_first(request.seed, settings.seed),
         ignore_end=bool(request.ignore_eos),
+        constraint=constraint_of(request.model_extra or {}),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_logprobs if getattr(request, "echo", None) else None,
     )
@@ -146,5 +207,16 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def num_answers(request: ChatRequest | CompletionRequest) -> int:
+    """Return how many answers to each prompt are wanted; ApiError where the request's fields disagree."""
+    given = {name: value for name in ("n", "n_cmpl") if (value := getattr(request, name)) is not None}
+    if len(set(given.values())) > 1:
+        raise ApiError(400, "n and n_cmpl are the same and differ here", param="n_cmpl", code="invalid_value")
+    return next(iter(given.values()), 1)
+
+
 def _refuse(request: ChatRequest | CompletionRequest) -> None:
-    refuse(OPENAI, {"tool_choice": getattr(request, "tool_choice", None), **(request.model_extra or {})})
+    given = dict(request.model_extra or {})
+    if given.get("best_of") == num_answers(request):
+        del given["best_of"]
+    refuse(OPENAI, given)

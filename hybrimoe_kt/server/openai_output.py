@@ -23,13 +23,14 @@ _TEXTS = ("reasoning_content", "content")
 class Reply:
     """Writes the answers of one request; `is_chat` tells a conversation from a plain completion.
 
-    With `echoed`, the prompts' texts, each answer begins with its prompt.
+    With `echoed`, the prompts' texts, each answer begins with its prompt, of which each has `num_answers`.
     """
 
-    def __init__(self, service: Service, *, is_chat: bool, logprobs: bool, echoed: Sequence[str] = ()) -> None:
-        self._vocabulary = service.engine.vocabulary
+    def __init__(
+        self, service: Service, *, is_chat: bool, logprobs: bool, echoed: Sequence[str] = (), num_answers: int = 1
+    ) -> None:
+        self._vocabulary, self._num_answers = service.engine.vocabulary, num_answers
         self._is_chat, self._logprobs, self._echoed = is_chat, logprobs, echoed
-        self._num_calls = 0
         kind = "chat.completion" if is_chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -40,11 +41,11 @@ class Reply:
         self._begin(0)
 
     def _begin(self, index: int) -> None:
-        self._index, self._shown = index, ShownLogprobs(self._vocabulary)
+        self._index, self._num_calls, self._shown = index, 0, ShownLogprobs(self._vocabulary)
 
     @property
     def _prompt(self) -> str:
-        return self._echoed[self._index] if self._echoed else ""
+        return self._echoed[self._index // self._num_answers] if self._echoed else ""
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         """Return all answers at once."""
@@ -58,7 +59,7 @@ class Reply:
                 choices.append(self._choice(Answer.of(told)))
                 runs.append(event.run)
                 told = []
-        return {**self._head, "choices": choices, "usage": _usage(runs)}
+        return {**self._head, "choices": choices, "usage": self._usage(runs)}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": self._index, "finish_reason": answer.reason, "logprobs": None}
@@ -83,10 +84,14 @@ class Reply:
 
     async def pieces(self, events: AsyncIterator[Event], *, with_usage: bool) -> AsyncIterator[str]:
         """Yield the answer as server-sent events as it comes, `[DONE]` at the end."""
+        role: dict[str, Any] = {"role": "assistant", "content": ""}
         if self._is_chat:
-            yield self._piece({"role": "assistant", "content": ""}, with_usage=with_usage)
-        runs, is_new = [], True
+            yield self._piece(role, with_usage=with_usage)
+        runs: list[Mapping[str, Any]] = []
+        is_new = True
         async for event in events:
+            if is_new and runs and self._is_chat:
+                yield self._piece(role, with_usage=with_usage)
             if is_new and self._echoed:
                 told = event.sampled if isinstance(event, PromptRead) else ()
                 yield self._piece({"content": self._prompt}, logprobs=told, with_usage=with_usage)
@@ -103,7 +108,7 @@ class Reply:
                 runs.append(event.run)
                 self._begin(len(runs))
         if with_usage:
-            yield sse({**self._piece_head, "choices": [], "usage": _usage(runs)})
+            yield sse({**self._piece_head, "choices": [], "usage": self._usage(runs)})
         yield "data: [DONE]\n\n"
 
     @property
@@ -125,6 +130,18 @@ class Reply:
         function = {"name": call.name, "arguments": arguments}
         return {"id": call.id or f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
+    def _usage(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Tokens of all answers; a prompt counts once, however many it has."""
+        first = runs[:: self._num_answers]
+        prompt, cached = (sum(run.get(name, 0) for run in first) for name in ("prompt_tokens", "reused_tokens"))
+        new = sum(run.get("new_tokens", 0) for run in runs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
     def _told(self, text: str, sampled: Sequence[Sampled]) -> dict[str, Any]:
         if self._is_chat:
             return {"content": self._shown.of_chat(text, sampled), "refusal": None}
@@ -134,15 +151,3 @@ class Reply:
 def _joined(prompt: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities of a prompt, where it has any, and its answer."""
     return {name: (prompt[name] or []) + told if told is not None else None for name, told in answer.items()}
-
-
-def _usage(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    prompt, new, cached = (
-        sum(run.get(name, 0) for run in runs) for name in ("prompt_tokens", "new_tokens", "reused_tokens")
-    )
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .errors import ApiError, Json, error_body
-from .openai_input import chat_input, completion_prompts, sampling_of, stops_of
+from .openai_input import chat_input, completion_prompts, num_answers, sampling_of, stops_of
 from .openai_output import Reply
 from .openai_schema import ChatRequest, CompletionRequest
 from .service import Events, Service
@@ -40,8 +40,9 @@ def openai_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         sampling = sampling_of(service, body)
-        events = await service.chat(chat_input(body, service), sampling, stops_of(body))
-        reply = Reply(service, is_chat=True, logprobs=bool(body.logprobs))
+        count = num_answers(body)
+        events = await service.chat(chat_input(body, service), sampling, stops_of(body), count)
+        reply = Reply(service, is_chat=True, logprobs=bool(body.logprobs), num_answers=count)
         return await _respond(request, body, events, reply)
 
     @router.post("/v1/completions")
@@ -49,9 +50,11 @@ def openai_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         sampling = sampling_of(service, body)
         prompts = completion_prompts(body)
-        events = await service.complete(prompts, sampling, stops_of(body))
+        count = num_answers(body)
+        events = await service.complete(prompts, sampling, stops_of(body), count)
         echoed = [await service.text_of(prompt) for prompt in prompts] if body.echo else []
-        reply = Reply(service, is_chat=False, logprobs=body.logprobs is not None, echoed=echoed)
+        has_logprobs = body.logprobs is not None
+        reply = Reply(service, is_chat=False, logprobs=has_logprobs, echoed=echoed, num_answers=count)
         return await _respond(request, body, events, reply)
 
     return router

@@ -12,6 +12,8 @@ __all__ = ["ChatRequest", "CompletionRequest", "Function", "Message", "StreamOpt
 
 Length = Annotated[Whole, Field(ge=-2)]
 """Tokens, 0 for none; -1 and -2: what the context holds."""
+Answers = Annotated[Whole, Field(ge=1, le=16)]
+"""Answers to one prompt."""
 Token = Annotated[int, Field(ge=0)]
 
 
@@ -103,6 +105,8 @@ class _Request(_Model):
     seed: Seed | None = None
     stop: Stop | None = None
     ignore_eos: bool | None = None
+    n: Answers | None = None
+    n_cmpl: Answers | None = None
 
 
 class Thinking(_Model):

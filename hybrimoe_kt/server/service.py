@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from hybrimoe_kt.engine.answer import Request
+from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.errors import CapacityError, ModelError
+from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 
 from .clients import client_of_request
 from .engine import Engine
@@ -35,6 +36,8 @@ class ChatInput:
     tools: Sequence[Mapping[str, Any]] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     one_call: bool = False
+    forced: Sequence[str] = ()
+    """Names of tools, of which the answer must call one, or several unless `one_call`."""
 
 
 class Events:
@@ -111,7 +114,7 @@ class Service:
         """Whether chat template and notation of this model have tool calls."""
         return self.engine.vocabulary.takes_tools
 
-    def _check_chat(self, given: ChatInput) -> None:
+    def _check_chat(self, given: ChatInput, sampling: Sampling | None = None) -> None:
         if given.tools and not self.takes_tools:
             raise ApiError(
                 400, f"the model {self.model_name!r} has no tool calls that are known here; leave out tools",
@@ -123,11 +126,12 @@ class Service:
                     400, f"this model's chat template has no option {name!r}",
                     param="chat_template_kwargs", code="unsupported_parameter",
                 )  # fmt: skip
-        _check_text([given.messages, given.tools, given.template_options])
+        said = "" if sampling is None else _text_of(sampling)
+        _check_text([given.messages, given.tools, given.template_options, said])
 
-    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to answer a conversation."""
-        self._check_chat(given)
+    async def chat(self, given: ChatInput, sampling: Sampling, stops: Sequence[str], num_answers: int = 1) -> Events:
+        """Begin to answer a conversation, `num_answers` times."""
+        self._check_chat(given, sampling)
         vocabulary = self.engine.vocabulary
 
         def made() -> tuple[list[int], int | None]:
@@ -135,11 +139,25 @@ class Service:
             return prompt, vocabulary.turn_of(prompt, given.template_options)
 
         prompt, turn = await self._tokens(made)
-        parts = vocabulary.response_parts(prompt, given.tools)
-        request = Request(
-            prompt=prompt, sampling=sampling, stop_strings=tuple(stops), parts=parts, one_call=given.one_call, turn=turn
+        sampling = await self._held(
+            sampling,
+            lambda: vocabulary.held(
+                prompt, sampling.constraint, given.tools, tuple(given.forced), one_call=given.one_call
+            ),
+            "tool_choice" if given.forced else "response_format",
         )
-        return self._begin([request], "messages")
+        requests = [
+            Request(
+                prompt=prompt,
+                sampling=one,
+                stop_strings=tuple(stops),
+                parts=vocabulary.response_parts(prompt, given.tools),
+                one_call=given.one_call,
+                turn=turn,
+            )
+            for one in _each(sampling, num_answers)
+        ]
+        return self._begin(requests, "messages")
 
     async def num_chat_tokens(self, given: ChatInput) -> int:
         """How many tokens a conversation has as `chat` reads it."""
@@ -152,13 +170,32 @@ class Service:
         empty = await self._ids("")  # of which some tokenizers make a token
         return len(await self._ids(text)) - len(empty) if text else 0
 
-    async def complete(self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str]) -> Events:
-        """Begin to go on with texts, or with token ids: one answer to each, in their order."""
-        _check_text(prompts)
+    async def complete(
+        self, prompts: Sequence[str | list[int]], sampling: Sampling, stops: Sequence[str], num_answers: int = 1
+    ) -> Events:
+        """Begin to go on with texts, or with token ids: `num_answers` to each, in their order."""
+        _check_text([prompts, _text_of(sampling)])
+        sampling = await self._held(sampling, lambda: sampling.constraint, "response_format")
         requests = [
-            Request(prompt=await self._ids(prompt), sampling=sampling, stop_strings=tuple(stops)) for prompt in prompts
+            Request(prompt=tokens, sampling=one, stop_strings=tuple(stops))
+            for tokens in [await self._ids(prompt) for prompt in prompts]
+            for one in _each(sampling, num_answers)
         ]
         return self._begin(requests, "prompt")
+
+    async def _held(self, sampling: Sampling, form: Callable[[], Constraint | None], param: str) -> Sampling:
+        """Return how to draw an answer of a form, once that has been compiled; ApiError where it cannot be."""
+
+        def compiled() -> Constraint | None:
+            if (constraint := form()) is not None:
+                self.engine.vocabulary.matchers(constraint)
+            return constraint
+
+        async with self._tokenizing:  # of tokens' bytes the tokenizer tells
+            try:
+                return replace(sampling, constraint=await asyncio.to_thread(compiled))
+            except ConfigError as error:
+                raise ApiError(400, str(error), param=param, code="unsupported_parameter") from None
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -209,6 +246,19 @@ class Service:
         if wanted is None:
             return 64
         return self.engine.context_tokens if wanted < 0 else wanted
+
+
+def _text_of(sampling: Sampling) -> str:
+    return sampling.constraint.text if sampling.constraint is not None else ""
+
+
+def _each(sampling: Sampling, num_answers: int) -> Iterator[Sampling]:
+    """How each of several answers to one prompt is drawn: by seeds that follow each other."""
+    for number in range(num_answers):
+        if sampling.seed is None or sampling.seed < 0:
+            yield sampling
+        else:
+            yield replace(sampling, seed=(sampling.seed + number) % 2**63)
 
 
 def _check_text(content: Any) -> None:

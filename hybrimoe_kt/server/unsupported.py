@@ -38,7 +38,6 @@ class Unsupported:
 
 _SAMPLERS = "the samplers here are temperature, top_k, top_p, min_p, the penalties and biases"
 _LOADED = "the model and its words are served as they were loaded"
-_HELD = "answers cannot be held to a format or grammar here; ask for it in the prompt"
 _PROMPT = "the prompt is what the model's chat template makes of the messages"
 _TEXT = "only text goes into this server and comes out of it"
 _SHAPE = "answers come in one shape here"
@@ -56,15 +55,7 @@ _BOTH = (
 
 OPENAI = (
     *_BOTH,
-    Unsupported(("n", "best_of", "n_cmpl"), "one answer to a prompt is given here", _is(1)),
-    Unsupported(("response_format",), _HELD, lambda value: not value or value == {"type": "text"}),
-    Unsupported(
-        ("grammar", "json_schema", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-         "structured_outputs"), _HELD,
-    ),
-    Unsupported(
-        ("tool_choice",), 'a tool call cannot be forced here; give "auto" or "none"', _is("auto", "none", "")
-    ),
+    Unsupported(("best_of",), "all answers are given here: ask for n of them", _is(1)),
     Unsupported(("functions",), "functions are called by tools here"),
     Unsupported(("function_call",), "functions are called by tools here", _is("auto", "none", "")),
     Unsupported(("audio", "multimodal_data"), _TEXT),
@@ -97,7 +88,6 @@ OPENAI = (
 
 OLLAMA = (
     *_BOTH,
-    Unsupported(("format",), _HELD),
     Unsupported(("template",), _PROMPT),
     Unsupported(("context",), "it is Ollama's memory of an earlier request; send the messages to /api/chat"),
     Unsupported(("rope_frequency_base", "rope_frequency_scale"), _LOADED),

@@ -13,6 +13,7 @@ from anthropic import Anthropic
 
 from hybrimoe_kt.engine.engine import Engine
 
+from .drawn import DrawingEngine
 from .scripted import ScriptedEngine
 from .serving import Serving, eventually, serving
 from .test_openai import CALLS
@@ -332,17 +333,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a block of no type": ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]: only text"),
     "a user's call": ({"messages": [{"role": "user", "content": [CALL]}]}, "'tool_use' belong to the other role"),
     "an answer begun": ({"messages": [*HELLO, {"role": "assistant", "content": "I"}]}, "an answer cannot be begun"),
-    "a schema": ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format is not"),
-    "a schema of old": ({"output_format": {"type": "json_schema"}}, "output_config.format is not supported"),
+    "no schema": ({"output_config": {"format": {"type": "json_schema"}}}, "needs json_schema.schema"),
+    "another format": ({"output_format": {"type": "xml"}}, "not 'xml'"),
     "two answers": ({"n": 2}, "n is not supported: an answer has one choice"),
-    "a grammar": ({"grammar": "root ::= x"}, "grammar is not supported"),
     "a server's tool": (
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         "tools of type 'web_search_20250305' are not supported: this server searches nothing",
     ),
     "an unknown tool": ({"tools": [{"type": "magic_20300101", "name": "m"}]}, "only tools with an input_schema are"),
     "a tool without a name": ({"tools": [{"input_schema": {}}]}, "tools[0].name: Field required"),
-    "any tool": ({"tools": [WEATHER], "tool_choice": {"type": "any"}}, "a tool call cannot be forced here"),
+    "any tool of none": ({"tool_choice": {"type": "any"}}, "there are no tools to choose from"),
+    "a tool that is none": (
+        {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "f"}},
+        "'f' is none of the tools",
+    ),
     "a temperature": ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
     "too long": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt is too long: 50"),
     "half a character": ({"system": "\ud83d"}, "half of a surrogate pair"),
@@ -354,8 +358,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_done_is_said_in_a_sentence(asked: Asked, case: str) -> None:
     body, reason = REFUSED[case]
     assert reason in asked.refusal(body)
-    if case not in ("a temperature", "any tool"):
+    if case != "a temperature":
         assert reason in asked.refusal(body | {"stream": True})
+
+
+def test_calls_are_forced_and_texts_held_to_a_schema() -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    with serving(DrawingEngine()) as running, client(running) as made:
+        given: Any = {"model": "scripted", "max_tokens": 400, "messages": HELLO}
+        tool: Any = {"name": "f", "input_schema": schema}
+        for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "f"}):
+            message = made.messages.create(**given, tools=[tool, WEATHER][: 1 + (choice["type"] == "tool")],
+                                           tool_choice=choice)  # fmt: skip
+            calls = [block for block in message.content if block.type == "tool_use"]
+            assert [(call.name, call.input["a"] in (1, 2)) for call in calls] == [("f", True)]
+            assert message.stop_reason == "tool_use"
+        form = {"type": "json_schema", "schema": schema}
+        for how in ({"output_config": {"format": form}}, {"output_format": form}):
+            message = made.messages.create(**given, extra_body=how)
+            assert json.loads(message.content[-1].text)["a"] in (1, 2)
 
 
 def test_errors_have_anthropics_shape(asked: Asked) -> None:

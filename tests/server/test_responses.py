@@ -13,6 +13,7 @@ from openai import OpenAI
 
 from hybrimoe_kt.engine.engine import Engine
 
+from .drawn import DrawingEngine
 from .scripted import ScriptedEngine
 from .serving import Serving, eventually, serving
 from .test_openai import CALLS, HELLO, WEATHER, client
@@ -285,7 +286,6 @@ def test_logprobs_tell_of_the_texts_tokens(asked: Asked) -> None:
 
 
 CALL = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}
-FORMAT = {"type": "json_schema", "name": "x", "schema": {}}
 REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "nothing to answer": ({"input": []}, "input: List should have at least 1 item", "input"),
     "an image": (
@@ -298,12 +298,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "in the background": ({"background": True}, "an answer is given while one waits", "background"),
     "a kept prompt": ({"prompt": {"id": "p"}}, "this server keeps no prompts", "prompt"),
     "cutting": ({"truncation": "auto"}, "refused rather than cut", "truncation"),
-    "a schema": ({"text": {"format": FORMAT}}, "text.format is not supported", "text.format"),
-    "a chat's schema": ({"response_format": {"type": "json_object"}}, "text.format is not supported", "text.format"),
+    "no schema": ({"text": {"format": {"type": "json_schema"}}}, "needs json_schema.schema", "text.format"),
+    "a chat's other format": ({"response_format": {"type": "xml"}}, "not 'xml'", "text.format"),
     "few words": ({"text": {"verbosity": "low"}}, "text.verbosity is not supported", "text.verbosity"),
     "an effort": ({"reasoning": {"effort": "high"}}, "reasoning.effort 'high' is not supported", "reasoning.effort"),
     "two answers": ({"n": 2}, "n is not supported", "n"),
-    "a forced call": ({"tools": [TOOL], "tool_choice": "required"}, "a tool call cannot be forced here", "tool_choice"),
+    "a call of no tools": ({"tool_choice": "required"}, "there are no tools to choose from", "tool_choice"),
     "a search": ({"tools": [TOOL, {"type": "web_search"}]}, "'web_search' are not supported: this server", "tools[1]"),
     "a search within": (
         {"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "b"}]}]},
@@ -341,6 +341,23 @@ def test_what_is_nested_too_deeply_to_be_told_again_is_refused(asked: Asked) -> 
             answer = asked.running.http.post(RESPONSES, content=json.dumps(body).replace('"NESTED"', nested))
             statuses.append(answer.status_code)
     assert set(statuses[:2]) == {200} and set(statuses[2:]) <= {200, 400}
+
+
+def test_calls_are_forced_and_texts_held_to_a_schema() -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    tool: Any = {"type": "function", "name": "f", "parameters": schema}
+    with serving(DrawingEngine()) as running, client(running) as made:
+        given: Any = {"model": "scripted", "max_output_tokens": 400, "input": "hi"}
+        listed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
+        for choice, tools in (("required", [tool]), ({"type": "function", "name": "f"}, [tool, TOOL]),
+                              (listed, [tool, TOOL])):  # fmt: skip
+            response = made.responses.create(**given, tools=tools, tool_choice=choice, parallel_tool_calls=False)
+            calls = [item for item in response.output if item.type == "function_call"]
+            assert [(call.name, json.loads(call.arguments)["a"] in (1, 2)) for call in calls] == [("f", True)]
+        form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+        response = made.responses.create(**given, text={"format": form})
+        assert json.loads(response.output_text)["a"] in (1, 2)
+        assert response.text.format.type == "json_schema"
 
 
 def test_nothing_is_kept(asked: Asked) -> None:
