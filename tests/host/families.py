@@ -326,7 +326,7 @@ FAMILIES: dict[str, Family] = {
         name: _family(
             "cohere2_moe", _WINDOWS, num_experts=8, intermediate_size=256, prefix_dense_intermediate_size=512,
             num_shared_experts=2, head_dim=64, first_k_dense_replace=1, expert_selection_fn="sigmoid",
-            norm_topk_prob=normalises, logit_scale=0.5, tie_word_embeddings=True, layer_types=layers,
+            norm_topk_prob=normalises, logit_scale=0.5, layer_types=layers,
             layer_norm_eps=1e-5, rms_norm_eps=rms,
         )
         for name, normalises, rms, layers in (

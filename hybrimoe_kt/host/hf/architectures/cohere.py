@@ -60,6 +60,7 @@ FAMILIES = (
         constants={"expert_selection_fn": "sigmoid", "prefix_dense_sliding_window_pattern": 1},
         derive=_cohere,
         names={
+            "lm_head.weight": "output.weight",
             "mlp.gate.weight": _BLOCK + "ffn_gate_inp.weight",
             **{
                 f"mlp.shared_experts.{name}_proj.weight": f"{_BLOCK}ffn_{name}_shexp.weight"
