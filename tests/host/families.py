@@ -322,6 +322,18 @@ FAMILIES: dict[str, Family] = {
         "exaone_moe", _NUM_EXPERTS, _WINDOWS, head_dim=64, num_shared_experts=1, n_group=1, topk_group=1,
         routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, written=_SIGMOID,
     ),
+    **{
+        name: _family(
+            "cohere2_moe", _WINDOWS, num_experts=8, intermediate_size=256, prefix_dense_intermediate_size=512,
+            num_shared_experts=2, head_dim=64, first_k_dense_replace=1, expert_selection_fn="sigmoid",
+            norm_topk_prob=normalises, logit_scale=0.5, layer_types=layers,
+            layer_norm_eps=1e-5, rms_norm_eps=rms,
+        )
+        for name, normalises, rms, layers in (
+            ("cohere2moe", True, 1e-6, ["full_attention"] + ["sliding_attention"] * 3 + ["full_attention"]),
+            ("cohere2moe-mean", False, None, ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]),
+        )
+    },
     "mellum": _family(  # in the order that llama.cpp knows, whatever a file says
         "mellum", _NUM_EXPERTS, _WINDOWS, head_dim=64, rope_parameters=_TWO_BASES,
         layer_types=["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],

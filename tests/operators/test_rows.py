@@ -40,6 +40,7 @@ TURNED = [
         "llama4",
         "kimi-linear",
         "bailingmoe3",
+        "cohere2moe",
     )
 ]
 """Whose attention turns queries and keys in one call, by cosines and sines of a head's width."""

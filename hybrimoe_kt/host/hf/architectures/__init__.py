@@ -59,9 +59,6 @@ REFUSED = {
         "its layers and experts are called otherwise in Transformers, and queries, keys and values are cut together",
         ("dbrx",),
     ),
-    "cohere2moe": Refused(
-        "attention and experts stand beside each other behind one norm, which nothing here reads", ("cohere2_moe",)
-    ),
     "hy_v4": Refused(
         "it keeps several streams of hidden states and mixes them in a way that nothing here reads",
         ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
