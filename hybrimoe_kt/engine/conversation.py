@@ -35,7 +35,7 @@ class Conversation:
     def num_bytes(self) -> int:
         """Memory taken, marks included."""
         held = sum(layer_bytes(layer) for layer in self.cache.layers)
-        return held + sum(_num_bytes(states) for states in self._marks.values())
+        return held + sum(_num_bytes(states) for states in list(self._marks.values()))
 
     @property
     def is_croppable(self) -> bool:
