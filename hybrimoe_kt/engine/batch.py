@@ -15,7 +15,7 @@ from hybrimoe_kt.errors import CapacityError, KernelError
 from .conversation import Conversation
 from .generation import Generation
 from .joint_rows import leave_rows
-from .model_steps import MOST_LOST, ModelSteps, short_reason
+from .model_steps import BROKEN, MOST_LOST, ModelSteps, short_reason
 from .prefix_cache import PrefixCache
 
 __all__ = ["Batch"]
@@ -177,11 +177,12 @@ class Batch:
                 for generation, conversation in zip(answering, conversations, strict=True):
                     self._append(generation, conversation, generation.left)
                 return
-            for generation, row in zip(answering, logits, strict=True):
-                if (broken := self._steps.check_row(row)) is not None:
-                    self._end(generation, "error", broken, holds=False)
-                    continue
-                self._draw(generation, row)
+            are_finite = logits.sum(dim=-1).isfinite().tolist()
+            for generation, row, is_finite in zip(answering, logits, are_finite, strict=True):
+                if is_finite:
+                    self._draw(generation, row)
+                else:
+                    self._end(generation, "error", KernelError(BROKEN), holds=False)
             return
         for conversation in conversations:  # not above: the error's frames hold what the failed step allocated
             self._steps.begin_anew(conversation)

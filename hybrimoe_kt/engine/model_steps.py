@@ -25,7 +25,7 @@ from .profiler import TimeShares
 from .prompt_scores import PromptScores
 from .vocabulary import num_token_ids
 
-__all__ = ["ModelSteps"]
+__all__ = ["BROKEN", "MOST_LOST", "ModelSteps", "short_reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _LONG_CONTEXT_TOKENS = 4096
 Qwen3-30B-A3B. Estimated; at 512 tokens a second thread of torch's cost 40 % of the tokens a second on two cores."""
 MOST_LOST = 4
 """Captured steps in a row that may be lost; by then the accelerator has been given up."""
-_BROKEN = "the model produced NaN or infinite logits; the weights or a backend are broken"
+BROKEN = "the model produced NaN or infinite logits; the weights or a backend are broken"
 
 
 class ModelSteps:
@@ -106,7 +106,7 @@ class ModelSteps:
             return None
         if not logits.sum().isfinite():
             self.begin_anew(conversation)
-            raise KernelError(_BROKEN)
+            raise KernelError(BROKEN)
         if self._shares is not None:
             self._shares.step(len(ids), time.perf_counter() - began)
         return logits
@@ -241,11 +241,6 @@ class ModelSteps:
                 f"with a smaller --cache_size, --cache_lens (context_tokens) or --chunk_size, or in the rule file a "
                 f"larger reserve_bytes"
             )
-
-    @staticmethod
-    def check_row(logits: torch.Tensor) -> KernelError | None:
-        """What is to be said of a conversation whose logits are not finite."""
-        return None if logits.sum().isfinite() else KernelError(_BROKEN)
 
 
 def short_reason(error: BaseException) -> str:

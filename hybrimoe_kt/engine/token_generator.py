@@ -34,6 +34,8 @@ __all__ = ["Generation", "Run", "TokenGenerator"]
 
 _RAM_SHARE = 8
 """Of the machine's memory, what kept conversations may take where nobody says. A choice: weights want the rest."""
+_RUNNING_SHARE = 4
+"""Of the machine's memory, what those being answered may take; one of them may have all of its context in any case."""
 
 
 class TokenGenerator:
@@ -96,9 +98,18 @@ class TokenGenerator:
         self.steps.loop = loop
 
     def _most_tokens(self) -> int:
-        """Of all answers at once: what accelerators' memory was planned for, which is one conversation's."""
+        """Of all answers at once: what accelerators' memory was planned for, which is one conversation's.
+
+        On a CPU as many conversations' as may run, within a share of the machine's memory.
+        """
         planned = [plan.context_tokens for plan in self.loaded.plans.values()]
-        return max(self.context_tokens, min(planned)) if planned else self.context_tokens * self.parallel
+        if planned:
+            return max(self.context_tokens, min(planned))
+        token_bytes = sum(getattr(layer, "token_bytes", 0) for layer in self.new_cache().layers)
+        most = self.context_tokens * self.parallel
+        if token_bytes:
+            most = min(most, psutil.virtual_memory().total // _RUNNING_SHARE // token_bytes)
+        return max(self.context_tokens, most)
 
     # Answers.
 

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from hybrimoe_kt.backends.ggml.key_values import KeyValues
+from hybrimoe_kt.quants import row_bytes
 
 __all__ = ["KeyLayout", "StoredLayer"]
 
@@ -83,6 +84,12 @@ class StoredLayer(DynamicLayer):
     def num_bytes(self) -> int:
         """Memory taken."""
         return self.held.num_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory that one token takes."""
+        widths = self.held.key_width, self.held.value_width
+        return sum(row_bytes(self.held.ggml_type, width) for width in widths)
 
     def get_seq_length(self) -> int:
         return self.held.length

@@ -244,6 +244,21 @@ def test_the_last_to_come_is_set_aside_where_there_is_no_room(generated: Make) -
         made.begin(text(1, 40), greedy(1))
 
 
+def test_what_runs_on_a_cpu_stays_within_a_share_of_its_memory(
+    generated: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = generated(SHAPES["qwen3moe"])
+    made = generator(model, parallel=4, by_graphs=True, context_tokens=100)
+    assert made.batch.most_tokens == 400
+    answer = made.begin(text(1, 20), greedy(2))
+    finish(made)
+    each = sum(layer.held.num_bytes // layer.held.capacity for layer in made.kept.take(answer.ids).cache.layers)  # type: ignore[union-attr]
+    total = type("Memory", (), {"total": 4 * 250 * each, "available": 0})
+    monkeypatch.setattr("hybrimoe_kt.engine.token_generator.psutil.virtual_memory", lambda: total)
+    assert generator(model, parallel=4, by_graphs=True, context_tokens=100).batch.most_tokens == 250
+    assert generator(model, parallel=4, by_graphs=True, context_tokens=300).batch.most_tokens == 300
+
+
 def test_models_whose_layers_hold_something_else_step_in_turn(generated: Make) -> None:
     """Blocks of q8_0 do not lie in rows."""
     made, single = (generator(generated(SHAPES["qwen3moe"]), parallel=most, kv_cache_type="q8_0") for most in (3, 1))
