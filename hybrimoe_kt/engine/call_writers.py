@@ -88,14 +88,8 @@ class CalledTool:
 
     def whole(self) -> Mapping[str, Any]:
         """A schema of all arguments together; what is not declared is not written."""
-        schema: dict[str, Any] = {"type": "object", "properties": {}, **self.parameters}
-        is_plain = not {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "unevaluatedProperties"} & schema.keys()
-        return {"additionalProperties": False, **schema} if is_plain else schema
-
-    def one(self, schema: Any) -> Any:
-        """A schema of one argument that knows the definitions of all."""
-        shared = {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
-        return {**shared, **schema} if isinstance(schema, Mapping) else schema
+        is_joined = {"$ref", "allOf", "anyOf", "oneOf"} & self.parameters.keys()
+        return {"type": "object", **({} if is_joined else {"properties": {}}), **self.parameters}
 
 
 CallWriter = Callable[[Marks, CalledTool], str]

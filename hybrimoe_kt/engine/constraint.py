@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from hybrimoe_kt.errors import ConfigError
 
+from .closed_schema import closed_schema
+
 __all__ = ["Constraint", "json_rule", "quoted"]
 
 _MOST_BYTES = 2**17
@@ -99,13 +101,12 @@ class Constraint:
         grammars = [{"lark_grammar": _HEAD + rules}]
         if inner is not None:
             grammars.append({"name": "form", "lark_grammar": inner.lark()})
-        return cls("whole", json.dumps(grammars and {"grammars": grammars}))
+        return cls("whole", json.dumps({"grammars": grammars}))
 
 
 def json_rule(name: str, schema: Any) -> str:
-    """Return the Lark rule `name` that derives JSON by `schema`, with bounded white space."""
-    shown = {**schema} if isinstance(schema, Mapping) else ({} if schema else {"not": {}})
-    # of the escapes that JSON has, / needs none, and u alone spells halves of surrogate pairs
+    """Return the Lark rule `name` that derives JSON by `schema`, with bounded white space and no unnamed properties."""
+    shown = {**closed_schema(schema)} if isinstance(schema, Mapping) else ({} if schema else {"not": {}})
     shown["x-guidance"] = {"whitespace_pattern": _WHITESPACE}
     return f"{name}: %json {json.dumps(shown)}\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -142,9 +143,9 @@ class Engine(TokenGenerator):
         turn = vocabulary.turn_of(prompt, template_options)
         self.check_length(prompt)
         parts = None if as_written and vocabulary.writes_think else vocabulary.response_parts(prompt, tools)
-        return Request(
-            prompt=prompt, sampling=sampling or Sampling(), stop_strings=tuple(stop_strings), parts=parts, turn=turn
-        )
+        sampling = sampling or Sampling()
+        sampling = replace(sampling, constraint=vocabulary.held(prompt, sampling.constraint, tools))
+        return Request(prompt=prompt, sampling=sampling, stop_strings=tuple(stop_strings), parts=parts, turn=turn)
 
     def info(self) -> ModelInfo:
         """What the model is."""

@@ -208,12 +208,16 @@ class ModelSteps:
 
     # What goes wrong.
 
-    def begin_anew(self, conversation: Conversation) -> None:
-        """Forget a conversation, and let go of its memory."""
+    def forget(self) -> None:
+        """Let go of what was captured, and its memory."""
         if isinstance(self.loop, CapturedLoop):
             self.loop.forget()
         if self.captured_rows is not None:
             self.captured_rows.forget()
+
+    def begin_anew(self, conversation: Conversation) -> None:
+        """Forget a conversation, and let go of its memory."""
+        self.forget()
         conversation.begin_anew(self._new_cache())
 
     def capture_no_more(self, refused: CaptureError) -> None:

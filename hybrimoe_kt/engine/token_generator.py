@@ -251,6 +251,12 @@ class TokenGenerator:
         self._keep_own()
         self.kept.clear()
 
+    def start_anew(self) -> None:
+        """Forget what is kept, with its memory and all that was captured: the runtime is to be another one."""
+        self.reset()
+        self.steps.forget()
+        self.kept.spare()
+
     # What it takes.
 
     def check_length(self, prompt: list[int]) -> None:

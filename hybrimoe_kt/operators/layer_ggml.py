@@ -192,7 +192,7 @@ class GgmlLayer(nn.Module):
         ids, weights = self._chosen(answer)
         if experts.runtime.wants_scores and answer.logits is not None:
             experts.note_logits(answer.logits)
-        routed = experts(answer.normed, ids, weights, phase)
+        routed = experts(answer.normed, ids, weights, phase=phase)
         torch.add(answer.residual, routed, alpha=self._dense.parts.residual_factor, out=hidden)
 
     def _chosen(self, answer: DenseAnswer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,22 @@ GEMMA = f"<|channel>thought\n{THOUGHT}<channel|>{CONTENT}"
 QWEN = f"<think>\n{THOUGHT}\n</think>\n\n{CONTENT}"
 
 
+class Written:
+    """An answer that is there at once."""
+
+    is_over, error = True, None
+
+    def __init__(self, engine: Engine, text: str) -> None:
+        ids = engine.vocabulary.text_ids(text)
+        self._tokens = [Sampled(token) for token in ids if token not in engine.end_ids]
+
+    def take(self) -> Sampled | None:
+        return self._tokens.pop(0) if self._tokens else None
+
+    def numbers(self) -> dict[str, Any]:
+        return {"finish": "stop"}
+
+
 @pytest.fixture
 def engine_of(generated: Callable[[Shape], GeneratedModel]) -> Callable[[str, str], Engine]:
     """Builds an engine of a row's chat template that answers with a text, whatever it is asked."""
@@ -36,12 +52,8 @@ def engine_of(generated: Callable[[Shape], GeneratedModel]) -> Callable[[str, st
         path = generated(Shape(vocabulary=vocabulary, context=4096, **SMALL)).path
         engine = build_engine(path, progress=False, option_overrides={"cpu_backend": "torch_reference"})
 
-        def generate(prompt: list[int], *how: Any) -> Generator[Sampled, None, None]:
-            for token in engine.vocabulary.text_ids(text):
-                if token not in engine.end_ids:
-                    yield Sampled(token)
-
-        engine.generate = generate  # type: ignore[method-assign, assignment]
+        engine.begin = lambda *_: Written(engine, text)  # type: ignore[method-assign, assignment, return-value]
+        engine.leave = lambda *_: None  # type: ignore[method-assign, assignment]
         return engine
 
     return build

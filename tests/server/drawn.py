@@ -70,7 +70,7 @@ class DrawingEngine(ScriptedEngine):
         vocabulary = self.vocabulary
         prompt = vocabulary.chat_ids(messages, tools or None, how.pop("options", None))
         held = vocabulary.held(prompt, constraint, tools, forced, one_call=one_call)
-        sampling = Sampling(**{"max_new_tokens": 4000, "temperature": 1.0, "constraint": held} | how)
+        sampling = Sampling(**{"max_new_tokens": 1500, "temperature": 1.0, "constraint": held} | how)
         parts = vocabulary.response_parts(prompt, tools)
         request = Request(prompt=prompt, sampling=sampling, parts=parts, one_call=one_call)
         return Answer.of(answer(self, request, threading.Event()))

@@ -24,7 +24,7 @@ Statuses = Counter[str]
 
 # What the schema has and the server refuses, or answers for one model only: set so that more comes through.
 SETTLED = (
-    "n", "best_of", "audio", "functions", "function_call", "web_search_options", "modalities", "tool_choice",
+    "n", "n_cmpl", "best_of", "audio", "functions", "function_call", "web_search_options", "modalities", "tool_choice",
     "response_format", "chat_template_kwargs", "echo", "suffix", "template", "context", "images", "format", "think",
     "tools", "text", "reasoning", "output_config",
 )  # fmt: skip
@@ -76,9 +76,12 @@ WHOLE: dict[str, dict[str, Any]] = {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.1,
         "logit_bias": {"3": 1.0}, "seed": 1, "stop": ["x", "y"], "n": 1, "logprobs": True, "top_logprobs": 2,
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}],
-        "tool_choice": "auto", "response_format": {"type": "text"}, "chat_template_kwargs": {"enable_thinking": False},
+        "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": False},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+            "type": "object", "properties": {"a": {"enum": [1, "b"]}, "c": {"type": "number", "multipleOf": 0.5}}}}},
     },
-    "/v1/completions": {"prompt": [1, 2, 3], "stream": False, "max_tokens": 3, "logprobs": 1, "stop": "q"},
+    "/v1/completions": {"prompt": [1, 2, 3], "stream": False, "max_tokens": 3, "logprobs": 1, "stop": "q",
+                        "structured_outputs": {"regex": "a+b", "choice": []}, "n": 2},
     "/v1/responses": {
         "input": [
             {"role": "user", "content": "hi"},
@@ -111,8 +114,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "/api/chat": {
         "messages": [{"role": "user", "content": "hi", "images": []}], "stream": True,
-        "options": {"num_predict": 3, "temperature": 0.3, "stop": ["a"]}, "format": "", "think": False,
-        "keep_alive": "5m",
+        "options": {"num_predict": 3, "temperature": 0.3, "stop": ["a"]}, "think": False,
+        "keep_alive": "5m", "format": {"type": "array", "items": {"type": "integer", "minimum": 3}},
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     },
     "/api/generate": {"prompt": "hi", "system": "x", "raw": False, "context": [], "options": {}},

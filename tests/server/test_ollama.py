@@ -114,7 +114,7 @@ def test_tool_calls_and_thoughts() -> None:
     ("body", "status", "wanted"),
     [
         ({"model": "other", "messages": HI}, 404, "model 'other' not found"),
-        ({"model": "scripted", "messages": HI, "format": "jason"}, 400, 'format is "json" or a JSON schema'),
+        ({"model": "scripted", "messages": HI, "format": "xml"}, 400, 'format is "json" or a JSON schema'),
         ({"model": "scripted", "messages": HI, "options": {"mirostat": 2}}, 400, "mirostat is not supported"),
         ({"model": "scripted", "messages": HI, "top_logprobs": 2}, 400, "needs logprobs"),
         ({"model": "scripted", "messages": HI, "options": {"temperature": -1}}, 400, "options.temperature"),
