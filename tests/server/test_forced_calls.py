@@ -60,17 +60,18 @@ def drawing(row: Row, seed: int = 0) -> DrawingEngine:
     )
 
 
-def check_forced(row: Row, seed: int) -> None:
-    """Of all tools but `news`: calls and nothing but calls, by their schemas."""
+def check_forced(row: Row, seed: int) -> bool:
+    """Of all tools but `news`: calls and nothing but calls, by their schemas. Whether it came to its end."""
     engine = drawing(row, seed)
     answer = engine.answered(HI, None, TOOLS, ["weather", "time"])
     shown = engine.tokenizer.decode(engine.drawn)
-    if answer.reason == "length":  # a text that never came to its end
-        return
+    if answer.reason == "length":  # a text or thought that went on
+        return False
     assert (answer.reason, answer.text.strip()) == ("tool_calls", ""), shown
     for call in answer.tool_calls:
         assert call.name in ("weather", "time")
         jsonschema_rs.validate(PARAMETERS if call.name == "weather" else {"maxProperties": 0}, dict(call.arguments))
+    return True
 
 
 @each_row
@@ -81,8 +82,7 @@ def test_forced_calls_are_calls(row: Row) -> None:
 @pytest.mark.slow
 @each_row
 def test_many_forced_calls(row: Row) -> None:
-    for seed in range(2, 32):
-        check_forced(row, seed)
+    assert sum(check_forced(row, seed) for seed in range(2, 32)) >= 10
 
 
 @each_row
@@ -133,9 +133,8 @@ def test_an_answer_with_thoughts_may_have_any_form(name: str) -> None:
         (Constraint.grammar('root ::= "x" ("y" | "z")'), ("xy", "xz")),
         (Constraint.grammar('start: "x" ("y" | "z")'), ("xy", "xz")),
     ):
-        for seed in (0, 1):
-            answer = drawing(ROWS[name], seed).answered(HI, form)
-            assert answer.text in wanted, (form, answer)
+        answer = drawing(ROWS[name]).answered(HI, form)
+        assert answer.text in wanted, (form, answer)
 
 
 def test_beside_tools_an_answer_has_the_form_or_is_a_call() -> None:
