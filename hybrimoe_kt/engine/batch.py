@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -19,8 +18,6 @@ from .model_steps import BROKEN, MOST_LOST, ModelSteps, short_reason
 from .prefix_cache import PrefixCache
 
 __all__ = ["Batch"]
-
-logger = logging.getLogger(__name__)
 
 _SHARED_CHUNK_TOKENS = 512
 """Longest piece of a prompt that is read while others wait for their next token: a choice between their patience and
@@ -100,7 +97,7 @@ class Batch:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.most:
             first = self._waiting[0]
-            if self._running and self.num_tokens + len(first.ids) >= self.most_tokens:
+            if self._running and self.num_tokens + len(first.ids) + len(self._running) >= self.most_tokens:
                 return
             self._running.append(self._waiting.popleft())
 
@@ -137,7 +134,6 @@ class Batch:
         except Exception as error:
             self._end(generation, "error", error)
             return
-        assert logits is not None, "nobody stops it in between"
         if len(conversation.ids) == len(generation.ids):
             self._draw(generation, logits)
 
@@ -224,4 +220,6 @@ class Batch:
             self._waiting.remove(generation)
         if generation.conversation is not None:
             self._leave(generation, generation.conversation, holds=holds)
+        if not self._running:
+            self._steps.rest()
         self._on_end(generation)

@@ -42,6 +42,7 @@ class GrowingCache(DynamicCache):
         super().__init__(*args, **kwargs)
         self.number = next(_NUMBERS)
         """No other cache's, also once this one is gone."""
+        self._num_state_moves = 0
 
     @property
     def num_moves(self) -> int:
@@ -49,7 +50,11 @@ class GrowingCache(DynamicCache):
 
         A prompt moves it as well, where it needs room.
         """
-        return sum(layer.num_moves for layer in self.growing)
+        return self._num_state_moves + sum(layer.num_moves for layer in self.growing)
+
+    def note_moved_states(self) -> None:
+        """States of linear attention are in other memory now, which layers of that kind do not count."""
+        self._num_state_moves += 1
 
     @property
     def is_croppable(self) -> bool:

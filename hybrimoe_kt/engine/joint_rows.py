@@ -114,11 +114,18 @@ class JointRows:
         joint = DynamicCache(config=loaded.model.config)
         for place in range(len(joint.layers)):
             joint.layers[place] = _joint([cache.layers[place] for cache in caches], self.column, self.room)
+        for cache in caches:
+            cache.note_moved_states()
         self.cache, self._caches = joint, now
+
+    def holds(self, caches: Sequence[GrowingCache]) -> bool:
+        """Whether these conversations, and no others, were in its rows in the step before."""
+        return self._caches == tuple(caches)
 
     def _ends_here(self, cache: GrowingCache) -> bool:
         """Whether a row's next token is in the common column: it has not stepped alone meanwhile."""
-        return all(layer.end_column == self.column for layer in cache.growing if isinstance(layer, GrowingLayer))
+        first = next((layer for layer in cache.layers if isinstance(layer, GrowingLayer)), None)  # all are as long
+        return first is None or first.end_column == self.column
 
 
 def _can_lie_in_rows(layer: Any) -> bool:
@@ -207,3 +214,4 @@ def leave_rows(cache: GrowingCache) -> None:
                 for at, one in states.items():
                     if one is not None and one.untyped_storage().nbytes() > one.nbytes:
                         states[at] = one.clone()
+                        cache.note_moved_states()

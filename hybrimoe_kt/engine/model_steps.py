@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -49,7 +48,6 @@ class ModelSteps:
     ) -> None:
         """`loop` computes steps of few tokens; without one Transformers' own modules do, as they do all others."""
         self._loaded, self._new_cache, self._shares, self.loop = loaded, new_cache, shares, loop
-        self._cache_name = loaded.cache_name
         self._rows: JointRows | None = None
         self.captured_rows: CapturedRows | None = None
         """What replays steps of several conversations, where they can be captured."""
@@ -66,12 +64,11 @@ class ModelSteps:
         self,
         conversation: Conversation,
         ids: Sequence[int],
-        stop: threading.Event | None = None,
         scores: PromptScores | None = None,
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         """Append `ids`, in chunks; return the last token's logits `[vocab]`, float32 on the CPU, until the next step.
 
-        None when `stop` is set between two chunks. Where an accelerator's memory runs out, expert caches shrink and
+        Where an accelerator's memory runs out, expert caches shrink and
         everything that was held is computed again: some layers have the failed chunk, others have not. So it is
         where a captured step is lost.
         """
@@ -79,7 +76,7 @@ class ModelSteps:
         whole, left, num_lost = [*conversation.ids, *ids], list(ids), 0
         while True:
             try:
-                logits = self._append(conversation, left, stop, scores)
+                logits = self._append(conversation, left, scores)
                 break
             except CaptureError as refused:
                 self.capture_no_more(refused)
@@ -102,8 +99,6 @@ class ModelSteps:
             left = whole
             if scores is not None:
                 scores.clear()
-        if logits is None:
-            return None
         if not logits.sum().isfinite():
             self.begin_anew(conversation)
             raise KernelError(BROKEN)
@@ -115,16 +110,13 @@ class ModelSteps:
         self,
         conversation: Conversation,
         ids: list[int],
-        stop: threading.Event | None,
         scores: PromptScores | None,
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         step = self.runtime.options.max_chunk_tokens
         if scores is not None:
             step = min(step, scores.max_tokens(num_token_ids(self._loaded.model)))
-        logits: torch.Tensor | None = None
+        logits = torch.empty(0)
         for at in range(0, len(ids), step):
-            if stop is not None and stop.is_set() and at:
-                return None
             piece = ids[at : at + step]
             # A failed chunk leaves an unknown number of layers updated: forget the tokens unless this completes.
             held, conversation.ids = conversation.ids, []
@@ -142,7 +134,7 @@ class ModelSteps:
     def _by_modules(self, piece: list[int], cache: GrowingCache, scores: PromptScores | None) -> torch.Tensor:
         """Append `piece` to the cache by Transformers' own loop over layers; the last token's logits."""
         kept = 1 if scores is None else 0  # 0 keeps those of every token
-        given = {self._cache_name: cache}
+        given = {self._loaded.cache_name: cache}
         output = self._loaded.model(input_ids=self._tokens([piece]), use_cache=True, logits_to_keep=kept, **given)
         if scores is not None:
             scores.add(output.logits[0])
@@ -179,7 +171,8 @@ class ModelSteps:
         caches = [conversation.cache for conversation in conversations]
         held = [conversation.ids for conversation in conversations]
         by_loop = isinstance(self.loop, LayerLoop) and self.loop.takes_together(len(ids), max(map(len, held)) + 1)
-        if not by_loop and not JointRows.takes(self._loaded, caches):
+        are_rows = self._rows is not None and self._rows.holds(caches)
+        if not by_loop and not are_rows and not JointRows.takes(self._loaded, caches):
             return None
         for conversation in conversations:
             conversation.ids = []
@@ -205,6 +198,13 @@ class ModelSteps:
         captured = self.captured_rows if isinstance(self.loop, CapturedLoop) else None
         with self.runtime.in_phase("decode"):
             return self._rows.step(self._loaded, self._tokens([[token] for token in ids]), caches, captured)
+
+    def rest(self) -> None:
+        """Let go of the memory of rows: nobody steps."""
+        if self._rows is not None:
+            self._rows = None
+            if self.captured_rows is not None:
+                self.captured_rows.forget()
 
     # What goes wrong.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from .growing_cache import GrowingCache
 from .layer_states import LayerStates
 
 __all__ = ["PrefixCache"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)

@@ -87,6 +87,7 @@ def test_answers_side_by_side_are_those_alone(pair: tuple[TokenGenerator, TokenG
     assert [drawn(one) for one in begun] == wanted
     assert max(sizes) >= 2, "none was beside another"
     assert all(one.run.finish == "length" and one.error is None for one in begun)
+    assert made.steps._rows is None, "the memory of rows is given back"
 
 
 @dataclass(frozen=True)

@@ -134,3 +134,20 @@ def test_a_driver_that_refuses_is_asked_no_more(generated: Make, monkeypatch: py
     tokens = [[drawn[0] for drawn in answer] for answer in answers(made, SIZES)]
     assert tokens == [[drawn[0] for drawn in answer] for answer in wanted]
     assert isinstance(made.loop, CapturedLoop) and not made.loop.captures
+
+
+def test_states_that_have_moved_are_captured_anew(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear attention's lie in the rows' memory until their conversation leaves it, also when its keys have moved."""
+    monkeypatch.setattr(joint_rows, "_LEAST_ROOM", 4)
+    model = generated(SHAPES["qwen3next"])
+    told = []
+    for captures in (False, True):
+        made = generator(load(model), captures=captures)
+        long, short = begin(made, 0, 9, 40), begin(made, 1, 5, 6)
+        while not long.is_over:
+            made.step()
+        assert short.is_over
+        longer = [*long.ids, 3, 5]
+        told.append((long.ids, list(made.tokens(longer, Sampling(max_new_tokens=12, temperature=0)))))
+        assert made.last_run()["reused_tokens"] == len(long.ids) - 1
+    assert told[0] == told[1]
