@@ -25,7 +25,7 @@ class Conversation:
         self.num_before = 0
         """How many of them stand before the last answer's turn."""
         self._marks: dict[int, list[LayerStates | None]] = {}
-        """Length -> the states, at that length, of layers that cannot be shortened."""
+        """Length -> the states, at that length, of layers that cannot be shortened; on the host."""
 
     def begin_anew(self, cache: GrowingCache) -> None:
         """Hold nothing, in another memory."""
@@ -49,24 +49,21 @@ class Conversation:
         if not all(can_shorten(layer) or states_of(layer, len(self.ids)) for layer in self.cache.layers):
             return  # a layer of whose states nothing is known here
         found = [None if can_shorten(layer) else states_of(layer, len(self.ids)) for layer in self.cache.layers]
-        self._marks[len(self.ids)] = [None if one is None else one.copied() for one in found]
+        self._marks[len(self.ids)] = [None if one is None else one.copied("cpu") for one in found]
         while len(self._marks) > _MOST_MARKS:
             del self._marks[min(self._marks)]
 
     def reach(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's tokens it can go on from: those they share, or fewer; at most all but the last."""
         common = common_length(self.ids, prompt[:-1])
-        if common == len(self.ids) or self._can_crop():
+        if common == len(self.ids) or self.cache.is_croppable:
             return common
         return max((length for length in self._marks if length <= common), default=0)
-
-    def _can_crop(self) -> bool:
-        return self.cache.is_croppable
 
     def go_back(self, length: int) -> None:
         """Forget all but the first `length` tokens, as many as `reach` has said."""
         surplus = len(self.ids) - length
-        if surplus and self._can_crop():
+        if surplus and self.cache.is_croppable:
             self.cache.crop(-surplus)  # this version of Transformers counts from the end only
         elif surplus:
             layers: Any = self.cache.layers

@@ -81,8 +81,7 @@ class Generation:
         """The runtime's counters as they stood when it began."""
         self._drawn: deque[Sampled] = deque()
         self._told: dict[str, Any] = {}
-        self.asked_s = time.perf_counter()
-        self._began_s = self._last_s = self.asked_s
+        self._began_s = self._last_s = time.perf_counter()
         self._read_s = 0.0
         self._between_s: list[float] = []
         """From one token to the next."""

@@ -71,10 +71,10 @@ class TokenGenerator:
         else:
             loop = captured_loop(loaded, first, captures=captures)
         self.steps = ModelSteps(loaded, self.new_cache, shares, loop)
-        self.steps.spare_memory = self._spare_memory
         budget = psutil.virtual_memory().total // _RAM_SHARE if cache_ram is None else cache_ram
         moves = isinstance(loop, CapturedLoop) or self.model.device.type != "cpu"
         self.kept = PrefixCache(self.new_cache, budget, most_live=parallel, moves_to_host=moves)
+        self.steps.spare_memory = self.kept.spare
         self.batch = Batch(self.steps, self.kept, most=parallel, most_tokens=self._most_tokens(), on_end=self._close)
         self._own: Conversation | None = None
         """What `append` and `feed` go on with."""
@@ -227,7 +227,6 @@ class TokenGenerator:
             self._own = None
             raise
         self._note.at_step(self.runtime.health())
-        assert logits is not None, "nobody stops it"
         return logits
 
     def go_on_from(self, prompt: list[int]) -> int:
@@ -280,9 +279,6 @@ class TokenGenerator:
         """Memory that the conversation of `append` takes, and those that are kept."""
         own = 0 if self._own is None else sum(layer_bytes(layer) for layer in self._own.cache.layers)
         return own + self.kept.num_bytes
-
-    def _spare_memory(self) -> bool:
-        return self.kept.spare()
 
     def new_cache(self) -> GrowingCache:
         """Make a cache for one conversation."""

@@ -250,6 +250,8 @@ class AnswerQueue:
             answer.leave()
         self._mean_s += 0.2 * (time.perf_counter() - job.asked_s - self._mean_s)
         with self._changed:  # before its client can ask again
+            if job not in self._running:
+                return  # it has ended, and whoever was told of it has failed
             self._running.remove(job)
             self._changed.notify_all()
         job.emit(last)

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class LoadedModel:
         assert self._runtime is not None, "load_model attached one"
         return self._runtime
 
-    @property
+    @cached_property  # asked for in every step
     def cache_name(self) -> str:
         """What the model calls the cache that it is given: it changed with Transformers 5.24."""
         names = inspect.signature(self.model.forward).parameters
