@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .cost import CostModel
 from .layer_state import LayerState
-from .schedule.base import Assignment, Task, all_on_cpu, cpu_task
+from .schedule.base import Assignment, Task, without_slots
 from .schedule.scheduler import Scheduler
 
 _MOST_KNOWN = 64
@@ -44,11 +44,11 @@ class CpuSteps:
     def of(self, cost: CostModel, loads: Mapping[int, int], num_tokens: int) -> Assignment:
         """The assignment of a step; of one token's the seconds alone, which depend on no expert's number."""
         if num_tokens > 1:
-            return all_on_cpu(cpu_task(cost, loads))
+            return without_slots(cost, loads)
         key = cost, len(loads)
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            known = self._known[key] = all_on_cpu(cpu_task(cost, loads))
+            known = self._known[key] = without_slots(cost, loads)
         return known

@@ -173,9 +173,9 @@ class Batch:
                 for generation, conversation in zip(answering, conversations, strict=True):
                     self._append(generation, conversation, generation.left)
                 return
-            are_finite = logits.sum(dim=-1).isfinite().tolist()
-            for generation, row, is_finite in zip(answering, logits, are_finite, strict=True):
-                if is_finite:
+            is_finite = bool(logits.sum().isfinite())
+            for generation, row in zip(answering, logits.unbind(), strict=True):
+                if is_finite or row.sum().isfinite():
                     self._draw(generation, row)
                 else:
                     self._end(generation, "error", KernelError(BROKEN), holds=False)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class Generation:
         sampled = self._sampler(logits)
         if sampled.token in self._end_ids:
             if self.scores is not None:
-                self._drawn.append(replace(sampled, place="end"))
+                self._drawn.append(sampled._replace(place="end"))
             self.end("stop")
             return
         self.ids.append(sampled.token)

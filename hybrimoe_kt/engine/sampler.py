@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
-from transformers.generation import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
+from .kept_tokens import draw_from, kept_tokens
 from .sampling import Sampling
 from .token_matcher import TokenMatcher
 
@@ -26,8 +19,7 @@ __all__ = ["Sampled", "Sampler"]
 _FORBIDDEN = -1e9
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A token and where it stands: the prompt's own, drawn for the answer, or drawn and its end.
 
     Natural log-probabilities under the model's own distribution, before any of `Sampling`'s changes; None where they
@@ -66,7 +58,6 @@ class Sampler:
         self._window = deque(prompt, sampling.penalty_window)
         penalties = sampling.repetition_penalty - 1, sampling.frequency_penalty, sampling.presence_penalty
         self._penalises = any(penalties)
-        self._warpers = LogitsProcessorList([] if self._greedy else _warpers(sampling))
 
     @property
     def is_over(self) -> bool:
@@ -95,13 +86,16 @@ class Sampler:
         )
 
     def _drawn(self, scores: torch.Tensor) -> int:
+        values, sampling = scores.numpy(), self._sampling
         if self._greedy:
-            return int(scores.argmax())
-        unused: Any = torch.empty(1, 0, dtype=torch.long)  # ids so far, which none of these looks at
-        warped = self._warpers(unused, scores[None])
-        return int(torch.multinomial(torch.softmax(warped[0], dim=-1), 1, generator=self._generator))
+            return int(values.argmax())  # numpy's, which is ten times as fast as torch's here
+        tokens, weights = kept_tokens(values, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        place = draw_from(weights, float(torch.rand((), dtype=torch.float64, generator=self._generator)))
+        return place if tokens is None else int(tokens[place])
 
     def _count(self, token: int) -> None:
+        if not self._penalises:
+            return
         if self._sampling.penalty_window is None:
             self._counts[token] += 1
             self._met[token] = None
@@ -123,14 +117,3 @@ class Sampler:
             taken = sampling.frequency_penalty * counts + sampling.presence_penalty
             logits = logits.index_add(0, torch.tensor(list(self._counts)), taken, alpha=-1)
         return logits
-
-
-def _warpers(sampling: Sampling) -> list[object]:
-    warpers: list[object] = [TemperatureLogitsWarper(sampling.temperature)]
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers

@@ -18,7 +18,11 @@ def loads_of(ids: torch.Tensor) -> dict[int, int]:
     """Expert -> tokens routed to it, in the order first met; `ids` `[num_tokens, top_k]` on the host."""
     if len(ids) == 1:  # one token names an expert once
         return dict.fromkeys(ids.tolist()[0], 1)
-    return dict(Counter(ids.flatten().tolist()))
+    loads: dict[int, int] = {}
+    for row in ids.tolist():
+        for expert in row:
+            loads[expert] = loads.get(expert, 0) + 1
+    return loads
 
 
 def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:

@@ -7,6 +7,8 @@ grows, and everything between in one workspace, which the graphs of all layers s
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -31,12 +33,16 @@ class Region:
 
     def replace(self, memory: torch.Tensor) -> None:
         """Stand for `memory`, on the CPU, from now on."""
-        self.memory = memory
+        self.memory, self.address = memory, memory.data_ptr()
 
-    @property
-    def address(self) -> int:
-        """Where it begins; asked each time, as whoever copies a region copies its memory."""
-        return self.memory.data_ptr()
+    def follow(self, other: Region) -> None:
+        """Stand for what another stands for now."""
+        self.memory, self.address = other.memory, other.address
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy, whose memory is another's."""
+        self.__dict__.update(state)
+        self.replace(self.memory)
 
 
 class Workspace(Region):
@@ -44,22 +50,23 @@ class Workspace(Region):
 
     def __init__(self) -> None:
         super().__init__(torch.empty(0, dtype=torch.uint8))
-        self._views: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        self.views: dict[Hashable, Any] = {}
+        """Of this memory, forgotten when it grows: they would keep what was there before."""
 
     def reserve(self, num_bytes: int) -> None:
         """Have at least so many bytes."""
         if num_bytes > self.memory.numel():
-            self._views.clear()  # which would keep what was there before
+            self.views.clear()
             with torch.inference_mode(False):
                 self.replace(torch.empty(num_bytes, dtype=torch.uint8))
 
     def view(self, offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values at `offset`, until the workspace grows; the same tensor each time, and to be kept by nobody."""
         key = offset, shape, dtype
-        found = self._views.get(key)
+        found: torch.Tensor | None = self.views.get(key)
         if found is None:
             size = dtype.itemsize * math.prod(shape)
-            found = self._views[key] = self.memory[offset : offset + size].view(dtype).view(shape)
+            found = self.views[key] = self.memory[offset : offset + size].view(dtype).view(shape)
         return found
 
 

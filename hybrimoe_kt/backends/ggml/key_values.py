@@ -49,7 +49,7 @@ class KeyValues:
     @property
     def facts(self) -> tuple[int, int, int, int]:
         """Addresses of keys and values, where the next token's are written, and tokens that there is memory for."""
-        return self.keys.memory.data_ptr(), self.values.memory.data_ptr(), self.length, self.capacity
+        return self.keys.address, self.values.address, self.length, self.capacity
 
     def advance(self, tokens: int) -> None:
         """Hold so many more, which a graph has written behind `length`."""

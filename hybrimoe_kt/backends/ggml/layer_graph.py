@@ -25,13 +25,13 @@ class LayerGraph:
     def __init__(self, pool: Pool, parts: LayerParts, memory: StepMemory, held: Held, seen: int) -> None:
         self._memory, self._parts = memory, parts
         made = _Builder(pool.library, parts, memory, held, seen)
-        self._regions, self._outputs = made.regions, made.outputs
+        self._regions, self._outputs = made.regions, tuple(made.outputs)
         self._graph = made.builder.graph(pool, *made.results, is_short=memory.tokens <= FEW_TOKENS)
 
     def compute(self, held: Held) -> DenseAnswer:
         """Run for what follows in a conversation, with what `memory.hidden` holds."""
         for region, theirs in zip(self._regions, held.regions, strict=True):
-            region.replace(theirs.memory)
+            region.follow(theirs)
         self._graph.compute(held.place)
         return answer_from(self._memory.workspace, self._outputs, self._memory.tokens)
 

@@ -37,7 +37,7 @@ class RecurrentState:
     @property
     def facts(self) -> tuple[int, int, int, int]:
         """Addresses of columns and matrices, the row of the first kept column, and tokens that a step may have."""
-        return self.columns.memory.data_ptr(), self.state.memory.data_ptr(), self.place, self.capacity
+        return self.columns.address, self.state.address, self.place, self.capacity
 
     @property
     def num_bytes(self) -> int:

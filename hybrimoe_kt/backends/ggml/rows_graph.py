@@ -23,7 +23,7 @@ from .parts import GatedLinear, LayerParts
 from .pool import Pool
 from .rows_memory import RowsMemory
 from .step_memory import DenseAnswer, Held, answer_from
-from .words import Addresses, Fact, Integers, Word, Words, words_of
+from .words import FACTS, Addresses, Fact, Integers, Word, Words, words_of
 
 __all__ = ["RowsGraph"]
 
@@ -43,7 +43,7 @@ class RowsGraph:
     ) -> None:
         self._memory, self._num = memory, num
         made = _Builder(pool.library, parts, memory, num, held)
-        self._outputs, self._heads = made.outputs, made.num_heads
+        self._outputs, self._heads = tuple(made.outputs), made.num_heads
         self._window = getattr(parts.attention, "window", 0)
         self._graph = made.builder.graph(pool, *made.results, is_short=True)
         known = [
@@ -60,14 +60,15 @@ class RowsGraph:
     def compute(self, kind: LayerKind, held: Sequence[Held]) -> DenseAnswer:
         """Run for the layer whose weights `kind` has, for the rows' conversations, with what `memory.hidden` holds."""
         memory = self._memory
-        if self._sizes is None:
-            rows = [(*each.facts, 0, 0) for each in held]
-        else:
-            masks = memory.masks(self._window)
-            rows = [(*each.facts, *step) for each, step in zip(held, zip(masks, memory.seen, strict=True), strict=True)]
-        facts = np.array(rows, dtype=np.int64).ravel()
+        has_heads = self._sizes is not None
+        masks = memory.masks(self._window) if has_heads else memory.seen
+        listed: list[int] = []
+        for each, mask, seen in zip(held, masks, memory.seen, strict=True):
+            listed += each.facts
+            listed += mask, seen
+        facts = np.array(listed, dtype=np.int64)
         if self._sizes is not None:
-            self._resize(self._sizes, facts, [memory.seen, [row[Fact.CAPACITY] for row in rows]])
+            self._resize(self._sizes, facts, [memory.seen, listed[Fact.CAPACITY :: FACTS]])
         self._places.write(facts)
         self._weights.write(kind.addresses)
         self._graph.compute(0)

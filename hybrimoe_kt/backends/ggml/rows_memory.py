@@ -79,6 +79,8 @@ class _Mask:
     def __init__(self) -> None:
         self._memory: npt.NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
         self.addresses: list[int] = []
+        self._written: list[tuple[int, int]] = []
+        """Of each row, where its token stands and what it looks at."""
 
     def write(self, begins: Sequence[int], seen: Sequence[int], most_seen: int, window: int) -> None:
         rows, places = self._memory.shape
@@ -86,11 +88,19 @@ class _Mask:
             rows = max(len(begins), _LEAST_ROWS if len(begins) <= rows else 2 * rows)
             places = max(places, _LEAST_SEEN if most_seen <= _LEAST_SEEN else 2 ** math.ceil(math.log2(most_seen)))
             self._memory = np.empty((rows, places), dtype=np.float16)
-            self.addresses = []
+            self.addresses, self._written = [], []
         if len(self.addresses) != len(begins):
             first = self._memory.ctypes.data
             self.addresses = [first + 2 * places * row for row in range(len(begins))]
-        for row, begin, end in zip(self._memory, begins, seen, strict=False):
+        wanted, written = list(zip(begins, seen, strict=True)), self._written
+        for number, (begin, end) in enumerate(wanted):
             first = max(0, begin + 1 - window) if window else 0
+            if number < len(written) and written[number] == (begin - 1, end):
+                self._memory[number, begin] = 0
+                if first:
+                    self._memory[number, first - 1] = -math.inf
+                continue
+            row = self._memory[number]
             row[:end] = -math.inf
             row[first : begin + 1] = 0
+        self._written = wanted + written[len(wanted) :]

@@ -58,14 +58,22 @@ class Words:
             (word.row * FACTS + word.fact, word.factor, word.row * FACTS + Fact.PLACE, word.steps, word.offset)
             for word in words
         ]
-        self._fact, self._factor, self._place, self._steps, self._offset = np.array(columns, dtype=np.int64).T.copy()
+        self._fact, factor, self._place, self._steps, offset = np.array(columns, dtype=np.int64).T.copy()
+        self._factor = None if (factor == 1).all() else factor
+        self._offset = offset if offset.any() else None
+        self._found, self._walked = np.empty_like(self._fact), np.empty_like(self._fact)
 
     def write(self, facts: Integers) -> None:
         """From `[rows, facts]`, one row after the other."""
-        found = facts[self._fact]
-        found *= self._factor
-        found += facts[self._place] * self._steps
-        found += self._offset
+        found, walked = self._found, self._walked
+        facts.take(self._fact, out=found, mode="clip")  # which looks at each index no longer than it has to
+        if self._factor is not None:
+            found *= self._factor
+        facts.take(self._place, out=walked, mode="clip")
+        walked *= self._steps
+        found += walked
+        if self._offset is not None:
+            found += self._offset
         self._words[self._at] = found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrimoe_kt.core.cost import CostModel
@@ -77,9 +77,20 @@ def cpu_task(cost: CostModel, loads: Mapping[int, int]) -> Task:
 
 def all_on_cpu(task: Task) -> Assignment:
     """Return the assignment that leaves GPU and link alone."""
-    cpu = [*task.missing, *task.held]
-    cpu_s = task.cost.cpu_end_s(task.cost.cpu_s([task.loads[e] for e in cpu]), task.link_busy_s)
-    return Assignment(cpu, (), (), max(cpu_s, task.shared_s), cpu_s, 0.0, 0.0)
+    cpu, loads = [*task.missing, *task.held], task.loads
+    return _on_cpu(task.cost, cpu, [loads[e] for e in cpu], task.link_busy_s, task.shared_s)
+
+
+def without_slots(cost: CostModel, loads: Mapping[int, int]) -> Assignment:
+    """The same for a step of a layer that has none: `all_on_cpu(cpu_task(cost, loads))`, sooner."""
+    return _on_cpu(cost, list(loads), loads.values(), 0.0, 0.0)
+
+
+def _on_cpu(
+    cost: CostModel, cpu: Sequence[int], loads: Iterable[int], link_busy_s: float, shared_s: float
+) -> Assignment:
+    cpu_s = cost.cpu_end_s(cost.cpu_s(loads), link_busy_s)
+    return Assignment(cpu, (), (), max(cpu_s, shared_s), cpu_s, 0.0, 0.0)
 
 
 def evaluate(task: Task, cpu: Sequence[int], gpu: Sequence[int], transfers: Sequence[int]) -> Assignment:
