@@ -143,6 +143,10 @@ class Accelerator(Protocol):
         """Note when `stream` comes to this point."""
 
     @property
+    def has_times(self) -> bool:
+        """Whether stamps tell when work was done, rather than when it was given."""
+
+    @property
     def stamps_are(self) -> str:
         """How stamps know the time, for the reader of a timeline."""
 

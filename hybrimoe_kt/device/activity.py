@@ -10,18 +10,40 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from hybrimoe_kt.core.timeline import Kind, Span, Timeline, experts_label, plan_details
 from hybrimoe_kt.core.types import Plan, Routing, Transfer
 
 from .accelerator import Stamp
 
-__all__ = ["ActivityLog"]
+__all__ = ["ActivityLog", "Watcher"]
 
 
 _FULL = 0.9
 """Share of a timeline's capacity after which nothing new is begun."""
+
+
+class Watcher(Protocol):
+    """What is told of work on CPU, accelerators and links; `ActivityLog` writes it down."""
+
+    is_open: bool
+    """Whether it wants to know what streams are given."""
+
+    @property
+    def plan_number(self) -> int:
+        """What copies that are decided now are told with."""
+
+    def computed(self, layer: int, experts: tuple[int, ...], began_s: float, ended_s: float) -> None:
+        """The CPU's share of the plan is done."""
+
+    def launched(self, lane: int, layer: int, experts: tuple[int, ...], before: Stamp, after: Stamp) -> None:
+        """Experts were given to an accelerator."""
+
+    def sent(
+        self, lane: int, transfer: Transfer, plan: int, piece: int, pieces: int, before: Stamp, after: Stamp
+    ) -> None:
+        """A piece of an expert, `piece` of `pieces` counted from 1, was given to a link; `plan` decided it."""
 
 
 class _Pending(NamedTuple):

@@ -18,7 +18,7 @@ from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import CapacityError, DeadlineError, KernelError
 
 from .accelerator import Event
-from .activity import ActivityLog
+from .activity import ActivityLog, Watcher
 from .backend import CpuBackend, Routed
 from .lane import Lane
 from .readback import Step
@@ -60,14 +60,14 @@ class Executor:
         """From submitting the last CPU share to seeing it done, seconds; `cpu_was_waited_for` if not done at once."""
         self.cpu_was_waited_for = False
         self._mine = torch.empty(1, 0, dtype=torch.int64)
-        self._log: ActivityLog | None = None
+        self.log: Watcher | None = None
         self._submitted: tuple[int, tuple[int, ...], float] = 0, (), 0.0
         """Layer and experts of the CPU share under way, and when it was submitted; kept for the log only."""
         self._cpu_name = f"the CPU experts' worker ({cpu.name})"
 
-    def log_to(self, log: ActivityLog | None) -> None:
+    def log_to(self, log: Watcher | None) -> None:
         """Write down from now on what is done; None: stop."""
-        self._log = log
+        self.log = log
         for number, lane in enumerate(self.lanes):
             lane.log_to(log, number)
 
@@ -100,9 +100,7 @@ class Executor:
     def start(self, plan: Plan, step: Step) -> None:
         """Submit the CPU share, enqueue the accelerator's."""
         if plan.cpu:
-            if self._log is not None:
-                self._submitted = plan.layer, plan.cpu, time.perf_counter()
-            self.start_on_cpu(plan.layer, self._only(step.host, plan.cpu) if plan.gpu else step.host)
+            self.start_on_cpu(plan.layer, self._only(step.host, plan.cpu) if plan.gpu else step.host, plan.cpu)
         if plan.gpu:
             lane = self.lane_of[plan.layer]
             try:
@@ -110,11 +108,13 @@ class Executor:
             except DEVICE_ERRORS as error:
                 raise AcceleratorFailed(lane, error) from error
 
-    def start_on_cpu(self, layer: int, host: Routed) -> None:
-        """Submit what the CPU is to compute of a step; with nothing beside it, compute it."""
+    def start_on_cpu(self, layer: int, host: Routed, experts: tuple[int, ...] = ()) -> None:
+        """Submit what the CPU is to compute of a step, `experts` for the log; with nothing beside it, compute it."""
         if self._cpu_is_dead:
             raise self._dead()
         began = time.perf_counter()
+        if self.log is not None:
+            self._submitted = layer, experts, began
         self._answered = None if self.lanes else self.cpu.compute(layer, host)
         if self._answered is None:
             self.cpu.submit(layer, host)
@@ -191,7 +191,7 @@ class Executor:
         self.settle_cpu()
         if self._cpu_is_dead:
             raise self._dead()
-        if self._log is not None:
+        if self.log is not None:
             self._submitted = layer, tuple(dict.fromkeys(step.host.ids.flatten().tolist())), time.perf_counter()
         self.cpu.submit(layer, step.host)
         self._cpu_busy = True
@@ -206,8 +206,8 @@ class Executor:
         if self._answered is not None:
             answer, self._answered, self._cpu_busy = self._answered, None, False
             ended = time.perf_counter()
-            if self._log is not None:
-                self._log.computed(*self._submitted, ended)
+            if self.log is not None:
+                self.log.computed(*self._submitted, ended)
             self.cpu_share_s, self.cpu_was_waited_for = ended - self._cpu_began_s, True
             return answer
         began, predicted_s = time.perf_counter(), max(predicted_s, 1e-9)
@@ -230,8 +230,8 @@ class Executor:
         finally:
             self._cpu_busy = False
         ended = time.perf_counter()
-        if self._log is not None:
-            self._log.computed(*self._submitted, ended)
+        if self.log is not None:
+            self.log.computed(*self._submitted, ended)
         self.cpu_share_s = ended - self._cpu_began_s
         self._cpu_pace += 0.2 * ((ended - began) / predicted_s - self._cpu_pace)
         return self.cpu.wait()

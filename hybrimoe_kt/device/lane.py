@@ -16,7 +16,7 @@ from hybrimoe_kt.core.types import Plan, Transfer
 from hybrimoe_kt.errors import DeadlineError, KernelError
 
 from .accelerator import Accelerator
-from .activity import ActivityLog
+from .activity import Watcher
 from .backend import GpuBackend, Routed
 from .host_store import HostStore
 from .readback import Readback, Step
@@ -100,11 +100,11 @@ class Lane:
         self._num_steps = 0
         self._in_a_row = 0
         self._failed_at: deque[int] = deque(maxlen=_MOST_OF_STEPS[0])
-        self.log: ActivityLog | None = None
+        self.log: Watcher | None = None
         self.number = 0
         """Of this accelerator in the log."""
 
-    def log_to(self, log: ActivityLog | None, number: int) -> None:
+    def log_to(self, log: Watcher | None, number: int) -> None:
         """Write down from now on what is launched here and copied, as accelerator and link `number`; None: stop."""
         self.log = self.queue.log = log
         self.number = self.queue.number = number

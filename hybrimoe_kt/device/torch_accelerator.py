@@ -243,6 +243,10 @@ class TorchAccelerator:
         pass  # the model runs on `compute`
 
     @property
+    def has_times(self) -> bool:
+        return self._has_clock
+
+    @property
     def stamps_are(self) -> str:
         return "events of the device" if self._has_clock else "host clock when work is given: events have no times here"
 

@@ -20,7 +20,7 @@ from hybrimoe_kt.core.types import Transfer
 from hybrimoe_kt.errors import KernelError
 
 from .accelerator import Accelerator, Stream
-from .activity import ActivityLog
+from .activity import Watcher
 from .host_store import HostStore
 from .slots import LayerSlots, SlotPool
 from .staging import Chunk, Ring, chunks_of, spans_of
@@ -110,7 +110,7 @@ class TransferQueue:
             channel.stream.wait(fresh, "fresh memory before landing")
         self.waiting: dict[tuple[int, int], Pending] = {}
         """Prefetches not fully handed to the device, by layer and slot, in the order taken: to be read, not written."""
-        self.log: ActivityLog | None = None
+        self.log: Watcher | None = None
         self.number = 0
         """Of this link in the log."""
         self.in_use_layer, self.in_use = -1, _NO_SLOTS

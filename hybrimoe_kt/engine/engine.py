@@ -171,6 +171,7 @@ class Engine(TokenGenerator):
             last_hits=last["hits"],
             last_misses=last["misses"],
             seconds=self.seconds(),
+            busy=runtime.busy_shares(),
             kept={"conversations": len(self.kept), "bytes": self.kept.num_bytes},
         )
 

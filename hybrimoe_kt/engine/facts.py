@@ -40,5 +40,7 @@ class Counters:
     last_misses: Sequence[Sequence[int]]
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Measured on the host's clock, where experts' time went, by name; `steps` is all time in steps of the model."""
+    busy: Mapping[str, float] = field(default_factory=dict)
+    """Measured share of the experts' steps that `cpu`, `gpu`, `link` and `host` were busy; see `device.busy`."""
     kept: Mapping[str, int] = field(default_factory=dict)
     """Of conversations that are kept: their number, and the bytes they take."""

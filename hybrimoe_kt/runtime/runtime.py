@@ -18,6 +18,7 @@ from hybrimoe_kt.core.types import LayerSpec, Phase, Plan, Routing
 from hybrimoe_kt.device.accelerator import Accelerator, Event
 from hybrimoe_kt.device.activity import ActivityLog
 from hybrimoe_kt.device.backend import CpuBackend, GpuBackend, Routed
+from hybrimoe_kt.device.busy import BusyMeter
 from hybrimoe_kt.device.cores import dense_threads
 from hybrimoe_kt.device.executor import DEVICE_ERRORS, AcceleratorFailed
 from hybrimoe_kt.device.experts import LayerExperts
@@ -73,6 +74,7 @@ class Runtime:
         self._ahead = LookAhead(self.coordinator, self.executor, self._recovery, self.options.prefetch_size)
         is_timed = assembly.is_on_the_clock
         self._feedback = Feedback(self.options, self.coordinator, self.executor) if is_timed else None
+        self._busy = BusyMeter(self.executor, list(self.store.layers))
         self._counting = threading.Lock()
         self._recovery.fill_slots()
 
@@ -148,6 +150,10 @@ class Runtime:
                     self.coordinator.note_hits(layer, routed.counts, routed.last)
             return self.coordinator.stats.snapshot()
 
+    def busy_shares(self) -> dict[str, float]:
+        """Measured now and then: how much of the experts' steps CPU, GPU, link and host are busy, see `BusyMeter`."""
+        return self._busy.shares()
+
     def record_timeline(self, timeline: Timeline) -> None:
         """Write down from now on what CPU, accelerators, links and scheduler do, until `finish_timeline`."""
         self._log = ActivityLog(timeline, min(self.store.layers))
@@ -204,6 +210,8 @@ class Runtime:
         if layer not in self.store.layers:
             known = ", ".join(map(str, sorted(self.store.layers)))
             raise ConfigError(f"layer {layer} has no experts in this runtime, which has those of {known}")
+        if layer == self._busy.first_layer:
+            self._busy.begin()
         job, size = Job(layer, sent=sent), self.options.max_chunk_tokens
         lane = self.executor.lane_of.get(layer)
         if lane is not None and lane.accelerator.device != routed.hidden.device:
@@ -246,6 +254,8 @@ class Runtime:
             if self._log is not None:
                 self._log.finished(ended)
         assert answer is not None, "a step without a plan has an answer"
+        if job.layer == self._busy.last_layer:
+            self._busy.end()
         if job.before:
             answer = torch.cat([*job.before, answer])
         if into is not None:

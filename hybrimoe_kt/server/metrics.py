@@ -109,7 +109,8 @@ class Metrics:
             "tokens_per_s": self._tokens_per_s(),
             "hit_rate": stats.get("hit_rate", 0.0),
             "bytes_moved": _moved_bytes(stats),
-            "busy_share": _busy_shares(stats) if stats else {},
+            "busy_share": counters.busy or (_predicted_shares(stats) if stats else {}),
+            "busy_is_measured": bool(counters.busy),
             "generated_tokens": self._tally.generated_tokens + queue.num_current_tokens,
             "queue": {
                 "active": queue.num_active,
@@ -147,6 +148,7 @@ class Metrics:
         for part, value in counters.seconds.items():
             seconds.add_metric((part,), value)
         yield seconds
+        yield _shares("busy_share", "Measured share of the experts' steps, now and then", counters.busy)
         stats = counters.statistics
         if not stats:
             return
@@ -157,10 +159,7 @@ class Metrics:
         yield experts
         self._moved_bytes = max(self._moved_bytes, _moved_bytes(stats))  # a prefetch may be taken back, a counter not
         yield CounterMetricFamily("hybrimoe_moved_bytes", "Expert bytes moved to accelerators", self._moved_bytes)
-        shares = GaugeMetricFamily("hybrimoe_busy_share", "Predicted share of the time", labels=("resource",))
-        for resource, share in _busy_shares(stats).items():
-            shares.add_metric((resource,), share)
-        yield shares
+        yield _shares("predicted_busy_share", "Predicted share of the time", _predicted_shares(stats))
 
 
 def _health(health: Health) -> Iterator[Metric]:
@@ -186,12 +185,19 @@ def _gauge(name: str, help_text: str, value: Any) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"hybrimoe_{name}", help_text, value)
 
 
+def _shares(name: str, help_text: str, shares: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"hybrimoe_{name}", help_text, labels=("resource",))
+    for resource, share in shares.items():
+        family.add_metric((resource,), share)
+    return family
+
+
 def _moved_bytes(stats: Mapping[str, float]) -> int:
     """Expert bytes sent to accelerators since the start, on demand and ahead of it."""
     return int(stats.get("transferred_bytes", 0) + stats.get("prefetched_bytes", 0))
 
 
-def _busy_shares(stats: Mapping[str, float]) -> dict[str, float]:
+def _predicted_shares(stats: Mapping[str, float]) -> dict[str, float]:
     """Share of the predicted time that each resource was predicted to be busy, 0 to 1."""
     elapsed_s = stats.get("elapsed_s", 0.0)
     return {name: stats[f"{name}_busy_s"] / elapsed_s if elapsed_s else 0.0 for name in ("cpu", "gpu", "link")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -18,15 +17,7 @@ from hybrimoe_kt.core.types import Plan
 from hybrimoe_kt.profiles import load_profile
 from hybrimoe_kt.runtime import ModelExperts, Routed, Runtime, assemble, feedback
 from tests.device.machine import HIDDEN, LAYERS, TOP_K, layers
-
-
-def profile(folder: Path, name: str, **changes: Any) -> Path:
-    known = load_profile("default")
-    numbers = {key: getattr(known, key) for key in known.source}
-    data = {"hardware": "invented", "date": "2026-01-01", "measured": "not at all", "source": dict(known.source)}
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(data | numbers | changes))
-    return file
+from tests.support.profiles import changed_profile
 
 
 def assembled(options: ExpertOptions, **given: Any) -> Runtime:
@@ -50,7 +41,7 @@ def test_hybrid_plans_give_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
 ) -> None:
     monkeypatch.setattr(feedback, "Fallback", lambda: Fallback(first=24, probe=9))
-    slow = profile(tmp_path, "slow", gpu_call_s=0.01)
+    slow = changed_profile(tmp_path, "slow", gpu_call_s=0.01)
     options = ExpertOptions(
         accelerator=f"emulated:timed:{slow}", profile="default", cpu_backend="torch_reference", cache_size="50%",
         max_chunk_tokens=4, fallback=wanted,
@@ -78,7 +69,7 @@ class LateCpu(TorchReferenceCpu):
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_predictions_follow_the_cpu(tmp_path: Path, wanted: bool) -> None:
-    quick = profile(tmp_path, "quick", cpu_call_s=1e-6, cpu_expert_s=1e-9)
+    quick = changed_profile(tmp_path, "quick", cpu_call_s=1e-6, cpu_expert_s=1e-9)
     options = ExpertOptions(
         accelerator="emulated:timed:default", profile=str(quick), cpu_backend="torch_reference", cache_size="50%",
         max_chunk_tokens=4, fallback=False, follow_pace=wanted,

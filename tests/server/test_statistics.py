@@ -27,7 +27,8 @@ def hybrid(generated: Callable[[Shape], GeneratedModel]) -> Iterator[Serving]:
     options = {"accelerator": "emulated", "cache_size": "50%", "cpu_backend": "torch_reference"}
     engine = build_engine(generated(Shape()).path, progress=False, option_overrides=options)
     with serving(engine) as running:
-        assert running.post("/v1/completions", {"prompt": [3, 5, 7, 11], "max_tokens": 12}).status_code == 200
+        asked = {"prompt": [3, 5, 7, 11], "max_tokens": 12, "ignore_eos": True}
+        assert running.post("/v1/completions", asked).status_code == 200
         yield running
 
 
@@ -71,7 +72,10 @@ def test_the_metrics_agree_with_it(hybrid: Serving) -> None:
     assert metrics["hybrimoe_tokens_per_second"] == told["tokens_per_s"]
     assert metrics["hybrimoe_queue_limit"] == 64
     for resource in ("cpu", "gpu", "link"):
-        assert metrics[f"hybrimoe_busy_share/{resource}"] == told["busy_share"][resource] > 0
+        assert metrics[f"hybrimoe_predicted_busy_share/{resource}"] > 0
+        assert metrics[f"hybrimoe_busy_share/{resource}"] == told["busy_share"][resource]
+    assert told["busy_is_measured"]
+    assert told["busy_share"]["gpu"] > 0 < told["busy_share"]["host"]
     assert metrics["hybrimoe_requests_total//v1/completions/200"] >= 1
     assert metrics["process_resident_memory_bytes"] > 2**20
 

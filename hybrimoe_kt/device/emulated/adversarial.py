@@ -189,6 +189,7 @@ class AdversarialAccelerator:
     def hand_over(self, event: Any, wait: Callable[[Callable[[], bool], str], None]) -> None:
         wait(event.is_done, f"the experts' result on {self.name}")
 
+    has_times = False
     stamps_are = "host clock when work is given; it is done at any time after that"
 
     def stamp(self, stream: Any) -> Stamp:

@@ -105,6 +105,7 @@ class ImmediateAccelerator:
     def hand_over(self, event: Event, wait: Callable[[Callable[[], bool], str], None]) -> None:
         pass
 
+    has_times = True
     stamps_are = "host clock; work is done when it is given"
 
     def stamp(self, stream: Stream) -> Stamp:

@@ -144,6 +144,7 @@ class TimedAccelerator(ImmediateAccelerator):
     def hand_over(self, event: Any, wait: Callable[[Callable[[], bool], str], None]) -> None:
         wait(event.is_done, f"the experts' result on {self.name}")
 
+    has_times = True
     stamps_are = "emulated: computed from the profile when work is given"
 
     def stamp(self, stream: Any) -> Stamp:

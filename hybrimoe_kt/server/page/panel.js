@@ -101,11 +101,12 @@ export class Panel {
     find("moved").textContent = this.#hasSlots ? bytes(stats.bytes_moved) : "–";
     find("generated").textContent = stats.generated_tokens.toLocaleString("en");
     find("queue").textContent = requests(stats.queue);
-    this.#showBusy(stats.busy_share);
+    this.#showBusy(stats.busy_share, stats.busy_is_measured);
     this.#showHeat();
   }
 
-  #showBusy(shares) {
+  #showBusy(shares, isMeasured) {
+    find("busy-title").textContent = isMeasured ? "Busy, as measured" : "Busy, as planned";
     find("busy").hidden = !shares || !this.#hasSlots || !Object.values(shares).some(Boolean);
     for (const name of find("busy").hidden ? [] : ["cpu", "gpu", "link"]) {
       const meter = find(`busy-${name}`);
