@@ -22,8 +22,8 @@ from .executor import Executor
 __all__ = ["BusyMeter"]
 
 _EVERY, _FIRST = 64, 8
-"""Passes from one that is watched to the next, and before the first. Choices: watching took 24 to 38 us a layer with the
-emulator on two cores, 6 us on the CPU alone, and first passes are not like others."""
+"""Passes from one that is watched to the next, and before the first. Choices: watching took 24 to 38 us a layer with
+the emulator on two cores, 6 us on the CPU alone, and first passes are not like others."""
 _KEPT = 32
 """Passes that shares are of, the latest; half an hour's at a token a second, a minute's at 30."""
 _MOST_WAITING = 4

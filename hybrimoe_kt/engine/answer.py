@@ -13,6 +13,7 @@ from .response_parts import ResponseParts
 from .sampler import Sampled
 from .sampling import Sampling
 from .stop_strings import StopStrings
+from .turns import NO_TURNS, Turns
 from .vocabulary import Vocabulary
 
 __all__ = ["BegunAnswer", "Generates", "Generating", "Request", "answer"]
@@ -44,9 +45,9 @@ class Generates(Protocol):
         """Turns tokens into text."""
 
     def begin(
-        self, prompt: list[int], sampling: Sampling, stop: threading.Event, turn: int | None = None
+        self, prompt: list[int], sampling: Sampling, stop: threading.Event, turns: Turns = NO_TURNS
     ) -> Generating:
-        """Let an answer wait for its turn; it ends once `stop` is set. `turn` as of `Request`."""
+        """Let an answer wait for its turn; it ends once `stop` is set."""
 
     def step(self) -> None:
         """Bring every answer that was begun on by one step."""
@@ -68,8 +69,8 @@ class Request:
     """Splits thoughts and tool calls off; None leaves the text as the model writes it. Used up by one answer."""
     one_call: bool = False
     """End after the first tool call."""
-    turn: int | None = None
-    """How many of the prompt's tokens stand before the answer's turn, where that is known."""
+    turns: Turns = NO_TURNS
+    """Where they begin in the prompt, as far as that is known."""
 
 
 def answer(engine: Generates, request: Request, stop: threading.Event) -> Generator[Event, None, None]:
@@ -95,7 +96,7 @@ class BegunAnswer:
         self._sampled: list[Sampled] = []
         self._num_calls = 0
         self._text = engine.vocabulary.detokenizer(keep_special=request.parts.marks if request.parts else False)
-        self._tokens = engine.begin(request.prompt, request.sampling, stop, request.turn)
+        self._tokens = engine.begin(request.prompt, request.sampling, stop, request.turns)
         self.is_over = False
         """Whether `Finished` has come."""
         self.has_told = False

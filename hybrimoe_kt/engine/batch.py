@@ -121,12 +121,12 @@ class Batch:
         left, size = generation.left, self._steps.runtime.options.max_chunk_tokens
         if not is_alone:
             size = min(size, _SHARED_CHUNK_TOKENS)
-        before_turn = (generation.turn or 0) - len(conversation.ids)
-        if 0 < before_turn < min(size, len(left)) and not conversation.is_croppable:
-            size = before_turn
+        if not conversation.is_croppable:
+            ahead = [length - len(conversation.ids) for length in generation.turns]
+            size = min([size, *(length for length in ahead if length > 0)])
         self._append(generation, conversation, left[:size])
-        if len(conversation.ids) == generation.turn:
-            conversation.mark()
+        if len(conversation.ids) in generation.turns:
+            conversation.mark(generation.turns.lead)
 
     def _append(self, generation: Generation, conversation: Conversation, ids: Sequence[int]) -> None:
         try:
@@ -208,8 +208,7 @@ class Batch:
             self._kept.drop(conversation)
             return
         leave_rows(conversation.cache)
-        turn = generation.turn
-        conversation.num_before = len(generation.prompt) - 1 if turn is None else turn
+        conversation.num_before = generation.turns.answer or len(generation.prompt) - 1
         self._kept.put(conversation)
 
     def _end(self, generation: Generation, finish: str, error: Exception | None = None, *, holds: bool = True) -> None:

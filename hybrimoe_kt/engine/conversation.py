@@ -42,8 +42,11 @@ class Conversation:
         """Whether it can go back to any length."""
         return self.cache.is_croppable and all(map(can_shorten, self.cache.layers))
 
-    def mark(self) -> None:
-        """Remember how to come back to what is held now, where that cannot be had by leaving tokens out."""
+    def mark(self, lasting: int = 0) -> None:
+        """Remember how to come back to what is held now, where that cannot be had by leaving tokens out.
+
+        Of too many marks the shortest are forgotten, but for the one of the length `lasting`.
+        """
         if self.is_croppable or not self.ids or len(self.ids) in self._marks:
             return
         if not all(can_shorten(layer) or states_of(layer, len(self.ids)) for layer in self.cache.layers):
@@ -51,7 +54,7 @@ class Conversation:
         found = [None if can_shorten(layer) else states_of(layer, len(self.ids)) for layer in self.cache.layers]
         self._marks[len(self.ids)] = [None if one is None else one.copied("cpu") for one in found]
         while len(self._marks) > _MOST_MARKS:
-            del self._marks[min(self._marks)]
+            del self._marks[min(length for length in self._marks if length != lasting)]
 
     def reach(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's tokens it can go on from: those they share, or fewer; at most all but the last."""

@@ -14,6 +14,7 @@ from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
 from .answer import Request, answer
+from .conversation import Conversation
 from .events import Answer, Event, TextDelta
 from .facts import Counters, ModelInfo
 from .file_vocabulary import end_ids
@@ -59,6 +60,7 @@ class Engine(TokenGenerator):
         )  # fmt: skip
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, loaded.model, self.end_ids)
+        self.vocabulary.finds_leads = not Conversation(self.new_cache()).is_croppable
 
     def chat(
         self,
@@ -140,12 +142,12 @@ class Engine(TokenGenerator):
                 raise ConfigError(f"the chat template of {self.model_name!r} has no option {name!r}; leave it out")
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         prompt = vocabulary.chat_ids(given, tools or None, template_options)
-        turn = vocabulary.turn_of(prompt, template_options)
+        turns = vocabulary.turns_of(prompt, given, tools, template_options)
         self.check_length(prompt)
         parts = None if as_written and vocabulary.writes_think else vocabulary.response_parts(prompt, tools)
         sampling = sampling or Sampling()
         sampling = replace(sampling, constraint=vocabulary.held(prompt, sampling.constraint, tools))
-        return Request(prompt=prompt, sampling=sampling, stop_strings=tuple(stop_strings), parts=parts, turn=turn)
+        return Request(prompt=prompt, sampling=sampling, stop_strings=tuple(stop_strings), parts=parts, turns=turns)
 
     def info(self) -> ModelInfo:
         """What the model is."""

@@ -15,6 +15,7 @@ from .conversation import Conversation
 from .prompt_scores import PromptScores
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
+from .turns import NO_TURNS, Turns
 
 __all__ = ["Generation", "Run"]
 
@@ -60,10 +61,10 @@ class Generation:
         end_ids: Collection[int],
         most_tokens: int,
         stop: threading.Event,
-        turn: int | None = None,
+        turns: Turns = NO_TURNS,
     ) -> None:
-        """`most_tokens` of prompt and answer; `turn` of the prompt's tokens are those before the answer's turn."""
-        self.prompt, self.sampling, self.stop, self.turn = prompt, sampling, stop, turn
+        """`most_tokens` of prompt and answer."""
+        self.prompt, self.sampling, self.stop, self.turns = prompt, sampling, stop, turns
         self._sampler, self._end_ids = sampler, end_ids
         self._limit = min(sampling.max_new_tokens, most_tokens - len(prompt))
         self.ids = list(prompt)

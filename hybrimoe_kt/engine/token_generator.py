@@ -28,6 +28,7 @@ from .profiler import TimeShares
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
 from .token_matcher import TokenMatcher
+from .turns import NO_TURNS, Turns
 from .vocabulary import num_token_ids
 
 __all__ = ["Generation", "Run", "TokenGenerator"]
@@ -118,19 +119,19 @@ class TokenGenerator:
         prompt: list[int],
         sampling: Sampling,
         stop: threading.Event | None = None,
-        turn: int | None = None,
+        turns: Turns = NO_TURNS,
     ) -> Generation:
         """Let an answer to `prompt` wait for its turn: `step` brings it on, beside others.
 
-        It ends once `stop` is set. `turn` of the prompt's tokens stand before the answer's turn: a model whose states
-        cannot be shortened goes on from there. Raises as `check_length` does.
+        It ends once `stop` is set. Where states cannot be shortened, later prompts go on from `turns`. Raises as
+        `check_length` does.
         """
         self.check_length(prompt)
         self._keep_own()
         sampler = Sampler(sampling, prompt, self.end_ids if sampling.ignore_end else (), self.matcher(sampling))
         generation = Generation(
             prompt, sampling, sampler, end_ids=self.end_ids, most_tokens=self.context_tokens,
-            stop=stop or threading.Event(), turn=turn,
+            stop=stop or threading.Event(), turns=turns,
         )  # fmt: skip
         generation.num_before = self.runtime_counters()
         self._latest = generation

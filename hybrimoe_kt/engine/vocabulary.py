@@ -17,6 +17,7 @@ from .response_parts import ResponseParts
 from .spelling import Spelling
 from .token_bytes import TokenBytes
 from .token_matcher import TokenMatchers
+from .turns import Leads, Turns
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 
@@ -42,6 +43,8 @@ class Vocabulary:
         """`end_ids` end an answer, by default the tokenizer's one."""
         self._tokenizer, self._model = tokenizer, model
         self.end_ids = frozenset([tokenizer.eos_token_id] if end_ids is None else end_ids)
+        self._leads, self.finds_leads = Leads(self.chat_ids), False
+        """Whether to find where system messages end, at the price of two more such prompts for each."""
         self.default_options: Mapping[str, Any] = {}
         """What the chat template reads where a conversation comes without."""
 
@@ -65,16 +68,19 @@ class Vocabulary:
         options = {**self.default_options, **(template_options or {})}
         return chat_prompt(self._tokenizer, messages, tools, options, calls=self._format.calls)
 
-    def turn_of(self, prompt: Sequence[int], template_options: Mapping[str, Any] | None = None) -> int | None:
-        """How many tokens of a conversation stand before the answer's turn, which the chat template has begun.
-
-        Later prompts have those as well, and perhaps not what follows. None where the template does not tell.
-        """
+    def turns_of(
+        self,
+        prompt: Sequence[int],
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Turns:
+        """Where turns begin in the prompt that `chat_ids` made of these, as far as the template tells."""
         options = {**self.default_options, **(template_options or {})}
         begun = answer_beginning(self._tokenizer, options)
-        if not begun or list(prompt[-len(begun) :]) != begun:
-            return None
-        return len(prompt) - len(begun)
+        ends_so = bool(begun) and list(prompt[-len(begun) :]) == begun
+        lead = self._leads.length(prompt, messages, tools or None, template_options) if self.finds_leads else 0
+        return Turns(lead, len(prompt) - len(begun) if ends_so else 0)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text that the model is to go on with."""

@@ -13,6 +13,7 @@ from hybrimoe_kt.engine.answer import Request
 from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.turns import Turns
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 
 from .clients import client_of_request
@@ -134,11 +135,11 @@ class Service:
         self._check_chat(given, sampling)
         vocabulary = self.engine.vocabulary
 
-        def made() -> tuple[list[int], int | None]:
+        def made() -> tuple[list[int], Turns]:
             prompt = vocabulary.chat_ids(given.messages, given.tools or None, given.template_options)
-            return prompt, vocabulary.turn_of(prompt, given.template_options)
+            return prompt, vocabulary.turns_of(prompt, given.messages, given.tools, given.template_options)
 
-        prompt, turn = await self._tokens(made)
+        prompt, turns = await self._tokens(made)
         sampling = await self._held(
             sampling,
             lambda: vocabulary.held(
@@ -153,7 +154,7 @@ class Service:
                 stop_strings=tuple(stops),
                 parts=vocabulary.response_parts(prompt, given.tools),
                 one_call=given.one_call,
-                turn=turn,
+                turns=turns,
             )
             for one in _each(sampling, num_answers)
         ]

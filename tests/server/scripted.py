@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hybrimoe_kt.engine.facts import Counters, ModelInfo
 from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.turns import NO_TURNS, Turns
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.runtime.health import Health
@@ -115,7 +116,7 @@ class ScriptedEngine:
         if max(prompt) >= len(self.tokenizer):
             raise ModelError(f"token {max(prompt)} is not one of the model's")
 
-    def begin(self, prompt: list[int], sampling: Sampling, stop: threading.Event, turn: int | None = None) -> Scripted:
+    def begin(self, prompt: list[int], sampling: Sampling, stop: threading.Event, turns: Turns = NO_TURNS) -> Scripted:
         run = self._new_run(prompt)
         self._begun.append(Scripted(self.generate(prompt, sampling, stop, run), run))
         return self._begun[-1]
