@@ -41,7 +41,8 @@ class Batch:
         on_end: Callable[[Generation], None] = lambda generation: None,
     ) -> None:
         """At most `most` at a time, with `most_tokens` of prompts and answers together; `on_end` hears of each."""
-        self._steps, self._kept, self.most, self.most_tokens = steps, kept, most, most_tokens
+        self._steps, self._kept, self.most = steps, kept, most
+        self.most_tokens = most_tokens
         self._on_end = on_end
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
@@ -50,6 +51,15 @@ class Batch:
         self._num_lost = 0
         self.num_set_aside = 0
         """Answers that had to wait for room in the middle, since the start."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompts and answers that there is memory for."""
+        return self._steps.most_tokens
+
+    @most_tokens.setter
+    def most_tokens(self, tokens: int) -> None:
+        self._steps.most_tokens = self._kept.most_live_tokens = tokens
 
     @property
     def num_running(self) -> int:
@@ -97,9 +107,13 @@ class Batch:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.most:
             first = self._waiting[0]
-            if self._running and self.num_tokens + len(first.ids) + len(self._running) >= self.most_tokens:
+            if self._running and self._num_needed([first], more=1) > self.most_tokens:
                 return
             self._running.append(self._waiting.popleft())
+
+    def _num_needed(self, beside: Sequence[Generation] = (), *, more: int = 0) -> int:
+        """Tokens there has to be memory for, with `more` for each of those that run and those `beside`."""
+        return self._steps.memory_tokens([len(generation.ids) + more for generation in (*self._running, *beside)])
 
     def _advance(self) -> None:
         reading = next((generation for generation in self._running if generation.is_reading), None)
@@ -115,7 +129,8 @@ class Batch:
         """Compute one piece of a prompt, or of what is computed again; with the last one the next token comes."""
         if generation.conversation is None:
             is_new = generation.scores is not None
-            generation.begin(self._kept.new() if is_new else self._kept.take(generation.ids))
+            needed = self._num_needed()
+            generation.begin(self._kept.new(needed) if is_new else self._kept.take(generation.ids, needed))
         conversation = generation.conversation
         assert conversation is not None, "given one"
         left, size = generation.left, self._steps.runtime.options.max_chunk_tokens
@@ -191,7 +206,7 @@ class Batch:
 
     def _with_room(self, answering: list[Generation]) -> list[Generation]:
         """Those that step now; the ones that came last are set aside where there is no room for all."""
-        while len(self._running) > 1 and self.num_tokens + len(answering) > self.most_tokens:
+        while len(self._running) > 1 and self._num_needed(more=1) > self.most_tokens:
             last = self._running.pop()
             if last in answering:
                 answering.remove(last)
@@ -199,6 +214,7 @@ class Batch:
                 self._leave(last, last.conversation)
             self._waiting.appendleft(last)
             self.num_set_aside += 1
+        self._kept.hold(self._num_needed(more=1))
         return answering
 
     def _leave(self, generation: Generation, conversation: Conversation, *, holds: bool = True) -> None:

@@ -6,7 +6,7 @@ nothing is copied from step to step: a conversation's own layer looks at its par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -31,7 +31,9 @@ _GROWTH = 1.125
 class JointRows:
     """The memory of those conversations that step together, kept from step to step."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_tokens: Callable[[], int] | None = None) -> None:
+        """Rows have no more room than for `most_tokens()` together, while they are not longer."""
+        self._most_tokens = most_tokens
         self._caches: tuple[GrowingCache, ...] = ()
         self._moves: tuple[int, ...] = ()
         self.cache: Any = None
@@ -109,6 +111,8 @@ class JointRows:
             return
         self.column = max(lengths)
         self.room = max(self.column + _LEAST_ROOM, int(self.column * _GROWTH))
+        if self._most_tokens is not None:
+            self.room = max(self.column + 1, min(self.room, self._most_tokens() // len(caches)))
         self.starts = [self.column - length for length in lengths]
         self.number = next(_NUMBERS)
         joint = DynamicCache(config=loaded.model.config)

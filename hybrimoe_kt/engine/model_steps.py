@@ -51,6 +51,8 @@ class ModelSteps:
         self._rows: JointRows | None = None
         self.captured_rows: CapturedRows | None = None
         """What replays steps of several conversations, where they can be captured."""
+        self.most_tokens = 0
+        """Of all conversations together that there is memory for, as whoever admits them counts it."""
         self.spare_memory: Callable[[], bool] = lambda: False
         """Gives back what other conversations have on accelerators; whether there was anything."""
 
@@ -160,6 +162,14 @@ class ModelSteps:
 
     # Several conversations.
 
+    def memory_tokens(self, lengths: Sequence[int]) -> int:
+        """For how many tokens there is to be memory, that conversations of these lengths can step together."""
+        loaded = self._loaded
+        in_turn = loaded.crossings is not None or loaded.architecture.layers_take_ids
+        if len(lengths) < 2 or in_turn or isinstance(self.loop, LayerLoop):
+            return sum(lengths)
+        return len(lengths) * max(lengths)  # rows
+
     @torch.inference_mode()
     def together(self, conversations: Sequence[Conversation], ids: Sequence[int]) -> torch.Tensor | None:
         """Append one token to each; logits float32 `[len(ids), vocab]` on the CPU, valid until the next step.
@@ -191,7 +201,7 @@ class ModelSteps:
     def _by_rows(self, ids: Sequence[int], caches: Sequence[GrowingCache]) -> torch.Tensor:
         """A step as a batch of rows; where it cannot be captured, or a replay is lost, the rows are in doubt."""
         if self._rows is None:
-            self._rows = JointRows()
+            self._rows = JointRows(lambda: self.most_tokens)
         if self.captured_rows is None and CapturedRows.takes(self._loaded, self.loop):
             assert isinstance(self.loop, CapturedLoop), "it says so"
             self.captured_rows = CapturedRows(self._loaded, self.loop)
@@ -227,7 +237,7 @@ class ModelSteps:
         self.loop.captures = False
 
     def make_room(self, reason: str, num_tokens: int) -> None:
-        """Shrink the expert caches, and what other conversations have; CapacityError if there is nothing left.
+        """Let go of what other conversations have, else shrink the expert caches; CapacityError if nothing is left.
 
         A recording would have steps twice, so it ends as well.
         """
@@ -235,7 +245,7 @@ class ModelSteps:
             self._loaded.crossings.forget()
         self._rows = None
         has_spared = self.spare_memory()
-        has_shrunk = self.runtime.make_room(torch.OutOfMemoryError(reason))
+        has_shrunk = not has_spared and self.runtime.make_room(torch.OutOfMemoryError(reason))
         model = self._loaded.model
         devices = {parameter.device for parameter in model.parameters()}
         give_back_unused(devices | {accelerator.device for accelerator in self.runtime.accelerators})

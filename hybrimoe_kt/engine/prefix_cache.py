@@ -39,7 +39,8 @@ class PrefixCache:
     """Keeps conversations in a memory budget, the latest used; finds the one that a prompt shares most tokens with.
 
     On an accelerator at most `most_live` have their memory there, those being answered among them; the others are
-    moved to the host. That memory is handed on, so that what was captured of steps stays worth something.
+    moved to the host. That memory is handed on, so that what was captured of steps stays worth something, as long as
+    there is enough of it.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class PrefixCache:
         """`budget_bytes` of kept ones together; the latest is kept in any case. 0 keeps that alone."""
         self._new_cache, self.budget_bytes, self._most_live = new_cache, budget_bytes, most_live
         self._moves_to_host = moves_to_host
+        self.most_live_tokens: int | None = None
+        """Tokens that accelerators have memory for; None: not known."""
         self._kept: OrderedDict[int, Conversation | _OnHost] = OrderedDict()
         self._free: list[GrowingCache] = []
         self._in_use: dict[int, Conversation] = {}
@@ -64,19 +67,22 @@ class PrefixCache:
         """Memory of those kept."""
         return sum(each.num_bytes for each in list(self._kept.values()))  # asked for by other threads as well
 
-    def take(self, prompt: Sequence[int]) -> Conversation:
+    def take(self, prompt: Sequence[int], num_needed: int = 0) -> Conversation:
         """Return a conversation that holds as much of `prompt` as any, at most all but its last token.
 
-        It is in use until it is given back: by `put`, or by `drop`.
+        It is in use until it is given back: by `put`, or by `drop`. `num_needed` as of `hold`, with this one in use.
         """
         best, number = max(((each.reach(prompt), number) for number, each in self._all()), default=(0, -1))
         if best == 0:
             self.num_misses += 1
-            return self.new()
+            return self.new(num_needed)
         self.num_hits += 1
         found = self._kept.get(number)
-        taken = None
-        if found is not None and self._is_continued(found, best):
+        is_continued = found is not None and self._is_continued(found, best)
+        taken = self._taken(number) if is_continued and isinstance(found, Conversation) else None
+        self.hold(num_needed, beside=taken is None)
+        found = self._kept.get(number)  # it may have been moved
+        if taken is None and is_continued:
             taken = self._taken(number)
         if taken is None:
             taken = self._copy_of(found if found is not None else self._in_use[number], best)
@@ -114,10 +120,11 @@ class PrefixCache:
         made.fill(ids, states, marks)
         return made
 
-    def new(self) -> Conversation:
-        """Return an empty conversation, in use."""
+    def new(self, num_needed: int = 0) -> Conversation:
+        """Return an empty conversation, in use; `num_needed` as of `hold`."""
         if self._moves_to_host:
             self._make_place()
+            self.hold(num_needed, beside=True)
         cache = self._free.pop() if self._free else self._new_cache()
         made = Conversation(cache)
         self._in_use[self._next()] = made
@@ -170,6 +177,29 @@ class PrefixCache:
             if number is None:
                 return
             self._move(number)
+
+    def hold(self, num_needed: int, *, beside: bool = False) -> None:
+        """Have accelerators hold no more than `most_live_tokens`, of which those in use need `num_needed` at least.
+
+        Memory of nobody goes first, but for a last one where somebody is to have it `beside`; then conversations are
+        moved to the host, the ones used longest ago first.
+        """
+        if not self._moves_to_host or self.most_live_tokens is None:
+            return
+        in_use = max(num_needed, sum(each.cache.room for each in self._in_use.values()))
+        while in_use + self._spare_room(beside=beside) > self.most_live_tokens:
+            if len(self._free) > beside:
+                del self._free[0]
+                continue
+            number = next((number for number, each in self._kept.items() if isinstance(each, Conversation)), None)
+            if number is None:
+                return
+            self._move(number)
+
+    def _spare_room(self, *, beside: bool) -> int:
+        """Tokens that there is memory for, of those kept and of nobody."""
+        live = [each.cache for each in self._kept.values() if isinstance(each, Conversation)]
+        return sum(cache.room for cache in (*live, *self._free[: len(self._free) - beside]))
 
     def _num_live(self) -> int:
         return sum(isinstance(each, Conversation) for each in self._kept.values())

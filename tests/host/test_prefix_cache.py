@@ -208,6 +208,45 @@ def test_rounded_keys_are_copied_as_they_are(generated: Make, kept: str) -> None
         assert made.last_run()["reused_tokens"] == 60 and len(made.kept) == 2
 
 
+@pytest.mark.parametrize("place", ["modules", "captured"])
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3next"])
+def test_kept_ones_leave_accelerators_the_memory_that_is_needed(generated: Make, name: str, place: str) -> None:
+    """A room is for 256 tokens more than are held: there is memory for three, and six take turns."""
+    model = generated(SHAPES[name])
+    made, alone = generator(model, place, parallel=6), generator(model, place, cache_ram=0)
+    made.batch.most_tokens, made.kept._moves_to_host = 1000, True
+    agents = [Agent(number, text(number, 40), [7, 9], thoughts=2) for number in range(6)]
+    for at in range(18):
+        agents[at % 6].turn(made, alone, 12)
+        kept = made.kept
+        live = [each.cache for each in kept._kept.values() if isinstance(each, Conversation)]
+        assert sum(cache.room for cache in (*live, *kept._free)) <= 1000
+        assert len(kept) == min(6, at + 1)
+        assert live, "as many as there is memory for"
+    new, computed = (sum(getattr(agent, each) for agent in agents) for each in ("num_new", "num_computed"))
+    assert computed <= new + 18 * 2
+
+
+@pytest.mark.parametrize("place", ["modules", "captured"])
+def test_rows_are_as_long_as_the_longest(generated: Make, place: str) -> None:
+    """So one long conversation and three short ones need memory for four long ones, or wait for one another."""
+    model = generated(SHAPES["qwen3moe"])
+    made, alone = generator(model, place, parallel=4), generator(model, place, cache_ram=0)
+    made.batch.most_tokens = 200
+    prompts = [text(0, 90), text(1, 10), text(2, 10), text(3, 10)]
+    begun = [made.begin(prompt, Sampling(max_new_tokens=6, temperature=0)) for prompt in prompts]
+    beside: set[int] = set()
+    while not all(one.is_over for one in begun):
+        made.step()
+        lengths = [len(one.ids) for one in made.batch._running]
+        assert len(lengths) * max(lengths, default=0) <= 200
+        beside.add(len(lengths) if begun[0] in made.batch._running else -len(lengths))
+    assert max(beside) == 2 and min(beside) == -3, "the three after the one"
+    for one in begun:
+        alone.reset()
+        assert answer(alone, one.prompt, 6) == one.ids[len(one.prompt) :]
+
+
 class Fake(Conversation):
     """One without layers."""
 
@@ -221,6 +260,7 @@ class _Nothing:
 
     layers: tuple[Any, ...] = ()
     is_croppable = True
+    room = 10
 
     def crop(self, _: int) -> None: ...
 
@@ -240,10 +280,18 @@ def test_common_lengths(first: list[int], second: list[int]) -> None:
     assert common_length(first, second) == wanted
 
 
-@given(st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=12), st.booleans(), st.sampled_from([0, 10**6]))
-def test_the_longest_beginning_is_found(steps: list[tuple[list[int], bool]], moves: bool, budget: int) -> None:
+@given(
+    st.lists(st.tuples(IDS.filter(bool), st.booleans()), max_size=12),
+    st.booleans(),
+    st.sampled_from([0, 10**6]),
+    st.sampled_from([None, 0, 20, 25]),
+)
+def test_the_longest_beginning_is_found(
+    steps: list[tuple[list[int], bool]], moves: bool, budget: int, most: int | None
+) -> None:
     """Whatever was asked before: nothing is held twice, or by two, and as much is reused as anyone holds."""
     kept = PrefixCache(_Nothing, budget, most_live=2, moves_to_host=moves)  # type: ignore[arg-type]
+    kept.most_live_tokens = most
     in_use: list[Conversation] = []
     for prompt, ends in steps:
         known = [*kept._kept.values(), *in_use]
@@ -258,3 +306,7 @@ def test_the_longest_beginning_is_found(steps: list[tuple[list[int], bool]], mov
             kept.put(in_use.pop(0))
         assert not any(each in kept._kept.values() for each in in_use)
         assert kept._num_live() + len(in_use) <= 2 or not moves
+        if moves and most is not None:
+            kept.hold(0)
+            held = 10 * (kept._num_live() + len(in_use) + len(kept._free))
+            assert held <= max(most, 10 * len(in_use))
