@@ -24,11 +24,13 @@ from .server_options import DEFAULT_PARALLEL
 if TYPE_CHECKING:
     from hybrimoe_kt.engine.engine import Engine
 
-__all__ = ["load_engine", "open_engine"]
+__all__ = ["load_engine", "open_engine", "save_kept"]
 
 
 def open_engine(options: argparse.Namespace, console: Console) -> Engine:
     """Load what the options name, and say what came of it."""
+    if options.kept_path is not None:
+        _check_folder(options.kept_path)
     began = time.perf_counter()
     engine = load_engine(options, console)
     loaded = f"{engine.model_name}: {engine.runtime.describe()} ({time.perf_counter() - began:.1f} s)"
@@ -36,7 +38,47 @@ def open_engine(options: argparse.Namespace, console: Console) -> Engine:
     for plan in engine.loaded.plans.values():
         console.print(visible(plan.line()), markup=False)
     _note_unused(engine, options, console)
+    if options.kept_path is not None:
+        num = engine.restore_kept(options.kept_path)
+        console.print(visible(f"{_conversations(num)} to go on from in {options.kept_path}"), markup=False)
     return engine
+
+
+def save_kept(engine: Engine, options: argparse.Namespace, console: Console) -> None:
+    """Write conversations where `--kept_path` says, if it says; a warning where that cannot be done."""
+    if options.kept_path is None:
+        return
+    num_bytes = 0
+
+    def on_saved(size: int) -> None:
+        nonlocal num_bytes
+        num_bytes += size
+        status.update(f"keeping conversations: {num_bytes / 1e6:,.0f} MB")
+
+    with console.status("keeping conversations") as status:
+        try:
+            num = engine.save_kept(options.kept_path, on_saved)
+        except ConfigError as error:
+            console.print(f"warning: {visible(str(error))}", markup=False)
+            return
+    console.print(visible(f"{_conversations(num)} kept in {options.kept_path}"), markup=False)
+
+
+def _check_folder(folder: Path) -> None:
+    """Make it, before anything is loaded; ConfigError where nothing can be written there."""
+    reason = ""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if not reason and not os.access(folder, os.W_OK | os.X_OK):
+        reason = "nothing can be written there"
+    if reason:
+        raise ConfigError(f"--kept_path {folder}: {reason}; give another folder")
+
+
+def _conversations(num: int) -> str:
+    return f"{num} conversation{'' if num == 1 else 's'}"
 
 
 def load_engine(options: argparse.Namespace, console: Console) -> Engine:

@@ -16,7 +16,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.errors import ConfigError, HybriMoEError
 
 from .chat_output import health_word, visible
-from .loading import open_engine
+from .loading import open_engine, save_kept
 from .options import expert_overrides, parse, sampling_of
 from .terminal import INTERRUPTED, check_writable, discard_output, prepare_streams, read_text
 from .timeline import timeline_to
@@ -70,7 +70,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     prompt = None if interactive else _prompt(options, console)
     engine = open_engine(options, console)
     with timeline_to(options.timeline, engine, console):
-        return _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
+        code = _chat(engine, options) if prompt is None else _answer_once(engine, options, prompt, console)
+    save_kept(engine, options, console)
+    return code
 
 
 def _chat(engine: Engine, options: argparse.Namespace) -> int:

@@ -132,6 +132,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "one is read from where it differs; default: an eighth of the machine's",
     )  # fmt: skip
     model.add_argument(
+        "--kept_path", type=Path, metavar="DIR",
+        help="write those conversations to files there at the end, and go on from them the next time",
+    )  # fmt: skip
+    model.add_argument(
         "--cache_lens", "--context_tokens", type=_whole(1), metavar="TOKENS", dest="cache_lens",
         help="context limit, and what a GPU's memory is planned for; default: the model's own, planned up to 8192",
     )  # fmt: skip

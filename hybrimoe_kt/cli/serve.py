@@ -16,7 +16,7 @@ from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.sizes import parse_bytes
 
 from .chat_output import visible
-from .loading import open_engine
+from .loading import open_engine, save_kept
 from .server_options import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ def run_server(options: argparse.Namespace, console: Console) -> int:
         )
 
     if not serve(engine, settings, listener, on_ready=on_ready):
+        if options.kept_path is not None:
+            console.print("an answer was cut short, so conversations are not written", markup=False)
         _leave(1)
+    save_kept(engine, options, console)
     return 0
 
 

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from .conversation import Conversation, common_length
 from .growing_cache import GrowingCache
-from .layer_states import LayerStates
+from .host_copy import HostCopy
 
 __all__ = ["PrefixCache"]
-
-
-@dataclass(slots=True, eq=False)
-class _OnHost:
-    """A conversation that was moved off its accelerator."""
-
-    ids: list[int]
-    num_before: int
-    states: list[LayerStates]
-    marks: dict[int, list[LayerStates | None]]
-    is_croppable: bool
-
-    @property
-    def num_bytes(self) -> int:
-        marked = (each for states in self.marks.values() for each in states if each is not None)
-        return sum(each.num_bytes for each in (*self.states, *marked))
-
-    def reach(self, prompt: Sequence[int]) -> int:
-        common = common_length(self.ids, prompt[:-1])
-        if common == len(self.ids) or self.is_croppable:
-            return common
-        return max((length for length in self.marks if length <= common), default=0)
 
 
 class PrefixCache:
@@ -51,7 +28,7 @@ class PrefixCache:
         self._moves_to_host = moves_to_host
         self.most_live_tokens: int | None = None
         """Tokens that accelerators have memory for; None: not known."""
-        self._kept: OrderedDict[int, Conversation | _OnHost] = OrderedDict()
+        self._kept: OrderedDict[int, Conversation | HostCopy] = OrderedDict()
         self._free: list[GrowingCache] = []
         self._in_use: dict[int, Conversation] = {}
         self._number = 0
@@ -93,29 +70,29 @@ class PrefixCache:
         taken.go_back(best)
         return taken
 
-    def _all(self) -> Iterable[tuple[int, Conversation | _OnHost]]:
+    def _all(self) -> Iterable[tuple[int, Conversation | HostCopy]]:
         yield from self._in_use.items()
         yield from self._kept.items()  # behind: of equal ones max takes the latest number
 
-    def _is_continued(self, kept: Conversation | _OnHost, length: int) -> bool:
+    def _is_continued(self, kept: Conversation | HostCopy, length: int) -> bool:
         """Whether what a prompt leaves out of a conversation is no more than its last answer, and how that begins."""
         return not self.budget_bytes or length >= kept.num_before
 
     def _taken(self, number: int) -> Conversation:
         found = self._kept.pop(number)
-        if isinstance(found, _OnHost):
+        if isinstance(found, HostCopy):
             made = self.new()
             made.fill(found.ids, found.states, found.marks)
             return made
         self._in_use[self._next()] = found
         return found
 
-    def _copy_of(self, found: Conversation | _OnHost, length: int) -> Conversation | None:
-        states = found.states if isinstance(found, _OnHost) else found.states(length)
-        marks = found.marks if isinstance(found, _OnHost) else found.marks_up_to(length)
+    def _copy_of(self, found: Conversation | HostCopy, length: int) -> Conversation | None:
+        states = found.states if isinstance(found, HostCopy) else found.states(length)
+        marks = found.marks if isinstance(found, HostCopy) else found.marks_up_to(length)
         if states is None:
             return None
-        ids = found.ids if isinstance(found, _OnHost) else found.ids[:length]
+        ids = found.ids if isinstance(found, HostCopy) else found.ids[:length]
         made = self.new()
         made.fill(ids, states, marks)
         return made
@@ -207,13 +184,11 @@ class PrefixCache:
     def _move(self, number: int) -> None:
         found = self._kept[number]
         assert isinstance(found, Conversation), "on its accelerator"
-        states = found.states(len(found.ids)) if self.budget_bytes else None
-        if states is None:
+        copy = HostCopy.of(found) if self.budget_bytes else None
+        if copy is None:
             del self._kept[number]
         else:
-            copies = [each.copied("cpu") for each in states]
-            marks = found.marks_up_to(len(found.ids))
-            self._kept[number] = _OnHost(found.ids, found.num_before, copies, marks, found.is_croppable)
+            self._kept[number] = copy
         found.cache.forget()
         self._free.append(found.cache)
 
@@ -232,6 +207,22 @@ class PrefixCache:
         """Forget all that are kept."""
         for number in list(self._kept):
             self._forget(number)
+
+    def copies(self) -> Iterable[HostCopy]:
+        """All that are kept, the ones used longest ago first; valid until anything else is done."""
+        for each in list(self._kept.values()):
+            copy = HostCopy.of(each, copies=False) if isinstance(each, Conversation) else each
+            if copy is not None:
+                yield copy
+
+    def restore(self, copies: Iterable[HostCopy]) -> int:
+        """Keep these as well, as if they had been used before all that are kept; return how many fit."""
+        latest = list(self._kept.values())
+        self._kept.clear()
+        for each in (*copies, *latest):
+            self._kept[self._next()] = each
+        self.fit()
+        return len(self._kept) - len(latest)
 
     def spare(self) -> bool:
         """Give back what conversations that are not in use have on accelerators; whether there was anything."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from .captured_loop import CapturedLoop, captured_loop
 from .conversation import Conversation
 from .generation import Generation, Run
 from .growing_cache import GrowingCache, growing_cache, layer_bytes
+from .kept_files import KeptFiles, identity
 from .layer_loop import LayerLoop
 from .model_steps import ModelSteps
 from .prefix_cache import PrefixCache
@@ -77,6 +79,7 @@ class TokenGenerator:
         self.kept = PrefixCache(self.new_cache, budget, most_live=parallel, moves_to_host=moves)
         self.steps.spare_memory = self.kept.spare
         self.batch = Batch(self.steps, self.kept, most=parallel, most_tokens=self._most_tokens(), on_end=self._close)
+        self._files: dict[Path, KeptFiles] = {}
         self._own: Conversation | None = None
         """What `append` and `feed` go on with."""
         self._run = Run()
@@ -250,6 +253,30 @@ class TokenGenerator:
         """Forget what is kept; memory that captured steps read stays."""
         self._keep_own()
         self.kept.clear()
+
+    def save_kept(self, folder: str | Path, on_saved: Callable[[int], object] = lambda num_bytes: None) -> int:
+        """Write all that is kept to files in `folder`, for `restore_kept` of another process; return how many.
+
+        Files there take at most what `cache_ram` allows; `on_saved` hears the bytes of each. ConfigError where the
+        folder cannot be written.
+        """
+        self._keep_own()
+        most_bytes = max(self.kept.budget_bytes, self.kept.num_bytes)
+        return self._kept_files(folder).save(self.kept.copies(), most_bytes, on_saved)
+
+    def restore_kept(self, folder: str | Path) -> int:
+        """Go on from what `save_kept` has written with this model, as far as it fits; return how many there are."""
+        return self.kept.restore(self._kept_files(folder).load())
+
+    def _kept_files(self, folder: str | Path) -> KeptFiles:
+        found = self._files.get(Path(folder))
+        if found is None:
+            cache, loaded = self.new_cache(), self.loaded
+            sizes = (getattr(layer, "token_bytes", "") for layer in cache.layers)
+            kept = loaded.kv_cache_type, self.model.dtype, *sizes
+            name = identity(loaded.loader.file.files, self.model.config, cache, kept)
+            found = self._files[Path(folder)] = KeptFiles(Path(folder), name)
+        return found
 
     def start_anew(self) -> None:
         """Forget what is kept, with its memory and all that was captured: the runtime is to be another one."""

@@ -92,6 +92,17 @@ def test_the_emulated_accelerator_takes_the_same_path(ask: Ask) -> None:
     assert report["per_token_ms"].keys() == {"experts", "attention", "replay", "overhead", "other", "total"}
 
 
+def test_the_next_run_goes_on_from_the_last(tmp_path: Path, ask: Ask) -> None:
+    asked = ["--prompt", "Good morning.", *GREEDY]
+    kept = ["--kept_path", tmp_path / "kept"]
+    first, second, without = ask(*asked, *kept), ask(*asked, *kept), ask(*asked)
+    assert "0 conversations to go on from" in first.stderr and "1 conversation kept in" in first.stderr
+    assert "1 conversation to go on from" in second.stderr
+    assert first.report["reused_tokens"] == without.report["reused_tokens"] == 0
+    assert second.report["reused_tokens"] == second.report["prompt_tokens"] - 1
+    assert first.stdout == second.stdout == without.stdout
+
+
 def test_a_prompt_may_come_from_a_pipe_or_a_file_and_flags_may_have_hyphens(tmp_path: Path, ask: Ask) -> None:
     piped = ask("--cpu-infer", "1", *GREEDY, stdin="Good morning.")
     file = tmp_path / "prompt.txt"
@@ -150,6 +161,7 @@ BAD = {
     "stats name too long": (lambda t, e: ["--prompt", "a", "--stats_json", t / ("n" * 300)], "File name too long"),
     "model path too long": (lambda t, e: ["--model_path", t / ("n" * 300)], "File name too long"),
     "model path missing": (lambda t, e: ["--model_path", t / "none"], "No such file"),
+    "kept path is a file": (lambda t, e: ["--kept_path", _written(t, "kept", b"")], "give another folder"),
     "stats not writable": (lambda t, e: ["--prompt", "a", "--stats-json", t / "no" / "such.json"], "cannot be written"),
 }  # fmt: skip
 

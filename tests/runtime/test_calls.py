@@ -46,7 +46,10 @@ class Counted:
 
 @pytest.mark.skipif(ggml.unusable() is not None, reason="ggml's library is not installed")
 def test_a_step_on_the_cpu_makes_few_calls() -> None:
-    """One token's, by the backend that a user gets: all that stands around one call of ggml's."""
+    """One token's, by the backend that a user gets: all that stands around one call of ggml's.
+
+    Two of them are once a pass: the meter's, as the one layer is the first and the last.
+    """
     experts = ModelExperts(ExpertOptions(accelerator="none", cpu_threads=1))
     experts.add(layer())
     runtime = assemble(experts)
@@ -54,7 +57,7 @@ def test_a_step_on_the_cpu_makes_few_calls() -> None:
     for seed in range(3):
         counted(0, Routed(*step(1, skipped=0, seed=seed)))
     print([code.co_qualname for code in counted.steps[-1]] if sys.version_info >= (3, 11) else "")
-    assert len(counted.steps[-1]) <= 36
+    assert len(counted.steps[-1]) <= 38
 
 
 def test_a_decode_step_makes_few_calls_in_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,4 +82,4 @@ def test_a_decode_step_makes_few_calls_in_few_files(monkeypatch: pytest.MonkeyPa
         f"{calls:.0f} calls (quietest step {quietest}) in {files:.0f} files, and the emulator's own: "
         f"{statistics.median(map(len, steps)) - calls:.0f}"
     )
-    assert calls <= 119 and quietest <= 63 and files <= 23
+    assert calls <= 119 and quietest <= 64 and files <= 23

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -115,6 +116,25 @@ def test_the_second_signal_ends_at_once(endless: dict[str, object]) -> None:
         assert eventually(lambda: http.get("/health").status_code == 503, 60)
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 1
+
+
+def test_a_restarted_server_reads_nothing_twice(tmp_path: Path) -> None:
+    """Where it ended in order; one that was killed has written nothing, and starts as if it had never been."""
+    asked = {"messages": [{"role": "user", "content": "Tell me a long story."}], "temperature": 0, "max_tokens": 8}
+    said, cached = [], []
+    for ends in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        with ServerProcess("--kept_path", tmp_path) as server:
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=180).json()
+            said.append(answer["choices"][0]["message"]["content"])
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            server.process.send_signal(ends)
+            assert server.process.wait(60) == (0 if ends == signal.SIGTERM else -signal.SIGKILL)
+        assert len(list(tmp_path.glob("*/*"))) == 1
+        asked["messages"] += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": "And then?"}]  # type: ignore[operator]
+        if ends == signal.SIGKILL:
+            del asked["messages"][-2:]  # type: ignore[attr-defined]
+    assert cached[0] == 0 < cached[1] == cached[2]
+    assert said[1] == said[2]
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
