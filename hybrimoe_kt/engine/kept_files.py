@@ -81,8 +81,8 @@ class KeptFiles:
     ) -> int:
         """Write what is not there, the one used last as the latest; return how many are.
 
-        What was loaded and is not among them goes, and older files until all take `most_bytes` together. `on_saved` hears how large each is. ConfigError for what
-        the folder refuses.
+        What was loaded and is not among them goes, and older files until all take `most_bytes` together. `on_saved`
+        hears how large each is. ConfigError for what the folder refuses.
         """
         saved: dict[Path, None] = {}
         now = time.time_ns()
