@@ -28,7 +28,7 @@ import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrimoe_kt.engine.growing_cache import growing_cache
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache
 from hybrimoe_kt.host.hf.fixed_steps import attention_of, sums_may_wait
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from hybrimoe_kt.host.rules.rule_file import packaged_rules

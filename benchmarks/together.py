@@ -21,8 +21,8 @@ import torch
 
 from hybrimoe_kt import models
 from hybrimoe_kt.backends.ggml.pool import pool
-from hybrimoe_kt.engine.growing_cache import GrowingCache
-from hybrimoe_kt.engine.layer_loop import LayerLoop
+from hybrimoe_kt.engine.memory.growing_cache import GrowingCache
+from hybrimoe_kt.engine.steps.layer_loop import LayerLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 

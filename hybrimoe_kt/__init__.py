@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .config import ExpertOptions
     from .engine.engine import Engine
     from .engine.events import Answer
     from .engine.sampling import Sampling
 
-__version__ = "0.1.0"
 __all__ = ["Answer", "Engine", "ExpertOptions", "Sampling", "__version__", "load"]
 
 _HOMES = {

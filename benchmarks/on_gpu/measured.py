@@ -15,7 +15,7 @@ from hybrimoe_kt.backends.dequantize import dequantize
 from hybrimoe_kt.backends.torch_reference import expert_ffn
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.experts import LayerExperts
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.operators.experts import HybriMoEExperts
 from hybrimoe_kt.runtime.health import Health
 

@@ -127,7 +127,7 @@ def _cache_ram(options: argparse.Namespace) -> int | None:
 
 def _set_effort(engine: Engine, effort: str) -> None:
     """Make it what the chat template is told by default; ConfigError where that reads nothing of the kind."""
-    from hybrimoe_kt.engine.thinking import effort_options
+    from hybrimoe_kt.engine.chat.thinking import effort_options
 
     given = effort_options(engine.vocabulary.takes, effort)
     if given is None:

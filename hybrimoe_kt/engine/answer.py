@@ -7,13 +7,13 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .detokenizer import IncrementalDetokenizer
+from .chat.response_parts import ResponseParts
+from .chat.turns import NO_TURNS, Turns
 from .events import Event, Finished, PromptRead, TextDelta, ToolCall
-from .response_parts import ResponseParts
 from .sampler import Sampled
 from .sampling import Sampling
-from .stop_strings import StopStrings
-from .turns import NO_TURNS, Turns
+from .text.detokenizer import IncrementalDetokenizer
+from .text.stop_strings import StopStrings
 from .vocabulary import Vocabulary
 
 __all__ = ["BegunAnswer", "Generates", "Generating", "Request", "answer"]

@@ -11,11 +11,11 @@ from hybrimoe_kt.device.step_graph import CaptureError, StepLost
 from hybrimoe_kt.device.unused_memory import is_out_of_memory
 from hybrimoe_kt.errors import CapacityError, KernelError
 
-from .conversation import Conversation
 from .generation import Generation
-from .joint_rows import leave_rows
-from .model_steps import BROKEN, MOST_LOST, ModelSteps, short_reason
-from .prefix_cache import PrefixCache
+from .memory.conversation import Conversation
+from .memory.prefix_cache import PrefixCache
+from .steps.joint_rows import leave_rows
+from .steps.model_steps import BROKEN, MOST_LOST, ModelSteps, short_reason
 
 __all__ = ["Batch"]
 

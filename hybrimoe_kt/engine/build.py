@@ -15,8 +15,8 @@ from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 
 from .engine import Engine
-from .profiler import TimeShares
-from .tokenizer import load_tokenizer
+from .steps.profiler import TimeShares
+from .text.tokenizer import load_tokenizer
 
 __all__ = ["build_engine"]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hybrimoe_kt.errors import ConfigError
 
-from .closed_schema import closed_schema
+from .forms.closed_schema import closed_schema
 
 __all__ = ["Constraint", "json_rule", "quoted"]
 

@@ -14,14 +14,14 @@ from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
 from .answer import Request, answer
-from .conversation import Conversation
 from .events import Answer, Event, TextDelta
 from .facts import Counters, ModelInfo
-from .file_vocabulary import end_ids
-from .profiler import TimeShares
+from .forms.token_matcher import TokenMatcher
+from .memory.conversation import Conversation
 from .sampling import Sampling
+from .steps.profiler import TimeShares
+from .text.file_vocabulary import end_ids
 from .token_generator import Run, TokenGenerator
-from .token_matcher import TokenMatcher
 from .vocabulary import Message, Vocabulary
 
 __all__ = ["Engine", "Run", "Sampling"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .conversation import Conversation
-from .prompt_scores import PromptScores
+from .chat.turns import NO_TURNS, Turns
+from .memory.conversation import Conversation
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
-from .turns import NO_TURNS, Turns
+from .steps.prompt_scores import PromptScores
 
 __all__ = ["Generation", "Run"]
 

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
+from .forms.token_matcher import TokenMatcher
 from .kept_tokens import draw_from, kept_tokens
 from .sampling import Sampling
-from .token_matcher import TokenMatcher
 
 __all__ = ["Sampled", "Sampler"]
 

@@ -18,19 +18,19 @@ from hybrimoe_kt.host.last_runs import RunNote
 from hybrimoe_kt.runtime import Runtime
 
 from .batch import Batch
-from .captured_loop import CapturedLoop, captured_loop
-from .conversation import Conversation
+from .chat.turns import NO_TURNS, Turns
+from .forms.token_matcher import TokenMatcher
 from .generation import Generation, Run
-from .growing_cache import GrowingCache, growing_cache, layer_bytes
-from .kept_files import KeptFiles, identity
-from .layer_loop import LayerLoop
-from .model_steps import ModelSteps
-from .prefix_cache import PrefixCache
-from .profiler import TimeShares
+from .memory.conversation import Conversation
+from .memory.growing_cache import GrowingCache, growing_cache, layer_bytes
+from .memory.kept_files import KeptFiles, identity
+from .memory.prefix_cache import PrefixCache
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
-from .token_matcher import TokenMatcher
-from .turns import NO_TURNS, Turns
+from .steps.captured_loop import CapturedLoop, captured_loop
+from .steps.layer_loop import LayerLoop
+from .steps.model_steps import ModelSteps
+from .steps.profiler import TimeShares
 from .vocabulary import num_token_ids
 
 __all__ = ["Generation", "Run", "TokenGenerator"]

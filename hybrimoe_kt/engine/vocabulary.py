@@ -8,16 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .answer_forms import AnswerForms
-from .chat_template import answer_beginning, chat_prompt, template_takes
+from .chat.chat_template import answer_beginning, chat_prompt, template_takes
+from .chat.response_format import PREFIX_TOKENS, ResponseFormat, response_format
+from .chat.response_parts import ResponseParts
+from .chat.turns import Leads, Turns
 from .constraint import Constraint
-from .detokenizer import IncrementalDetokenizer
-from .response_format import PREFIX_TOKENS, ResponseFormat, response_format
-from .response_parts import ResponseParts
-from .spelling import Spelling
-from .token_bytes import TokenBytes
-from .token_matcher import TokenMatchers
-from .turns import Leads, Turns
+from .forms.answer_forms import AnswerForms
+from .forms.token_matcher import TokenMatchers
+from .text.detokenizer import IncrementalDetokenizer
+from .text.spelling import Spelling
+from .text.token_bytes import TokenBytes
 
 __all__ = ["Message", "Vocabulary", "num_token_ids"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hybrimoe_kt.engine.thinking import EFFORTS, switch_options
+from hybrimoe_kt.engine.chat.thinking import EFFORTS, switch_options
 
 from .anthropic_schema import MessagesRequest
 from .errors import ApiError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrimoe_kt.engine.sampler import Sampled
-from hybrimoe_kt.engine.spelling import Spelled
+from hybrimoe_kt.engine.text.spelling import Spelled
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 
 __all__ = ["ShownLogprobs"]

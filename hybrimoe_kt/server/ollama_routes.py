@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from hybrimoe_kt.engine.chat.thinking import switch_options, takes_thinking
 from hybrimoe_kt.engine.events import Answer, Event, Finished, TextDelta, ToolCall
 from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.thinking import switch_options, takes_thinking
 
 from .errors import ApiError, Json, as_api_error
 from .forms import format_constraint

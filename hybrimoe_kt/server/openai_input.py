@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybrimoe_kt.engine.chat.thinking import SWITCHES, effort_options, switch_options
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.thinking import SWITCHES, effort_options, switch_options
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 
 from .errors import ApiError

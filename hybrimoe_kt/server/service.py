@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from hybrimoe_kt.engine.answer import Request
+from hybrimoe_kt.engine.chat.turns import Turns
 from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.engine.events import Event, Finished
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.turns import Turns
 from hybrimoe_kt.errors import CapacityError, ConfigError, ModelError
 
 from .clients import client_of_request

@@ -24,7 +24,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A KV cache with so little that a few tokens fill it."""
-    from hybrimoe_kt.engine import room
+    from hybrimoe_kt.engine.memory import room
 
     monkeypatch.setattr(room, "_LEAST_ROOM", 4)
     monkeypatch.setattr(room, "_LEAST_FIXED_ROOM", 20)

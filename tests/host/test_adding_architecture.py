@@ -15,7 +15,7 @@ from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 
 from hybrimoe_kt.cli import rules as rules_command
-from hybrimoe_kt.engine.tokenizer import load_tokenizer
+from hybrimoe_kt.engine.text.tokenizer import load_tokenizer
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, Architecture
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.report import best_skeleton

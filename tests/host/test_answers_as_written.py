@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hybrimoe_kt.engine.build import build_engine
+from hybrimoe_kt.engine.chat.thinking import effort_options
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.engine.sampler import Sampled
-from hybrimoe_kt.engine.thinking import effort_options
 from tests.support.generated_model import GeneratedModel, Shape
 from tests.support.notations import CONTENT, ROWS, THOUGHT
 from tests.support.vocabularies import byte_level

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hybrimoe_kt.engine import batch as batch_module
 from hybrimoe_kt.engine.generation import Generation
-from hybrimoe_kt.engine.layer_loop import LayerLoop
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.steps.layer_loop import LayerLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import CapacityError, KernelError
 from hybrimoe_kt.host.hf.loading import load_model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import LoadedModel, load_model
 from tests.support.captured_steps import EXACT, decode

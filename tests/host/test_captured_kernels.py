@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.launches import rules_with
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hybrimoe_kt.device.recorder import Recorder
-from hybrimoe_kt.engine.captured_loop import CapturedLoop, captured_loop
-from hybrimoe_kt.engine.growing_layers import GrowingLayer
+from hybrimoe_kt.engine.memory.growing_layers import GrowingLayer
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop, captured_loop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from tests.support.captured_steps import EXACT, Make, decode, generator, load, loop_of

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine import joint_rows
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
-from hybrimoe_kt.engine.captured_rows import CapturedRows
 from hybrimoe_kt.engine.generation import Generation
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.steps import joint_rows
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.steps.captured_rows import CapturedRows
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from tests.host.test_equality import SHAPES

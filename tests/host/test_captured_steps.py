@@ -16,8 +16,8 @@ from hybrimoe_kt.backends.sdpa_attention import SdpaAttention
 from hybrimoe_kt.core.timeline import Timeline
 from hybrimoe_kt.device.recorder import Recorder
 from hybrimoe_kt.device.step_graph import listeners
-from hybrimoe_kt.engine import room
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
+from hybrimoe_kt.engine.memory import room
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from tests.support.captured_steps import EXACT, PROMPT, Make, check, decode, generator, load, loop_of

@@ -19,7 +19,7 @@ from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
 from hybrimoe_kt.device.lane_memory import lane_bytes
 from hybrimoe_kt.device.layout import MatrixLayout
 from hybrimoe_kt.device.packed import PackedMatrix
-from hybrimoe_kt.engine.growing_cache import growing_cache, layer_bytes
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache, layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.host.card_plan import DenseTensor, dense_bytes, kept_of, step_shape

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hybrimoe_kt.engine.call_notations import CALLS as NOTATIONS
-from hybrimoe_kt.engine.chat_template import chat_prompt, template_takes
+from hybrimoe_kt.engine.chat.call_notations import CALLS as NOTATIONS
+from hybrimoe_kt.engine.chat.chat_template import chat_prompt, template_takes
 from hybrimoe_kt.errors import ConfigError, ModelError
 from tests.server.scripted import byte_tokenizer
 from tests.support.generated_model import GeneratedModel, Shape

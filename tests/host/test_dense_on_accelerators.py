@@ -11,7 +11,7 @@ import torch
 
 from hybrimoe_kt import optimize_rules
 from hybrimoe_kt.backends import gpu_dense
-from hybrimoe_kt.engine.growing_cache import layer_bytes
+from hybrimoe_kt.engine.memory.growing_cache import layer_bytes
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.hf.injector import Injector

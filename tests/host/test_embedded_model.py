@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrimoe_kt.engine.build import build_engine
-from hybrimoe_kt.engine.chat_template import chat_prompt
+from hybrimoe_kt.engine.chat.chat_template import chat_prompt
 from hybrimoe_kt.engine.engine import Engine
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.models import recorded_traces

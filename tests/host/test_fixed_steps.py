@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hybrimoe_kt.backends.decode_attention import attention_on
-from hybrimoe_kt.engine.growing_cache import growing_cache
-from hybrimoe_kt.engine.growing_layers import GrowingLayer, RoomLayer
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache
+from hybrimoe_kt.engine.memory.growing_layers import GrowingLayer, RoomLayer
 from hybrimoe_kt.host.hf.fixed_steps import layers_read_as_kept
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES

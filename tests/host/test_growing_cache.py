@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3NextConfig
 from transformers.cache_utils import LinearAttentionLayer
 
-from hybrimoe_kt.engine.growing_cache import growing_cache, layer_bytes
-from hybrimoe_kt.engine.growing_layers import GrowingLayer
-from hybrimoe_kt.engine.quantized_states import QuantizedStates
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache, layer_bytes
+from hybrimoe_kt.engine.memory.growing_layers import GrowingLayer
+from hybrimoe_kt.engine.memory.quantized_states import QuantizedStates
 from hybrimoe_kt.kv_cache_types import KV_CACHE_TYPES
 
 CONFIG = Qwen3MoeConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrimoe_kt.engine.conversation import Conversation
-from hybrimoe_kt.engine.joint_rows import JointRows, leave_rows
+from hybrimoe_kt.engine.memory.conversation import Conversation
+from hybrimoe_kt.engine.steps.joint_rows import JointRows, leave_rows
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from tests.support.by_modules import by_modules

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrimoe_kt.engine import kept_files
-from hybrimoe_kt.engine.host_copy import HostCopy
-from hybrimoe_kt.engine.kept_files import KeptFiles
-from hybrimoe_kt.engine.layer_states import LayerStates
+from hybrimoe_kt.engine.memory import kept_files
+from hybrimoe_kt.engine.memory.host_copy import HostCopy
+from hybrimoe_kt.engine.memory.kept_files import KeptFiles
+from hybrimoe_kt.engine.memory.layer_states import LayerStates
 from hybrimoe_kt.errors import ConfigError
 from tests.support.generated_model import GeneratedModel, Shape
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine.growing_cache import layer_bytes
+from hybrimoe_kt.engine.memory.growing_cache import layer_bytes
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrimoe_kt.engine.build import build_engine
-from hybrimoe_kt.engine.chat_template import chat_prompt
+from hybrimoe_kt.engine.chat.chat_template import chat_prompt
 from hybrimoe_kt.engine.engine import Engine, Sampling
 from hybrimoe_kt.host.hf.loading import load_model
 from tests.support.generated_model import GeneratedModel, Shape, Type

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine import model_steps
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
+from hybrimoe_kt.engine.steps import model_steps
 from hybrimoe_kt.errors import CapacityError
 from hybrimoe_kt.operators.moe_block import MoEBlock
 from tests.support.by_modules import by_modules

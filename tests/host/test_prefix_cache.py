@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
-from hybrimoe_kt.engine.conversation import Conversation, common_length
-from hybrimoe_kt.engine.prefix_cache import PrefixCache
+from hybrimoe_kt.engine.chat.turns import NO_TURNS, Turns
+from hybrimoe_kt.engine.memory.conversation import Conversation, common_length
+from hybrimoe_kt.engine.memory.prefix_cache import PrefixCache
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
-from hybrimoe_kt.engine.turns import NO_TURNS, Turns
 from hybrimoe_kt.host.hf.loading import load_model
 from tests.host.test_equality import SHAPES
 from tests.support.generated_model import GeneratedModel, Shape

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_kt.engine import prompt_scores
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine
-from hybrimoe_kt.engine.prompt_scores import PromptScores
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.steps import prompt_scores
+from hybrimoe_kt.engine.steps.prompt_scores import PromptScores
 from hybrimoe_kt.errors import KernelError
 from tests.support.generated_model import Shape
 

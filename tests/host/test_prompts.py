@@ -12,7 +12,7 @@ import torch
 from hybrimoe_kt.backends.attention_protocol import AskedPrompt
 from hybrimoe_kt.backends.prompt_attention import PromptAttention, TorchPrompts
 from hybrimoe_kt.backends.sdpa_attention import read_latents
-from hybrimoe_kt.engine.growing_cache import growing_cache
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.operators import attention
 from hybrimoe_kt.operators.attention import DecodeAttention

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hybrimoe_kt.engine.detokenizer import IncrementalDetokenizer
 from hybrimoe_kt.engine.sampler import Sampler
 from hybrimoe_kt.engine.sampling import Sampling
+from hybrimoe_kt.engine.text.detokenizer import IncrementalDetokenizer
 
 VOCABULARY = 41
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hybrimoe_kt.engine.spelling import Spelling
-from hybrimoe_kt.engine.token_bytes import TokenBytes
+from hybrimoe_kt.engine.text.spelling import Spelling
+from hybrimoe_kt.engine.text.token_bytes import TokenBytes
 
 WORDS = ("▁", "▁Hello", "▁wor", "ld", "H", "é", "▁日")
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hybrimoe_kt.backends.ggml import library as ggml
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.device.backend import Routed
-from hybrimoe_kt.engine.growing_cache import GrowingCache
-from hybrimoe_kt.engine.layer_loop import LayerLoop
+from hybrimoe_kt.engine.memory.growing_cache import GrowingCache
+from hybrimoe_kt.engine.steps.layer_loop import LayerLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import Job, Runtime

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe_kt.engine.stop_strings import StopStrings
+from hybrimoe_kt.engine.text.stop_strings import StopStrings
 
 ALPHABET = st.text("ab<é", max_size=12)
 

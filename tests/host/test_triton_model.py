@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_kt.engine.build import build_engine
-from hybrimoe_kt.engine.chat_template import chat_prompt
+from hybrimoe_kt.engine.chat.chat_template import chat_prompt
 from hybrimoe_kt.engine.engine import Sampling
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hybrimoe_kt.engine.turns import Turns
+from hybrimoe_kt.engine.chat.turns import Turns
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 from tests.server.scripted import ScriptedEngine
 

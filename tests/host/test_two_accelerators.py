@@ -14,8 +14,8 @@ import torch
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
 from hybrimoe_kt.engine.build import build_engine
-from hybrimoe_kt.engine.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.engine import Sampling
+from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble

@@ -14,7 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.llama4.modeling_llama4 import Llama4TextAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRotaryEmbedding
 
-from hybrimoe_kt.engine.growing_cache import growing_cache
+from hybrimoe_kt.engine.memory.growing_cache import growing_cache
 from hybrimoe_kt.errors import ConfigError, HostCompatibilityError
 from hybrimoe_kt.operators.attention import DecodeAttention
 from tests.support.fixed_cache import fix_lengths

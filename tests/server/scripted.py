@@ -10,10 +10,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hybrimoe_kt.engine.chat.turns import NO_TURNS, Turns
 from hybrimoe_kt.engine.facts import Counters, ModelInfo
 from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.turns import NO_TURNS, Turns
 from hybrimoe_kt.engine.vocabulary import Vocabulary
 from hybrimoe_kt.errors import CapacityError, ModelError
 from hybrimoe_kt.runtime.health import Health

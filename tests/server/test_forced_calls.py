@@ -10,10 +10,10 @@ import jsonschema_rs
 import pytest
 import torch
 
-from hybrimoe_kt.engine.argument_types import typed_arguments
-from hybrimoe_kt.engine.call_forms import FORMS
-from hybrimoe_kt.engine.call_notations import CALLS
+from hybrimoe_kt.engine.chat.argument_types import typed_arguments
+from hybrimoe_kt.engine.chat.call_notations import CALLS
 from hybrimoe_kt.engine.constraint import Constraint
+from hybrimoe_kt.engine.forms.call_forms import FORMS
 from hybrimoe_kt.errors import ConfigError
 from tests.support.notations import CONTENT, ROWS, Row
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from hybrimoe_kt.engine.closed_schema import closed_schema
 from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.engine.engine import Engine
+from hybrimoe_kt.engine.forms.closed_schema import closed_schema
+from hybrimoe_kt.engine.forms.token_matcher import TokenMatchers
 from hybrimoe_kt.engine.sampler import Sampler
 from hybrimoe_kt.engine.sampling import Sampling
-from hybrimoe_kt.engine.token_bytes import TokenBytes
-from hybrimoe_kt.engine.token_matcher import TokenMatchers
+from hybrimoe_kt.engine.text.token_bytes import TokenBytes
 from hybrimoe_kt.errors import ConfigError
 
 from .drawn import DrawingEngine

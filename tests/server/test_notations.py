@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hybrimoe_kt.engine.answer import Request, answer
-from hybrimoe_kt.engine.call_notations import CALLS as NOTATIONS
+from hybrimoe_kt.engine.chat.call_notations import CALLS as NOTATIONS
 from hybrimoe_kt.engine.events import Answer, Event, TextDelta
 from hybrimoe_kt.engine.sampling import Sampling
 from hybrimoe_kt.host.hf.architectures import every_architecture

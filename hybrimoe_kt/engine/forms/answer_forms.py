@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybrimoe_kt.engine.chat.call_notations import CALLS
+from hybrimoe_kt.engine.chat.response_format import ResponseFormat, ends_with
+from hybrimoe_kt.engine.chat.thought_notations import ThoughtNotation
+from hybrimoe_kt.engine.constraint import Constraint
 from hybrimoe_kt.errors import ConfigError
 
 from .call_forms import call_rules, form_of
-from .call_notations import CALLS
 from .call_writers import Marks
-from .constraint import Constraint
-from .response_format import ResponseFormat, ends_with
-from .thought_notations import ThoughtNotation
 
 __all__ = ["AnswerForms"]
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hybrimoe_kt.engine.sampler import Sampled
 from hybrimoe_kt.errors import KernelError
-
-from .sampler import Sampled
 
 __all__ = ["PromptScores"]
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybrimoe_kt.engine.chat.argument_types import allowed_kinds, resolved
+from hybrimoe_kt.engine.constraint import json_rule, quoted
 from hybrimoe_kt.errors import ConfigError
-
-from .argument_types import allowed_kinds, resolved
-from .constraint import json_rule, quoted
 
 __all__ = [
     "CallWriter",

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from hybrimoe_kt.engine.memory.conversation import common_length
 from hybrimoe_kt.errors import ModelError
-
-from .conversation import common_length
 
 __all__ = ["NO_TURNS", "Leads", "Turns"]
 

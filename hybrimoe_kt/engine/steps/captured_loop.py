@@ -11,11 +11,11 @@ import torch
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.device.emulated.immediate import ImmediateAccelerator
+from hybrimoe_kt.engine.memory.growing_cache import GrowingCache
 from hybrimoe_kt.host.hf.fixed_steps import attention_of, layers_read_as_kept, refusal, sums_may_wait
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
 from .captured_steps import CapturedSteps
-from .growing_cache import GrowingCache
 
 __all__ = ["CapturedLoop", "captured_loop"]
 

@@ -14,11 +14,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
 
+from hybrimoe_kt.engine.memory.growing_cache import GrowingCache
+from hybrimoe_kt.engine.memory.growing_layers import GrowingLayer
 from hybrimoe_kt.host.hf.loading import LoadedModel
 
 from .captured_rows import CapturedRows
-from .growing_cache import GrowingCache
-from .growing_layers import GrowingLayer
 
 __all__ = ["JointRows", "leave_rows"]
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from hybrimoe_kt.engine.events import TextDelta, ToolCall
+
 from .argument_types import typed_arguments
 from .call_notations import CallNotation
-from .events import TextDelta, ToolCall
 
 __all__ = ["ResponseParts", "padded"]
 

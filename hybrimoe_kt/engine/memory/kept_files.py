@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import hybrimoe_kt
 from hybrimoe_kt.errors import ConfigError, first_line
+from hybrimoe_kt.version import __version__
 
 from .growing_cache import GrowingCache
 from .host_copy import HostCopy
@@ -49,7 +49,7 @@ def identity(files: Iterable[Path], config: Any, cache: GrowingCache, kept: Iter
     values.
     """
     layers = [type(layer).__name__ for layer in cache.layers]
-    told = [_FORMAT, hybrimoe_kt.__version__, config.to_dict(), layers, [str(each) for each in kept]]
+    told = [_FORMAT, __version__, config.to_dict(), layers, [str(each) for each in kept]]
     told[2].pop("_name_or_path", None)
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for path in files:

@@ -10,19 +10,19 @@ import torch
 
 from hybrimoe_kt.device.step_graph import CaptureError, StepLost
 from hybrimoe_kt.device.unused_memory import give_back_unused, is_out_of_memory
+from hybrimoe_kt.engine.memory.conversation import Conversation
+from hybrimoe_kt.engine.memory.growing_cache import GrowingCache
+from hybrimoe_kt.engine.vocabulary import num_token_ids
 from hybrimoe_kt.errors import CapacityError, KernelError, first_line
 from hybrimoe_kt.host.hf.loading import LoadedModel
 from hybrimoe_kt.runtime import Runtime
 
 from .captured_loop import CapturedLoop
 from .captured_rows import CapturedRows
-from .conversation import Conversation
-from .growing_cache import GrowingCache
 from .joint_rows import JointRows
 from .layer_loop import LayerLoop
 from .profiler import TimeShares
 from .prompt_scores import PromptScores
-from .vocabulary import num_token_ids
 
 __all__ = ["BROKEN", "MOST_LOST", "ModelSteps", "short_reason"]
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from hybrimoe_kt.engine.constraint import Constraint
+from hybrimoe_kt.engine.text.token_bytes import TokenBytes
 from hybrimoe_kt.errors import ConfigError
-
-from .constraint import Constraint
-from .token_bytes import TokenBytes
 
 __all__ = ["TokenMatcher", "TokenMatchers"]
 

@@ -1,0 +1,1 @@
+"""How one model writes conversations: its template, thoughts, tool calls, and where turns begin."""

@@ -1,0 +1,1 @@
+"""What holds answers to a form: masks over the vocabulary, and grammars of each notation."""
