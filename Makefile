@@ -21,15 +21,19 @@ KT_KERNEL ?= 0.7.2
 KT_KERNEL_FITS = import platform as p, sys; sys.exit((p.system(), p.machine()) != ("Linux", "x86_64") or \
   sys.version_info[:2] not in ((3, 11), (3, 12)))
 NO_KT_KERNEL = note: without kt-kernel, which has builds for CPython 3.11 and 3.12 on x86-64 Linux; nothing is lost, ggml computes
+# Coding agents that the server is tried with.
+CODEX  ?= 0.171.0
+CLAUDE ?= 2.1.197
 PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv browser test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv browser agents test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 	@echo "make browser    what the chat page's tests need: playwright, and Debian's Chromium where apt may install it"
+	@echo "make agents     Codex CLI and Claude Code, by npm, for make test-slow to try the server with"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
 	@echo "make test-pythons  a part of the tests under the oldest and newest other Python of this machine"
@@ -59,6 +63,9 @@ browser: $(VENV)/.ready-browser
 # Two files at a time: half of a serial run is waiting for servers and timers. -n0 in ARGS takes that back.
 test: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
+
+# The coding agents of docs/server.md, by npm, 660 MB; `make test-slow` tries them where they are.
+agents: .cache/agents/node_modules
 
 test-slow: $(VENV)/.ready-dev | .cache/ktransformers .cache/llama.cpp .cache/smg
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -152,6 +159,10 @@ $(VENV)/.ready-browser: $(VENV)/.ready-dev
 # kTransformers' own rule engine, an oracle of the tests, which skip without it; fetched once, kept outside git.
 .cache/ktransformers: $(VENV)/.ready-dev
 	-@$(BIN)/python tests/conformance/legacy_ktransformers.py
+
+.cache/agents/node_modules: Makefile
+	npm install --silent --no-audit --no-fund --prefix .cache/agents @openai/codex@$(CODEX) @anthropic-ai/claude-code@$(CLAUDE)
+	touch $@
 
 # llama.cpp's converter, another oracle: what GGUF files look like that we did not write ourselves.
 .cache/llama.cpp: $(VENV)/.ready-dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from .responses_schema import Tool
 
 __all__ = ["TOOLS", "functions", "joined", "namespaces"]
 
+logger = logging.getLogger(__name__)
+
 _NO_SEARCH = "this server searches nothing"
 _FUNCTION = "describe it as a function"
 TOOLS = {
-    "web_search": _NO_SEARCH,
     "web_search_preview": _NO_SEARCH,
     "file_search": _NO_SEARCH,
     "code_interpreter": "this server runs no code",
@@ -64,9 +66,17 @@ def _flat(tools: Sequence[Tool]) -> Iterator[tuple[str, str | None, Tool]]:
             for inner, one in enumerate(tool.tools or []):
                 _check(one, f"{place}.tools[{inner}]")
                 yield f"{place}.tools[{inner}]", tool.name, one
-        elif tool.type != "web_search" or tool.external_web_access is not False:  # a search of nothing finds nothing
+        elif tool.type == "web_search":
+            _leave_out(tool)
+        else:
             _check(tool, place)
             yield place, None, tool
+
+
+def _leave_out(tool: Tool) -> None:
+    """Codex offers a search unasked: of nothing by default, of the web where its sandbox is open."""
+    if tool.external_web_access is not False:
+        logger.info("a tool of type web_search is left out: %s", _NO_SEARCH)
 
 
 def _check(tool: Tool, place: str) -> None:

@@ -179,8 +179,9 @@ def test_functions_of_a_namespace_are_called_by_both_names(asked: Asked) -> None
     """Codex has those of each MCP server in one, and calls none that comes without it."""
     asked.says = CALLS.replace('"weather"', '"mcp__sky__weather"')
     spaced = {"type": "namespace", "name": "mcp__sky", "description": "The sky.", "tools": [TOOL]}
-    search = {"type": "web_search", "external_web_access": False}
-    first = asked.create(tools=[spaced, search], input="Look.")
+    searches = [{"type": "web_search"}, {"type": "web_search", "external_web_access": False}]
+    first = asked.create(tools=[spaced, *searches], input="Look.")
+    assert "web_search" not in asked.engine.prompts[-1]
     assert '"name": "mcp__sky__weather"' in asked.engine.prompts[-1]
     call = first.output[1]
     assert (call.namespace, call.name, json.loads(call.arguments)["days"]) == ("mcp__sky", "weather", 2)
@@ -304,7 +305,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "an effort": ({"reasoning": {"effort": "high"}}, "reasoning.effort 'high' is not supported", "reasoning.effort"),
     "two answers": ({"n": 2}, "n is not supported", "n"),
     "a call of no tools": ({"tool_choice": "required"}, "there are no tools to choose from", "tool_choice"),
-    "a search": ({"tools": [TOOL, {"type": "web_search"}]}, "'web_search' are not supported: this server", "tools[1]"),
+    "a search": (
+        {"tools": [TOOL, {"type": "file_search"}]}, "'file_search' are not supported: this server", "tools[1]",
+    ),
+    "nothing but a search": (
+        {"tools": [{"type": "web_search"}], "tool_choice": "required"}, "there are no tools", "tool_choice",
+    ),
+    "a forced search": (
+        {"tools": [TOOL, {"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice", "tool_choice",
+    ),
     "a search within": (
         {"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "b"}]}]},
         "'custom' are not supported: what a tool is given is JSON here", "tools[0].tools[0]",
