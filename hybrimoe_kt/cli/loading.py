@@ -39,6 +39,8 @@ def open_engine(options: argparse.Namespace, console: Console) -> Engine:
         console.print(visible(plan.line()), markup=False)
     _note_unused(engine, options, console)
     if options.kept_path is not None:
+        if not engine.can_save_kept:
+            console.print("note: --kept_path has no effect: this model's conversations cannot be copied", markup=False)
         num = engine.restore_kept(options.kept_path)
         console.print(visible(f"{_conversations(num)} to go on from in {options.kept_path}"), markup=False)
     return engine

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hybrimoe_kt.core.intervals import length, union
+from hybrimoe_kt.core.intervals import Spans, length, union
 from hybrimoe_kt.core.types import Transfer
 
 from .accelerator import Stamp
-from .executor import Executor
+from .executor import DEVICE_ERRORS, Executor
 
 __all__ = ["BusyMeter"]
 
@@ -107,20 +107,20 @@ class BusyMeter:
 
     def _settle(self) -> None:
         for watched in list(self._waiting):
-            spans: dict[tuple[str, int], list[tuple[float, float]]] = {}
-            for resource, lane, before, after in watched.stamped:
-                began_s, ended_s = before.at_s(), after.at_s()
-                if began_s is None or ended_s is None:
-                    break
-                spans.setdefault((resource, lane), []).append((began_s, max(began_s, ended_s)))
-            else:
+            try:
+                spans = _spans(watched)
+            except DEVICE_ERRORS:  # which whoever gives it work hears of as well
                 self._waiting.remove(watched)
-                if watched.timed:
-                    watched.busy_s |= {"gpu": 0.0, "link": 0.0}
-                for (resource, _), found in spans.items():
-                    watched.busy_s[resource] += length(union(found)) / len(watched.timed)
-                watched.stamped.clear()
-                self._measured.append(watched)
+                continue
+            if spans is None:
+                continue
+            self._waiting.remove(watched)
+            if watched.timed:
+                watched.busy_s |= {"gpu": 0.0, "link": 0.0}
+            for (resource, _), found in spans.items():
+                watched.busy_s[resource] += length(union(found)) / len(watched.timed)
+            watched.stamped.clear()
+            self._measured.append(watched)
 
     # What the executor and its lanes tell.
 
@@ -142,3 +142,14 @@ class BusyMeter:
     def _stamped(self, resource: str, lane: int, before: Stamp, after: Stamp) -> None:
         if self._pass is not None and lane in self._pass.timed:
             self._pass.stamped.append(_Stamped(resource, lane, before, after))
+
+
+def _spans(watched: _Pass) -> dict[tuple[str, int], Spans] | None:
+    """By resource and lane, when it worked; None while some of it is not over."""
+    spans: dict[tuple[str, int], Spans] = {}
+    for resource, lane, before, after in watched.stamped:
+        began_s, ended_s = before.at_s(), after.at_s()
+        if began_s is None or ended_s is None:
+            return None
+        spans.setdefault((resource, lane), []).append((began_s, max(began_s, ended_s)))
+    return spans

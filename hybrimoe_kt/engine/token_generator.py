@@ -24,6 +24,7 @@ from .generation import Generation, Run
 from .memory.conversation import Conversation
 from .memory.growing_cache import GrowingCache, growing_cache, layer_bytes
 from .memory.kept_files import KeptFiles, identity
+from .memory.layer_states import states_of
 from .memory.prefix_cache import PrefixCache
 from .sampler import Sampled, Sampler
 from .sampling import Sampling
@@ -257,24 +258,34 @@ class TokenGenerator:
     def save_kept(self, folder: str | Path, on_saved: Callable[[int], object] = lambda num_bytes: None) -> int:
         """Write all that is kept to files in `folder`, for `restore_kept` of another process; return how many.
 
-        Files there take at most what `cache_ram` allows; `on_saved` hears the bytes of each. ConfigError where the
-        folder cannot be written.
+        Files there take at most what `cache_ram` allows, or what it does by default; `on_saved` hears the bytes of
+        each. ConfigError where the folder cannot be written.
         """
         self._keep_own()
-        most_bytes = max(self.kept.budget_bytes, self.kept.num_bytes)
+        most_bytes = max(self.kept.budget_bytes, self.kept.num_bytes, psutil.virtual_memory().total // _RAM_SHARE)
         return self._kept_files(folder).save(self.kept.copies(), most_bytes, on_saved)
 
     def restore_kept(self, folder: str | Path) -> int:
         """Go on from what `save_kept` has written with this model, as far as it fits; return how many there are."""
-        return self.kept.restore(self._kept_files(folder).load())
+        files = self._kept_files(folder)
+        num = self.kept.restore(files.load())
+        files.keep_to(self.kept.copies())
+        return num
+
+    @property
+    def can_save_kept(self) -> bool:
+        """Whether conversations can be copied: not where a layer's states are known to Transformers alone."""
+        return all(states_of(layer, 0) is not None for layer in self.new_cache().layers)
 
     def _kept_files(self, folder: str | Path) -> KeptFiles:
         found = self._files.get(Path(folder))
         if found is None:
             cache, loaded = self.new_cache(), self.loaded
             sizes = (getattr(layer, "token_bytes", "") for layer in cache.layers)
-            kept = loaded.kv_cache_type, self.model.dtype, *sizes
-            name = identity(loaded.loader.file.files, self.model.config, cache, kept)
+            places = (parameter.device for parameter in self.model.parameters())
+            kept = loaded.kv_cache_type, self.model.dtype, *sizes, *places
+            file = loaded.loader.file
+            name = identity(file.files, file.metadata, self.model.config, cache, kept)
             found = self._files[Path(folder)] = KeptFiles(Path(folder), name)
         return found
 

@@ -97,6 +97,19 @@ def test_stamps_that_never_come_are_given_up(clock: SimpleNamespace) -> None:
     assert len(meter._measured) < 10
 
 
+def test_a_stamp_that_fails_stops_nothing(clock: SimpleNamespace) -> None:
+    meter = BusyMeter(Executor(True, True), [0, 1], every=1, first=0)  # type: ignore[arg-type]
+
+    class Broken:
+        def at_s(self) -> float:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    watched_pass(meter, clock, launched=(Broken(), Broken()))
+    watched_pass(meter, clock)
+    meter.begin()
+    assert meter.shares()["cpu"] == pytest.approx(0.5) and len(meter._measured) == 1
+
+
 def test_only_some_passes_are_watched_and_nobody_is_pushed_aside(clock: SimpleNamespace) -> None:
     executor = Executor(True)
     meter, watched = BusyMeter(executor, [3, 4], every=5, first=2), []  # type: ignore[arg-type]

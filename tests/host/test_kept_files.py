@@ -16,9 +16,13 @@ from hybrimoe_kt.engine.memory import kept_files
 from hybrimoe_kt.engine.memory.host_copy import HostCopy
 from hybrimoe_kt.engine.memory.kept_files import KeptFiles
 from hybrimoe_kt.engine.memory.layer_states import LayerStates
+from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.errors import ConfigError
+from hybrimoe_kt.host.hf.loading import load_model
+from tests.support.captured_steps import EXACT
 from tests.support.generated_model import GeneratedModel, Shape
 
+from .families import random_model, save_checkpoint
 from .test_equality import SHAPES
 from .test_prefix_cache import PLACES, Agent, answer, generator, text
 
@@ -95,11 +99,29 @@ def test_weights_tell_files_of_one_size_apart(generated: Make, tmp_path: Path) -
             with weights.open("r+b") as file:
                 file.seek(place)
                 file.write(b"x")
-        seen.add(kept_files.identity([weights], made.model.config, made.new_cache(), ("f16",)))
+        seen.add(kept_files.identity([weights], {}, made.model.config, made.new_cache(), ("f16",)))
     assert len(seen) == 4
-    assert kept_files.identity([weights], made.model.config, made.new_cache(), ("f32",)) not in seen
+    assert kept_files.identity([weights], {}, made.model.config, made.new_cache(), ("f32",)) not in seen
     weights.write_bytes(b"")
-    kept_files.identity([weights], made.model.config, made.new_cache(), ())
+    kept_files.identity([weights], {}, made.model.config, made.new_cache(), ())
+
+
+def test_rotary_scaling_is_part_of_the_model(generated: Make, tmp_path: Path) -> None:
+    """It comes from the file, or from what stands in its metadata's place, and is not in the configuration."""
+    model, prompt = generated(SHAPES["qwen3moe"]), text(1, 120)
+    one = generator(model, "graphs")
+    said = answer(one, prompt, 3)
+    one.save_kept(tmp_path)
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    changed = {f"qwen3moe.rope.scaling.{key}": value for key, value in scaling.items()}
+    loaded = load_model(
+        model.path, option_overrides={"accelerator": "none", "cpu_backend": "ggml"}, metadata=changed, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    other = TokenGenerator(loaded, set(), cache_ram=2**30)
+    assert other.restore_kept(tmp_path) == 0
+    wanted = answer(other, [*prompt, *said, 5], 6)
+    assert wanted != answer(one, [*prompt, *said, 5], 6), "it makes a difference"
 
 
 def copies(*sizes: int) -> list[HostCopy]:
@@ -133,6 +155,54 @@ def test_what_has_become_longer_takes_the_place_of_what_it_was(tmp_path: Path) -
     assert {tuple(copy.ids) for copy in kept.load()} == {(0, 0, 0, 7), (1, 1, 1), (2, 2, 2)}
 
 
+def test_what_did_not_fit_stays_in_its_file(generated: Make, tmp_path: Path) -> None:
+    """A run with less memory for them takes none away."""
+    model = generated(SHAPES["qwen3moe"])
+    made = generator(model, "graphs")
+    for seed in range(3):
+        answer(made, text(seed, 20), 2)
+    made.save_kept(tmp_path)
+    small = generator(model, "graphs", cache_ram=0)
+    assert small.restore_kept(tmp_path) == 1
+    answer(small, text(7, 20), 2)
+    small.save_kept(tmp_path)
+    assert generator(model, "graphs").restore_kept(tmp_path) >= 3
+
+
+def test_the_same_tokens_with_other_marks_are_another_file(tmp_path: Path) -> None:
+    kept = KeptFiles(tmp_path, "model")
+    (copy,) = copies(10)
+    kept.save([copy], 10**6)
+    (loaded,) = kept.load()
+    loaded.marks[2] = [None]
+    kept.save([loaded], 10**6)
+    assert [copy.marks for copy in kept.load()] == [{2: [None]}]
+
+
+def test_two_that_save_at_once_do_not_stumble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a file that the other has just removed."""
+    kept = KeptFiles(tmp_path, "model")
+    kept.save(copies(10, 10), 10**6)
+    paths = kept._paths()
+
+    def gone() -> list[Path]:
+        paths[0].unlink(missing_ok=True)
+        return paths
+
+    monkeypatch.setattr(kept, "_paths", gone)
+    assert kept.save(copies(10, 10)[1:], 10**6) == 1
+
+
+@pytest.mark.parametrize("name", ["deepseek4", "minimax-m3"])
+def test_models_whose_conversations_cannot_be_copied_say_so(tmp_path: Path, name: str) -> None:
+    folder = save_checkpoint(name, random_model(name), tmp_path)
+    loaded = load_model(folder, device="emulated:0", option_overrides=EXACT, progress=False)
+    made = TokenGenerator(loaded, set(), cache_ram=2**30, captures=False)
+    answer(made, text(1, 20), 2)
+    assert not made.can_save_kept
+    assert made.save_kept(tmp_path / "kept") == 0
+
+
 def test_only_its_owner_reads_them(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path / "new", "model")
     kept.save(copies(10), 10**6)
@@ -164,6 +234,7 @@ def changed(path: Path, **changes: object) -> None:
         lambda path: changed(path, states=7),
         lambda path: changed(path, marks=[1]),
         lambda path: changed(path, states=[{"length": 3, "tensors": ["no"], "device": "cpu", "names": []}]),
+        lambda path: changed(path, states=[{"length": 3, "tensors": ["layer.0.0"], "device": "nowhere", "names": []}]),
     ],
 )
 def test_a_broken_file_is_named_and_left_alone(
@@ -171,12 +242,14 @@ def test_a_broken_file_is_named_and_left_alone(
 ) -> None:
     kept = KeptFiles(tmp_path, "model")
     kept.save(copies(100, 100), 10**6)
-    path = next(path for path in files(tmp_path) if kept_files._digest([0] * 3) in path.name)
+    path = next(path for path in files(tmp_path) if kept_files._digest(copies(100)[0]) in path.name)
     spoil(path)
     assert [copy.ids[0] for copy in kept.load()] == [1]
     (told,) = caplog.messages
     assert str(path) in told and "left alone" in told
     assert path.exists()
+    assert kept.save(copies(100, 100), 10**6) == 2
+    assert [copy.ids[0] for copy in KeptFiles(tmp_path, "model").load()] == [0, 1], "written anew"
 
 
 def test_what_cannot_be_written_is_said_and_leaves_nothing_half(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,6 +246,62 @@ def test_rows_are_as_long_as_the_longest(generated: Make, place: str) -> None:
     for one in begun:
         alone.reset()
         assert answer(alone, one.prompt, 6) == one.ids[len(one.prompt) :]
+
+
+def test_what_cannot_be_copied_is_read_again(generated: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory for the copy: nobody else's answer ends, and nothing is lost track of."""
+    made = generator(generated(SHAPES["qwen3moe"]), "captured", parallel=3)
+    alone = generator(generated(SHAPES["qwen3moe"]), "captured", cache_ram=0)
+    prompt = text(1, 60)
+    answer(made, prompt, 3)
+    beside = made.begin(text(2, 20), Sampling(max_new_tokens=40, temperature=0))
+    while beside.run.new_tokens < 3:
+        made.step()
+
+    def full(self: Conversation, *given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Conversation, "fill", full)
+        branched = [*prompt[:30], *text(3, 9)]
+        assert answer(made, branched, 3) == answer(alone, branched, 3)
+    assert beside.error is None
+    while not beside.is_over:
+        made.step()
+    assert not made.kept._in_use
+    alone.reset()
+    assert answer(alone, beside.prompt, 40) == beside.ids[20:]
+
+
+def test_what_is_forgotten_to_make_room_is_read_again() -> None:
+    """A conversation of states that nobody can copy, found, and in the way of the one that would go on from it."""
+    kept = PrefixCache(_Nothing, 10**6, most_live=3, moves_to_host=True)  # type: ignore[arg-type]
+    kept.most_live_tokens = 12
+    first = kept.take([1, 2, 3])
+    first.ids, first.num_before = [1, 2, 3], 3
+    first.states = lambda length: None  # type: ignore[method-assign]
+    kept.put(first)
+    taken = kept.take([1, 2, 9, 9], 4)
+    assert taken.ids == [] and len(kept) == 0 and list(kept._in_use.values()) == [taken]
+
+
+def test_memory_that_is_handed_on_counts() -> None:
+    """A short conversation that takes a long one's, beside another that is kept."""
+    kept = PrefixCache(_Nothing, 10**6, most_live=3, moves_to_host=True)  # type: ignore[arg-type]
+    kept.most_live_tokens = 15
+    (first, second) = (kept.take([number, number]) for number in range(2))
+    first.ids, second.ids = [0, 0], [1, 1]
+    kept.put(first)
+    kept.release(second)
+    kept.take([5, 5], 2)
+    assert kept._room(2, beside=False) <= 15
+
+
+@pytest.mark.parametrize(("kept_as", "needed"), [("f16", 3000), ("q8_0", 1020)])
+def test_only_rows_count_as_the_longest(generated: Make, kept_as: str, needed: int) -> None:
+    made = generator(generated(SHAPES["qwen3moe"]), "modules", kv_cache_type=kept_as)
+    assert made.steps.memory_tokens([1000, 10, 10]) == needed
+    assert generator(generated(SHAPES["qwen3moe"]), "graphs").steps.memory_tokens([1000, 10, 10]) == 1020
 
 
 class Fake(Conversation):

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _NAME = "hybrimoe_kt"
 """Of the metadata's one entry."""
+_ERRORS = OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError
+"""What files raise that are not as they were written, and folders that are full."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 """Of each weight file, that tell it from another of the same size."""
 _ENDING, _PART = ".safetensors", ".part"
@@ -42,15 +44,18 @@ _ABANDONED_S = 3600.0
 """After which a file that is being written is nobody's any more."""
 
 
-def identity(files: Iterable[Path], config: Any, cache: GrowingCache, kept: Iterable[Any]) -> str:
+def identity(
+    files: Iterable[Path], metadata: Mapping[str, Any], config: Any, cache: GrowingCache, kept: Iterable[Any]
+) -> str:
     """What stands for all that a conversation's states follow from but its tokens.
 
-    `files` have the weights, `config` is Transformers' of the model, `cache` an empty one, and `kept` how it keeps
-    values.
+    `files` have the weights, `metadata` is theirs with what was put in its place, `config` is Transformers' of the
+    model, `cache` an empty one, and `kept` how and where it keeps values.
     """
     layers = [type(layer).__name__ for layer in cache.layers]
-    told = [_FORMAT, __version__, config.to_dict(), layers, [str(each) for each in kept]]
-    told[2].pop("_name_or_path", None)
+    known = {key: str(value) for key, value in metadata.items() if not key.startswith("tokenizer.")}
+    told = [_FORMAT, __version__, known, config.to_dict(), layers, [str(each) for each in kept]]
+    told[3].pop("_name_or_path", None)
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for path in files:
         size = path.stat().st_size
@@ -68,7 +73,8 @@ class KeptFiles:
     def __init__(self, folder: Path, name: str) -> None:
         """`name` is an `identity`. ConfigError where the folder cannot be had."""
         self.folder = folder / name
-        self._loaded: set[Path] = set()
+        self._loaded: dict[Path, HostCopy] = {}
+        self._refused: set[Path] = set()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -81,27 +87,28 @@ class KeptFiles:
     ) -> int:
         """Write what is not there, the one used last as the latest; return how many are.
 
-        What was loaded and is not among them goes, and older files until all take `most_bytes` together. `on_saved`
-        hears how large each is. ConfigError for what the folder refuses.
+        What was loaded and is not among them goes, but for what `keep_to` left out, and older files until all take
+        `most_bytes` together. `on_saved` hears how large each is. ConfigError for what the folder refuses.
         """
         saved: dict[Path, None] = {}
         now = time.time_ns()
         for number, copy in enumerate(copies):
-            path = self.folder / f"{_digest(copy.ids)}{_ENDING}"
+            path = self.folder / f"{_digest(copy)}{_ENDING}"
             try:
-                if not path.exists():
+                if path in self._refused or not path.exists():
                     self._write(copy, path)
+                    self._refused.discard(path)
                 os.utime(path, ns=(now + number, now + number))
-            except (OSError, SafetensorError) as error:
+            except _ERRORS as error:
                 raise ConfigError(
                     f"{self.folder}: conversations cannot be kept there: {first_line(error)}; give another folder, or "
                     f"a smaller --cache_ram"
                 ) from error
             saved[path] = None
             on_saved(copy.num_bytes)
-        for path in self._loaded - saved.keys():
+        for path in self._loaded.keys() - saved.keys():
             path.unlink(missing_ok=True)
-        self._loaded = set(saved)
+        self._loaded.clear()
         self._forget(most_bytes)
         return sum(path.exists() for path in saved)
 
@@ -141,7 +148,10 @@ class KeptFiles:
             with contextlib.suppress(OSError):
                 if time.time() - part.stat().st_mtime > _ABANDONED_S:
                     part.unlink()
-        sizes = {path: path.stat().st_size for path in self._paths()}
+        sizes = {}
+        for path in self._paths():
+            with contextlib.suppress(OSError):
+                sizes[path] = path.stat().st_size
         while sizes and sum(sizes.values()) > most_bytes and len(sizes) > 1:
             oldest = next(iter(sizes))
             oldest.unlink(missing_ok=True)
@@ -155,13 +165,19 @@ class KeptFiles:
         found = []
         for path in self._paths():
             try:
-                found.append(_read(path))
-                self._loaded.add(path)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._loaded[path] = copy = _read(path)
+                found.append(copy)
+            except _ERRORS as error:
+                self._refused.add(path)
                 logger.warning(
                     "%s holds no conversation that can be gone on with (%s); it is left alone", path, first_line(error)
                 )
         return found
+
+    def keep_to(self, copies: Iterable[HostCopy]) -> None:
+        """Take note that nobody goes on from what was loaded but is not among these: those files stay as they are."""
+        kept = set(map(id, copies))
+        self._loaded = {path: copy for path, copy in self._loaded.items() if id(copy) in kept}
 
     def _paths(self) -> list[Path]:
         times = {}
@@ -171,8 +187,10 @@ class KeptFiles:
         return sorted(times, key=lambda path: (times[path], path))
 
 
-def _digest(ids: list[int]) -> str:
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:24]
+def _digest(copy: HostCopy) -> str:
+    """Of all that tells one from another."""
+    told = [copy.ids, copy.num_before, sorted(copy.marks)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
 def _read(path: Path) -> HostCopy:

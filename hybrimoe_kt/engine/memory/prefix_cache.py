@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from .conversation import Conversation, common_length
 from .growing_cache import GrowingCache
 from .host_copy import HostCopy
+from .layer_states import LayerStates
 
 __all__ = ["PrefixCache"]
+
+logger = logging.getLogger(__name__)
 
 
 class PrefixCache:
@@ -58,14 +62,14 @@ class PrefixCache:
         is_continued = found is not None and self._is_continued(found, best)
         taken = self._taken(number) if is_continued and isinstance(found, Conversation) else None
         self.hold(num_needed, beside=taken is None)
-        found = self._kept.get(number)  # it may have been moved
-        if taken is None and is_continued:
+        found = self._kept.get(number, self._in_use.get(number))  # it may have been moved, or forgotten
+        if taken is None and is_continued and number in self._kept:
             taken = self._taken(number)
-        if taken is None:
-            taken = self._copy_of(found if found is not None else self._in_use[number], best)
         if taken is None and found is not None:
+            taken = self._copy_of(found, best)
+        if taken is None and number in self._kept:
             taken = self._taken(number)
-        if taken is None:  # in use, and of states that cannot be copied
+        if taken is None:  # in use, and of states that cannot be copied, say
             return self.new()
         taken.go_back(best)
         return taken
@@ -78,12 +82,10 @@ class PrefixCache:
         """Whether what a prompt leaves out of a conversation is no more than its last answer, and how that begins."""
         return not self.budget_bytes or length >= kept.num_before
 
-    def _taken(self, number: int) -> Conversation:
+    def _taken(self, number: int) -> Conversation | None:
         found = self._kept.pop(number)
         if isinstance(found, HostCopy):
-            made = self.new()
-            made.fill(found.ids, found.states, found.marks)
-            return made
+            return self._filled(found.ids, found.states, found.marks)
         self._in_use[self._next()] = found
         return found
 
@@ -92,9 +94,19 @@ class PrefixCache:
         marks = found.marks if isinstance(found, HostCopy) else found.marks_up_to(length)
         if states is None:
             return None
-        ids = found.ids if isinstance(found, HostCopy) else found.ids[:length]
+        return self._filled(found.ids if isinstance(found, HostCopy) else found.ids[:length], states, marks)
+
+    def _filled(
+        self, ids: Sequence[int], states: Sequence[LayerStates], marks: dict[int, list[LayerStates | None]]
+    ) -> Conversation | None:
+        """One with these; None, with nothing of it left, where there is no memory for them, say: then they are read."""
         made = self.new()
-        made.fill(ids, states, marks)
+        try:
+            made.fill(ids, states, marks)
+        except RuntimeError as error:
+            self.drop(made)
+            logger.warning("%d tokens that are kept cannot be gone on from, and are read: %s", len(ids), error)
+            return None
         return made
 
     def new(self, num_needed: int = 0) -> Conversation:
@@ -159,24 +171,26 @@ class PrefixCache:
         """Have accelerators hold no more than `most_live_tokens`, of which those in use need `num_needed` at least.
 
         Memory of nobody goes first, but for a last one where somebody is to have it `beside`; then conversations are
-        moved to the host, the ones used longest ago first.
+        moved to the host, the ones used longest ago first, and that last one in the end.
         """
         if not self._moves_to_host or self.most_live_tokens is None:
             return
-        in_use = max(num_needed, sum(each.cache.room for each in self._in_use.values()))
-        while in_use + self._spare_room(beside=beside) > self.most_live_tokens:
-            if len(self._free) > beside:
-                del self._free[0]
-                continue
+        while self._room(num_needed, beside=beside) > self.most_live_tokens:
             number = next((number for number, each in self._kept.items() if isinstance(each, Conversation)), None)
-            if number is None:
+            if self._free and (number is None or len(self._free) > beside):
+                del self._free[0]
+            elif number is None:
                 return
-            self._move(number)
+            else:
+                self._move(number)
 
-    def _spare_room(self, *, beside: bool) -> int:
-        """Tokens that there is memory for, of those kept and of nobody."""
-        live = [each.cache for each in self._kept.values() if isinstance(each, Conversation)]
-        return sum(cache.room for cache in (*live, *self._free[: len(self._free) - beside]))
+    def _room(self, num_needed: int, *, beside: bool) -> int:
+        """Tokens that there is memory for, or that those in use need, with the last of nobody's among them `beside`."""
+        free, caches = list(self._free), [each.cache for each in self._in_use.values()]
+        if beside and free:
+            caches.append(free.pop())
+        kept = [each.cache for each in self._kept.values() if isinstance(each, Conversation)]
+        return max(num_needed, sum(cache.room for cache in caches)) + sum(cache.room for cache in (*kept, *free))
 
     def _num_live(self) -> int:
         return sum(isinstance(each, Conversation) for each in self._kept.values())

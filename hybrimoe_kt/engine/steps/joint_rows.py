@@ -23,6 +23,8 @@ from .captured_rows import CapturedRows
 __all__ = ["JointRows", "leave_rows"]
 
 _NUMBERS = count(1)
+_KINDS = GrowingLayer, LinearAttentionLayer, DummyLayer
+"""Layers whose states can lie in rows."""
 _LEAST_ROOM = 128
 _GROWTH = 1.125
 """Columns made ahead: at least so many, or this share of what is there; then all rows are copied. A choice."""
@@ -48,9 +50,17 @@ class JointRows:
     @staticmethod
     def takes(loaded: LoadedModel, caches: Sequence[GrowingCache]) -> bool:
         """Whether every layer of this model holds what can lie in rows, and each has held a token."""
+        if not all(JointRows.may_take(loaded, cache) for cache in caches):
+            return False
+        layers = (layer for cache in caches for layer in cache.layers if isinstance(layer, GrowingLayer))
+        return all(layer.rooms[0] is not None for layer in layers)
+
+    @staticmethod
+    def may_take(loaded: LoadedModel, cache: GrowingCache) -> bool:
+        """Whether it will, once each has."""
         if loaded.crossings is not None or loaded.architecture.layers_take_ids:
             return False
-        return all(_can_lie_in_rows(layer) for cache in caches for layer in cache.layers)
+        return all(type(layer) in _KINDS for layer in cache.layers)
 
     def step(
         self,
@@ -130,12 +140,6 @@ class JointRows:
         """Whether a row's next token is in the common column: it has not stepped alone meanwhile."""
         first = next((layer for layer in cache.layers if isinstance(layer, GrowingLayer)), None)  # all are as long
         return first is None or first.end_column == self.column
-
-
-def _can_lie_in_rows(layer: Any) -> bool:
-    if type(layer) in (LinearAttentionLayer, DummyLayer):
-        return True
-    return type(layer) is GrowingLayer and layer.rooms[0] is not None
 
 
 def _joint(layers: Sequence[Any], column: int, room: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -164,11 +165,13 @@ class ModelSteps:
 
     def memory_tokens(self, lengths: Sequence[int]) -> int:
         """For how many tokens there is to be memory, that conversations of these lengths can step together."""
-        loaded = self._loaded
-        in_turn = loaded.crossings is not None or loaded.architecture.layers_take_ids
-        if len(lengths) < 2 or in_turn or isinstance(self.loop, LayerLoop):
+        if len(lengths) < 2 or isinstance(self.loop, LayerLoop) or not self._can_be_rows:
             return sum(lengths)
-        return len(lengths) * max(lengths)  # rows
+        return len(lengths) * max(lengths)
+
+    @cached_property
+    def _can_be_rows(self) -> bool:
+        return JointRows.may_take(self._loaded, self._new_cache())
 
     @torch.inference_mode()
     def together(self, conversations: Sequence[Conversation], ids: Sequence[int]) -> torch.Tensor | None:
