@@ -317,7 +317,7 @@ class _Nothing:
 
     layers: tuple[Any, ...] = ()
     is_croppable = True
-    room = 10
+    usual_room = 10
 
     def crop(self, _: int) -> None: ...
 

@@ -72,6 +72,11 @@ class GrowingCache(DynamicCache):
         """Tokens that there is room for in every layer that grows."""
         return min((layer.room for layer in self.growing), default=0)
 
+    @property
+    def usual_room(self) -> int:
+        """Tokens that there is room for in the first layer that grows: nearly all have as much."""
+        return next((layer.room for layer in self.layers if isinstance(layer, RoomLayer)), 0)
+
     def refuses_fixed_steps(self) -> str | None:
         """Return why no step can be fixed, None when some can."""
         for number, layer in enumerate(self.layers):

@@ -190,7 +190,8 @@ class PrefixCache:
         if beside and free:
             caches.append(free.pop())
         kept = [each.cache for each in self._kept.values() if isinstance(each, Conversation)]
-        return max(num_needed, sum(cache.room for cache in caches)) + sum(cache.room for cache in (*kept, *free))
+        in_use = sum(cache.usual_room for cache in caches)
+        return max(num_needed, in_use) + sum(cache.usual_room for cache in (*kept, *free))
 
     def _num_live(self) -> int:
         return sum(isinstance(each, Conversation) for each in self._kept.values())
