@@ -60,8 +60,7 @@ class RowsGraph:
     def compute(self, kind: LayerKind, held: Sequence[Held]) -> DenseAnswer:
         """Run for the layer whose weights `kind` has, for the rows' conversations, with what `memory.hidden` holds."""
         memory = self._memory
-        has_heads = self._sizes is not None
-        masks = memory.masks(self._window) if has_heads else memory.seen
+        masks = memory.seen if self._sizes is None else memory.masks(self._window)
         listed: list[int] = []
         for each, mask, seen in zip(held, masks, memory.seen, strict=True):
             listed += each.facts

@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _NAME = "hybrimoe_kt"
 """Of the metadata's one entry."""
-_ERRORS = OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError
-"""What files raise that are not as they were written, and folders that are full."""
+_UNWRITABLE = OSError, SafetensorError, RuntimeError
+"""What folders raise that are full, and torch and safetensors of what they do not write."""
+_UNREADABLE = *_UNWRITABLE, ValueError, KeyError, TypeError, AttributeError
+"""What files raise that are not as they were written."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 """Of each weight file, that tell it from another of the same size."""
 _ENDING, _PART = ".safetensors", ".part"
@@ -54,8 +56,8 @@ def identity(
     """
     layers = [type(layer).__name__ for layer in cache.layers]
     known = {key: str(value) for key, value in metadata.items() if not key.startswith("tokenizer.")}
-    told = [_FORMAT, __version__, known, config.to_dict(), layers, [str(each) for each in kept]]
-    told[3].pop("_name_or_path", None)
+    own = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    told = [_FORMAT, __version__, known, own, layers, list(map(str, kept))]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for path in files:
         size = path.stat().st_size
@@ -99,7 +101,7 @@ class KeptFiles:
                     self._write(copy, path)
                     self._refused.discard(path)
                 os.utime(path, ns=(now + number, now + number))
-            except _ERRORS as error:
+            except _UNWRITABLE as error:
                 raise ConfigError(
                     f"{self.folder}: conversations cannot be kept there: {first_line(error)}; give another folder, or "
                     f"a smaller --cache_ram"
@@ -167,7 +169,7 @@ class KeptFiles:
             try:
                 self._loaded[path] = copy = _read(path)
                 found.append(copy)
-            except _ERRORS as error:
+            except _UNREADABLE as error:
                 self._refused.add(path)
                 logger.warning(
                     "%s holds no conversation that can be gone on with (%s); it is left alone", path, first_line(error)

@@ -6,6 +6,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from hybrimoe_kt.errors import first_line
+
 from .conversation import Conversation, common_length
 from .growing_cache import GrowingCache
 from .host_copy import HostCopy
@@ -60,16 +62,13 @@ class PrefixCache:
         self.num_hits += 1
         found = self._kept.get(number)
         is_continued = found is not None and self._is_continued(found, best)
-        taken = self._taken(number) if is_continued and isinstance(found, Conversation) else None
-        self.hold(num_needed, beside=taken is None)
-        found = self._kept.get(number, self._in_use.get(number))  # it may have been moved, or forgotten
-        if taken is None and is_continued and number in self._kept:
+        if is_continued and isinstance(found, Conversation):
             taken = self._taken(number)
-        if taken is None and found is not None:
-            taken = self._copy_of(found, best)
-        if taken is None and number in self._kept:
-            taken = self._taken(number)
-        if taken is None:  # in use, and of states that cannot be copied, say
+            self.hold(num_needed)
+        else:
+            self.hold(num_needed, beside=True)  # which may move what was found, or forget it
+            taken = self._taken(number) if is_continued else self._copied(number, best)
+        if taken is None:
             return self.new()
         taken.go_back(best)
         return taken
@@ -83,18 +82,23 @@ class PrefixCache:
         return not self.budget_bytes or length >= kept.num_before
 
     def _taken(self, number: int) -> Conversation | None:
-        found = self._kept.pop(number)
+        """A kept one itself; None where it is not kept, or cannot be had."""
+        found = self._kept.pop(number, None)
         if isinstance(found, HostCopy):
             return self._filled(found.ids, found.states, found.marks)
-        self._in_use[self._next()] = found
+        if found is not None:
+            self._in_use[self._next()] = found
         return found
 
-    def _copy_of(self, found: Conversation | HostCopy, length: int) -> Conversation | None:
-        states = found.states if isinstance(found, HostCopy) else found.states(length)
-        marks = found.marks if isinstance(found, HostCopy) else found.marks_up_to(length)
-        if states is None:
-            return None
-        return self._filled(found.ids if isinstance(found, HostCopy) else found.ids[:length], states, marks)
+    def _copied(self, number: int, length: int) -> Conversation | None:
+        """A copy of the first tokens; a kept one itself where its states cannot be copied."""
+        found = self._kept.get(number, self._in_use.get(number))
+        if isinstance(found, HostCopy):
+            return self._filled(found.ids, found.states, found.marks)
+        states = None if found is None else found.states(length)
+        if found is None or states is None:
+            return self._taken(number)
+        return self._filled(found.ids[:length], states, found.marks_up_to(length))
 
     def _filled(
         self, ids: Sequence[int], states: Sequence[LayerStates], marks: dict[int, list[LayerStates | None]]
@@ -105,7 +109,9 @@ class PrefixCache:
             made.fill(ids, states, marks)
         except RuntimeError as error:
             self.drop(made)
-            logger.warning("%d tokens that are kept cannot be gone on from, and are read: %s", len(ids), error)
+            logger.warning(
+                "%d tokens that are kept cannot be gone on from, and are read: %s", len(ids), first_line(error)
+            )
             return None
         return made
 
