@@ -11,12 +11,12 @@ import torch
 from hybrimoe_kt.device.choose import choose_accelerator
 from hybrimoe_kt.errors import ConfigError, unknown_name
 from hybrimoe_kt.host.hf.loading import load_model
+from hybrimoe_kt.host.tokenizers.tokenizer import load_tokenizer
 from hybrimoe_kt.runtime import ModelExperts, Runtime, assemble
 from hybrimoe_kt.weights.checkpoint import Checkpoint
 
 from .engine import Engine
 from .steps.profiler import TimeShares
-from .text.tokenizer import load_tokenizer
 
 __all__ = ["build_engine"]
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.hf.loading import LoadedModel
+from hybrimoe_kt.host.tokenizers.file_vocabulary import end_ids
 
 from .answer import Request, answer
 from .events import Answer, Event, TextDelta
@@ -20,7 +21,6 @@ from .forms.token_matcher import TokenMatcher
 from .memory.conversation import Conversation
 from .sampling import Sampling
 from .steps.profiler import TimeShares
-from .text.file_vocabulary import end_ids
 from .token_generator import Run, TokenGenerator
 from .vocabulary import Message, Vocabulary
 

@@ -27,12 +27,18 @@ class CpuSteps:
         self._coordinator, self._executor, self._seconds = coordinator, executor, seconds
 
     def begin(self, job: Job, routed: Routed) -> None:
-        """Start one chunk; KernelError, with nothing counted, for hidden states that are not finite."""
+        """Start one chunk; KernelError, with nothing counted, for hidden states that are not finite.
+
+        One that routes to no expert here has its answer at once.
+        """
         layer, seconds, now = job.layer, self._seconds, time.perf_counter
         began = now()
         host = on_host(routed if self._executor.cpu.takes_int32 else routed.with_long_ids())
         check_finite(layer, host.hidden)
         num_tokens, loads = len(host.ids), loads_of(host.ids)
+        if not loads:  # all of it is other ranks'
+            job.answer = torch.zeros_like(routed.hidden)
+            return
         read_s = now()
         decodes = is_decode(num_tokens, routed.phase)
         job.predicted_s = self._coordinator.count_on_cpu(layer, loads, num_tokens, is_decode=decodes)

@@ -25,6 +25,8 @@ class ModelExperts:
         self.accelerator_of: dict[int, str] = {}
         self.plans: Mapping[str, MemoryPlan] = {}
         """Accelerator's name -> what else its card has to hold; without one a guess is left free."""
+        self.is_share = False
+        """Whether other ranks of an engine have further experts of these layers: pairs of id -1 are then theirs."""
 
     @property
     def options(self) -> ExpertOptions:
@@ -59,6 +61,7 @@ class ModelExperts:
         """The same experts on the same host memory, with other options."""
         other = ModelExperts(self.options, changes)
         other.store, other.accelerator_of, other.plans = self.store, dict(self.accelerator_of), self.plans
+        other.is_share = self.is_share
         if "accelerator" in changes:
             other.accelerator_of = dict.fromkeys(self.accelerator_of, other.options.accelerator)
         return other

@@ -13,30 +13,41 @@ from hybrimoe_kt.device.readback import Guesses, Step
 
 __all__ = ["loads_of", "mean_probabilities", "predicted_routing", "routing_of"]
 
+_ELSEWHERE = -1
+"""Id of a pair that another rank of an engine computes."""
+
 
 def loads_of(ids: torch.Tensor) -> dict[int, int]:
-    """Expert -> tokens routed to it, in the order first met; `ids` `[num_tokens, top_k]` on the host."""
+    """Expert -> tokens routed to it, in the order first met; `ids` `[num_tokens, top_k]` on the host.
+
+    Pairs that are another rank's, of id -1, are nobody's load here.
+    """
+    loads: dict[int, int]
     if len(ids) == 1:  # one token names an expert once
-        return dict.fromkeys(ids.tolist()[0], 1)
-    loads: dict[int, int] = {}
-    for row in ids.tolist():
-        for expert in row:
-            loads[expert] = loads.get(expert, 0) + 1
+        loads = dict.fromkeys(ids.tolist()[0], 1)
+    else:
+        loads = {}
+        for row in ids.tolist():
+            for expert in row:
+                loads[expert] = loads.get(expert, 0) + 1
+    loads.pop(_ELSEWHERE, None)
     return loads
 
 
 def routing_of(layer: int, step: Step, phase: Phase | None) -> Routing:
-    """Turn a step's tensors into plain numbers."""
+    """Turn a step's tensors into plain numbers; pairs of id -1 are another rank's, and left out."""
     ids, weights = step.host.ids, step.host.weights
     if ids.shape[0] == 1:  # one token names an expert once
         chosen = ids.tolist()[0]
-        shares = dict(zip(chosen, weights.tolist()[0], strict=True))
-        return Routing(layer, dict.fromkeys(chosen, 1), 1, step.scores, shares, phase)
-    flat = ids.flatten().tolist()
-    summed = dict.fromkeys(flat, 0.0)
-    for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
-        summed[index] += weight
-    return Routing(layer, dict(Counter(flat)), len(ids), step.scores, summed, phase)
+        loads, shares = dict.fromkeys(chosen, 1), dict(zip(chosen, weights.tolist()[0], strict=True))
+    else:
+        flat = ids.flatten().tolist()
+        loads, shares = dict(Counter(flat)), dict.fromkeys(flat, 0.0)
+        for index, weight in zip(flat, weights.flatten().tolist(), strict=True):
+            shares[index] += weight
+    if _ELSEWHERE in loads:
+        del loads[_ELSEWHERE], shares[_ELSEWHERE]
+    return Routing(layer, loads, len(ids), step.scores, shares, phase)
 
 
 def predicted_routing(guesses: Guesses, rows: Sequence[Sequence[float]], phase: Phase | None = None) -> list[Routing]:
@@ -46,6 +57,7 @@ def predicted_routing(guesses: Guesses, rows: Sequence[Sequence[float]], phase: 
     for later, chosen, row in zip(guesses.layers, guesses.ids.tolist(), rows, strict=True):
         # one token names an expert once
         loads = dict.fromkeys(chosen[0], 1) if num_tokens == 1 else dict(Counter(chain.from_iterable(chosen)))
+        loads.pop(_ELSEWHERE, None)
         routings.append(Routing(later, loads, num_tokens, row, None, phase))
     return routings
 

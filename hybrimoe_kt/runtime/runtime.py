@@ -319,7 +319,7 @@ class Runtime:
         """Read one chunk, plan it and start it; leaves its answer in `job` where nothing is left to wait for."""
         if not self.executor.lanes and self._nobody_listens:
             self._on_cpu.begin(job, routed if self._phase is None else routed._replace(phase=self._phase))
-            self._begun = job
+            self._begun = job if job.answer is None else None
             return
         layer, seconds, now = job.layer, self.seconds, time.perf_counter
         began = now()
@@ -340,6 +340,9 @@ class Runtime:
         step = self._read(lane, layer, routed, job.sent)
         job.step, job.logits, job.read_s = step, routed.logits, now()
         job.routing = routing = routing_of(layer, step, routed.phase)
+        if not routing.loads:  # all of it is other ranks'
+            job.answer = torch.zeros_like(routed.hidden)
+            return
         job.plan = plan = self.coordinator.plan(routing)
         self._begun = job
         planned = now()
@@ -417,6 +420,8 @@ class Runtime:
     def is_whole(self, layer: int, num_tokens: int) -> bool:
         """Whether a step of `layer` is its accelerator's whatever is routed, and nobody wants to know what is."""
         lane = self.executor.lane_of.get(layer)
+        if self.experts.is_share:  # counts on the device know no pairs of other ranks
+            return False
         if lane is None or not lane.gpu.finds_routed or not self.coordinator.decides_nothing(layer, num_tokens):
             return False
         return not self.is_listened_to and self._ahead.needs_nothing(layer, num_tokens)

@@ -15,11 +15,11 @@ from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 
 from hybrimoe_kt.cli import rules as rules_command
-from hybrimoe_kt.engine.text.tokenizer import load_tokenizer
 from hybrimoe_kt.host.hf.architectures import ARCHITECTURES, Architecture
 from hybrimoe_kt.host.hf.loading import load_model
 from hybrimoe_kt.host.rules.report import best_skeleton
 from hybrimoe_kt.host.rules.rule_file import load_rules, packaged_rules
+from hybrimoe_kt.host.tokenizers.tokenizer import load_tokenizer
 from hybrimoe_kt.weights.checkpoint import ExpertNames
 from hybrimoe_kt.weights.gguf_file import GgufFile
 

@@ -10,7 +10,7 @@ import pytest
 
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
-from hybrimoe_kt.engine.text.file_vocabulary import end_ids
+from hybrimoe_kt.host.tokenizers.file_vocabulary import end_ids
 from tests.support.generated_model import GeneratedModel, Shape
 from tests.support.vocabularies import CHATML, SPECIAL, byte_level, sentencepiece
 

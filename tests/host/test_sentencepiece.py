@@ -10,8 +10,8 @@ import pytest
 
 from hybrimoe_kt.engine.build import build_engine
 from hybrimoe_kt.engine.engine import Engine, Sampling
-from hybrimoe_kt.engine.text.sentencepiece import PieceSplitter
-from hybrimoe_kt.engine.text.tokenizer import load_tokenizer
+from hybrimoe_kt.host.tokenizers.sentencepiece import PieceSplitter
+from hybrimoe_kt.host.tokenizers.tokenizer import load_tokenizer
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from tests.support.generated_model import GeneratedModel, Shape
 from tests.support.vocabularies import TEXTS, WrittenVocabulary, mixed_texts, sentencepiece

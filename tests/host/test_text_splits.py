@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from hybrimoe_kt.engine.text.text_splits import TEXT_SPLITS
-from hybrimoe_kt.engine.text.tokenizer import _BY_SIZE, load_tokenizer
+from hybrimoe_kt.host.tokenizers.text_splits import TEXT_SPLITS
+from hybrimoe_kt.host.tokenizers.tokenizer import _BY_SIZE, load_tokenizer
 from hybrimoe_kt.weights.gguf_file import GgufFile
 from tests.support.generated_model import GeneratedModel, Shape
 from tests.support.vocabularies import TEXTS, WrittenVocabulary, byte_level, character_level, mixed_texts

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from hybrimoe_kt.engine.text.tokenizer import load_tokenizer
+from hybrimoe_kt.host.tokenizers.tokenizer import load_tokenizer
 from hybrimoe_kt.weights.gguf_file import GgufFile
 
 from .data import SPECIAL_TOKENS

@@ -1,1 +1,1 @@
-"""Text as tokens, and back: tokenizers of files, and what tells where a token's text stands."""
+"""What tells where a token's text stands: bytes of tokens, detokenizing, where answers stop."""

@@ -66,6 +66,27 @@ class Rotary:
         """What Transformers is told: plain rotation, which `apply` replaces."""
         return {"rope_type": "default", "rope_theta": self.base}
 
+    def published(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """The same in the words of a config.json, for who builds rotations from that; `plain` are `parameters`.
+
+        ModelError where no configuration can say it.
+        """
+        if self.divisors is not None:
+            raise ModelError(
+                f"{ROPE_FACTORS} gives every frequency a factor of its own, which no config.json says; use a checkpoint"
+            )
+        if all(isinstance(value, dict) for value in plain.values()):
+            return {kind: self.of(kind).published(own) for kind, own in plain.items()}
+        if self.factor == 1.0 and self.magnitude == 1.0:
+            return plain
+        said = {"factor": self.factor, "original_max_position_embeddings": self.original_tokens}
+        if self.kind != "yarn":
+            return plain | {"rope_type": "linear", "factor": self.factor}
+        if self.is_latent:
+            said |= {"mscale": self.log_multiplier or 1.0, "mscale_all_dim": self.log_multiplier}
+        said |= {"beta_fast": _BETA_FAST, "beta_slow": _BETA_SLOW, "truncate": self.rounds}
+        return plain | {"rope_type": "yarn", "attn_factor": self.attention_factor} | said
+
     def frequencies(self, rotated: int) -> torch.Tensor:
         """Radians a position for each pair of `rotated` dimensions, float32 `[rotated // 2]`; ModelError."""
         # in Transformers' order of operations, so that a configuration of its own gives the same bits

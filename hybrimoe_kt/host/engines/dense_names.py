@@ -1,0 +1,33 @@
+"""Dense weights under the names that published checkpoints have, which engines' loaders expect.
+
+Transformers renames and joins some of them while it loads; its own table of that is read backwards here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+__all__ = ["dense_parameters", "published"]
+
+_EXPERTS = re.compile(r"\.experts\.")
+
+
+def dense_parameters(outline: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all that a model without weights stores, but for routed experts; tied ones only once."""
+    tied = set(getattr(outline, "all_tied_weights_keys", None) or {})
+    state = outline.state_dict()
+    return {name: tuple(value.shape) for name, value in state.items() if name not in tied and not _EXPERTS.search(name)}
+
+
+def published(outline: Any, state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight of `state`, made when it is asked for, as a checkpoint has it; one may become several.
+
+    `state` maps Transformers' names to what gives a tensor when indexed with `...`.
+    """
+    for name, lazy in state.items():
+        yield from revert_weight_conversion(outline, {name: lazy[...]}).items()

@@ -1,0 +1,60 @@
+"""Asks an engine's own routers what the layers ahead will want, see `device.readback.Predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["EngineGate", "GatesAhead", "local_ids"]
+
+Route = Callable[[torch.Tensor], "tuple[torch.Tensor, torch.Tensor]"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGate:
+    """A MoE layer's router: `route(hidden)` gives logits `[tokens, experts]` and ids `[tokens, top_k]` of all ranks."""
+
+    layer: int
+    route: Route
+    norm: torch.Tensor | None
+    """Factor of the norm in front of it, `[hidden]`."""
+    local_of: torch.Tensor | None
+    """Expert -> this rank's number of it, -1 for other ranks'; None where all are this rank's."""
+
+
+class GatesAhead:
+    """The routers of some layers, for the hidden states that enter the layer before them."""
+
+    def __init__(self, own: EngineGate, ahead: Sequence[EngineGate], num_experts: int) -> None:
+        """`num_experts` are this rank's, of each of these layers."""
+        self.layers: Sequence[int] = [gate.layer for gate in ahead]
+        self.num_experts = num_experts
+        self._ahead = [(gate, _ratio(own.norm, gate.norm)) for gate in ahead]
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        for place, (gate, ratio) in enumerate(self._ahead):
+            logits, chosen = gate.route(hidden if ratio is None else hidden * ratio)
+            ids[place].copy_(local_ids(gate.local_of, chosen))
+            scores[place].copy_(torch.softmax(own_columns(gate.local_of, logits).float(), dim=-1).mean(dim=0))
+
+
+def local_ids(local_of: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    """An engine's expert numbers as this rank's, int64, -1 for what other ranks compute."""
+    ids = ids.long()
+    return ids if local_of is None else torch.where(ids < 0, -1, local_of.long()[ids.clamp(min=0)])
+
+
+def own_columns(local_of: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """The logits of this rank's experts, in its order."""
+    if local_of is None:
+        return logits
+    mine = (local_of >= 0).nonzero().flatten()
+    return logits[:, mine[local_of[mine].argsort()]]
+
+
+def _ratio(own: torch.Tensor | None, later: torch.Tensor | None) -> torch.Tensor | None:
+    """What turns states normalised for one layer into those for another: both divide by the same root mean square."""
+    return None if own is None or later is None or own.shape != later.shape else later / own

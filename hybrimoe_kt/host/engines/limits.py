@@ -1,0 +1,75 @@
+"""What an engine decides that options of ours have to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybrimoe_kt.config import ExpertOptions
+from hybrimoe_kt.errors import ConfigError
+
+__all__ = ["CardUse", "EngineLimits", "auto_cache_bytes"]
+
+_MOST_CHUNK_TOKENS = 65536
+_CONTEXTS = 4
+"""Requests of full length whose keys and values `cache_size: auto` leaves room for; a choice, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Of one rank."""
+
+    max_batched_tokens: int
+    """The longest step, tokens: what a chunk of ours has to hold."""
+    rank: int = 0
+    num_ranks: int = 1
+    """On this machine."""
+
+    def options(self, given: Mapping[str, Any], auto_bytes: int | None = None) -> ExpertOptions:
+        """The options that a user gave, the rest following the engine; `auto_bytes` is what "auto" may take."""
+        chunk = min(self.max_batched_tokens, _MOST_CHUNK_TOKENS)
+        options = ExpertOptions.from_kwargs({"max_chunk_tokens": chunk, **given})
+        size = options.cache_size
+        is_auto = size.per_layer is None and size.fraction is None and size.num_bytes is None
+        if not is_auto or auto_bytes is None or options.card_bytes:
+            return options
+        return options.replace({"cache_size": f"{auto_bytes}B"})
+
+
+@dataclass(frozen=True, slots=True)
+class CardUse:
+    """How an engine divides an accelerator's memory, bytes."""
+
+    total: int
+    used: int
+    """By now, dense weights above all."""
+    utilization: float
+    """Share of `total` that the engine may take, 0 to 1."""
+    step: int
+    """Taken by a step of the engine's, an estimate."""
+    kv_per_token: int
+    max_model_len: int
+    max_requests: int
+    kv_given: int | None = None
+    """For keys and values, where the user has said it."""
+
+
+def auto_cache_bytes(card: CardUse) -> int:
+    """What `cache_size: auto` may take: what the engine may use, less what is used, a step, and keys and values.
+
+    Engines give all that is left to keys and values, and so would starve, or be starved by, a cache of experts that took
+    what is free. Room is left for four requests of full length, though for no more than half of what there is.
+    ConfigError where not even one such request would be left room for.
+    """
+    left = int(card.total * card.utilization) - card.used - card.step
+    one = card.kv_per_token * card.max_model_len
+    if card.kv_given is not None:
+        return max(0, left - card.kv_given)
+    if left < one:
+        raise ConfigError(
+            f"{max(0, left)} bytes of the accelerator are left for experts, keys and values, one request of "
+            f"{card.max_model_len} tokens takes {one}; give the engine more of its memory, or shorter requests"
+        )
+    wanted = one * min(max(1, card.max_requests), _CONTEXTS)
+    return left - max(one, min(wanted, left // 2))

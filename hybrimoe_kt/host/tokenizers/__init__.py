@@ -1,0 +1,1 @@
+"""The tokenizer that a GGUF file describes, rebuilt with the tokenizers library."""

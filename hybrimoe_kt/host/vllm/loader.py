@@ -1,0 +1,129 @@
+"""Loads a model's weights from its own file: dense ones by vLLM's model, experts where they stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config, replace
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.host.engines.dense_names import dense_parameters, published
+from hybrimoe_kt.host.engines.experts import EngineExperts, experts_of_rank
+from hybrimoe_kt.host.engines.limits import EngineLimits
+from hybrimoe_kt.host.engines.model_folder import outline_of
+from hybrimoe_kt.host.engines.share import RankShare
+from hybrimoe_kt.host.engines.threads import cores_of_rank
+from hybrimoe_kt.host.hf.sources import Source, open_source
+from hybrimoe_kt.weights.gguf_file import GgufFile
+
+from .memory import auto_bytes
+from .method import HybridMethod
+from .names import FILE_KEY, METHOD, OPTIONS_KEY
+from .runner import attach, gate_of
+
+__all__ = ["HybridLoader", "add_loader"]
+
+logger = init_logger("vllm.hybrimoe")
+
+_WHOLE_EXPERTS = "--enable-expert-parallel"
+
+
+def add_loader() -> None:
+    """Make `--load-format hybrimoe` known."""
+    if METHOD not in _LOAD_FORMAT_TO_MODEL_LOADER:
+        register_model_loader(METHOD)(HybridLoader)
+
+
+class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
+    """The target model by our readers; draft models, which are others, as vLLM loads them."""
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(replace(load_config, load_format="auto"))
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        self._config = vllm_config
+        model = super().load_model(vllm_config, model_config, prefix)
+        if model_config is vllm_config.model_config:
+            _start(model, vllm_config)
+        return model
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config is not self._config.model_config:
+            super().load_weights(model, model_config)
+            return
+        source = open_source(self._config.additional_config[FILE_KEY], None)
+        _add_experts(model, source, self._config)
+        loaded = model.load_weights(_dense(source, model_config.dtype))
+        wanted = {name for name, _ in model.named_parameters()}
+        missing = sorted(wanted - loaded) if loaded is not None else []
+        if missing:
+            raise ModelError(f"{source.file.path}: nothing for {missing[0]} of vLLM's model, and {len(missing) - 1} more")
+        source.file.release_pages()
+
+
+def _dense(source: Source, dtype: torch.dtype) -> Any:
+    """All but routed experts under published names, one by one."""
+    if not isinstance(source.file, GgufFile):
+        state = source.state({}, dtype, lambda name: torch.device("cpu"))
+        return ((name, lazy[...]) for name, lazy in state.items())
+    outline = outline_of(source)
+    state = source.state(dense_parameters(outline), dtype, lambda name: torch.device("cpu"))
+    return published(outline, state)
+
+
+def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
+    """Hand every MoE layer of this rank its experts."""
+    parallel = config.parallel_config
+    ranks = max(1, parallel.local_world_size)
+    limits = EngineLimits(config.scheduler_config.max_num_batched_tokens, parallel.rank % ranks, ranks)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
+    runners = {name: each for name, each in found.items() if isinstance(each._quant_method, HybridMethod)}
+    if not runners:
+        if get_pp_group().world_size == 1:
+            raise ModelError(f"{source.file.path}: vLLM's {type(model).__name__} has no routed experts of its own kind")
+        return
+    given = config.additional_config[OPTIONS_KEY]
+    layers = {name: _share(runner, source) for name, runner in runners.items()}
+    experts = EngineExperts(limits.options(given, auto_bytes(config, model)), cores_of_rank(limits.rank, limits.num_ranks))
+    for name, runner in runners.items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        number = runner._quant_method.layer_number
+        norm = _norm(model.get_submodule(name[: name.index(f".{number}.") + len(f".{number}")]), source)
+        gate = gate_of(runner, number, block, norm)
+        experts.add(layers[name], gate, is_share=runner.routed_experts.expert_map is not None)
+        attach(runner, experts)
+
+
+def _share(runner: Any, source: Source) -> Any:
+    """What this rank computes of a layer."""
+    moe, mapped = runner.moe_config, runner.routed_experts.expert_map
+    whole = source.loader.layer_experts(
+        runner._quant_method.layer_number,
+        num_experts=moe.num_logical_experts,
+        top_k=moe.experts_per_token,
+        hidden=moe.hidden_dim,
+        inter=moe.intermediate_size,
+    )
+    if mapped is not None:
+        return RankShare(experts_of_rank(mapped.tolist())).of(whole)
+    return RankShare(None, moe.tp_rank, moe.tp_size, _WHOLE_EXPERTS).of(whole)
+
+
+def _norm(layer: Any, source: Source) -> torch.Tensor | None:
+    """The factor of the norm in front of a decoder layer's router; read when it is loaded."""
+    norm = getattr(layer, source.architecture.expert_norm, None)
+    return getattr(norm, "weight", None)
+
+
+def _start(model: torch.nn.Module, config: Any) -> None:
+    methods = [m._quant_method for m in model.modules() if isinstance(m, MoERunner)]
+    experts = next((m.experts for m in methods if isinstance(m, HybridMethod) and m.experts is not None), None)
+    if experts is not None:
+        runtime = experts.start()
+        logger.info("hybrimoe: %s; dense weights are %s", runtime.describe(), config.model_config.dtype)
