@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config, replace
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.config import replace
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
@@ -49,12 +49,12 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         self._config = vllm_config
         model = super().load_model(vllm_config, model_config, prefix)
-        if model_config is vllm_config.model_config:
+        if not _is_draft(model_config):
             _start(model, vllm_config)
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        if model_config is not self._config.model_config:
+        if _is_draft(model_config):
             super().load_weights(model, model_config)
             return
         source = open_source(self._config.additional_config[FILE_KEY], None)
@@ -65,6 +65,11 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
         if missing:
             raise ModelError(f"{source.file.path}: nothing for {missing[0]} of vLLM's model, and {len(missing) - 1} more")
         source.file.release_pages()
+
+
+def _is_draft(model_config: Any) -> bool:
+    """Whether the model only guesses tokens for another."""
+    return bool(model_config.runner_type == "draft")
 
 
 def _dense(source: Source, dtype: torch.dtype) -> Any:

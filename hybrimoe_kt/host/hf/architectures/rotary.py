@@ -22,6 +22,8 @@ __all__ = ["ROPE_FACTORS", "Rotary", "rotary_of"]
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 """Rotations within the original context from which on a frequency is left alone, and up to which it is interpolated."""
 ROPE_FACTORS = "rope_freqs.weight"
+_STANDS_STILL = 1e20
+"""Divisor from which on a dimension is not turned at all; Gemma's files have 1e30."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,16 @@ class Rotary:
 
         ModelError where no configuration can say it.
         """
-        if self.divisors is not None:
-            raise ModelError(
-                f"{ROPE_FACTORS} gives every frequency a factor of its own, which no config.json says; use a checkpoint"
-            )
         if all(isinstance(value, dict) for value in plain.values()):
             return {kind: self.of(kind).published(own) for kind, own in plain.items()}
+        if self.divisors is not None:
+            turned = int((self.divisors == 1.0).sum())
+            if not (self.divisors[turned:] >= _STANDS_STILL).all():
+                raise ModelError(
+                    f"{ROPE_FACTORS} gives every frequency a factor of its own, which no config.json says; use a "
+                    f"checkpoint"
+                )
+            return plain | {"rope_type": "proportional", "partial_rotary_factor": turned / self.divisors.numel()}
         if self.factor == 1.0 and self.magnitude == 1.0:
             return plain
         said = {"factor": self.factor, "original_max_position_embeddings": self.original_tokens}
