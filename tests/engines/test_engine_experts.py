@@ -47,7 +47,9 @@ def table(experts: list[int]) -> torch.Tensor:
 
 
 def made(machine: str = "CPU", mine: list[int] | None = None, **options: Any) -> EngineExperts:
-    given = {"cpu_backend": "torch_reference", "cpu_threads": 1, "max_chunk_tokens": CHUNK} | MACHINES[machine] | options
+    given = (
+        {"cpu_backend": "torch_reference", "cpu_threads": 1, "max_chunk_tokens": CHUNK} | MACHINES[machine] | options
+    )
     ours = EngineExperts(ExpertOptions(**given))
     for layer in layers():
         local_of = None if mine is None else table(mine)
@@ -130,7 +132,9 @@ def test_trials_compute_and_teach_nothing() -> None:
 def test_many_requests_next_tokens_are_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, seen = made("emulated, half cached"), []
     plan = ours.runtime.coordinator.plan
-    monkeypatch.setattr(ours.runtime.coordinator, "plan", lambda routing: seen.append(routing.is_decode) or plan(routing))
+    monkeypatch.setattr(
+        ours.runtime.coordinator, "plan", lambda routing: seen.append(routing.is_decode) or plan(routing)
+    )
     for phase in ("decode", "prefill"):
         ours.run(0, *step(4), EngineStep(phase=phase))
     assert seen == [True, False]

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 __all__ = ["dense_parameters", "published"]
 
-_EXPERTS = re.compile(r"\.experts\.")
+_EXPERTS = re.compile(r"\.experts\.(?:\d+\.|(?:gate|up|down|gate_up)_proj)")
 
 
 def dense_parameters(outline: Any) -> dict[str, tuple[int, ...]]:

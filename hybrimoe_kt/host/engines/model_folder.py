@@ -73,6 +73,8 @@ def _describe(source: Source, folder: Path, architecture: Callable[[str], str]) 
     config.architectures, config.dtype = [architecture(type(outline).__name__)], torch.bfloat16
     if source.rotary is not None:
         config.rope_parameters = source.rotary.published(dict(config.rope_parameters))
+    for name, value in source.architecture.published_config(config).items():
+        setattr(config, name, value)
     config.save_pretrained(folder)
     ends = end_ids(file.metadata, tokenizer.added_tokens_encoder)
     GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends) or None).save_pretrained(folder)

@@ -58,7 +58,9 @@ def _prepare(args: Any) -> None:
         raise ConfigError(f'--additional-config: "{OPTIONS_KEY}" is {options!r}, valid: {{"cache_size": "12GiB", ...}}')
     ExpertOptions.from_kwargs(options)
     if args.enable_dbo:
-        raise ConfigError("--enable-dbo has two halves of a batch under way, of experts one step at a time is; leave it out")
+        raise ConfigError(
+            "--enable-dbo has two halves of a batch under way, of experts one step at a time is; leave it out"
+        )
     if args.enable_eplb:
         raise ConfigError("--enable-eplb moves experts between ranks, which are read in place here; leave it out")
     if FILE_KEY not in given:

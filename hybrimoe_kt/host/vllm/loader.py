@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from hybrimoe_kt.errors import ModelError
+from hybrimoe_kt.errors import ModelError, first_line
 from hybrimoe_kt.host.engines.dense_names import dense_parameters, published
 from hybrimoe_kt.host.engines.experts import EngineExperts, experts_of_rank
 from hybrimoe_kt.host.engines.limits import EngineLimits
@@ -45,6 +45,8 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(replace(load_config, load_format="auto"))
+        self._outline: Any = None
+        """The model as Transformers has it, where weights have its names."""
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         self._config = vllm_config
@@ -53,17 +55,32 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
             _start(model, vllm_config)
         return model
 
+    def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        if not _is_draft(model_config):
+            self._source = open_source(vllm_config.additional_config[FILE_KEY], None)
+            if isinstance(self._source.file, GgufFile):
+                # before vLLM changes classes of Transformers, as it does for some models
+                self._outline = outline_of(self._source)
+        return super().create_model(vllm_config, model_config, prefix)
+
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if _is_draft(model_config):
             super().load_weights(model, model_config)
             return
-        source = open_source(self._config.additional_config[FILE_KEY], None)
+        source = self._source
         _add_experts(model, source, self._config)
-        loaded = model.load_weights(_dense(source, model_config.dtype))
+        try:
+            loaded = model.load_weights(_dense(source, self._outline, model_config.dtype))
+        except (ValueError, KeyError, RuntimeError) as error:  # whatever its models make of weights of another form
+            raise ModelError(
+                f"{source.file.path}: vLLM's {type(model).__name__} does not take these weights: {first_line(error)}"
+            ) from error
         wanted = {name for name, _ in model.named_parameters()}
         missing = sorted(wanted - loaded) if loaded is not None else []
         if missing:
-            raise ModelError(f"{source.file.path}: nothing for {missing[0]} of vLLM's model, and {len(missing) - 1} more")
+            raise ModelError(
+                f"{source.file.path}: nothing for {missing[0]} of vLLM's model, and {len(missing) - 1} more"
+            )
         source.file.release_pages()
 
 
@@ -72,12 +89,11 @@ def _is_draft(model_config: Any) -> bool:
     return bool(model_config.runner_type == "draft")
 
 
-def _dense(source: Source, dtype: torch.dtype) -> Any:
+def _dense(source: Source, outline: Any, dtype: torch.dtype) -> Any:
     """All but routed experts under published names, one by one."""
-    if not isinstance(source.file, GgufFile):
+    if outline is None:
         state = source.state({}, dtype, lambda name: torch.device("cpu"))
         return ((name, lazy[...]) for name, lazy in state.items())
-    outline = outline_of(source)
     state = source.state(dense_parameters(outline), dtype, lambda name: torch.device("cpu"))
     return published(outline, state)
 
@@ -95,7 +111,9 @@ def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
         return
     given = config.additional_config[OPTIONS_KEY]
     layers = {name: _share(runner, source) for name, runner in runners.items()}
-    experts = EngineExperts(limits.options(given, auto_bytes(config, model)), cores_of_rank(limits.rank, limits.num_ranks))
+    experts = EngineExperts(
+        limits.options(given, auto_bytes(config, model)), cores_of_rank(limits.rank, limits.num_ranks)
+    )
     for name, runner in runners.items():
         block = model.get_submodule(name.rpartition(".")[0])
         number = runner._quant_method.layer_number

@@ -192,6 +192,9 @@ class Architecture:
     expert_form: Callable[[Any, int], ExpertForm] = gated_form
     """What a layer's experts compute between their matrices, by Transformers' configuration and the layer's number."""
 
+    published_config: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    """What published config.json files say beside what Transformers writes of its configuration: other engines read it."""
+
     @property
     def name(self) -> str:
         """What this program calls the family."""

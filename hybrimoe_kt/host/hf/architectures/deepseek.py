@@ -154,6 +154,7 @@ _DEEPSEEK3 = replace(
     shared_experts={"DeepseekV3MoE": "shared_experts"},
     pre_tokenizers=("deepseek-v3", "kimi-k2"),
     other_types=("kimi_k2", "glm4_moe_lite"),
+    published_config=lambda config: {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     restated=_dense_first,
     skeleton=LATENT_SKELETON
     | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},

@@ -153,6 +153,11 @@ FAMILIES = (
     Architecture(
         gguf="minimax-m2",
         model_type="minimax_m2",
+        published_config=lambda config: {
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "rotary_dim": int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        },
         answer_format="minimax",
         layers={"MiniMaxM2DecoderLayer": LayerKind()},
         skeleton=_PLAIN_SKELETON | {"num_hidden_layers": 62, "head_dim": 16},

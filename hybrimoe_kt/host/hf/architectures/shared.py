@@ -153,6 +153,12 @@ FAMILIES = (
     Architecture(
         gguf="hy_v3",
         model_type="hy_v3",
+        published_config=lambda config: {
+            "first_k_dense_replace": config.mlp_layer_types.count("dense"),
+            "expert_hidden_dim": config.moe_intermediate_size,
+            "route_norm": True,
+            "qk_norm": True,
+        },
         answer_format="hunyuan-xml",
         layers={"HYV3DecoderLayer": LayerKind()},
         shared_experts={"HYV3MoE": "shared_experts"},

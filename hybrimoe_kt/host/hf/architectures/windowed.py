@@ -37,6 +37,24 @@ def _afmoe(key: Key) -> Mapping[str, Any]:
     return windows(key) | {"route_scale": scale(key)}
 
 
+def _mimo_as_published(config: Any) -> Mapping[str, Any]:
+    in_windows, everywhere = (config.rope_parameters[kind] for kind in ("sliding_attention", "full_attention"))
+    return {
+        "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in config.layer_types],
+        "moe_layer_freq": [int(kind == "sparse") for kind in config.mlp_layer_types],
+        "sliding_window_size": config.sliding_window,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_theta": everywhere["rope_theta"],
+        "swa_rope_theta": in_windows["rope_theta"],
+        "partial_rotary_factor": everywhere.get("partial_rotary_factor", 1.0),
+        "swa_num_attention_heads": config.num_attention_heads,
+        "swa_head_dim": config.head_dim,
+        "swa_v_head_dim": config.v_head_dim,
+    }
+
+
 def _laguna(key: Key) -> Mapping[str, Any]:
     only_gated_by("laguna", SIGMOID, key)
     if not key("expert_weights_norm", True):
@@ -132,6 +150,7 @@ FAMILIES = (
     Architecture(
         gguf="mimo2",
         model_type="mimo_v2_flash",
+        published_config=_mimo_as_published,
         answer_format="hermes",
         rules="afmoe",
         pre_tokenizers=("qwen2",),
@@ -147,6 +166,7 @@ FAMILIES = (
     Architecture(
         gguf="afmoe",
         model_type="afmoe",
+        published_config=lambda config: {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
         answer_format="hermes",
         shared_experts={},  # added in front of the routed ones
         pre_tokenizers=("afmoe",),
