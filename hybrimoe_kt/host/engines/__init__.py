@@ -1,1 +1,1 @@
-"""What every engine that owns batching and parallelism needs of us, and no engine's name: `host.vllm`, `host.sglang`."""
+"""What every engine that owns batching and parallelism needs of us; the engines are `host.vllm` and `host.sglang`."""

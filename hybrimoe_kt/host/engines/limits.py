@@ -58,8 +58,8 @@ class CardUse:
 def auto_cache_bytes(card: CardUse) -> int:
     """What `cache_size: auto` may take: what the engine may use, less what is used, a step, and keys and values.
 
-    Engines give all that is left to keys and values, and so would starve, or be starved by, a cache of experts that took
-    what is free. Room is left for four requests of full length, though for no more than half of what there is.
+    Engines give all that is left to keys and values, which a cache of experts that took what is free would starve. Room
+    is left for four requests of full length, though for no more than half of what there is.
     ConfigError where not even one such request would be left room for.
     """
     left = int(card.total * card.utilization) - card.used - card.step

@@ -1,8 +1,8 @@
 """Which cores one rank of an engine computes on, where several share a machine and an engine binds its threads.
 
 Backends take as many threads as the calling thread may use cores, and threads inherit its cores. An engine that has
-bound that thread to one core (vLLM's OpenMP threads are, on a CPU) would leave them all on it; two ranks that are bound to
-nothing would both take the whole machine, and kt-kernel pins its threads from the first core on, whoever else does.
+bound that thread to one core (vLLM's OpenMP threads are, on a CPU) would leave them all on it; two ranks that are bound
+to nothing would both take the whole machine, and kt-kernel pins its threads from the first core on, whoever else does.
 """
 
 from __future__ import annotations

@@ -30,8 +30,6 @@ def check_engine(distributions: tuple[str, ...], oldest: str, below: str) -> str
         except InvalidVersion:
             return found
         advice = f"pip install '{distributions[0]}>={oldest},<{below}'"
-        if version.release == (0,) * len(version.release):  # a name without contents, for a command's sake
-            continue
         if version < Version(oldest):
             raise HostCompatibilityError(f"{name} {found} is older than what hybrimoe_kt works with: {advice}")
         if version >= Version(below):

@@ -2,8 +2,8 @@
 
     vllm serve FILE.gguf --additional-config '{"hybrimoe": {"cache_size": "12GiB"}}'
 
-vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. Nothing changes for
-models that neither are a GGUF file nor name "hybrimoe". docs/engines.md says what works.
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. Nothing changes
+for models that neither are a GGUF file nor name "hybrimoe". docs/engines.md says what works.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         self._config = vllm_config
-        model = super().load_model(vllm_config, model_config, prefix)
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         if not _is_draft(model_config):
             _start(model, vllm_config)
         return model
@@ -61,9 +61,10 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
             if isinstance(self._source.file, GgufFile):
                 # before vLLM changes classes of Transformers, as it does for some models
                 self._outline = outline_of(self._source)
-        return super().create_model(vllm_config, model_config, prefix)
+        model: torch.nn.Module = super().create_model(vllm_config, model_config, prefix)
+        return model
 
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: Any, model_config: Any) -> None:
         if _is_draft(model_config):
             super().load_weights(model, model_config)
             return
@@ -75,13 +76,20 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
             raise ModelError(
                 f"{source.file.path}: vLLM's {type(model).__name__} does not take these weights: {first_line(error)}"
             ) from error
-        wanted = {name for name, _ in model.named_parameters()}
-        missing = sorted(wanted - loaded) if loaded is not None else []
+        missing = [] if loaded is None else _missing(model, loaded)
         if missing:
             raise ModelError(
                 f"{source.file.path}: nothing for {missing[0]} of vLLM's model, and {len(missing) - 1} more"
             )
         source.file.release_pages()
+
+
+def _missing(model: torch.nn.Module, loaded: set[str]) -> list[str]:
+    """Parameters that nothing was loaded for under any of their names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each[0] for each in names.values() if loaded.isdisjoint(each)]
 
 
 def _is_draft(model_config: Any) -> bool:

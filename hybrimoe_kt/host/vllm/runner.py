@@ -1,7 +1,7 @@
 """What is changed of vLLM's MoE layers once they stand: who hears the router, and what a graph is cut at.
 
-Where a graph is captured in pieces a layer of ours lies between two: an eager piece has to write where the piece behind it
-reads, which is memory of the piece before it. vLLM's own operator answers in new memory.
+Where a graph is captured in pieces a layer of ours lies between two: an eager piece has to write where the piece behind
+it reads, which is memory of the piece before it. vLLM's own operator answers in new memory.
 """
 
 from __future__ import annotations

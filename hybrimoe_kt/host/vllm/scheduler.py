@@ -5,7 +5,7 @@ A failed step's logits are NaN (`EngineExperts.finish`), whichever rank it faile
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,22 +17,24 @@ __all__ = ["AsyncHybridScheduler", "HybridScheduler"]
 
 logger = init_logger("vllm.hybrimoe")
 
-_Base: Any = object if TYPE_CHECKING else object
 
+class _EndsFailed:
+    requests: Any
+    kv_cache_manager: Any
+    finish_requests: Any
 
-class _EndsFailed(_Base):  # type: ignore[misc]
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         counted = model_runner_output.num_nans_in_logits or {}
         failed = {name for name, count in counted.items() if count and name in self.requests}
         if not failed:
-            return super().update_from_output(scheduler_output, model_runner_output)
+            return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         logger.error("a step failed, and with it %d requests: %s", len(failed), ", ".join(sorted(failed)))
         for name in failed:
             self._forget_blocks(name)
             place = model_runner_output.req_id_to_index[name]
             if model_runner_output.sampled_token_ids:
                 model_runner_output.sampled_token_ids[place] = []  # nobody's
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR):
             told = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
             told.outputs.append(

@@ -1,4 +1,4 @@
-"""A CPU backend that fails once whenever somebody writes a file: `cpu_backend: tests.engines.vllm.faulty:FaultyBackend`."""
+"""A CPU backend that fails once whenever somebody writes a file: "tests.engines.vllm.faulty:FaultyBackend"."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Greedy tokens of eight concurrent prompts from vLLM, in this process or one of its own.
 
-`python -m tests.engines.vllm.offline MODEL ANSWER.json '{"tensor_parallel_size": 2, ...}'`: the last are engine arguments.
+`python -m tests.engines.vllm.offline MODEL ANSWER.json '{"tensor_parallel_size": 2, ...}'`: engine arguments last.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ENGINE = {
 }  # fmt: skip
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 """Nothing is reported to anybody."""
-_IN_PROCESS = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Nothing is compiled or warmed up. Ranks of a pipeline have to be: vLLM's own fail in their first step else."""
+_IN_PROCESS = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0"}
+"""Nothing is warmed up, or compiled for later. Ranks of a pipeline have to be: vLLM's own fail in their first step else."""
 
 
 def prompts(vocabulary: int, count: int = 8) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Greedy tokens of eight concurrent requests are the stock engine's, wherever experts are and however ranks share them."""
+"""Greedy tokens of eight concurrent requests are the stock engine's, wherever experts are and whoever has them."""
 
 from __future__ import annotations
 

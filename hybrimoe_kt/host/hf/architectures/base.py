@@ -193,7 +193,7 @@ class Architecture:
     """What a layer's experts compute between their matrices, by Transformers' configuration and the layer's number."""
 
     published_config: Callable[[Any], Mapping[str, Any]] = lambda config: {}
-    """What published config.json files say beside what Transformers writes of its configuration: other engines read it."""
+    """What published config.json files say beside what Transformers writes of its configuration; engines read it."""
 
     @property
     def name(self) -> str:
