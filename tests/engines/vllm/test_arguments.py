@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-engines")
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hybrimoe_kt.errors import ConfigError, ModelError
 from hybrimoe_kt.host.tokenizers.tokenizer import load_tokenizer
@@ -21,7 +24,7 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from tests.support.generated_model import Shape
 from tests.support.vocabularies import sentencepiece
 
-from .offline import here
+from .offline import ROOT, here
 from .server import started
 
 Make = Callable[..., tuple[Path, Path]]
@@ -95,6 +98,16 @@ def test_a_wrong_option_is_one_sentence_of_the_command(family: Make, tmp_path: P
     last = said.strip().splitlines()[-1]
     assert last.startswith("vllm: error: unknown option 'polisy', did you mean 'policy'? valid: accelerator,")
     assert "Traceback" not in said
+
+
+def test_options_that_the_page_names_are_vllms() -> None:
+    page = (ROOT / "docs/engines.md").read_text(encoding="utf-8")
+    text = page[: page.index("## SGLang")]
+    asked = FlexibleArgumentParser()
+    known = {flag for action in make_arg_parser(asked)._actions for flag in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert len(named) > 10
+    assert not named - known
 
 
 def test_a_tokenizer_that_no_file_holds(generated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
