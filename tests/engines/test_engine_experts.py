@@ -156,6 +156,25 @@ def test_gates_of_a_rank_guess_its_own_experts() -> None:
     assert ours.runtime.health().is_clean
 
 
+def test_routers_that_cannot_be_asked_ahead_cost_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that are told by the model, just before, what to choose."""
+    asked: list[int] = []
+
+    class Stateful(Scored):
+        def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append(1)
+            raise AssertionError("asked out of turn")
+
+    wanted = through(made(), step(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{__name__}.Scored", Stateful)
+        ours = made("emulated, half cached")
+    for _ in range(3):
+        for found, right in zip(through(ours, step(2)), wanted, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert len(asked) == LAYERS - 1, "each layer's once"
+
+
 class Faulty(TorchReferenceCpu):
     """Fails when told to."""
 

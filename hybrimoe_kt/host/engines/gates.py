@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EngineGate", "GatesAhead", "local_ids"]
+__all__ = ["EngineGate", "GatesAhead", "local_ids", "own_columns"]
+
+logger = logging.getLogger(__name__)
 
 Route = Callable[[torch.Tensor], "tuple[torch.Tensor, torch.Tensor]"]
 
@@ -32,9 +35,22 @@ class GatesAhead:
         self.layers: Sequence[int] = [gate.layer for gate in ahead]
         self.num_experts = num_experts
         self._ahead = [(gate, _ratio(own.norm, gate.norm)) for gate in ahead]
+        self._can_be_asked = True
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """As of `Predict`; a router that cannot be asked out of turn names no expert, and is not asked again."""
+        if self._can_be_asked:
+            try:
+                self._ask(hidden, ids, scores)
+                return
+            except Exception as error:  # whatever an engine's routers raise: a guess is worth no step
+                self._can_be_asked = False
+                logger.info("routers of layers %s cannot be asked ahead: %r", self.layers, error)
+        ids.fill_(-1)
+        scores.zero_()
+
+    def _ask(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
         for place, (gate, ratio) in enumerate(self._ahead):
             logits, chosen = gate.route(hidden if ratio is None else hidden * ratio)
             ids[place].copy_(local_ids(gate.local_of, chosen))

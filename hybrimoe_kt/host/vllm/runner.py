@@ -56,14 +56,14 @@ def gate_of(runner: Any, layer: int, block: Any, norm: torch.Tensor | None) -> E
     """The layer's router for looking ahead; None where neither the layer nor the block around it shows one."""
     named = (getattr(block, name, None) for name in ("gate", "router"))
     gate = runner.gate if runner.gate is not None else next((found for found in named if callable(found)), None)
-    if gate is None or runner._fse_fuse_gate:
+    choose = getattr(runner.router, "_compute_routing", None)  # `select_experts` would note it as what was routed
+    if gate is None or choose is None or runner._fse_fuse_gate:
         return None
-    router = runner.router
 
     def route(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         answer = gate(hidden)
         logits = answer[0] if isinstance(answer, tuple) else answer
-        return logits, router.select_experts(hidden_states=hidden, router_logits=logits)[1]
+        return logits, choose(hidden, logits, None)[1]
 
     return EngineGate(layer, route, norm, runner.routed_experts.expert_map)
 

@@ -21,6 +21,7 @@ ATTRIBUTES = {
         "apply", "create_weights", "get_fused_moe_quant_config", "maybe_roundup_sizes", "mk_can_overlap_shared_experts",
     },
     f"{MOE}.router.fused_moe_router.FusedMoERouter": {"select_experts"},
+    f"{MOE}.router.base_router.BaseRouter": {"_compute_routing"},
     "vllm.v1.core.sched.scheduler.Scheduler": {"update_from_output", "finish_requests"},
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": {"update_from_output", "finish_requests"},
     "vllm.v1.core.kv_cache_manager.KVCacheManager": {"evict_blocks", "get_block_ids"},
