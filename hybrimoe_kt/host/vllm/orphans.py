@@ -50,6 +50,6 @@ def _watch(watched: dict[int, int]) -> None:
 
 def _parent_of(process: int) -> int:
     try:
-        return psutil.Process(process).ppid()
+        return int(psutil.Process(process).ppid())
     except psutil.NoSuchProcess:
         return -1

@@ -121,17 +121,9 @@ def _experts(
     out.copy_(answer)
 
 
-def _experts_fake(
-    hidden: torch.Tensor,
-    logits: torch.Tensor,
-    shared_input: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    out: torch.Tensor,
-    shared: torch.Tensor,
-    layer_name: _layer_name_type,
-) -> None:
-    return None
+def _writes_alone(*_: object) -> None:
+    """What the operator is to who traces it."""
 
 
 if not hasattr(torch.ops.vllm, OP):
-    direct_register_custom_op(op_name=OP, op_func=_experts, mutates_args=["out", "shared"], fake_impl=_experts_fake)
+    direct_register_custom_op(op_name=OP, op_func=_experts, mutates_args=["out", "shared"], fake_impl=_writes_alone)

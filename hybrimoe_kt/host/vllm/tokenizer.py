@@ -34,7 +34,7 @@ class FileTokenizer(PreTrainedTokenizerFast):
     file: str
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> Any:
+    def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> Any:  # type: ignore[override]
         """The tokenizer of the file that `folder` was made of."""
         note = json.loads((Path(folder) / GGUF_NOTE).read_text(encoding="utf-8"))
         tokenizer = load_tokenizer(GgufFile(note["gguf"]), None)
