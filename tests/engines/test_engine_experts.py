@@ -46,7 +46,9 @@ def table(experts: list[int]) -> torch.Tensor:
     return found
 
 
-def made(machine: str = "CPU", mine: list[int] | None = None, **options: Any) -> EngineExperts:
+def made(
+    machine: str = "CPU", mine: list[int] | None = None, *, has_gates: bool = True, **options: Any
+) -> EngineExperts:
     given = (
         {"cpu_backend": "torch_reference", "cpu_threads": 1, "max_chunk_tokens": CHUNK} | MACHINES[machine] | options
     )
@@ -54,7 +56,7 @@ def made(machine: str = "CPU", mine: list[int] | None = None, **options: Any) ->
     for layer in layers():
         local_of = None if mine is None else table(mine)
         gate = EngineGate(layer.layer, Scored(layer.layer), torch.ones(HIDDEN), local_of)
-        ours.add(RankShare(mine).of(layer), gate, is_share=mine is not None)
+        ours.add(RankShare(mine).of(layer), gate if has_gates else None, local_of)
     ours.start()
     return ours
 
@@ -84,6 +86,13 @@ def test_ranks_add_up_to_the_whole_model(machine: str, rows: int) -> None:
         wanted, parts = through(whole, inputs), [through(rank, inputs) for rank in ranks]
         for layer in range(LAYERS):
             torch.testing.assert_close(sum(part[layer] for part in parts), wanted[layer], rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_whose_routers_are_not_shown_add_up_as_well() -> None:
+    inputs = step(3)
+    parts = [through(made(mine=mine, has_gates=False), inputs) for mine in RANKS]
+    for layer, wanted in enumerate(through(made(), inputs)):
+        torch.testing.assert_close(sum(part[layer] for part in parts), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

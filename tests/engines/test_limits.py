@@ -18,7 +18,7 @@ from hybrimoe_kt.host.engines.versions import check_engine
 
 GIB = 2**30
 CARD = CardUse(
-    total=24 * GIB, used=4 * GIB, utilization=0.9, step=GIB, kv_per_token=96 * 1024, max_model_len=8192, max_requests=64
+    total=24 * GIB, used=4 * GIB, utilization=0.9, step=GIB, kv_per_request=96 * 1024 * 8192, max_requests=64
 )
 
 
@@ -34,22 +34,29 @@ def test_an_unknown_option_names_the_nearest() -> None:
 
 
 def test_auto_follows_the_engines_share_of_the_card() -> None:
-    more, less = (EngineLimits(64).options({}, int(auto_cache_bytes(replace(CARD, utilization=u)))) for u in (0.9, 0.5))
+    more, less = (
+        EngineLimits(64).options({}, lambda u=u: auto_cache_bytes(replace(CARD, utilization=u))) for u in (0.9, 0.5)
+    )
+
+    def never() -> int:
+        raise AssertionError("nobody wants to know")
+
+    assert EngineLimits(64).options({"accelerator": "none"}, never).cache_size.num_bytes is None
     assert more.cache_size.num_bytes > less.cache_size.num_bytes > 0
-    assert EngineLimits(64).options({"cache_size": 5}, 10).cache_size.per_layer == 5
-    assert EngineLimits(64).options({"card_bytes": "8GiB"}, 10).cache_size.num_bytes is None
-    assert EngineLimits(64).options({}, None).cache_size.num_bytes is None
+    assert EngineLimits(64).options({"cache_size": 5}, never).cache_size.per_layer == 5
+    assert EngineLimits(64).options({"card_bytes": "8GiB"}, never).cache_size.num_bytes is None
+    assert EngineLimits(64).options({}, lambda: None).cache_size.num_bytes is None
 
 
 def test_keys_and_values_are_left_room_for() -> None:
     left = int(24 * GIB * 0.9) - 5 * GIB
-    one = CARD.kv_per_token * CARD.max_model_len
+    one = CARD.kv_per_request
     assert left - auto_cache_bytes(CARD) == 4 * one
     assert left - auto_cache_bytes(replace(CARD, max_requests=2)) == 2 * one
     assert left - auto_cache_bytes(replace(CARD, kv_given=GIB)) == GIB
-    assert left - auto_cache_bytes(replace(CARD, max_model_len=65536)) == left - left // 2
-    with pytest.raises(ConfigError, match=r"one request of 1000000 tokens takes"):
-        auto_cache_bytes(replace(CARD, max_model_len=10**6))
+    assert left - auto_cache_bytes(replace(CARD, kv_per_request=8 * one)) == left - left // 2
+    with pytest.raises(ConfigError, match=r"one request of full length takes 1000000000000"):
+        auto_cache_bytes(replace(CARD, kv_per_request=10**12))
 
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")

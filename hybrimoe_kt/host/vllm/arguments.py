@@ -8,7 +8,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.registry import ModelRegistry
@@ -25,6 +26,15 @@ __all__ = ["extend_arguments"]
 logger = init_logger("vllm.hybrimoe")
 
 _SCHEDULERS = "hybrimoe_kt.host.vllm.scheduler"
+_REFUSED = {
+    "enable_dbo": "has two halves of a batch under way, where one step of experts is",
+    "enable_eplb": "moves experts between ranks, which are read in place here",
+    "enable_lora": "changes experts by what it adds to their matrices, which are packed here",
+    "enable_sleep_mode": "takes memory away that experts stand in",
+    "prefill_context_parallel_size": "gathers other ranks' tokens in a way that is not known here",
+    "kv_transfer_config": "would hand on keys and values of steps that failed",
+}
+"""Argument -> what it does."""
 _COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"
 
 
@@ -68,12 +78,9 @@ def _prepare(args: Any) -> None:
     if not isinstance(options, dict):
         raise ConfigError(f'--additional-config: "{OPTIONS_KEY}" is {options!r}, valid: {{"cache_size": "12GiB", ...}}')
     ExpertOptions.from_kwargs(options)
-    if args.enable_dbo:
-        raise ConfigError(
-            "--enable-dbo has two halves of a batch under way, of experts one step at a time is; leave it out"
-        )
-    if args.enable_eplb:
-        raise ConfigError("--enable-eplb moves experts between ranks, which are read in place here; leave it out")
+    for flag, why in _REFUSED.items():
+        if getattr(args, flag) not in (None, False, 1):
+            raise ConfigError(f"--{flag.replace('_', '-')} {why}; leave it out")
     if FILE_KEY not in given:
         if not Path(args.model).exists():
             raise ModelError(f"{args.model}: no such file or directory; download the model first, and give its folder")
@@ -109,17 +116,43 @@ def _architecture(name: str) -> str:
 
 def _complete(config: Any) -> None:
     """Let failed steps end, and keep our layers out of captured graphs."""
-    os.environ.setdefault(_COUNT_NANS, "1")
+    os.environ[_COUNT_NANS] = "1"
+    if config.model_config.runner_type != "generate":
+        raise ConfigError(
+            f"--runner {config.model_config.runner_type} answers no tokens; use vLLM's own experts for it"
+        )
+    guessing = config.speculative_config
+    draft = guessing.draft_model_config if guessing is not None else None
+    if draft is not None and draft.quantization == METHOD:
+        raise ConfigError(
+            f"--speculative-config: {guessing.method} reads its draft from this model's own file, whose last layers "
+            f"are left out here; name a draft model"
+        )
     scheduler = config.scheduler_config
     if scheduler.scheduler_cls is None:
         name = "AsyncHybridScheduler" if scheduler.async_scheduling else "HybridScheduler"
         scheduler.scheduler_cls = f"{_SCHEDULERS}.{name}"
-    compilation = config.compilation_config
-    if compilation.splitting_ops and SPLITTING_OP not in compilation.splitting_ops:
-        compilation.splitting_ops.append(SPLITTING_OP)
-    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
-        logger.info("graphs are captured in pieces: experts are decided about in every step")
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    _complete_graphs(config.compilation_config)
     parallel = config.parallel_config
     if parallel.data_parallel_size > 1 and current_platform.is_cpu() and parallel.enable_expert_parallel:
         raise ConfigError("vLLM's CPU build has no data parallel with expert parallel; give one of them")
+
+
+def _complete_graphs(compilation: Any) -> None:
+    """Our layers between pieces, or no graphs."""
+    if compilation.splitting_ops and SPLITTING_OP not in compilation.splitting_ops:
+        compilation.splitting_ops.append(SPLITTING_OP)
+    mode = compilation.cudagraph_mode
+    if mode is None or mode == CUDAGraphMode.NONE:
+        return
+    if is_breakable_cudagraph_enabled():
+        logger.warning("no graphs are captured: this model's are broken up in a way that experts here do not know")
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+    elif compilation.mode == CompilationMode.VLLM_COMPILE and SPLITTING_OP not in (compilation.splitting_ops or ()):
+        raise ConfigError(
+            "this --compilation-config captures whole graphs (fuse_attn_quant does), and with them what is decided anew "
+            "in every step; leave it out, or give --enforce-eager"
+        )
+    elif mode.has_full_cudagraphs():
+        logger.info("graphs are captured in pieces: experts are decided about in every step")
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

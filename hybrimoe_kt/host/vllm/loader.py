@@ -26,7 +26,7 @@ from .memory import auto_bytes
 from .method import HybridMethod
 from .names import FILE_KEY, METHOD, OPTIONS_KEY
 from .orphans import end_with_server
-from .runner import attach, gate_of, watch_pipeline
+from .runner import attach, gate_of, tell_lost_steps
 
 __all__ = ["HybridLoader", "add_loader"]
 
@@ -109,27 +109,36 @@ def _dense(source: Source, outline: Any, dtype: torch.dtype) -> Any:
 
 def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
     """Hand every MoE layer of this rank its experts."""
-    parallel = config.parallel_config
-    ranks = max(1, parallel.local_world_size)
-    limits = EngineLimits(config.scheduler_config.max_num_batched_tokens, parallel.rank % ranks, ranks)
     found = {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
     runners = {name: each for name, each in found.items() if isinstance(each._quant_method, HybridMethod)}
     if not runners:
         if get_pp_group().world_size == 1:
             raise ModelError(f"{source.file.path}: vLLM's {type(model).__name__} has no routed experts of its own kind")
         return
-    given = config.additional_config[OPTIONS_KEY]
     layers = {name: _share(runner, source) for name, runner in runners.items()}
-    experts = EngineExperts(
-        limits.options(given, auto_bytes(config, model)), cores_of_rank(limits.rank, limits.num_ranks)
-    )
+    limits = _limits(config)
+    options = limits.options(config.additional_config[OPTIONS_KEY], lambda: auto_bytes(config))
+    has_others = config.parallel_config.data_parallel_size > 1  # whose requests are in the step as well
+    cores = cores_of_rank(limits.rank, limits.num_ranks)
+    experts = EngineExperts(options, cores, tells_by_answer=has_others)
     for name, runner in runners.items():
         block = model.get_submodule(name.rpartition(".")[0])
         number = runner._quant_method.layer_number
         norm = _norm(model.get_submodule(name[: name.index(f".{number}.") + len(f".{number}")]), source)
         gate = gate_of(runner, number, block, norm)
-        experts.add(layers[name], gate, is_share=runner.routed_experts.expert_map is not None)
+        experts.add(layers[name], gate, runner.routed_experts.expert_map)
         attach(runner, experts)
+
+
+def _limits(config: Any) -> EngineLimits:
+    """This rank among those of its machine, data-parallel ones as well."""
+    parallel = config.parallel_config
+    in_engine = max(1, parallel.local_world_size)
+    engine = parallel.data_parallel_rank_local or 0
+    num_ranks = in_engine * max(1, parallel.data_parallel_size_local)
+    return EngineLimits(
+        config.scheduler_config.max_num_batched_tokens, engine * in_engine + parallel.rank % in_engine, num_ranks
+    )
 
 
 def _share(runner: Any, source: Source) -> Any:
@@ -156,11 +165,10 @@ def _norm(layer: Any, source: Source) -> torch.Tensor | None:
 def _start(model: torch.nn.Module, config: Any) -> None:
     methods = [m._quant_method for m in model.modules() if isinstance(m, MoERunner)]
     experts = next((m.experts for m in methods if isinstance(m, HybridMethod) and m.experts is not None), None)
+    tell_lost_steps(model, experts)
     if experts is not None:
         runtime = experts.start()
         end_with_server()
-        if not get_pp_group().is_first_rank:
-            watch_pipeline(model, experts)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         logger.info(
             "hybrimoe: %s; dense weights are %s, made of the file's for vLLM's own layers", runtime.describe(), dtype

@@ -11,6 +11,7 @@ import threading
 import time
 
 import psutil
+from vllm import envs
 from vllm.logger import init_logger
 
 __all__ = ["end_with_server"]
@@ -18,8 +19,10 @@ __all__ = ["end_with_server"]
 logger = init_logger("vllm.hybrimoe")
 
 _EVERY_S = 1.0
-_ENGINE = "VLLM::EngineCore"
+_ENGINE = "EngineCore"
 """What vLLM calls the process between server and ranks."""
+_NAME = 15
+"""As much as the system keeps of a name."""
 
 
 def end_with_server() -> None:
@@ -33,10 +36,11 @@ def _started_by_server() -> dict[int, int]:
     """Process -> its parent: this one and an engine above it, as far as vLLM has started them."""
     own = psutil.Process()
     parent = own.parent()
-    if not own.name().startswith("VLLM::") or parent is None:
+    prefix = f"{envs.VLLM_PROCESS_NAME_PREFIX}::"
+    if not own.name().startswith(prefix[:_NAME]) or parent is None:
         return {}
     found = {own.pid: parent.pid}
-    if parent.name().startswith(_ENGINE[:15]):  # as much as the system keeps of a name
+    if parent.name().startswith(f"{prefix}{_ENGINE}"[:_NAME]):
         found[parent.pid] = parent.ppid()
     return found
 

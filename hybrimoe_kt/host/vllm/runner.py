@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import (
     _resolve_layer_name,
     get_layer_from_name,
 )
+from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from hybrimoe_kt.host.engines.experts import EngineExperts
@@ -22,34 +23,50 @@ from hybrimoe_kt.host.engines.gates import EngineGate
 
 from .names import OP
 
-__all__ = ["attach", "gate_of", "watch_pipeline"]
+__all__ = ["attach", "gate_of", "tell_lost_steps"]
 
 
 def attach(runner: Any, experts: EngineExperts) -> None:
     """Let a layer's router be heard, and its work be one operator that writes into memory it is given."""
     runner.routed_experts.quant_method.experts = experts
-    runner.router = _HeardRouter(runner.router, experts)
+    _hear(runner.router, experts)
     runner._forward_entry = _Entry(runner)
 
 
-def watch_pipeline(model: torch.nn.Module, experts: EngineExperts) -> None:
-    """Let a rank that is not the first of its pipeline know a lost step by what it is handed, and compute with zeros.
+def tell_lost_steps(model: torch.nn.Module, experts: EngineExperts | None) -> None:
+    """Have a rank's answer to a lost step be NaN, and let it know one by what the rank before it in a pipeline answers.
 
-    Else its attention would write NaN where later requests' keys and values go, and those would not get rid of it.
+    It then computes with zeros: its attention would write NaN where later requests' keys and values go, and those would
+    not get rid of it. `experts` are None where a rank has none.
     """
+    is_lost = False
 
     def look(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        handed = kwargs.get("intermediate_tensors")
+        nonlocal is_lost
+        handed, is_lost = kwargs.get("intermediate_tensors"), False
         if handed is None:
             return
         tensors = [value for value in handed.tensors.values() if value.is_floating_point()]
         if all(math.isfinite(value.sum().item()) or value.isfinite().all() for value in tensors):
             return
-        experts.lose_step()
+        is_lost = True
         for value in tensors:
             value.zero_()
 
+    def tell(module: torch.nn.Module, args: Any, answer: Any) -> Any:
+        has_failed = is_lost or (experts is not None and experts.take_failure() is not None)
+        return _as_nan(answer) if has_failed else None
+
     model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_hook(tell)
+
+
+def _as_nan(answer: Any) -> Any:
+    if isinstance(answer, torch.Tensor):
+        return torch.full_like(answer, float("nan")) if answer.is_floating_point() else answer
+    if isinstance(answer, IntermediateTensors):
+        return IntermediateTensors({name: _as_nan(value) for name, value in answer.items()})
+    return type(answer)(_as_nan(each) for each in answer) if isinstance(answer, (tuple, list)) else answer
 
 
 def gate_of(runner: Any, layer: int, block: Any, norm: torch.Tensor | None) -> EngineGate | None:
@@ -68,22 +85,16 @@ def gate_of(runner: Any, layer: int, block: Any, norm: torch.Tensor | None) -> E
     return EngineGate(layer, route, norm, runner.routed_experts.expert_map)
 
 
-class _HeardRouter:
-    """A layer's router, whose logits are noted for whoever learns from them."""
+def _hear(router: Any, experts: EngineExperts) -> None:
+    """Note a layer's logits for whoever learns from them, on the router itself: vLLM asks what class it is of."""
+    choose = router.select_experts
 
-    def __init__(self, router: Any, experts: EngineExperts) -> None:
-        self.__dict__.update(_router=router, _experts=experts)
+    def select_experts(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **rest: Any) -> Any:
+        if experts.wants_logits:
+            experts.note_logits(router_logits)
+        return choose(hidden_states, router_logits, *args, **rest)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_router"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._router, name, value)
-
-    def select_experts(self, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **rest: Any) -> Any:
-        if self._experts.wants_logits:
-            self._experts.note_logits(router_logits)
-        return self._router.select_experts(hidden_states, router_logits, *args, **rest)
+    router.select_experts = select_experts
 
 
 class _Entry:

@@ -34,6 +34,8 @@ class StepReader:
         metadata = context.attn_metadata
         if not metadata:
             return EngineStep(phase="decode") if self._sees_other_ranks else _TRIAL
+        if context.is_padding is not None and bool(context.is_padding.all()):  # graphs are being captured
+            return EngineStep(phase="decode") if self._sees_other_ranks else _TRIAL
         found = list(metadata.values())
         longest = max((getattr(each, "max_query_len", 0) or 0 for each in found), default=0)
         has_prompts = any(getattr(each, "num_prefills", 0) for each in found) if not longest else False
