@@ -22,7 +22,7 @@ from hybrimoe_kt.config import ExpertOptions
 from hybrimoe_kt.core.types import Phase
 from hybrimoe_kt.device.backend import Routed
 from hybrimoe_kt.device.experts import LayerExperts
-from hybrimoe_kt.errors import DeadlineError, first_line
+from hybrimoe_kt.errors import DeadlineError, KernelError, first_line
 from hybrimoe_kt.runtime import Job, ModelExperts, Runtime, assemble
 
 from .gates import EngineGate, GatesAhead, local_ids, own_columns
@@ -64,6 +64,7 @@ class EngineExperts:
         self._logits: torch.Tensor | None = None
         self._first = self._last = -1
         self._failure: Exception | None = None
+        self._lost: Exception | None = None
         self.on_failure: Callable[[Exception], object] = lambda error: None
         """Told of the first thing that fails in a step."""
 
@@ -122,7 +123,7 @@ class EngineExperts:
         logits, self._logits = self._logits, None
         num_tokens = hidden.shape[0] if step.num_tokens is None else min(step.num_tokens, hidden.shape[0])
         if layer == self._first:
-            self._failure = None
+            self._failure, self._lost = self._lost, None
         if step.is_trial or self._failure is not None or not num_tokens:
             return Pending(layer, hidden, None, 0)
         try:
@@ -158,6 +159,10 @@ class EngineExperts:
         if answer is not None:
             whole[:num_tokens] = answer
         return whole
+
+    def lose_step(self) -> None:
+        """Take note that the step about to begin is lost: a rank before this one has handed on what is no number."""
+        self._lost = KernelError("an earlier rank of the pipeline has failed")
 
     def run(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, step: EngineStep

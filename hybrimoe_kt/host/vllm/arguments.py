@@ -68,7 +68,7 @@ def _prepare(args: Any) -> None:
             raise ModelError(f"{args.model}: no such file or directory; download the model first, and give its folder")
         given[FILE_KEY] = str(Path(args.model).resolve())
     file = given[FILE_KEY]
-    args.served_model_name = args.served_model_name or [Path(file).stem if file.endswith(".gguf") else args.model]
+    args.served_model_name = args.served_model_name or [args.model]  # not the folder, but what the user called it
     args.additional_config = given
     args.quantization, args.load_format = METHOD, METHOD
     is_own_tokenizer = args.tokenizer in (None, args.model)

@@ -26,7 +26,8 @@ from hybrimoe_kt.weights.gguf_file import GgufFile
 from .memory import auto_bytes
 from .method import HybridMethod
 from .names import FILE_KEY, METHOD, OPTIONS_KEY
-from .runner import attach, gate_of
+from .orphans import end_with_server
+from .runner import attach, gate_of, watch_pipeline
 
 __all__ = ["HybridLoader", "add_loader"]
 
@@ -143,4 +144,7 @@ def _start(model: torch.nn.Module, config: Any) -> None:
     experts = next((m.experts for m in methods if isinstance(m, HybridMethod) and m.experts is not None), None)
     if experts is not None:
         runtime = experts.start()
+        end_with_server()
+        if not get_pp_group().is_first_rank:
+            watch_pipeline(model, experts)
         logger.info("hybrimoe: %s; dense weights are %s", runtime.describe(), config.model_config.dtype)

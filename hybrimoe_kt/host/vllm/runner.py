@@ -6,6 +6,7 @@ it reads, which is memory of the piece before it. vLLM's own operator answers in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from hybrimoe_kt.host.engines.gates import EngineGate
 
 from .names import OP
 
-__all__ = ["attach", "gate_of"]
+__all__ = ["attach", "gate_of", "watch_pipeline"]
 
 
 def attach(runner: Any, experts: EngineExperts) -> None:
@@ -29,6 +30,26 @@ def attach(runner: Any, experts: EngineExperts) -> None:
     runner.routed_experts.quant_method.experts = experts
     runner.router = _HeardRouter(runner.router, experts)
     runner._forward_entry = _Entry(runner)
+
+
+def watch_pipeline(model: torch.nn.Module, experts: EngineExperts) -> None:
+    """Let a rank that is not the first of its pipeline know a lost step by what it is handed, and compute with zeros.
+
+    Else its attention would write NaN where later requests' keys and values go, and those would not get rid of it.
+    """
+
+    def look(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        handed = kwargs.get("intermediate_tensors")
+        if handed is None:
+            return
+        tensors = [value for value in handed.tensors.values() if value.is_floating_point()]
+        if all(math.isfinite(value.sum().item()) or value.isfinite().all() for value in tensors):
+            return
+        experts.lose_step()
+        for value in tensors:
+            value.zero_()
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def gate_of(runner: Any, layer: int, block: Any, norm: torch.Tensor | None) -> EngineGate | None:

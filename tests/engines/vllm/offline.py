@@ -22,7 +22,7 @@ ENGINE = {
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 """Nothing is reported to anybody."""
 _IN_PROCESS = {"VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0"}
-"""Nothing is warmed up, or compiled for later. Ranks of a pipeline have to be: vLLM's own fail in their first step else."""
+"""Nothing is warmed up, or compiled for later. Ranks of a pipeline have to be: vLLM's own fail at once else."""
 
 
 def prompts(vocabulary: int, count: int = 8) -> list[list[int]]:

@@ -20,8 +20,9 @@ import psutil
 from .offline import _IN_PROCESS, ENVIRONMENT, ROOT
 
 COMMAND = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-ARGUMENTS = [
-    "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager",
+ARGUMENTS = [  # ranks of a pipeline have to be warmed up, which vLLM does of compiled models alone
+    "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8",
+    "--compilation-config", '{"mode": 2, "backend": "eager"}',
     "--kv-cache-memory-bytes", str(2**26), "--gpu-memory-utilization", "0.2",
 ]  # fmt: skip
 

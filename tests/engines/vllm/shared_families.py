@@ -24,10 +24,12 @@ _NEWER = "the Transformers that it is installed with has no configuration of it"
 NOT_HERE: dict[str, str] = {
     "laguna": _GROUPS, "laguna-m": _GROUPS, "minimax-m2": _GROUPS, "nemotron": _UNGATED, "nemotron-latent": _UNGATED,
     "deepseek32": _SPARSE, "glm-dsa": _SPARSE, "deepseek4": _NEWER, "qwen35moe": _SEES, "qwen35moe-fused": _SEES,
-    "qwen3vlmoe": _SEES, "qwen4exp": _SEES, "qwen3next": _HALF, "kimi-linear": "its CPU build cannot import the kernels",
+    "qwen3vlmoe": _SEES, "qwen4exp": _SEES, "qwen3next": _HALF,
+    "kimi-linear": "its CPU build cannot import the kernels",
     "mimo2": "its CPU build has no attention with keys and values of different widths",
     "mellum": "its model fails on the configuration that Transformers writes",
-    "dots1": _NONE, "minimax-m3": _NONE, "bailingmoe3": _NEWER, "sarvam-moe": _NEWER, "ling-2": _NEWER, "step35": _NEWER,
+    "dots1": _NONE, "minimax-m3": _NONE, "bailingmoe3": _NEWER, "sarvam-moe": _NEWER, "ling-2": _NEWER,
+    "step35": _NEWER,
     "ling-1": "its files are read as Granite's here, whose heads have another width there",
 }  # fmt: skip
 """The other families -> why vLLM 0.32's stock model does not run on a CPU, so that there is nothing to compare with."""

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; make test-engines")
 MOE = "vllm.model_executor.layers.fused_moe"
 ATTRIBUTES = {
     f"{MOE}.runner.moe_runner.MoERunner": {
-        "forward", "_forward_impl", "_select_forward", "_quant_method", "_maybe_fuse_gate_weights", "_encode_layer_name",
+        "forward", "_forward_impl", "_select_forward", "_quant_method", "_encode_layer_name",
     },
     f"{MOE}.RoutedExperts": {"expert_map", "forward_modular"},
     f"{MOE}.fused_moe_method_base.FusedMoEMethodBase": {
