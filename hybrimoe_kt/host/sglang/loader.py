@@ -110,8 +110,10 @@ def _experts(model: Any, source: Source, given: dict[str, Any], auto: int | None
                 inter=layer.intermediate_size_per_partition * layer.moe_tp_size,
             )
         )
-        experts.add(share, _gate(model, name, layer, mine, source), is_share=mine is not None)
+        gate = _gate(model, name, layer, mine, source)
+        experts.add(share, gate, is_share=mine is not None)
         layer.quant_method.experts = experts
+        layer.quant_method.hears_router = gate is not None or mine is None
     return experts
 
 

@@ -69,6 +69,8 @@ class HybridMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.experts: EngineExperts | None = None
+        self.hears_router = True
+        """Whether its logits can be told apart by rank."""
         self.factor = 1.0
         """Of the answer, where SGLang's model leaves it to the experts."""
 
@@ -100,7 +102,7 @@ class HybridMethod(FusedMoEMethodBase):  # type: ignore[misc]
         assert experts is not None, "the loader has handed them over"
         if self._weights_go_on_input:
             x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
-        if logits is not None and experts.wants_logits:
+        if logits is not None and self.hears_router and experts.wants_logits:
             experts.note_logits(logits)
         return experts.run(layer, x, ids, weights * self.factor, current_step())
 

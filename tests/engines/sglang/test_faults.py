@@ -88,7 +88,7 @@ def test_a_step_that_fails_costs_its_requests_alone(family: Make, tmp_path: Path
         assert not fault.exists()
         answers = [complete(server, prompt) for prompt in longer]
         assert [complete(server, prompt) for prompt in given] == wanted
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/flush_cache", b"", timeout=60):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/flush_cache?timeout=30", b"", timeout=60):
             assert [complete(server, prompt) for prompt in longer] == answers, "nothing wrong was kept"
         assert server.is_up()
         assert "injected; the requests of this step are lost" in server.log.read_text()
