@@ -37,11 +37,24 @@ _WHOLE_EXPERTS = "--ep-size"
 def add_loader() -> None:
     """Have models of our method loaded here, whatever their format."""
     HookRegistry.register("sglang.srt.model_loader.loader.get_model_loader", _loader, HookType.AROUND)
+    HookRegistry.register("sglang.srt.model_loader.utils.get_model_architecture", _architecture, HookType.AROUND)
 
 
 def _loader(original: Any, load_config: Any, model_config: Any = None) -> Any:
     is_ours = model_config is not None and model_config.quantization == METHOD
     return HybridLoader(load_config) if is_ours else original(load_config, model_config)
+
+
+def _architecture(original: Any, model_config: Any) -> Any:
+    """The class for weights that are not quantised: Mixtral has another one else, which holds its own experts."""
+    given = model_config.quantization
+    if given != METHOD:
+        return original(model_config)
+    model_config.quantization = None
+    try:
+        return original(model_config)
+    finally:
+        model_config.quantization = given
 
 
 class HybridLoader(BaseModelLoader):  # type: ignore[misc]
@@ -100,12 +113,14 @@ def _experts(model: Any, source: Source, given: dict[str, Any], auto: int | None
         raise ModelError(f"{source.file.path}: SGLang's {type(model).__name__} has no routed experts of its own kind")
     experts = EngineExperts(limits.options(given, auto), cores_of_rank(limits.rank, limits.num_ranks))
     for name, layer in layers.items():
-        mine = _mine(layer)
+        mine, top_k = _mine(layer), layer.top_k
+        if top_k is None:  # some models tell the router alone
+            top_k = model.get_submodule(name.rpartition(".")[0]).topk.topk_config.top_k
         share = RankShare(mine, layer.moe_tp_rank, layer.moe_tp_size, _WHOLE_EXPERTS).of(
             source.loader.layer_experts(
                 layer.layer_id,
                 num_experts=layer.num_experts,
-                top_k=layer.top_k,
+                top_k=top_k,
                 hidden=layer.hidden_size,
                 inter=layer.intermediate_size_per_partition * layer.moe_tp_size,
             )

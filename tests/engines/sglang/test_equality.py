@@ -48,6 +48,12 @@ def test_shared_experts_and_a_dense_layer(family: Make, stock: Any, tmp_path: Pa
     assert elsewhere(family("glm4moe")[1], tmp_path, **hybrimoe(QUARTER)) == stock("glm4moe")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_models_that_sglang_has_in_other_ways(family: Make, stock: Any, tmp_path: Path, name: str) -> None:
+    """One has another class for quantised weights, one tells the number of experts a token to its router alone."""
+    assert elsewhere(family(name)[1], tmp_path, **hybrimoe(QUARTER)) == stock(name)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_however_ranks_share_them(family: Make, stock: Any, tmp_path: Path, ranks: str) -> None:
     model = family("qwen3moe")[ranks != "tensor parallel 2"]  # checkpoints' experts may be cut

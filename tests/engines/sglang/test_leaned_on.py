@@ -13,6 +13,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed; docs/engines.md")
 SRT = "sglang.srt"
 PARAMETERS = {
     f"{SRT}.model_loader.loader.get_model_loader": ["load_config", "model_config"],
+    f"{SRT}.model_loader.utils.get_model_architecture": ["model_config"],
     f"{SRT}.model_loader.loader._get_quantization_config": ["model_config", "load_config"],
     f"{SRT}.model_executor.model_runner.ModelRunner.sample": ["self", "logits_output", "forward_batch"],
     f"{SRT}.model_executor.forward_context.forward_context": ["ctx", "forward_batch"],
@@ -29,6 +30,7 @@ SOURCES: dict[str, set[str]] = {
         "self.intermediate_size_per_partition = ", "self.moe_ep_rank = ", "self.moe_tp_rank = ", "self.dispatcher = ",
         "self.quant_method = ",
     },
+    f"{SRT}.layers.moe.topk.TopK.__init__": {"self.topk_config = "},
     f"{SRT}.layers.moe.token_dispatcher.standard.StandardDispatcher.dispatch": {"not self.skip_local_expert_mapping"},
     f"{SRT}.managers.schedule_batch.Req.__init__": {"self.skip_radix_cache_insert = ", "self.to_finish: "},
     f"{SRT}.managers.schedule_batch.Req.update_finish_state": {"self.finished_reason = self.to_finish"},
