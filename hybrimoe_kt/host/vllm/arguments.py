@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 
 from hybrimoe_kt.config import ExpertOptions
-from hybrimoe_kt.errors import ConfigError, ModelError
+from hybrimoe_kt.errors import ConfigError, HybriMoEError, ModelError
 from hybrimoe_kt.host.engines.model_folder import has_tokenizer, model_folder
 
 from .names import FILE_KEY, METHOD, OPTIONS_KEY, SPLITTING_OP, TOKENIZER_MODE
@@ -37,12 +38,22 @@ def extend_arguments() -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_ours(self):
             return original(self, *args, **kwargs)
-        _prepare(self)
-        config = original(self, *args, **kwargs)
-        _complete(config)
+        try:
+            _prepare(self)
+            config = original(self, *args, **kwargs)
+            _complete(config)
+        except HybriMoEError as error:
+            if not _is_command():
+                raise
+            sys.exit(f"vllm: error: {error}")
         return config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _is_command() -> bool:
+    """Whether `vllm` was typed: a sentence then says more than a traceback."""
+    return Path(sys.argv[0]).name == "vllm" or sys.argv[0].endswith("vllm/entrypoints/cli/main.py")
 
 
 def _is_ours(args: Any) -> bool:

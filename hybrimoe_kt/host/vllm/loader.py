@@ -147,4 +147,7 @@ def _start(model: torch.nn.Module, config: Any) -> None:
         end_with_server()
         if not get_pp_group().is_first_rank:
             watch_pipeline(model, experts)
-        logger.info("hybrimoe: %s; dense weights are %s", runtime.describe(), config.model_config.dtype)
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        logger.info(
+            "hybrimoe: %s; dense weights are %s, made of the file's for vLLM's own layers", runtime.describe(), dtype
+        )

@@ -71,7 +71,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(
+def started(
     model: Path,
     folder: Path,
     *arguments: str,
@@ -79,7 +79,7 @@ def serving(
     env: dict[str, str] | None = None,
     port: int = 0,
 ) -> Iterator[Server]:
-    """A server of `model`; stopped with everything it has started."""
+    """A server of `model` that need not answer yet, or ever; stopped with everything it has started."""
     port, log = port or free_port(), folder / f"server-{time.monotonic_ns()}.log"
     command = [*COMMAND, str(model), "--port", str(port), *ARGUMENTS, *arguments]
     command += ["--additional-config", json.dumps({"hybrimoe": options})]
@@ -89,14 +89,21 @@ def serving(
         process = subprocess.Popen(command, cwd=folder, env=given, stdout=output, stderr=output)
     server = Server(port, process, log)
     try:
-        until = time.monotonic() + 240
-        while not server.is_up():
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < until, log.read_text()[-4000:]
-            time.sleep(0.5)
         yield server
     finally:
         stop(server)
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *arguments: str, **given: Any) -> Iterator[Server]:
+    """The same, once it answers."""
+    with started(model, folder, *arguments, **given) as server:
+        until = time.monotonic() + 240
+        while not server.is_up():
+            assert server.process.poll() is None, server.log.read_text()[-4000:]
+            assert time.monotonic() < until, server.log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield server
 
 
 def stop(server: Server) -> None:

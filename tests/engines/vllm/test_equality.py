@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-engines")
 
-from .offline import elsewhere, here
+from .offline import elsewhere, here, prompts
+from .server import free_port, serving, started
 
 Make = Callable[..., tuple[Path, Path]]
 MODELS = ("qwen3moe", "qwen2moe")
@@ -85,3 +87,23 @@ def test_a_draft_model_stays_vllms_own(family: Make, stock: Any) -> None:
     guess = {"model": str(checkpoint), "method": "draft_model", "num_speculative_tokens": 3}
     found = here(file, additional_config=QUARTER, speculative_config=guess)
     assert found == stock("qwen3moe")
+
+
+def test_two_nodes_on_loopback(family: Make, stock: Any, tmp_path: Path) -> None:
+    """Two servers that know each other by an address alone, as they would on two machines."""
+    file = family("qwen3moe")[1]
+    between = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    shared = [*between, "--tensor-parallel-size", "2", "--enable-expert-parallel", "--served-model-name", "model"]
+    shared += ["--distributed-executor-backend", "mp"]
+    options = MACHINES["25 % cached"]
+    with (
+        started(file, tmp_path, *shared, "--node-rank", "1", "--headless", options=options, env=on_core(1)),
+        serving(file, tmp_path, *shared, "--node-rank", "0", options=options, env=on_core(0)) as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        asked = [pool.submit(server.complete, "model", prompt, 12 + place) for place, prompt in enumerate(prompts(256))]
+        assert [each.result() for each in asked] == stock("qwen3moe")
+
+
+def on_core(number: int) -> dict[str, str]:
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(number)}
