@@ -1,7 +1,7 @@
 """Tokens a second of vLLM on a CPU, its own experts beside ours: `python -m benchmarks.in_vllm CHECKPOINT FILE.gguf`.
 
 Both engines stand in one process and take turns, eight requests at once each time. What counts is ours divided by
-vLLM's: machines differ, and times on one do too. Run it in the environment of `make .cache/vllm`, with nothing beside it.
+vLLM's: machines differ, and times on one do too. Run it in the environment of `make .cache/vllm` and nothing beside it.
 """
 
 from __future__ import annotations

@@ -12,9 +12,22 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-__all__ = ["dense_parameters", "published"]
+from hybrimoe_kt.host.hf.sources import Source
+
+__all__ = ["dense_weights"]
 
 _EXPERTS = re.compile(r"\.experts\.(?:\d+\.|(?:gate|up|down|gate_up)_proj)")
+
+
+def dense_weights(source: Source, outline: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """All but routed experts, one by one, on the CPU.
+
+    `outline` is the model without weights, where the file's are under Transformers' names (a GGUF file); else None.
+    """
+    if outline is None:
+        state = source.state({}, dtype, lambda name: torch.device("cpu"))
+        return ((name, lazy[...]) for name, lazy in state.items())
+    return published(outline, source.state(dense_parameters(outline), dtype, lambda name: torch.device("cpu")))
 
 
 def dense_parameters(outline: Any) -> dict[str, tuple[int, ...]]:

@@ -85,13 +85,21 @@ class EngineExperts:
         """The MoE layers on this rank, in order."""
         return sorted(self._experts.store.layers)
 
-    def add(self, experts: LayerExperts, gate: EngineGate | None = None, local_of: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        experts: LayerExperts,
+        gate: EngineGate | None = None,
+        local_of: torch.Tensor | None = None,
+        *,
+        is_share: bool = False,
+    ) -> None:
         """Take this rank's experts of a layer, and its router where the engine shows it.
 
-        `local_of`, as of `EngineGate`, where other ranks have further ones. Pairs may also be given as -1 at once.
+        Where other ranks have further ones `local_of`, as of `EngineGate`, says which are whose; or the engine itself
+        has turned ids into this rank's, -1 for others': then `is_share`.
         """
         self._experts.add(experts)
-        self._experts.is_share |= local_of is not None
+        self._experts.is_share |= is_share or local_of is not None
         self._local_of[experts.layer] = local_of
         if gate is not None:
             self._gates[experts.layer] = gate

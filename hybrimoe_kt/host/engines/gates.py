@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["EngineGate", "GatesAhead", "local_ids", "own_columns"]
+__all__ = ["EngineGate", "GatesAhead", "local_ids", "norm_before", "own_columns"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ def own_columns(local_of: torch.Tensor | None, logits: torch.Tensor) -> torch.Te
         return logits
     mine = (local_of >= 0).nonzero().flatten()
     return logits[:, mine[local_of[mine].argsort()]]
+
+
+def norm_before(decoder: Any, name: str) -> torch.Tensor | None:
+    """The factor of the norm called `name` in front of a decoder layer's router; read when it is loaded."""
+    return getattr(getattr(decoder, name, None), "weight", None)
 
 
 def _ratio(own: torch.Tensor | None, later: torch.Tensor | None) -> torch.Tensor | None:

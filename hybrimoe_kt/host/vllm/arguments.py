@@ -150,8 +150,8 @@ def _complete_graphs(compilation: Any) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
     elif compilation.mode == CompilationMode.VLLM_COMPILE and SPLITTING_OP not in (compilation.splitting_ops or ()):
         raise ConfigError(
-            "this --compilation-config captures whole graphs (fuse_attn_quant does), and with them what is decided anew "
-            "in every step; leave it out, or give --enforce-eager"
+            "this --compilation-config captures whole graphs (fuse_attn_quant does), and with them what is decided in "
+            "every step; leave it out, or give --enforce-eager"
         )
     elif mode.has_full_cudagraphs():
         logger.info("graphs are captured in pieces: experts are decided about in every step")

@@ -13,8 +13,9 @@ from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, regis
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from hybrimoe_kt.errors import ModelError, first_line
-from hybrimoe_kt.host.engines.dense_names import dense_parameters, published
+from hybrimoe_kt.host.engines.dense_names import dense_weights
 from hybrimoe_kt.host.engines.experts import EngineExperts, experts_of_rank
+from hybrimoe_kt.host.engines.gates import norm_before
 from hybrimoe_kt.host.engines.limits import EngineLimits
 from hybrimoe_kt.host.engines.model_folder import outline_of
 from hybrimoe_kt.host.engines.share import RankShare
@@ -72,7 +73,7 @@ class HybridLoader(DefaultModelLoader):  # type: ignore[misc]
         source = self._source
         _add_experts(model, source, self._config)
         try:
-            loaded = model.load_weights(_dense(source, self._outline, model_config.dtype))
+            loaded = model.load_weights(dense_weights(source, self._outline, model_config.dtype))
         except (ValueError, KeyError, RuntimeError) as error:  # whatever its models make of weights of another form
             raise ModelError(
                 f"{source.file.path}: vLLM's {type(model).__name__} does not take these weights: {first_line(error)}"
@@ -98,15 +99,6 @@ def _is_draft(model_config: Any) -> bool:
     return bool(model_config.runner_type == "draft")
 
 
-def _dense(source: Source, outline: Any, dtype: torch.dtype) -> Any:
-    """All but routed experts under published names, one by one."""
-    if outline is None:
-        state = source.state({}, dtype, lambda name: torch.device("cpu"))
-        return ((name, lazy[...]) for name, lazy in state.items())
-    state = source.state(dense_parameters(outline), dtype, lambda name: torch.device("cpu"))
-    return published(outline, state)
-
-
 def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
     """Hand every MoE layer of this rank its experts."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
@@ -124,8 +116,8 @@ def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
     for name, runner in runners.items():
         block = model.get_submodule(name.rpartition(".")[0])
         number = runner._quant_method.layer_number
-        norm = _norm(model.get_submodule(name[: name.index(f".{number}.") + len(f".{number}")]), source)
-        gate = gate_of(runner, number, block, norm)
+        decoder = model.get_submodule(name[: name.index(f".{number}.") + len(f".{number}")])
+        gate = gate_of(runner, number, block, norm_before(decoder, source.architecture.expert_norm))
         experts.add(layers[name], gate, runner.routed_experts.expert_map)
         attach(runner, experts)
 
@@ -154,12 +146,6 @@ def _share(runner: Any, source: Source) -> Any:
     if mapped is not None:
         return RankShare(experts_of_rank(mapped.tolist())).of(whole)
     return RankShare(None, moe.tp_rank, moe.tp_size, _WHOLE_EXPERTS).of(whole)
-
-
-def _norm(layer: Any, source: Source) -> torch.Tensor | None:
-    """The factor of the norm in front of a decoder layer's router; read when it is loaded."""
-    norm = getattr(layer, source.architecture.expert_norm, None)
-    return getattr(norm, "weight", None)
 
 
 def _start(model: torch.nn.Module, config: Any) -> None:

@@ -1,0 +1,8 @@
+"""What things are called between SGLang and us."""
+
+METHOD = "hybrimoe"
+"""Quantisation method."""
+OPTIONS_KEY = "hybrimoe"
+"""Of --model-loader-extra-config: options as of `ExpertOptions`."""
+FILE_KEY = "hybrimoe_file"
+"""Of the same: the model's own file or directory, where weights are read; set here."""
