@@ -79,7 +79,8 @@ def _prepare(args: Any) -> None:
         raise ConfigError(f'--additional-config: "{OPTIONS_KEY}" is {options!r}, valid: {{"cache_size": "12GiB", ...}}')
     ExpertOptions.from_kwargs(options)
     for flag, why in _REFUSED.items():
-        if getattr(args, flag) not in (None, False, 1):
+        value = getattr(args, flag)
+        if value is True or (value and value != 1):  # of ranks, one is none
             raise ConfigError(f"--{flag.replace('_', '-')} {why}; leave it out")
     if FILE_KEY not in given:
         if not Path(args.model).exists():

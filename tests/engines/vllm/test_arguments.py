@@ -65,6 +65,10 @@ def test_options_are_checked_at_once(family: Make) -> None:
         prepared(file, additional_config={"hybrimoe": 3})
     with pytest.raises(ConfigError, match=r"--enable-dbo .* leave it out"):
         prepared(file, enable_dbo=True)
+    with pytest.raises(ConfigError, match=r"--prefill-context-parallel-size gathers"):
+        prepared(file, prefill_context_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"--enable-lora changes experts"):
+        prepared(file, enable_lora=True)
 
 
 def test_models_that_are_none(family: Make, tmp_path: Path) -> None:

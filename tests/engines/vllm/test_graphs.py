@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-engines")
 
-from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.host.vllm import arguments
-from hybrimoe_kt.host.vllm.names import METHOD, OP, SPLITTING_OP
+from hybrimoe_kt.host.vllm.names import OP, SPLITTING_OP
 
 from . import splits
 from .offline import here
@@ -69,20 +69,22 @@ def test_whole_graphs_are_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch,
         prepared(monkeypatch, family("qwen3moe")[1], cudagraph_mode=mode)
 
 
-def test_what_vllm_splits_at_and_we_add(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vllm_splits_at_and_we_add() -> None:
     """After vLLM has resolved its own: its attention operators stay, ours comes behind."""
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
-        compilation_config=CompilationConfig(mode=3, cudagraph_mode="FULL_AND_PIECEWISE"),
-        parallel_config=SimpleNamespace(data_parallel_size=1, enable_expert_parallel=False),
-    )
-    config.compilation_config.set_splitting_ops_for_v1("allgather_reducescatter")
-    arguments._complete(config)
-    found = config.compilation_config
+    found = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode="FULL_AND_PIECEWISE")
+    found.set_splitting_ops_for_v1("allgather_reducescatter")
+    arguments._complete_graphs(found)
     assert set(CompilationConfig._attention_ops) <= set(found.splitting_ops)
     assert found.splitting_ops[-1] == SPLITTING_OP
     assert found.cudagraph_mode == CUDAGraphMode.PIECEWISE
-    assert config.scheduler_config.scheduler_cls.endswith("AsyncHybridScheduler")
-    config.compilation_config.splitting_ops = None
-    arguments._complete(config)
-    assert METHOD == "hybrimoe"
+
+
+def test_graphs_that_would_hold_a_layer_of_ours_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode="FULL")
+    fused.splitting_ops = []  # as vLLM has it where attention is fused with quantisation
+    with pytest.raises(ConfigError, match=r"captures whole graphs .* --enforce-eager"):
+        arguments._complete_graphs(fused)
+    broken = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
+    monkeypatch.setattr(arguments, "is_breakable_cudagraph_enabled", lambda: True)
+    arguments._complete_graphs(broken)
+    assert broken.cudagraph_mode == CUDAGraphMode.NONE
