@@ -17,6 +17,7 @@ from sglang.srt.utils import is_cuda
 
 from hybrimoe_kt.errors import ModelError
 from hybrimoe_kt.host.engines.experts import EngineExperts
+from hybrimoe_kt.host.engines.quantization import WithoutFiles
 
 from .names import METHOD
 from .steps import current_step
@@ -31,26 +32,8 @@ def add_method() -> None:
     add_quantization_method_choices([METHOD])
 
 
-class HybridConfig(QuantizationConfig):  # type: ignore[misc]
+class HybridConfig(WithoutFiles, QuantizationConfig):  # type: ignore[misc]
     """Only routed experts are ours; everything else is not quantised."""
-
-    def get_name(self) -> str:
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.half, torch.bfloat16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 70
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> HybridConfig:
-        return cls()
 
     def get_scaled_act_names(self) -> list[str]:
         return []

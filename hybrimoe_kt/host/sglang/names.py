@@ -1,7 +1,7 @@
 """What things are called between SGLang and us."""
 
-METHOD = "hybrimoe"
-"""Quantisation method."""
+from hybrimoe_kt.host.engines.quantization import METHOD as METHOD
+
 OPTIONS_KEY = "hybrimoe"
 """Of --model-loader-extra-config: options as of `ExpertOptions`."""
 FILE_KEY = "hybrimoe_file"

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hybrimoe_kt.host.engines.experts import EngineExperts
+from hybrimoe_kt.host.engines.quantization import WithoutFiles
 
 from .names import METHOD
 from .steps import StepReader
@@ -30,26 +31,8 @@ def add_method() -> None:
         register_quantization_config(METHOD)(HybridConfig)
 
 
-class HybridConfig(QuantizationConfig):  # type: ignore[misc]
+class HybridConfig(WithoutFiles, QuantizationConfig):  # type: ignore[misc]
     """Only routed experts are ours; everything else keeps the method that it would have had."""
-
-    def get_name(self) -> str:
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.half, torch.bfloat16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 70
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> HybridConfig:
-        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):

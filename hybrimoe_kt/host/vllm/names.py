@@ -1,7 +1,7 @@
 """What things are called between vLLM and us."""
 
-METHOD = "hybrimoe"
-"""Quantisation method, load format."""
+from hybrimoe_kt.host.engines.quantization import METHOD as METHOD
+
 OPTIONS_KEY = "hybrimoe"
 """Of --additional-config: options as of `ExpertOptions`."""
 FILE_KEY = "hybrimoe_file"
