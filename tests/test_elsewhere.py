@@ -19,8 +19,8 @@ SOURCES = sorted(
 )
 
 OPTIONS = ("-X", "warn_default_encoding", "-W", "ignore::EncodingWarning")
-LEFT_OUT = ("hybrimoe_kt.__main__", "hybrimoe_kt.host.kt")
-"""What runs when imported, and what lives inside the legacy framework."""
+LEFT_OUT = ("hybrimoe_kt.__main__", "hybrimoe_kt.host.kt", "hybrimoe_kt.host.vllm", "hybrimoe_kt.host.sglang")
+"""What runs when imported, and what lives inside the legacy framework and inside engines."""
 RUN = """
 import importlib, sys
 from hybrimoe_kt.cli.main import main
