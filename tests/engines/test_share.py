@@ -12,7 +12,7 @@ from hybrimoe_kt.device.experts import ExpertMatrix, LayerExperts
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.expert_form import ExpertForm
 from hybrimoe_kt.host.engines.experts import experts_of_rank
-from hybrimoe_kt.host.engines.gates import local_ids
+from hybrimoe_kt.host.engines.gates import LocalExperts
 from hybrimoe_kt.host.engines.share import RankShare
 from tests.support.expert_layers import EXPERTS, floats, layer, reference, step
 from tests.support.random_blocks import Type
@@ -41,7 +41,7 @@ def test_whole_experts_add_up(placement: str, kind: Type) -> None:
         assert experts_of_rank(table.tolist()) == mine
         part = RankShare(mine).of(whole)
         assert part.num_experts == len(mine)
-        total += reference(part, hidden, local_ids(table, ids), weights)
+        total += reference(part, hidden, LocalExperts(table).ids(ids), weights)
     torch.testing.assert_close(total, reference(whole, hidden, ids, weights), rtol=1e-5, atol=1e-5)
 
 
@@ -87,8 +87,16 @@ def test_blocks_that_would_be_cut_are_refused_with_the_flag_that_works() -> None
 
 def test_other_ranks_pairs_stay_so() -> None:
     table = local_of([2, 5])
-    assert local_ids(table, torch.tensor([[2, 5, 7], [-1, 0, 5]])).tolist() == [[0, 1, -1], [-1, -1, 1]]
-    assert local_ids(None, torch.tensor([[2, -1]], dtype=torch.int32)).tolist() == [[2, -1]]
+    assert LocalExperts(table).ids(torch.tensor([[2, 5, 7], [-1, 0, 5]])).tolist() == [[0, 1, -1], [-1, -1, 1]]
+    assert LocalExperts(None).ids(torch.tensor([[2, -1]], dtype=torch.int32)).tolist() == [[2, -1]]
+
+
+def test_logits_are_in_this_ranks_order() -> None:
+    table = torch.full((EXPERTS,), -1)
+    table[[5, 2]] = torch.arange(2)
+    logits = torch.arange(float(EXPERTS))[None]
+    assert LocalExperts(table).columns(logits).tolist() == [[5.0, 2.0]]
+    assert LocalExperts(None).columns(logits) is logits
 
 
 def test_all_of_a_layer_is_itself() -> None:

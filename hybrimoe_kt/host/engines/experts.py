@@ -13,7 +13,7 @@ be thought of for that, whoever the engine is:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from hybrimoe_kt.device.experts import LayerExperts
 from hybrimoe_kt.errors import DeadlineError, first_line
 from hybrimoe_kt.runtime import Job, ModelExperts, Runtime, assemble
 
-from .gates import EngineGate, GatesAhead, local_ids, own_columns
+from .gates import EngineGate, GatesAhead, LocalExperts
 from .threads import on_cores
 
 __all__ = ["EngineExperts", "EngineStep", "Pending", "experts_of_rank"]
@@ -66,13 +66,11 @@ class EngineExperts:
         self.options, self._cores, self._tells_by_answer = options, cores, tells_by_answer
         self._experts = ModelExperts(options)
         self._gates: dict[int, EngineGate] = {}
-        self._local_of: dict[int, torch.Tensor | None] = {}
+        self._local: dict[int, LocalExperts] = {}
         self._runtime: Runtime | None = None
         self._logits: torch.Tensor | None = None
         self._first = self._last = -1
         self._failure: Exception | None = None
-        self.on_failure: Callable[[Exception], object] = lambda error: None
-        """Told of the first thing that fails in a step."""
 
     @property
     def runtime(self) -> Runtime:
@@ -100,7 +98,7 @@ class EngineExperts:
         """
         self._experts.add(experts)
         self._experts.is_share |= is_share or local_of is not None
-        self._local_of[experts.layer] = local_of
+        self._local[experts.layer] = LocalExperts(local_of)
         if gate is not None:
             self._gates[experts.layer] = gate
 
@@ -142,9 +140,9 @@ class EngineExperts:
         if step.is_trial or self._failure is not None or not num_tokens:
             return Pending(layer, hidden, None, 0)
         try:
-            local_of = self._local_of[layer]
-            mine = local_ids(local_of, ids[:num_tokens])
-            scored = None if logits is None else own_columns(local_of, logits[:num_tokens])
+            local = self._local[layer]
+            mine = local.ids(ids[:num_tokens])
+            scored = None if logits is None else local.columns(logits[:num_tokens])
             routed = Routed(hidden[:num_tokens], mine, weights[:num_tokens].float(), scored, step.phase)
             return Pending(layer, hidden, self.runtime.begin(layer, routed), num_tokens)
         except Exception as error:
@@ -191,7 +189,6 @@ class EngineExperts:
             raise error
         self._failure = error
         logger.error("layer %d: %s; the requests of this step are lost", layer, first_line(error), exc_info=error)
-        self.on_failure(error)
 
 
 def experts_of_rank(local_of: Sequence[int]) -> list[int]:

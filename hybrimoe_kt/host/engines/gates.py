@@ -9,11 +9,31 @@ from typing import Any
 
 import torch
 
-__all__ = ["EngineGate", "GatesAhead", "local_ids", "norm_before", "own_columns"]
+__all__ = ["EngineGate", "GatesAhead", "LocalExperts", "norm_before"]
 
 logger = logging.getLogger(__name__)
 
 Route = Callable[[torch.Tensor], "tuple[torch.Tensor, torch.Tensor]"]
+
+
+class LocalExperts:
+    """What is this rank's of a layer; made once, as it takes a wait for the device that steps must not take."""
+
+    def __init__(self, local_of: torch.Tensor | None) -> None:
+        """Expert -> this rank's number of it, -1 for other ranks'; None where all are this rank's."""
+        self._local_of = self._columns = None
+        if local_of is not None:
+            mine = (local_of >= 0).nonzero().flatten()
+            self._local_of, self._columns = local_of.long(), mine[local_of[mine].argsort()]
+
+    def ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """An engine's expert numbers as this rank's, int64, -1 for what other ranks compute."""
+        ids = ids.long()
+        return ids if self._local_of is None else torch.where(ids < 0, -1, self._local_of[ids.clamp(min=0)])
+
+    def columns(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of this rank's experts, in its order."""
+        return logits if self._columns is None else logits[:, self._columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +55,7 @@ class GatesAhead:
         """`num_experts` are this rank's, of each of these layers."""
         self.layers: Sequence[int] = [gate.layer for gate in ahead]
         self.num_experts = num_experts
-        self._ahead = [(gate, _ratio(own.norm, gate.norm)) for gate in ahead]
+        self._ahead = [(gate, LocalExperts(gate.local_of), _ratio(own.norm, gate.norm)) for gate in ahead]
         self._can_be_asked = True
 
     @torch.no_grad()
@@ -52,24 +72,10 @@ class GatesAhead:
         scores.zero_()
 
     def _ask(self, hidden: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> None:
-        for place, (gate, ratio) in enumerate(self._ahead):
+        for place, (gate, local, ratio) in enumerate(self._ahead):
             logits, chosen = gate.route(hidden if ratio is None else hidden * ratio)
-            ids[place].copy_(local_ids(gate.local_of, chosen))
-            scores[place].copy_(torch.softmax(own_columns(gate.local_of, logits).float(), dim=-1).mean(dim=0))
-
-
-def local_ids(local_of: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
-    """An engine's expert numbers as this rank's, int64, -1 for what other ranks compute."""
-    ids = ids.long()
-    return ids if local_of is None else torch.where(ids < 0, -1, local_of.long()[ids.clamp(min=0)])
-
-
-def own_columns(local_of: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """The logits of this rank's experts, in its order."""
-    if local_of is None:
-        return logits
-    mine = (local_of >= 0).nonzero().flatten()
-    return logits[:, mine[local_of[mine].argsort()]]
+            ids[place].copy_(local.ids(chosen))
+            scores[place].copy_(torch.softmax(local.columns(logits).float(), dim=-1).mean(dim=0))
 
 
 def norm_before(decoder: Any, name: str) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ from .method import HybridMethod
 from .names import FILE_KEY, METHOD, OPTIONS_KEY
 from .orphans import end_with_server
 from .runner import attach, gate_of, tell_lost_steps
+from .steps import StepReader
 
 __all__ = ["HybridLoader", "add_loader"]
 
@@ -113,13 +114,16 @@ def _add_experts(model: torch.nn.Module, source: Source, config: Any) -> None:
     has_others = config.parallel_config.data_parallel_size > 1  # whose requests are in the step as well
     cores = cores_of_rank(limits.rank, limits.num_ranks)
     experts = EngineExperts(options, cores, tells_by_answer=has_others)
+    guessing = config.speculative_config
+    ahead = guessing.num_speculative_tokens if guessing is not None else 0
+    reader = StepReader(tokens_a_request=1 + ahead, sees_other_ranks=has_others)
     for name, runner in runners.items():
         block = model.get_submodule(name.rpartition(".")[0])
         number = runner._quant_method.layer_number
         decoder = model.get_submodule(name[: name.index(f".{number}.") + len(f".{number}")])
         gate = gate_of(runner, number, block, norm_before(decoder, source.architecture.expert_norm))
         experts.add(layers[name], gate, runner.routed_experts.expert_map)
-        attach(runner, experts)
+        attach(runner, experts, reader)
 
 
 def _limits(config: Any) -> EngineLimits:

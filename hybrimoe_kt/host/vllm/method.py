@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
@@ -47,12 +46,8 @@ class HybridMethod(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(layer.moe_config)
         self.layer_number: int = extract_layer_index(layer.layer_name)
         self.experts: EngineExperts | None = None
-        config = get_current_vllm_config()
-        speculative = config.speculative_config
-        self._reader = StepReader(
-            tokens_a_request=1 + (speculative.num_speculative_tokens if speculative is not None else 0),
-            sees_other_ranks=layer.moe_config.dp_size > 1,
-        )
+        self.reader: StepReader | None = None
+        """All layers' alike: a step is read once."""
         self._weights_go_on_input: bool = layer.apply_router_weight_on_input
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
@@ -80,10 +75,10 @@ class HybridMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """`x [rows, hidden]`, weights and global ids `[rows, top_k]` -> `[rows, hidden]`, this rank's part of it."""
-        assert self.experts is not None, "the loader has handed them over"
+        assert self.experts is not None and self.reader is not None, "the loader has handed them over"
         if self._weights_go_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        step = self._reader.step(get_forward_context())
+        step = self.reader.step(get_forward_context())
         begun = self.experts.begin(self.layer_number, x, topk_ids, topk_weights, step)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)

@@ -22,13 +22,15 @@ from hybrimoe_kt.host.engines.experts import EngineExperts
 from hybrimoe_kt.host.engines.gates import EngineGate
 
 from .names import OP
+from .steps import StepReader
 
 __all__ = ["attach", "gate_of", "tell_lost_steps"]
 
 
-def attach(runner: Any, experts: EngineExperts) -> None:
+def attach(runner: Any, experts: EngineExperts, reader: StepReader) -> None:
     """Let a layer's router be heard, and its work be one operator that writes into memory it is given."""
-    runner.routed_experts.quant_method.experts = experts
+    method = runner.routed_experts.quant_method
+    method.experts, method.reader = experts, reader
     _hear(runner.router, experts)
     runner._forward_entry = _Entry(runner)
 

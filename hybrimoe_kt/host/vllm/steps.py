@@ -12,7 +12,7 @@ _TRIAL = EngineStep(is_trial=True)
 
 
 class StepReader:
-    """Reads each forward context once."""
+    """Reads each forward context once, for all layers: it has an entry for every one of them."""
 
     def __init__(self, *, tokens_a_request: int, sees_other_ranks: bool) -> None:
         """`tokens_a_request` that go on with a text in one step: more than one where tokens are guessed ahead.
