@@ -44,13 +44,15 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--method",
         default="default",
-        help="default, paper, static, gpu streaming, llama.cpp, adapmoe, fiddler, oracle, recorded (a trace's own)",
+        help="default, paper, static, gpu streaming, llama.cpp, adapmoe, fiddler, freetoken, host, device, oracle, "
+        "recorded (a trace's own)",
     )
-    add("--scheduler", help="balanced, paper, static, fiddler, gpu_only, cpu_only, layer_split")
+    add("--scheduler", help="balanced, paper, static, fiddler, one_ratio, gpu_only, cpu_only, layer_split")
     add("--policy", help="adaptive, mrs, lru, lfu, lfru, least_stale, static_frequency or belady")
     add("--prefetch", help="off, stale_gate, corrected_gate, history, transition or perfect")
     add("--prefetch-size", type=int, help="transfers started ahead per layer")
     add("--prefetch-depth", type=int, help="layers looked ahead, 1 to 3")
+    add("--planner", help="who plans single tokens: host, or device, by the rules of the kernels (mrs or lru)")
     add("--trace", metavar="FILE", help="recorded routing (.npz or route CSV) instead of a synthetic trace")
     add("--prompt-tokens", type=int, default=128, help="length of the synthetic prompt (default: %(default)s)")
     add("--tokens", type=int, help="decode steps (default: 64, or all of the trace's)")
@@ -119,7 +121,7 @@ def _replaced(named: Method, options: argparse.Namespace) -> Method:
     """The method with the parts that options name instead."""
     given = {
         key: value
-        for key in ("scheduler", "policy", "prefetch", "prefetch_size", "prefetch_depth")
+        for key in ("scheduler", "policy", "prefetch", "prefetch_size", "prefetch_depth", "planner")
         if (value := getattr(options, key)) is not None
     }
     for key, options_of in (("scheduler", "scheduler"), ("policy", "policy"), ("prefetch", "predictor")):
@@ -174,7 +176,7 @@ def _render(report: dict[str, Any]) -> None:
     title = f"{report['model']} on {report['hardware']}, {kind}"
     caption = (
         f"{report['cache_slots_per_layer']} slots a layer ({report['cache_ratio']:.0%}), "
-        f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']}"
+        f"{report['scheduler']} / {report['policy']} / prefetch {report['prefetch']} / {report['planner']} plans"
     )
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("")

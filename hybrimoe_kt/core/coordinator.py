@@ -13,6 +13,9 @@ from hybrimoe_kt.errors import ConfigError
 from .allocation import allocate
 from .cache import FREE
 from .cost import CostModel
+from .decision_table import DecisionTable
+from .device_counts import DeviceCounts
+from .device_rules import LayerTables
 from .layer_state import LayerState
 from .link import Link
 from .prefetch.benefit import Ledger
@@ -111,6 +114,10 @@ class Coordinator:
     def reads_scores(self) -> bool:
         """Whether any decision looks at the scores of a layer's own routing; guesses come with theirs in any case."""
         return self.predictor.reads_scores or any(state.policy.reads_scores for state in self._layers.values())
+
+    def cpu_share_s(self, layer: int, num_experts: int) -> float:
+        """Predicted seconds of one token's share of so many experts on the CPU, the link being idle."""
+        return self._layers[layer].cost.cpu_s([1] * num_experts)
 
     def between_layers_s(self, layer: int) -> float:
         """Predicted seconds from the end of `layer`'s decode step to the next layer's routing."""
@@ -312,6 +319,32 @@ class Coordinator:
             self.drop(layer, slot)
         state.resize(num_slots)
         self._uses_link = self._may_prefetch()
+
+    def layers(self) -> list[tuple[LayerSpec, CostModel]]:
+        """Every layer, in order, with the costs that it is planned with now."""
+        return [(state.spec, state.cost) for state in self._layers.values()]
+
+    def hand_over(self, layer: int) -> LayerTables:
+        """The layer's slots and what its experts are worth, for a device to plan with; no copy is under way any more.
+
+        ConfigError for a policy that devices do not have. Nothing may be planned here until `take_back`.
+        """
+        state = self._layers[layer]
+        assert not state.cache.num_pins, f"layer {layer} has a plan open"
+        tables = LayerTables.empty(state.spec.num_experts, state.cache.num_slots)
+        tables.slot_of[:], tables.expert_of[:] = state.cache.slot_of, state.cache.occupant
+        tables.scores[:], tables.clock = state.policy.standing(), state.policy.clock
+        return tables
+
+    def take_back(self, layer: int, tables: LayerTables) -> None:
+        """Plan with what a device has left behind; no copy is under way any more."""
+        state = self._layers[layer]
+        state.adopt(tables.expert_of)
+        state.policy.resume(tables.scores, tables.clock)
+
+    def note_planned(self, layer: int, table: DecisionTable, counts: DeviceCounts) -> None:
+        """Add what a device has counted of steps that it planned by `table`, and let their predicted time pass."""
+        self.now_s += counts.add_to(self.stats, self._layers[layer], table)
 
     def heat(self) -> dict[str, list[list[int]]]:
         """Hits and misses of every expert since the start, `[num_layers, num_experts]`."""

@@ -62,6 +62,17 @@ class LayerState:
         self.displaced.clear()
         self.is_streaming = False
 
+    def adopt(self, expert_of: Sequence[int]) -> None:
+        """Have these experts stand in the slots, ready; what prefetching had done there is forgotten."""
+        self.cache = ExpertCache(self.spec.num_experts, self.cache.num_slots)
+        for slot, expert in enumerate(expert_of):
+            if expert != FREE:
+                self.cache.prepare(expert, slot, 0.0)
+                self.cache.complete(expert)
+        self.prefetched.clear()
+        self.displaced.clear()
+        self.proven.clear()
+
     def open_buffer(self) -> None:
         """Lend this layer its buffer slots."""
         if self.uses_gpu and self.spec.num_buffer_slots and not self.is_streaming:

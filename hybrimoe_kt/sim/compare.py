@@ -42,6 +42,7 @@ def simulate(
         "scheduler": method.scheduler,
         "policy": method.policy,
         "prefetch": method.prefetch,
+        "planner": method.planner,
         "ttft_s": _number(run.ttft_s),
         "token_s": _number(run.token_s),
         "tokens_per_s": _ratio(1.0, run.token_s),

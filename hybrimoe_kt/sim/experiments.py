@@ -18,6 +18,8 @@ PROMPTS = (32, 128, 512, 1024)
 DECODE_PROMPT = 128
 DECODE_TOKENS = 64
 HIT_TOKENS = 256
+PLANNED = ("freetoken", "paper", "default", "host", "device")
+PLANNED_HARDWARE = (HARDWARE, "rtx3090-cpu8", "rtx4090-cpu16", "rtx5090-cpu32")
 COMPARED = ("gpu streaming", "llama.cpp", "fiddler", "adapmoe", "paper", "default", "oracle")
 ABLATION: Mapping[str, Method] = {
     "base": STATIC,
@@ -140,13 +142,15 @@ def _with_profile(scenario: Scenario, **changes: float) -> Scenario:
     return replace(scenario, profile=profile)
 
 
-def recorded_cells(progress: Progress, files: Mapping[str, str], methods: Iterable[str]) -> list[Cell]:
-    """Return decode seconds per token of recorded traces at 12.5, 25 and 50 % on the paper's machine."""
+def recorded_cells(
+    progress: Progress, files: Mapping[str, str], methods: Iterable[str], hardware: str = HARDWARE
+) -> list[Cell]:
+    """Return decode seconds per token of recorded traces at 12.5, 25 and 50 %."""
     cells = []
     for name, path in files.items():
         for ratio in ("12.5%", "25%", "50%"):
-            progress(f"{name}, {ratio}")
-            scenario = recorded(path, HARDWARE, ratio)
+            progress(f"{name}, {ratio}, {hardware}")
+            scenario = recorded(path, hardware, ratio)
             runs = {method: scenario.run(METHODS[method]) for method in ("static", *methods)}
             seconds = {method: run.token_s for method, run in runs.items()}
             hits = {method: run.phases["decode"].hit_rate for method, run in runs.items()}

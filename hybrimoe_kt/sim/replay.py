@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.device_coordinator import DeviceCoordinator
 from hybrimoe_kt.core.timeline import Span, plan_details
 from hybrimoe_kt.core.types import LayerSpec, Plan, Routing, Transfer
 
@@ -17,6 +18,7 @@ from .trace import Phase, Step, Trace
 
 LookAhead = Callable[[Trace, Step, int, int], Sequence[Routing]]
 """(trace, step, position, depth) -> what the host would predict for the layers after `position`."""
+Decides = Coordinator | DeviceCoordinator
 
 
 class Decision(NamedTuple):
@@ -52,7 +54,7 @@ def perfect_look_ahead(trace: Trace, step: Step, position: int, depth: int) -> S
     return result
 
 
-def drive(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = recorded_look_ahead) -> Iterator[Decision]:
+def drive(trace: Trace, coordinator: Decides, look_ahead: LookAhead = recorded_look_ahead) -> Iterator[Decision]:
     """Yield each decision while its plan is open; the plan is finished when the next one is asked for."""
     strategy = coordinator.strategy
     depth = strategy.prefetch_depth if strategy.prefetch_size > 0 else 0
@@ -67,7 +69,7 @@ def drive(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = record
             late = coordinator.finish(plan).dropped
 
 
-def decisions(trace: Trace, coordinator: Coordinator, look_ahead: LookAhead = recorded_look_ahead) -> list[Plan]:
+def decisions(trace: Trace, coordinator: Decides, look_ahead: LookAhead = recorded_look_ahead) -> list[Plan]:
     """Return every plan of a replay, for comparison with those a runtime made of the same routing."""
     return [decision.plan for decision in drive(trace, coordinator, look_ahead)]
 
@@ -159,7 +161,7 @@ class Outside:
 
 def replay(
     trace: Trace,
-    coordinator: Coordinator,
+    coordinator: Decides,
     specs: Sequence[LayerSpec],
     costs: Mapping[int, CostModel],
     *,

@@ -8,7 +8,7 @@ from pathlib import Path
 from hybrimoe_kt.core.timeline import Timeline
 
 from . import drawing, experiments, plots
-from .experiments import COMPARED, DECODE_PROMPT, HARDWARE
+from .experiments import COMPARED, DECODE_PROMPT, HARDWARE, PLANNED, PLANNED_HARDWARE
 from .hit_rate import hit_rate_curves
 from .models import PAPER_MODELS
 from .plot_timeline import find_window, step_timeline
@@ -50,15 +50,18 @@ def measure(root: Path) -> Results:
             if not console.is_terminal:
                 console.print(text)
 
+        files = {name: str(root / path) for name, path in TRACES.items()}
         return Results(
             decode=experiments.decode_cells(progress),
             prefill=experiments.prefill_cells(progress),
             ablation=experiments.ablation(progress),
             hits=experiments.hit_rates(progress, experiments.POLICIES),
             launch=experiments.launch_cost_sweep(progress, LAUNCH_S),
-            recorded=experiments.recorded_cells(
-                progress, {name: str(root / path) for name, path in TRACES.items()}, COMPARED
-            ),
+            recorded=experiments.recorded_cells(progress, files, COMPARED),
+            planned={
+                hardware: experiments.recorded_cells(progress, files, PLANNED, hardware)
+                for hardware in PLANNED_HARDWARE
+            },
         )
 
 

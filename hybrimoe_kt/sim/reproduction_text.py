@@ -38,6 +38,8 @@ class Results:
     hits: Mapping[str, Mapping[str, float]]
     launch: Mapping[float, Mapping[str, float]]
     recorded: list[Cell]
+    planned: Mapping[str, list[Cell]]
+    """By machine."""
 
     def mean_decode(self, method: str) -> float:
         return mean(cell.speedup(method) for cell in self.decode)
@@ -53,7 +55,7 @@ def document(results: Results) -> str:
     """Return the whole Markdown text."""
     parts = (
         _summary(results), _inputs(), _decode(results), _prefill(results), _ablation(results), _hit_rates(results),
-        _methods(results), _recorded(results), _not_reproduced(results),
+        _methods(results), _recorded(results), _planned(results), _not_reproduced(results),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -285,6 +287,36 @@ def _recorded(results: Results) -> str:
 
 Decode of two real conversations on the same machine profile, 128 tokens each, experts only (no attention or shared
 experts). They carry no gate look-ahead, so methods that need it run without.
+
+{table(header, rows)}"""
+
+
+def _planned(results: Results) -> str:
+    rows = []
+    for hardware, cells in results.planned.items():
+        for cell in cells:
+            device_s = cell.seconds["device"]
+            apart = f"{100 * (device_s / cell.seconds['host'] - 1):+.2f} %"
+            hits = [percent(cell.hit_rates[name]) for name in ("device", "host", "freetoken")]
+            gains = [times(cell.speedup("device", other)) for other in ("freetoken", "paper", "default")]
+            rows.append((f"{hardware}, {cell.model}, {cell.ratio}", seconds(device_s), apart, *hits, *gains))
+        means = [mean(cell.speedup("device", other) for cell in cells) for other in ("freetoken", "paper", "default")]
+        rows.append((f"**{hardware}, mean**", "", "", "", "", "", *(f"**{value:.3f}x**" for value in means)))
+    cells = [cell for found in results.planned.values() for cell in found]
+    furthest_s = max(abs(cell.seconds["device"] / cell.seconds["host"] - 1) for cell in cells)
+    furthest = max(abs(cell.hit_rates["device"] / cell.hit_rates["host"] - 1) for cell in cells)
+    header = (
+        "", "device, a token", "against host", "hits, device", "host", "FreeToken's rule", "over FreeToken's rule",
+        "over the paper's greedy", "over our default",
+    )  # fmt: skip
+    return f"""## Planned on the device
+
+The rules that kernels follow with [`--planner device`](device.md#planned-on-the-device), played on the same traces on
+four machines: beside the host's planner with the same policy (MRS), FreeToken's rule (LRU, misses divided between link
+and CPU by one ratio, which is taken to be the best for each machine), the paper's greedy, and our default, whose
+policy (`adaptive`) a device does not have. Nothing that a planner
+itself takes is in these times: they compare decisions. The furthest that device and host are apart is
+{percent(furthest_s, 2)} in time and {percent(furthest, 2)} of a hit rate.
 
 {table(header, rows)}"""
 

@@ -12,7 +12,7 @@ from hybrimoe_kt.core.types import RECORDED_SPEC, LayerSpec
 from hybrimoe_kt.errors import ConfigError
 from hybrimoe_kt.profiles import load_profile
 
-from .scenario import OFF, Method, Scenario, find_slots
+from .scenario import HOST, OFF, Method, Scenario, find_slots
 from .trace import Trace
 from .trace_file import read_trace
 
@@ -61,6 +61,7 @@ def _method(run: Mapping[str, Any]) -> Method:
         scheduler_options=run["scheduler_options"],
         policy_options=run["policy_options"],
         predictor_options=run["predictor_options"],
+        planner=run.get("planner", HOST),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrimoe_kt.core.coordinator import Coordinator
 from hybrimoe_kt.core.cost import CostModel
+from hybrimoe_kt.core.device_coordinator import DeviceCoordinator
 from hybrimoe_kt.core.prefetch.predictors import PREDICTORS
 from hybrimoe_kt.core.profile import Profile
 from hybrimoe_kt.core.strategy import Strategy
@@ -31,6 +32,7 @@ WARMUP_TOKENS = 16
 WARMUP_SEED = 7919
 """The warm-up request: another prompt to the same model, served before the measured one and not counted."""
 OFF = "off"
+HOST, DEVICE = PLANNERS = ("host", "device")
 PREFETCH = (OFF, *PREDICTORS)
 _SEES_GATES: Mapping[str, LookAhead] = {
     "stale_gate": recorded_look_ahead,
@@ -46,7 +48,8 @@ class Method:
 
     `by_layer` spends the cache on whole layers instead of a share of each; `by_frequency` fills the cache with the
     experts that the warm-up request used most, instead of the lowest numbers. `admission` brings experts that the CPU
-    just computed for later tokens, also with prefetch "off"; None leaves it to the coordinator.
+    just computed for later tokens, also with prefetch "off"; None leaves it to the coordinator. With `planner` "device"
+    single tokens are planned by the rules of `core.device_rules`.
     """
 
     scheduler: str = "balanced"
@@ -60,10 +63,13 @@ class Method:
     admission: bool | None = None
     by_layer: bool = False
     by_frequency: bool = False
+    planner: str = HOST
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH:
             raise ConfigError(unknown_name("prefetch predictor", self.prefetch, PREFETCH))
+        if self.planner not in PLANNERS:
+            raise ConfigError(unknown_name("planner", self.planner, PLANNERS))
 
     @property
     def strategy(self) -> Strategy:
@@ -96,9 +102,15 @@ METHODS: Mapping[str, Method] = {
     "llama.cpp": Method("layer_split", "lru", "off", by_layer=True),
     "adapmoe": Method("gpu_only", "lru", "stale_gate"),
     "fiddler": Method("fiddler", "lru", "off"),
+    "freetoken": Method("one_ratio", "lru", "off"),
+    "host": Method(policy="mrs", prefetch_size=2),
+    "device": Method(policy="mrs", prefetch_size=2, planner=DEVICE),
     "oracle": Method("balanced", "belady", "perfect", prefetch_size=16),
 }
-"""Named configurations: ours, the paper's, the published baselines and the bound in practice."""
+"""Named configurations: ours, the paper's, the published baselines and the bound in practice.
+
+"host" is what "device" is to be compared with: the same policy, planned on the host.
+"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ class Scenario:
 
 def make_coordinator(
     specs: tuple[LayerSpec, ...], costs: Mapping[int, CostModel], method: Method, scenario: Scenario
-) -> Coordinator:
+) -> Coordinator | DeviceCoordinator:
     """Return a coordinator configured as `method`, its slots filled; only the offline policy learns the future."""
     policy_options = dict(method.policy_options)
     if method.policy == "belady":
@@ -187,7 +199,7 @@ def make_coordinator(
     frequencies = warmup_frequencies(scenario) if method.by_frequency else None
     coordinator = Coordinator(specs, costs, strategy, frequencies=frequencies)
     coordinator.initial_transfers()
-    return coordinator
+    return coordinator if method.planner == HOST else DeviceCoordinator(coordinator)
 
 
 def warmup_frequencies(scenario: Scenario) -> dict[int, list[float]]:

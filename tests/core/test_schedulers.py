@@ -28,6 +28,7 @@ def assigned(name: str, task: Task) -> tuple[list[int], list[int], list[int]]:
         ("gpu_only", ([], [0, 1, 2, 3], [2, 3])),
         ("cpu_only", ([0, 1, 2, 3], [], [])),
         ("fiddler", ([2], [0, 1, 3], [3])),
+        ("one_ratio", ([2], [0, 1, 3], [3])),
     ],
 )
 def test_fixed_assignments(name: str, expected: tuple[list[int], list[int], list[int]]) -> None:

@@ -202,6 +202,7 @@ def made_up(paper: float, default: float) -> Results:
     """Every cell alike: static takes 1 s, the methods what is given, the bound 0.1 s."""
     seconds = {"static": 1.0, **dict.fromkeys(COMPARED, 0.9), "paper": paper, "default": default, "oracle": 0.2}
     hits = dict.fromkeys(seconds, 0.5)
+    planned = {"static": 1.0, "freetoken": 0.5, "paper": 0.4, "default": 0.2, "host": 0.200, "device": 0.201}
     pairs = [(model, ratio) for model in PAPER_MODELS for ratio in RATIOS]
     return Results(
         decode=[Cell(model, ratio, 128, seconds, 0.1, hits) for model, ratio in pairs],
@@ -210,6 +211,7 @@ def made_up(paper: float, default: float) -> Results:
         hits={f"{model} {ratio}": dict.fromkeys(POLICIES, 0.5) for model, ratio in pairs},
         launch={0.0005: dict.fromkeys(("paper", "default", "oracle", "bound"), 1.5)},
         recorded=[Cell("trace", "25%", 0, seconds, 0.1, hits)],
+        planned={"somewhere": [Cell("trace", "25%", 0, planned, 0.1, dict.fromkeys(planned, 0.5))]},
     )
 
 
@@ -219,4 +221,6 @@ def test_document_judges_by_the_numbers() -> None:
     assert [line.endswith("| met |") for line in goals] == [True, False, False, True, True, True, False, False]
     assert "1.70x" in goals[0]
     assert "synthetic" in text
+    assert "| somewhere, trace, 25% | 201.0 ms | +0.50 % | 50.0 % | 50.0 % | 50.0 % | 2.49x | 1.99x | 1.00x |" in text
+    assert "apart is\n0.50 % in time and 0.00 % of a hit rate" in text
     assert "nan" not in text

@@ -49,6 +49,19 @@ class Policy(ABC):
         """Return the first of `rank`'s order."""
         return self.rank(candidates)[0]
 
+    @property
+    def clock(self) -> int:
+        """Routed experts so far, where `standing` are stamps of it."""
+        return 0
+
+    def standing(self) -> list[int]:
+        """What every expert is worth, as `device_rules` has it. ConfigError for policies that devices do not have."""
+        raise ConfigError(f"policy {self.name or type(self).__name__} is not kept on a device; give mrs or lru")
+
+    def resume(self, standing: Sequence[int], clock: int) -> None:
+        """Go on from what a device has left behind."""
+        raise ConfigError(f"policy {self.name or type(self).__name__} is not kept on a device; give mrs or lru")
+
     def admits(self, expert: int, victim: int) -> bool:
         """Whether `expert` deserves `victim`'s slot beyond the step that needs it now."""
         return self.value(expert) > self.value(victim)

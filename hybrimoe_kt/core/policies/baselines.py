@@ -39,6 +39,19 @@ class LruPolicy(Policy):
         """Return `candidates`, the least recent first."""
         return sorted(candidates, key=self._last_use.__getitem__)
 
+    @property
+    def clock(self) -> int:
+        """Of the stamps."""
+        return self._clock
+
+    def standing(self) -> list[int]:
+        """Stamps; 0 for what was never used."""
+        return [max(0, stamp) for stamp in self._last_use]
+
+    def resume(self, standing: Sequence[int], clock: int) -> None:
+        """Take the stamps as they are."""
+        self._last_use, self._clock = [stamp or -1 for stamp in standing], clock
+
 
 class LfuPolicy(Policy):
     """Value = the number of tokens ever routed to the expert; ties go to the more recent."""

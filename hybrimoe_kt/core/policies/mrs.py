@@ -9,6 +9,9 @@ from hybrimoe_kt.core.types import LayerSpec, Routing
 
 from .base import Policy, check_range
 
+SCORE_BITS = 30
+"""Where a device keeps averages, they are whole multiples of 2^-30."""
+
 
 class MrsPolicy(Policy):
     """S <- alpha * TopP(s) + (1 - alpha) * S, victim = lowest S (paper, section 4.4).
@@ -58,6 +61,17 @@ class MrsPolicy(Policy):
     def rank(self, candidates: Sequence[int]) -> list[int]:
         """Return `candidates`, the lowest average score first."""
         return sorted(candidates, key=self._scores.__getitem__)
+
+    def standing(self) -> list[int]:
+        """Averages in units of 2^-30."""
+        one = 1 << SCORE_BITS
+        factor = self.option["alpha"] / self._gain * one
+        return [min(one, round(score * factor)) for score in self._scores]
+
+    def resume(self, standing: Sequence[int], clock: int) -> None:
+        """Take the averages as they are."""
+        factor = self._gain / (self.option["alpha"] * (1 << SCORE_BITS))
+        self._scores = [score * factor for score in standing]
 
     def _rescale(self) -> None:
         factor, self._gain = 1.0 / self._gain, 1.0

@@ -8,7 +8,14 @@ from typing import Any
 from hybrimoe_kt.core.registry import find
 
 from .balanced import BalancedScheduler
-from .baselines import CpuOnlyScheduler, FiddlerScheduler, GpuOnlyScheduler, LayerSplitScheduler, StaticScheduler
+from .baselines import (
+    CpuOnlyScheduler,
+    FiddlerScheduler,
+    GpuOnlyScheduler,
+    LayerSplitScheduler,
+    OneRatioScheduler,
+    StaticScheduler,
+)
 from .paper import PaperScheduler
 from .scheduler import Scheduler
 
@@ -20,6 +27,7 @@ SCHEDULERS: Mapping[str, type[Scheduler]] = {
         BalancedScheduler,
         PaperScheduler,
         FiddlerScheduler,
+        OneRatioScheduler,
         StaticScheduler,
         LayerSplitScheduler,
         GpuOnlyScheduler,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hybrimoe_kt.core.policies.base import check_range
+
 from .base import Assignment, Task, all_on_cpu, by_load, evaluate, gpu_order
 from .scheduler import Scheduler
 
@@ -69,3 +73,30 @@ class FiddlerScheduler(Scheduler):
             else:
                 cpu.append(expert)
         return evaluate(task, cpu, gpu_order(task, task.held) + arriving, arriving)
+
+
+class OneRatioScheduler(Scheduler):
+    """FreeToken: residents on the GPU, the missing divided between link and CPU by one ratio, whatever else is to do.
+
+    `share` of them is brought, rounded to whichever whole number lets both end sooner; 0 takes the share at which
+    both take equally long.
+    """
+
+    name = "one_ratio"
+    options = {"share": 0.0}  # noqa: RUF012
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_range("scheduler one_ratio", "share", self.option["share"], 0.0, 1.0)
+
+    def assign(self, task: Task) -> Assignment:
+        """Return the one division there is."""
+        cost, missing = task.cost, by_load(task, task.missing)
+        cpu_s = cost.cpu_expert_s[1]
+        share = self.option["share"] or cpu_s / (cpu_s + cost.expert_transfer_s)
+        low = int(share * len(missing))
+        most = len(missing) if task.num_free + len(task.held) else 0
+        counts = [count for count in (low, low + 1) if count <= most] or [most]
+        best = min(counts, key=lambda count: max(count * cost.expert_transfer_s, (len(missing) - count) * cpu_s))
+        arriving = missing[:best]
+        return evaluate(task, missing[best:], gpu_order(task, task.held) + arriving, arriving)
