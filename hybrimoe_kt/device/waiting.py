@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hybrimoe_kt.errors import DeadlineError
 
-__all__ = ["SHARE_SLEPT", "SPIN_S", "Deadline"]
+__all__ = ["SHARE_SLEPT", "SPIN_S", "BackOff", "Deadline"]
 
 SHARE_SLEPT = 0.7
 """Of a wait whose length is known about, before polling: every poll takes a core from somebody on a small machine."""
@@ -64,6 +64,30 @@ class Deadline:
                 time.sleep(min(rest_s / 4, rest_s - waited))
             elif polls > _POLLS_WITHOUT_SLEEP and waited > rest_s + self._spin_s:
                 time.sleep(min(max(waited * _SHARE_OF_ELAPSED, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))
+
+
+class BackOff:
+    """Between polls for what may come at any time: without sleep at first, then 2 % of the time since the last came.
+
+    Each pause lets other threads have the interpreter's lock, which one that only polls would keep for 5 ms.
+    """
+
+    def __init__(self, spin_s: float = 0.0, longest_s: float = _LONGEST_SLEEP_S) -> None:
+        """No sleep within `spin_s`; 0 where every core has work to do. To be used by the thread that makes it."""
+        self._spin_s, self._longest_s = spin_s, longest_s
+        _sharpen_sleep()
+        self.reset()
+
+    def reset(self) -> None:
+        """Something has come: begin anew."""
+        self._began = time.perf_counter()
+
+    def pause(self) -> None:
+        waited = time.perf_counter() - self._began
+        if waited > self._spin_s:
+            time.sleep(min(max(waited * _SHARE_OF_ELAPSED, _SHORTEST_SLEEP_S), self._longest_s))
+        else:
+            time.sleep(0)
 
 
 def _sharpen_sleep() -> None:

@@ -17,7 +17,7 @@ from . import machine_code
 from .cases import Case
 from .machine_code import Counts, Resources
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "build", "measure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +101,24 @@ def _gpu_target(name: str) -> Any:
     return GPUTarget(target.backend, target.arch, target.warp_size)
 
 
-def _compile(source: Any, case: Case, target_name: str) -> Measurement:
+def build(case: Case, target_name: str) -> Any:
+    """Compile `case` for a target: what Triton returns."""
+    return _built(_source(case), case, target_name)
+
+
+def _built(source: Any, case: Case, target_name: str) -> Any:
     import triton
 
     with tempfile.TemporaryDirectory() as scratch:  # Triton's own cache would keep several megabytes a case
         os.environ["TRITON_CACHE_DIR"] = scratch
-        built = triton.compile(source, target=_gpu_target(target_name), options=_options(case))
-        is_cuda = TARGETS[target_name].backend == "cuda"
-        read = machine_code.read_cubin if is_cuda else machine_code.read_amdgcn
-        resources, loop = read(built.asm["cubin" if is_cuda else "amdgcn"])
+        return triton.compile(source, target=_gpu_target(target_name), options=_options(case))
+
+
+def _compile(source: Any, case: Case, target_name: str) -> Measurement:
+    built = _built(source, case, target_name)
+    is_cuda = TARGETS[target_name].backend == "cuda"
+    read = machine_code.read_cubin if is_cuda else machine_code.read_amdgcn
+    resources, loop = read(built.asm["cubin" if is_cuda else "amdgcn"])
     return Measurement(target_name, case.name, built.metadata.shared, resources, loop)
 
 

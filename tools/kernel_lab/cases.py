@@ -91,13 +91,14 @@ class Case:
 
 
 def cases_for(target: Target) -> list[Case]:
-    """Return every case of a target: of experts in the order of a layer's launches, linear layers, attention, rows."""
+    """Return every case of a target: experts' in a layer's order, linear layers, attention, rows, plans."""
     from .attention_cases import attention_cases  # made of what stands here
     from .linear_cases import linear_cases
+    from .plan_cases import plan_cases
     from .row_cases import row_cases
 
     experts = [*_quantize(target), *_decode(target), *_sort(target), *_prefill(target), *_combine(target)]
-    return [*experts, *linear_cases(target), *attention_cases(target), *row_cases(target)]
+    return [*experts, *linear_cases(target), *attention_cases(target), *row_cases(target), *plan_cases(target)]
 
 
 def mixtures_for(target: Target) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Kernels on rows of floats: norms, rotations, the choice of experts; samples of what models have."""
+"""Kernels on rows of floats: norms, rotations, the choice of experts; samples of what models have. And the wait."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CHOICES = (
 
 def row_cases(target: Target) -> list[Case]:
     """Return every case of a target, in the order of a layer's launches."""
-    return [*_norms(target), *_rotations(target), *_logits(target), *_choices(target)]
+    return [*_norms(target), *_rotations(target), *_logits(target), *_choices(target), _wait()]
 
 
 def _norms(target: Target) -> Iterator[Case]:
@@ -92,3 +92,8 @@ def _choices(target: Target) -> Iterator[Case]:
         arguments = (*pointers, ("least", "fp32"), ("factor", "fp32"))
         num_warps = choose_config(target).num_warps
         yield Case("choose_experts", f"{kind} {name}", tuple(form.items()), arguments, num_warps, 3, Claims(), Work())
+
+
+def _wait() -> Case:
+    pointers = (("words", "*i32"), ("timed_out", "*i32"))
+    return Case("wait_word", "int32", (), pointers, 1, 3, Claims(), Work())
