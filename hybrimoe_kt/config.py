@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import accelerators
 from .backends.registry import DEFAULT_CPU, check_cpu, check_gpu
+from .core.device_coordinator import rules_of
 from .core.strategy import Strategy
 from .errors import ConfigError, nearest, unknown_name
 from .sizes import CacheSize, parse_bytes
@@ -19,6 +20,7 @@ from .sizes import CacheSize, parse_bytes
 __all__ = ["ExpertOptions"]
 
 HOST_STORES = ("auto", "mapped", "page_locked")
+PLANNERS = ("host", "device")
 
 
 if TYPE_CHECKING:
@@ -65,6 +67,12 @@ class ExpertOptions:
     scheduler: str = "balanced"
     """Who computes what in one step."""
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    planner: str = "host"
+    """Who plans single tokens: the host, or, within one captured step, kernels on the "device".
+
+    The device keeps experts by mrs, which then takes adaptive's place, or lru, and looks ahead by stale_gate. No device
+    has run it yet, so it has to be asked for.
+    """
     prefetch_size: int = 2
     """Transfers started ahead of need per layer; 0 switches prefetching off."""
     prefetch_depth: int = 3
@@ -116,7 +124,12 @@ class ExpertOptions:
         check_cpu(self.cpu_backend)
         check_gpu(self.gpu_backend)
         chosen = {name: getattr(self, name) for name in Strategy.names() if name in self.names()}
+        _one_of("planner", self.planner, PLANNERS)
+        if self.planner == "device" and self.policy == "adaptive":
+            chosen["policy"] = "mrs"
         object.__setattr__(self, "strategy", Strategy(**chosen))
+        if self.planner == "device":
+            rules_of(self.strategy)
         if self.policy == "belady":
             raise ConfigError("policy belady must know the future: it is for `hybrimoe simulate`; give another")
         _in_range("cpu_threads", self.cpu_threads, 0, 1024)

@@ -16,6 +16,7 @@ __all__ = ["configurations", "run"]
 METHODS: dict[str, dict[str, Any]] = {
     "hybrid": {"scheduler": "balanced", "prefetch_size": 2},
     "hybrid, no prefetch": {"scheduler": "balanced", "prefetch_size": 0},
+    "hybrid, planned on the device": {"scheduler": "balanced", "prefetch_size": 2, "planner": "device"},
     "static": {"scheduler": "static", "prefetch_size": 0},
     "gpu_only": {"scheduler": "gpu_only", "prefetch_size": 0},
     "cpu_only": {"scheduler": "cpu_only", "prefetch_size": 0},

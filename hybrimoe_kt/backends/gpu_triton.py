@@ -179,6 +179,19 @@ class TritonGpu(GpuBackend):
         """The last kernel writes where it would add; see `GpuBackend.launch_first`."""
         self._launch(layer, slots, slot_of, routed, out, clears=True)
 
+    def launch_planned(
+        self, layer: int, slot_of: torch.Tensor, routed: Routed, out: torch.Tensor, *, is_first: bool
+    ) -> None:
+        """One token's launch reads from its table all that it does; see `GpuBackend.launch_planned`."""
+        assert self._space is not None and len(routed.hidden) == 1, "one token, after prepare"
+        kernels = self._layers[layer]
+        self._check(layer, kernels, (), slot_of, routed, out)
+        try:
+            with _current(kernels.memory.device):
+                opaque(functools.partial(kernels.add, self._space, 1, slot_of, *routed[:3], out, clears=is_first))
+        except launch_failures() as error:
+            raise KernelError(f"Triton cannot run the kernels of layer {layer}: {summary(error)}") from error
+
     def _launch(
         self,
         layer: int,

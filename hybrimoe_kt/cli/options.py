@@ -191,6 +191,11 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     experts.add_argument("--policy", metavar="NAME", help="which expert loses its slot: mrs, lru, ...")
     experts.add_argument("--scheduler", metavar="NAME", help="who computes what: paper, static, ...")
     experts.add_argument(
+        "--planner", metavar="NAME",
+        help="who plans single tokens: host, or device, kernels within one captured step (not run on a card yet); "
+        "default: host",
+    )  # fmt: skip
+    experts.add_argument(
         "--prefetch_size", type=_whole(0), metavar="N", help="transfers ahead of need per layer, 0: off"
     )
     experts.add_argument("--prefetch_depth", type=_whole(1), metavar="N", help="layers the gates look ahead, 1 to 3")
@@ -271,7 +276,7 @@ def _underscored(word: str) -> str:
 def expert_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the `ExpertOptions` that the command line sets."""
     names = {"cpu_infer": "cpu_threads", "chunk_size": "max_chunk_tokens"}
-    flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "card_bytes", "policy", "scheduler",
+    flags = ("accelerator", "cpu_backend", "cpu_infer", "cache_size", "card_bytes", "policy", "scheduler", "planner",
              "prefetch_size", "prefetch_depth", "profile", "chunk_size", "host_store",
              "gpu_backend", "ggml_library")  # fmt: skip
     fallback = {} if options.fallback is None else {"fallback": options.fallback == "on"}

@@ -80,6 +80,8 @@ class Accelerator(Protocol):
     """Whether measured seconds mean anything: on hardware, and on the timed emulator."""
     built_in_profile: str | None
     """The profile that plans are predicted with where the user names none; None: this machine is measured."""
+    can_plan: bool
+    """Whether kernels here may plan tokens by themselves, as `runtime.device_planner` has them do."""
     compute: Stream
     """Where the model's own work runs, and the experts'."""
 

@@ -229,3 +229,13 @@ class GpuBackend(Protocol):
         """The same, where `out` holds nothing of this step yet: all else in it becomes zero."""
         out.zero_()
         self.launch(layer, slots, slot_of, routed, out)
+
+    def launch_planned(
+        self, layer: int, slot_of: torch.Tensor, routed: Routed, out: torch.Tensor, *, is_first: bool
+    ) -> None:
+        """The same for one token whose `slot_of` a kernel writes: nobody on the host knows what it says.
+
+        For backends that `decides_on_device`. What `is_first` finds nothing in `out`.
+        """
+        assert self.decides_on_device, f"{self.name} is told by the host what to compute"
+        (self.launch_first if is_first else self.launch)(layer, (), slot_of, routed, out)

@@ -197,6 +197,10 @@ class Executor:
         self._cpu_busy = True
         return _to_model(self._wait_cpu(None), step.routed.hidden)
 
+    def give_up_cpu(self) -> None:
+        """A share that others have asked for has not come back: the backend is never asked again."""
+        self._cpu_is_dead = True
+
     def settle_cpu(self) -> None:
         """Let a submitted CPU share end and forget it, after something else of the step has failed."""
         if self._cpu_busy:

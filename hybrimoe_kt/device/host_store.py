@@ -48,6 +48,10 @@ class HostStore:
         """Return the expert as its slot will hold it, page-locked uint8 `[slot_bytes]`; its layer `is_copied`."""
         return self._copies[expert.layer][expert.index]
 
+    def base(self, layer: int) -> torch.Tensor:
+        """All experts of a layer that `is_copied`, page-locked uint8 `[num_experts, slot_bytes]`."""
+        return self._copies[layer]
+
     def is_registered(self, layer: int) -> bool:
         """Whether devices may copy straight from this layer's part of the mapping (in GGUF order)."""
         return layer in self._locks

@@ -27,7 +27,7 @@ from .transfers import TransferQueue
 from .waiting import Deadline
 from .whole import WholeLayers
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "Views"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Lane:
         self._outbox = [accelerator.page_locked(self._cpu_out.numel() * 4).view(torch.float32) for _ in range(2)]
         self._weights = accelerator.allocate(max_tokens * top_k * 4).view(torch.float32)
         self._turn = 0
-        self._shaped: _Views | None = None
+        self._shaped: Views | None = None
         self._tables = SlotTables(accelerator, self._num_experts)
         self.whole = WholeLayers(accelerator, self.layers, self._num_experts, self._tables)
         self._capture = accelerator.capture()
@@ -156,6 +156,14 @@ class Lane:
         self.whole.capture_count(layer, routed.ids)
         _combine(views.out, None, views.total, result)
         return result
+
+    def planned_views(self, routed: Routed) -> Views:
+        """The buffers of a step that a device has planned, `routed` in one piece each."""
+        return self._views(Step(routed, _NOTHING))
+
+    def combine_planned(self, views: Views, result: torch.Tensor) -> None:
+        """Add both shares of such a step into `result`; only enqueues."""
+        _combine(views.out, views.cpu, views.total, result)
 
     def _compact(self, routed: Routed) -> Routed:
         """Its tensors in one piece each, weights in float32."""
@@ -305,7 +313,7 @@ class Lane:
         self.note_success()
         return result
 
-    def _send(self, views: _Views, answer: torch.Tensor) -> torch.Tensor:
+    def _send(self, views: Views, answer: torch.Tensor) -> torch.Tensor:
         """Bring the CPU's answer to the device through the outbox."""
         self._turn ^= 1
         box = views.boxes[self._turn]
@@ -314,7 +322,7 @@ class Lane:
         self.accelerator.copy(self.accelerator.compute, views.cpu, box, "CPU answer to device")
         return views.cpu
 
-    def _views(self, step: Step) -> _Views:
+    def _views(self, step: Step) -> Views:
         """The buffers shaped for a step; made again only when the shape changes."""
         num_tokens, top_k = step.routed.ids.shape
         hidden = step.routed.hidden.shape[1]
@@ -323,7 +331,7 @@ class Lane:
             return known
         sums, pairs = (num_tokens, hidden), (num_tokens, top_k, hidden)
         cpu = pairs if self._cpu_pairs else sums
-        self._shaped = made = _Views(
+        self._shaped = made = Views(
             pairs,
             _shaped(self._out, pairs if self._pairs else sums),
             _shaped(self._sum, sums),
@@ -366,7 +374,7 @@ class _Launch(NamedTuple):
     """The experts, each with its place in `slots`."""
 
 
-class _Views(NamedTuple):
+class Views(NamedTuple):
     """A lane's buffers as one shape of step sees them."""
 
     shape: tuple[int, int, int]

@@ -134,6 +134,7 @@ class TorchAccelerator:
         self._module = getattr(torch, device.type)
         index = device.index if device.index is not None else self._module.current_device()
         self.device = torch.device(device.type, index)
+        self.can_plan = device.type == "cuda"
         self.compute: Stream = _CurrentStream(self.device)
         self._clock: _DeviceClock | None = None
         self._has_clock = True

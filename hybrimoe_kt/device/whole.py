@@ -65,7 +65,8 @@ class WholeLayers:
     def is_ready(self, layer: int, slot_of: Sequence[int]) -> bool:
         """Whether the layer's table is on the device, and counts are, so that nothing is made or sent for a step."""
         known = self._tables.get(layer)
-        return known is not None and known[0] == slot_of and self._counts is not None
+        is_sent = known is not None and known[0] == slot_of
+        return is_sent and self._counts is not None and len(self._ones) > 0
 
     def capture_count(self, layer: int, ids: torch.Tensor) -> None:
         """Count the experts of one token, within a step that is being captured; others have been counted before."""

@@ -50,8 +50,9 @@ def build_engine(
         raise ConfigError(unknown_name("dtype", dtype, DTYPES))
     _switch_cudnn_attention_off()
     overrides = option_overrides or {}
-    device = _dense_device(overrides.get("accelerator", "auto"))
-    chosen = DTYPES[dtype] or (torch.float32 if device == "cpu" else torch.bfloat16)
+    device = _dense_device(overrides.get("accelerator", "auto"), is_planned=overrides.get("planner") == "device")
+    is_cpu = device == "cpu" or device.startswith("emulated")
+    chosen = DTYPES[dtype] or (torch.float32 if is_cpu else torch.bfloat16)
     loaded = load_model(
         gguf_path,
         model_path=model_path,
@@ -85,7 +86,12 @@ def _switch_cudnn_attention_off() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _dense_device(accelerator: str) -> str:
-    """Dense weights live where the slots do, on a real accelerator; otherwise on the CPU."""
+def _dense_device(accelerator: str, *, is_planned: bool) -> str:
+    """Dense weights live where the slots do, on a real accelerator; otherwise on the CPU.
+
+    Where tokens are to be planned on an emulated device, it has them as well: else no step of it would be captured.
+    """
     chosen = choose_accelerator(accelerator)
-    return str(chosen.device) if chosen is not None else "cpu"
+    if chosen is None:
+        return "cpu"
+    return chosen.name if is_planned and chosen.device.type == "cpu" else str(chosen.device)

@@ -74,6 +74,8 @@ class TokenGenerator:
             loop = LayerLoop(loaded.dense)
         else:
             loop = captured_loop(loaded, first, captures=captures)
+        if not (isinstance(loop, CapturedLoop) and loop.captures):
+            loaded.runtime.plan_on_host("single tokens are not captured here")
         self.steps = ModelSteps(loaded, self.new_cache, shares, loop)
         budget = psutil.virtual_memory().total // _RAM_SHARE if cache_ram is None else cache_ram
         moves = isinstance(loop, CapturedLoop) or self.model.device.type != "cpu"

@@ -39,6 +39,6 @@ def describe(options: ExpertOptions, store: HostStore, assembly: Assembly) -> st
         for lane in executor.lanes
     )
     return (
-        f"{where}; {lanes}; CPU: {cpu}; {options.scheduler} scheduler, {options.policy} policy, "
+        f"{where}; {lanes}; CPU: {cpu}; {options.scheduler} scheduler, {options.strategy.policy} policy, "
         f"prefetch {options.prefetch_size or 'off'}, profile {assembly.profile.name}"
     )

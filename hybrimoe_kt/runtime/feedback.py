@@ -55,6 +55,11 @@ class Feedback:
         if self._pace is not None and plan.cpu:
             self._follow(self._pace, plan)
 
+    def share(self, layer: int, num_experts: int, seconds: float) -> None:
+        """Take a share of one token that the CPU has computed for a device that plans."""
+        if self._pace is not None and self._pace.observe(self._coordinator.cpu_share_s(layer, num_experts), seconds):
+            self._predict_anew()
+
     def _follow(self, pace: Pace, plan: Plan) -> None:
         """Correct the predictions by what the CPU's share of the step took."""
         executor = self._executor

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from hybrimoe_kt.core.types import Routing
-from hybrimoe_kt.device.readback import Guesses, Step
+from hybrimoe_kt.device.readback import Guesses
 
 __all__ = ["RoutingRecorder", "halved", "record"]
 
@@ -39,13 +39,21 @@ def halved(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def record(
-    recorder: RoutingRecorder, routing: Routing, step: Step, logits: torch.Tensor | None, guesses: Guesses | None
+    recorder: RoutingRecorder,
+    routing: Routing,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    guesses: Guesses | None,
 ) -> None:
-    """Hand over one layer step; `logits [num_tokens, num_experts]`. Scores go in averaged, as decisions saw them."""
+    """Hand over one layer step: `ids`, `weights [num_tokens, top_k]`, `logits [num_tokens, num_experts]`.
+
+    Scores go in averaged, as decisions saw them.
+    """
     recorder.record(
         routing.layer,
-        step.host.ids.numpy(),
-        step.host.weights.numpy(),
+        ids.numpy(),
+        weights.numpy(),
         None if routing.scores is None else [routing.scores],
         None if guesses is None else guesses.ids.cpu().numpy(),
         None if guesses is None else halved(guesses.scores)[:, None].cpu().numpy(),

@@ -77,7 +77,11 @@ class Recovery:
         So every slot is in doubt, and is filled again. Call it with no plan open.
         """
         self.recover(failure)
-        for layer, slots in failure.lane.pool.layers.items():
+        self.refill(failure.lane)
+
+    def refill(self, lane: Lane) -> None:
+        """Doubt every slot of an accelerator, and fill it again. Call it with no plan open."""
+        for layer, slots in lane.pool.layers.items():
             for slot in range(len(slots.views)):
                 self._coordinator.drop(layer, slot)
         self.fill_slots()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,14 @@ from hybrimoe_kt.errors import ConfigError, first_line
 from .assembly import Assembly, build
 from .cpu_steps import CpuSteps
 from .description import configuration, describe
+from .device_planner import DevicePlanner
 from .experts import ModelExperts
 from .feedback import Feedback
 from .health import Health
 from .job import Job
 from .look_ahead import LookAhead
+from .planned_steps import PlannedStep
+from .planner_refusal import refusal
 from .recording import RoutingRecorder, halved, record
 from .recovery import Recovery
 from .routing import mean_probabilities, routing_of
@@ -77,6 +80,7 @@ class Runtime:
         self._busy = BusyMeter(self.executor, list(self.store.layers))
         self._counting = threading.Lock()
         self._recovery.fill_slots()
+        self._device_planner = self._make_device_planner()
 
     # What it is.
 
@@ -86,7 +90,8 @@ class Runtime:
 
     def configuration(self) -> dict[str, Any]:
         """What decisions follow from, beside the routing, as plain data; layers in order."""
-        return configuration(self.options, self.store, self._assembly)
+        planner = "host" if self.device_planner is None else "device"
+        return configuration(self.options, self.store, self._assembly) | {"planner": planner}
 
     def new_coordinator(self) -> Coordinator:
         """Make a coordinator in its initial state for this model and these options."""
@@ -94,7 +99,45 @@ class Runtime:
 
     def describe(self) -> str:
         """One line: what was decided."""
-        return describe(self.options, self.store, self._assembly)
+        said = describe(self.options, self.store, self._assembly)
+        return said if self.device_planner is None else f"{said}; tokens planned on the device"
+
+    @property
+    def device_planner(self) -> DevicePlanner | None:
+        """What plans single tokens on the device; None where the host does, or does again."""
+        planner = self._device_planner
+        if planner is None or planner.failure is not None:
+            return None
+        if not planner.is_open and planner.is_stale():  # the cache has shrunk
+            planner.stop()
+            self._device_planner = None  # where making another fails
+            self._device_planner = planner = self._make_device_planner()
+        return planner
+
+    def _make_device_planner(self) -> DevicePlanner | None:
+        if self.options.planner != "device":
+            return None
+        reason = refusal(self.experts, self.executor)
+        if reason is not None:
+            logger.warning("planner device is not used: %s; the host plans", reason)
+            return None
+        heard = self._feedback.share if self._feedback is not None else _unheard
+        gates = self._ahead.gates
+        return DevicePlanner(self.experts, self.coordinator, self.executor, gates, self._recovery, heard)
+
+    def plan_on_host(self, reason: str) -> None:
+        """Never have a device plan from now on, and say so, where that was asked for."""
+        planner = self.device_planner
+        if planner is not None:
+            logger.warning("planner device is not used: %s; the host plans", reason)
+            planner.give_back()
+            planner.stop()
+            self._device_planner = None
+
+    def _host_plans(self) -> None:
+        """Have slots and scores as a device has left them."""
+        if self.device_planner is not None:
+            self.device_planner.give_back()
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -136,6 +179,11 @@ class Runtime:
         """Whether every step is written down, so that none is passed over."""
         return self.recorder is not None or self._log is not None
 
+    @property
+    def wants_plans(self) -> bool:
+        """Whether anybody is told of every plan."""
+        return self.is_listened_to or self._on_plan is not None
+
     # How it fares.
 
     def health(self) -> Health:
@@ -145,6 +193,8 @@ class Runtime:
     def statistics(self) -> dict[str, float]:
         """Every counter since the start, by name. Waits for what was counted on a device; callable from any thread."""
         with self._counting:  # a server's metrics are read while it answers
+            if self._device_planner is not None and self._device_planner.failure is None:
+                self._device_planner.count()
             for lane in self.lanes:
                 for layer, routed in lane.whole.routed().items():
                     self.coordinator.note_hits(layer, routed.counts, routed.last)
@@ -178,6 +228,7 @@ class Runtime:
         if self._begun is not None:
             self._abandon(self._begun)
         self._leave_owed()
+        self._host_plans()
         shrunk = [self._recovery.make_room(lane, cause) for lane in self.lanes]
         return any(shrunk)
 
@@ -248,7 +299,8 @@ class Runtime:
             if answer is None:
                 answer = self._join(job, plan, step, into)
             if self.recorder is not None:
-                record(self.recorder, job.routing, step, job.logits, self._ahead.guesses(job.layer, step))
+                guesses = self._ahead.guesses(job.layer, step)
+                record(self.recorder, job.routing, step.host.ids, step.host.weights, job.logits, guesses)
             ended = time.perf_counter()
             self.seconds.wait += ended - began
             if self._log is not None:
@@ -337,6 +389,8 @@ class Runtime:
             self._run_whole(job, lane, routed)
             seconds.submit_and_gpu += now() - began
             return
+        if self._device_planner is not None:
+            self._host_plans()
         step = self._read(lane, layer, routed, job.sent)
         job.step, job.logits, job.read_s = step, routed.logits, now()
         job.routing = routing = routing_of(layer, step, routed.phase)
@@ -397,6 +451,23 @@ class Runtime:
                     self._recovery.recover_lost(AcceleratorFailed(lane, error))
             raise StepLost(f"{accelerator.name} failed: {first_line(error)}") from error
 
+    def note_planned(self, steps: Sequence[PlannedStep], began_s: float) -> None:
+        """A token has ended that a device has planned; the host has waited for it since `began_s`."""
+        ended_s = time.perf_counter()
+        for step in steps:
+            plan, routing = step.plan, step.routing
+            if self._on_plan is not None:
+                self._on_plan(plan, routing)
+            if self._log is not None:
+                self._log.planned(plan, routing, began_s, began_s)
+                self._log.chose(plan.layer, step.ahead, began_s, began_s)
+                if step.share_s is not None:
+                    self._log.computed(plan.layer, plan.cpu, *step.share_s)
+                self._log.finished(ended_s)
+            if self.recorder is not None:
+                ids = torch.tensor([list(routing.loads)])
+                record(self.recorder, routing, ids, step.weights, step.logits, step.guesses)
+
     def note_replay(self, layer: int, began_s: float) -> None:
         """A captured piece has been enqueued since `began_s`, in front of the experts of `layer`; -1: behind all."""
         ended_s = time.perf_counter()
@@ -453,6 +524,10 @@ class Runtime:
         orders = self.coordinator.finish(plan)
         if orders.closed:
             self.executor.heed(orders.dropped, orders.closed)
+
+
+def _unheard(layer: int, num_experts: int, seconds: float) -> None:
+    """Where no measured second means anything."""
 
 
 def assemble(

@@ -16,10 +16,12 @@ import torch
 
 from hybrimoe_kt.device.accelerator import Accelerator
 from hybrimoe_kt.device.backend import Routed
+from hybrimoe_kt.device.executor import DEVICE_ERRORS
 from hybrimoe_kt.device.lane import Lane
 from hybrimoe_kt.device.sent_routing import SentRouting
 from hybrimoe_kt.device.step_graph import StepGraph, StepLost
 
+from .device_planner import DevicePlanner
 from .job import Job
 from .runtime import Runtime
 
@@ -60,6 +62,11 @@ class StepPieces:
         self._num_steps = 0
         self._listens = self._listening()
         self._revision = -1
+        self._planner = runtime.device_planner
+        self._is_planned = False
+        """Whether steps are planned on the device: such a step has been enqueued."""
+        self._was_planned: dict[int, bool] = {}
+        """Of the last step that was not captured, by layer: whether the device planned it; else it was whole."""
         self._is_cut_too_often = False
         """Whether a layer behind a piece has become whole, which could be within it."""
 
@@ -73,6 +80,13 @@ class StepPieces:
     def begin(self, layer: int, routed: Routed) -> Job:
         """See `Runtime`. What follows, up to `finish`, is in the same piece."""
         runtime, lane = self._runtime, self._lane(layer, routed)
+        planner = self._planner
+        if planner is not None and lane is planner.lane and len(routed.ids) == 1:
+            is_planned = not runtime.is_whole(layer, 1)
+            if not self._is_capturing:
+                self._was_planned[layer] = is_planned
+            if is_planned:
+                return self._begin_planned(planner, layer, routed)
         if not self._is_capturing:
             if lane is not None and layer not in self._sent:
                 if not len(self._number):
@@ -102,6 +116,18 @@ class StepPieces:
             piece.writes = *sent.routed[:3], sent.memory
         return job
 
+    def _begin_planned(self, planner: DevicePlanner, layer: int, routed: Routed) -> Job:
+        """All of a layer's step is enqueued, whatever the device will decide; no piece ends."""
+        if self._answer is None:
+            self._answer = torch.empty_like(routed.hidden)
+        if not planner.is_open:
+            planner.begin_step()
+        self._is_planned = True
+        job = Job(layer)
+        scores = self._runtime.scores(routed)
+        job.answer = planner.enqueue(layer, _plain(routed), scores, is_told=self._runtime.wants_plans)
+        return job
+
     def finish(self, job: Job) -> torch.Tensor:
         """See `Runtime`."""
         if not self._is_capturing:
@@ -129,8 +155,18 @@ class StepPieces:
 
     @property
     def can_capture(self) -> bool:
-        """Whether a step can be captured now: one has been computed before."""
-        return self._capture is not None and self._answer is not None
+        """Whether a step can be captured now: one has been computed before, each layer in the way it would go now."""
+        if self._capture is None or self._answer is None:
+            return False
+        return all(self._goes_as_before(layer, is_planned) for layer, is_planned in self._was_planned.items())
+
+    def _goes_as_before(self, layer: int, is_planned: bool) -> bool:
+        """Whether all is there that a layer's part of a planned step needs: none of it is made within a capture."""
+        runtime = self._runtime
+        if is_planned or not runtime.is_whole(layer, 1):
+            return is_planned and not runtime.is_whole(layer, 1)
+        lane = runtime.executor.lane_of[layer]
+        return lane.has_whole(layer, runtime.coordinator.slots_of(layer))
 
     def begin_capture(self) -> None:
         """Capture what the model enqueues from now on; CaptureError where that cannot be."""
@@ -140,6 +176,8 @@ class StepPieces:
         self._capture = self._accelerator.capture()  # the last one's memory goes with it
         assert self._capture is not None, "asked for"
         self._count_step()
+        if self._planner is not None and self._is_planned:
+            self._planner.begin_step()
         self._capture.begin()
         self._pieces, self._is_capturing = [_Piece()], True
 
@@ -147,7 +185,15 @@ class StepPieces:
         """The last piece ends here."""
         assert self._capture is not None and self._is_capturing, "begun before"
         self._is_capturing = False
+        if self._planner is not None and self._is_planned:
+            self._planner.join_streams()
         self._pieces[-1].graph = self._capture.end()
+
+    def end_planned(self) -> None:
+        """Wait for a step that the device has planned, in whatever way it was enqueued; StepLost where it failed."""
+        if self._planner is not None and self._planner.is_open:
+            self._planner.join_streams()
+            self._end_step(self._planner)
 
     def abort(self) -> None:
         """Forget the step that was being captured, after an error in it."""
@@ -155,6 +201,8 @@ class StepPieces:
         self._pieces.clear()
         if self._capture is not None:
             self._capture.abort()
+        if self._planner is not None:
+            self._planner.abandon()
 
     @property
     def num_pieces(self) -> int:
@@ -163,7 +211,8 @@ class StepPieces:
 
     def serves(self, runtime: Runtime) -> bool:
         """Whether it was made for `runtime` as that is now: scores are wanted as before."""
-        return self._runtime is runtime and self._listens == self._listening()
+        is_same = self._runtime is runtime and self._planner is runtime.device_planner
+        return is_same and self._listens == self._listening()
 
     def is_valid(self) -> bool:
         """Whether what was captured is still how a step goes: whole layers are those, each expert in its slot."""
@@ -201,6 +250,9 @@ class StepPieces:
         answer = self._answer
         assert answer is not None, "a step was captured"
         self._count_step()
+        if self._planner is not None and self._is_planned:
+            self._replay_planned(self._planner)
+            return
         for piece in self._pieces:
             began = now()
             assert piece.graph is not None, "captured"
@@ -216,6 +268,31 @@ class StepPieces:
             if piece.layer >= 0:
                 self._compute(piece)
         self._wait()
+
+    def _replay_planned(self, planner: DevicePlanner) -> None:
+        """All of the step is one piece, but for layers computed within it because all of their experts are there."""
+        runtime, answer = self._runtime, self._answer
+        assert answer is not None, "a step was captured"
+        [piece] = self._pieces
+        assert piece.graph is not None, "captured"
+        began = time.perf_counter()
+        self._check_slots(piece)
+        planner.begin_step()
+        try:
+            self._accelerator.replay(piece.graph, reads=(answer,), writes=())
+        except DEVICE_ERRORS as error:
+            planner.lose(error)
+        runtime.note_replay(-1, began)
+        for layer in piece.whole:
+            runtime.coordinator.pass_over(layer, 1)
+        runtime.seconds.steps += planner.num_layers
+        self._end_step(planner)
+
+    def _end_step(self, planner: DevicePlanner) -> None:
+        began = time.perf_counter()
+        planner.end_step()
+        if self._runtime.wants_plans:
+            self._runtime.note_planned(planner.steps(), began)
 
     def _note_sent(self, piece: _Piece) -> None:
         if piece.sent is not None:

@@ -15,8 +15,10 @@ from benchmarks.launches import rules_with
 from hybrimoe_kt.engine.steps.captured_loop import CapturedLoop
 from hybrimoe_kt.engine.token_generator import TokenGenerator
 from hybrimoe_kt.host.hf.loading import load_model
+from tests.support.captured_steps import decode as decode_few
+from tests.support.captured_steps import generator, load
 
-from .test_equality import PROMPT
+from .test_equality import PROMPT, SHAPES
 from .test_packed_weights import Make, packed_file, without_choice
 from .test_row_kernels import OTHER_RULES
 
@@ -53,4 +55,21 @@ def test_all_kernels_are_captured(generated: Make, name: str, cache_size: Any, t
     wanted, _ = decode(path, rules, captures=False, cache_size=cache_size)
     found, loop = decode(path, rules, captures=True, cache_size=cache_size)
     assert torch.equal(found, wanted) and loop.num_captures == 1
-    assert loop._pieces is not None and (loop._pieces.num_pieces == 1) == (cache_size == "all")
+    pieces = loop.captured.pieces
+    assert pieces is not None and (pieces.num_pieces == 1) == (cache_size == "all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host_store", ["mapped", "page_locked"])
+def test_a_device_plans_by_its_kernels(generated: Make, host_store: str) -> None:
+    """In their interpreter; with a page-locked copy those that bring experts run there, too."""
+    model = generated(SHAPES["qwen3moe"])
+    options = {"gpu_backend": "triton", "host_store": host_store}
+    answers = []
+    for planner in ("host", "device"):
+        made = generator(load(model, **options, planner=planner), captures=True)
+        answers.append(decode_few(made, 5))
+        assert (made.runtime.device_planner is not None) == (planner == "device")
+    torch.testing.assert_close(answers[1], answers[0], rtol=0.0, atol=0.05)  # whose kernels round activations
+    planner = made.runtime.device_planner
+    assert planner is not None and planner.num_steps >= 4

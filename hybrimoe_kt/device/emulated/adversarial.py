@@ -61,6 +61,7 @@ class AdversarialAccelerator:
     """One emulated device of an `Adversary`; several may share it."""
 
     is_on_the_clock = False
+    can_plan = False
     built_in_profile: str | None = "default"
 
     def __init__(

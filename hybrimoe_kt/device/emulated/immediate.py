@@ -40,6 +40,7 @@ class ImmediateAccelerator:
     """Slots in host memory, copies and kernels in program order. `--accelerator emulated`."""
 
     is_on_the_clock = False
+    can_plan = True
     built_in_profile: str | None = "default"
 
     def __init__(self, name: str = "emulated") -> None:

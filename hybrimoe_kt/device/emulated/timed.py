@@ -63,6 +63,7 @@ class TimedAccelerator(ImmediateAccelerator):
     """One emulated device with the link and GPU of a `Profile`."""
 
     is_on_the_clock = True
+    can_plan = False
     built_in_profile = None
 
     def __init__(self, name: str, profile: Profile) -> None:

@@ -30,6 +30,9 @@ def captured_loop(loaded: LoadedModel, cache: GrowingCache, *, captures: bool | 
     model: Any = loaded.model
     accelerator = _accelerator_of(loaded, model.device)
     is_real = accelerator is not None and accelerator.device.type != "cpu"
+    is_planned = loaded.runtime.device_planner is not None
+    if captures is None and is_planned:
+        captures = True
     if accelerator is None or not (is_real or captures) or accelerator.capture() is None:
         return None
     reason = refusal(model, is_divided=loaded.crossings is not None) or cache.refuses_fixed_steps()

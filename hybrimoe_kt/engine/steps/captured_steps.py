@@ -54,12 +54,14 @@ class CapturedSteps:
         try:
             if self._warm_for != now or not pieces.can_capture:  # rooms of a new size may want kernels, or plans
                 ask()
+                pieces.end_planned()
                 self._warm_for = now
                 return
             pieces.begin_capture()
             try:
                 ask()
                 pieces.end_capture()
+                pieces.end_planned()
             except BaseException as error:
                 pieces.abort()
                 if isinstance(error, RuntimeError) and not is_out_of_memory(error):  # as a driver refuses it

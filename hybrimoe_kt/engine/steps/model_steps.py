@@ -238,6 +238,7 @@ class ModelSteps:
         assert isinstance(self.loop, CapturedLoop), "nobody else captures"
         logger.warning("steps are not captured any more: %s", refused)
         self.loop.captures = False
+        self.runtime.plan_on_host("steps are not captured any more")
 
     def make_room(self, reason: str, num_tokens: int) -> None:
         """Let go of what other conversations have, else shrink the expert caches; CapacityError if nothing is left.
