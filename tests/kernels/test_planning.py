@@ -94,7 +94,7 @@ def steps_of(seed: int) -> None:
             tables.rows[0].landed.copy_(torch.tensor(state.layer.landed, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", [pytest.param(n, marks=() if n < 3 else pytest.mark.slow) for n in range(5)])
 def test_a_step_is_planned_as_the_rules_say(part: int) -> None:
     for number in range(10):
         steps_of(10 * part + number)

@@ -195,8 +195,8 @@ def test_prefetching_pays_where_transfers_are_long() -> None:
 def test_a_device_decides_as_well_as_the_host_and_better_than_others(name: str, hardware: str) -> None:
     """To a hundredth in time and hits, and in time better on the mean than FreeToken's rule and the paper's greedy."""
     over: dict[str, list[float]] = {"freetoken": [], "paper": []}
-    for ratio in ("12.5%", "25%", "50%"):
-        scenario = recorded(str(TRACES / f"{name}.npz"), hardware, ratio, tokens=48)
+    for ratio in ("12.5%", "50%"):
+        scenario = recorded(str(TRACES / f"{name}.npz"), hardware, ratio, tokens=32)
         runs = {method: scenario.run(METHODS[method]) for method in ("host", "device", *over)}
         device, host = runs["device"], runs["host"]
         assert device.token_s == pytest.approx(host.token_s, rel=0.01)
@@ -206,7 +206,7 @@ def test_a_device_decides_as_well_as_the_host_and_better_than_others(name: str, 
     assert all(sum(gains) > len(gains) for gains in over.values()), over
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("model", [pytest.param("qwen3-30b-a3b", marks=pytest.mark.slow), "deepseek-v2-lite"])
 def test_a_device_looks_ahead_and_goes_on_after_prompts(model: str) -> None:
     """Generated traces have prompts and gates' guesses."""
     scenario = synthetic(model, "rtx4090-cpu16", "25%", prompt_tokens=32, tokens=24)
