@@ -173,6 +173,7 @@ class DeviceCoordinator:
         transfers += [layer.send(copy, self.host.now_s, "prefetch") for copy in admitted]
         self.stats.num_prefetches += len(transfers)
         self.stats.prefetched_bytes += sum(transfer.num_bytes for transfer in transfers)
+        self.stats.link_busy_s += len(transfers) * layer.cost.expert_transfer_s
         return Orders(tuple(transfers))
 
     def finish(self, plan: Plan) -> Orders:

@@ -136,8 +136,7 @@ class Step(NamedTuple):
     """A layer step that was planned, by place in the router's list `[top_k]`.
 
     `doing` says what becomes of each expert, `slots` where it is computed, FREE for the CPU's. `copies` are in link
-    order. `entry` is the place of what was followed in the decision table, and
-    `room` what it says of the link.
+    order. `entry` is the place of what was followed in the decision table, `room` what that says of the link.
     """
 
     ids: tuple[int, ...]

@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_kt.device.emulated.adversarial import AdversarialAccelerator
 from hybrimoe_kt.device.emulated.adversary import Adversary
+from hybrimoe_kt.device.emulated.journal import Entry, JournalAccelerator
 from hybrimoe_kt.device.step_graph import StepLost
 from hybrimoe_kt.kernels.plan_tables import ARRIVING
 from hybrimoe_kt.runtime import Routed
@@ -46,7 +47,7 @@ def planned(patch: pytest.MonkeyPatch, seed: int, *, ignore: str | None = None, 
 class Tokens:
     """Plays tokens through a planner whose work goes to streams."""
 
-    def __init__(self, machine: Machine, accelerator: Planning) -> None:
+    def __init__(self, machine: Machine, accelerator: Any) -> None:
         self.machine, self.accelerator, runtime = machine, accelerator, machine.runtime
         gates = {number: Gates(machine, number, 0.6) for number in range(LAYERS - 1)}
         recovery = Recovery(runtime.coordinator, runtime.executor)
@@ -54,7 +55,8 @@ class Tokens:
             runtime.experts, runtime.coordinator, runtime.executor, gates, recovery, lambda *_: None, forks=True
         )
         self.num_arrived = 0
-        self._land()
+        if isinstance(accelerator, Planning):
+            self._land()
 
     def _land(self) -> None:
         """A wait for arrivals lets the others go on, as a kernel that polls does."""
@@ -129,6 +131,57 @@ def test_no_wait_is_left_out_unnoticed(monkeypatch: pytest.MonkeyPatch, site: st
         tokens.play(4)
     assert tokens.accelerator.adversary.ignored, "there is such a wait"
     assert tokens.machine.races
+
+
+class NotingStream:
+    """Waits for nothing, and writes down that it should."""
+
+    def __init__(self, name: str, entries: list[Entry]) -> None:
+        self.name, self._entries = name, entries
+
+    def wait(self, event: Any, site: str) -> None:
+        self._entries.append(Entry(self.name, f"wait: {site}", 0, "launch"))
+
+    def record(self, event: Any, site: str) -> None:
+        pass
+
+
+class Noting(JournalAccelerator):
+    """Its journal has waits, too."""
+
+    def __init__(self) -> None:
+        super().__init__("emulated:0")
+        self.compute = self.stream("compute")
+
+    def stream(self, name: str, *, low_priority: bool = False) -> Any:
+        return NotingStream(name, self.entries)
+
+
+def test_what_can_run_side_by_side_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residents wait for no copy, copies ahead of need hold nobody up, and the CPU is waited for last."""
+    accelerator = Noting()
+    options = {"planner": "device", "gpu_backend": "torch_reference", "cache_size": 4, "host_store": "page_locked"}
+    tokens = Tokens(make(monkeypatch, 0, accelerator=accelerator, **options), accelerator)
+    tokens.play(1)
+    del accelerator.entries[:]
+    tokens.play(1)
+    layer = [
+        "plan a step", "experts", "wait: copies on demand before late experts", "wait for arrivals", "experts",
+        "wait for the CPU's share", "CPU answer to device", "join",
+    ]  # fmt: skip
+    later = ["wait: look ahead before the next plan", *layer]
+    ends = ["wait: everything before the token's end"] * 3
+    assert [entry.site for entry in accelerator.entries if entry.stream == "compute"] == [
+        *layer, *later * (LAYERS - 1), *ends,
+    ]  # fmt: skip
+    for name, sites in (
+        ("planned copies", ["wait: plan before copies on demand", "bring on demand"]),
+        ("planned prefetches", ["wait: look ahead before its copies", "bring ahead of need"]),
+    ):
+        assert [entry.site for entry in accelerator.entries if entry.stream == name] == sites * LAYERS
+    first = accelerator.sites.index
+    assert first("bring on demand") < first("experts"), "the link has its work before the experts have theirs"
+    assert first("bring ahead of need") < first("wait for the CPU's share")
 
 
 def test_steps_of_the_host_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
